@@ -1,0 +1,130 @@
+"""The settings of a training run: TRL's, and those of the visual signal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl import GRPOConfig
+
+from vgpo_kernels import VGPOConfig
+
+PRESETS = ("paper", "released")
+SIGNALS = ("auto", "scoring", "loss")
+
+
+@dataclass
+class VGPOTrainingConfig(GRPOConfig):
+    """:class:`trl.GRPOConfig` with the settings of VGPO; everything else keeps TRL's meaning and defaults.
+
+    Two defaults differ from TRL's: ``logging_steps`` is 1, so that every optimisation step leaves a record, and
+    ``vgpo`` is on.
+
+    Args:
+        vgpo: Preset of :class:`vgpo_kernels.VGPOConfig`: ``"paper"``, ``"released"``, or ``None`` (``"none"``), which
+            trains without the visual signal and gives TRL's own loss.
+        vgpo_signal: Where the hidden states of the visual signal come from.
+
+            - ``"loss"``: the forward pass of the loss. Costs nothing, but trajectory factors compare the responses
+              of a prompt, so all of them must be in the same micro-batch, on whatever processes: it needs
+              ``steps_per_generation=1`` and ``num_iterations=1``, unless ``vgpo_inter=False`` (and the score needs no
+              offset of the batch).
+            - ``"scoring"``: a pass without gradient over the whole generation batch before its first micro-batch.
+              It is the pass in which TRL computes old log-probabilities, wherever TRL does (vLLM, ``num_iterations >
+              1``, generations kept for several optimisation steps); otherwise it is one forward pass of the decoder
+              more, about a third of the cost of the loss and its gradient, and no generation.
+            - ``"auto"`` (default): ``"loss"`` where that is exact, else ``"scoring"``.
+        vgpo_diagnostics: Compute and log the visual signal although ``vgpo`` is ``None``; the loss does not change.
+        rollout_samples: How many of the latest responses ``VGPOTrainer.rollout_samples`` keeps; 0 keeps none.
+        vgpo_beta: As in :class:`vgpo_kernels.VGPOConfig`, like the fields that follow. ``None`` keeps the preset's.
+        vgpo_intra_clamp: A pair ``[low, high]``; an empty list removes the preset's clamp. ``vgpo_inter_clamp`` alike.
+
+    Raises:
+        ValueError: An unknown preset or signal, a setting out of range, or a setting of VGPO beside ``vgpo=None``.
+
+    """
+
+    logging_steps: float = field(default=1, metadata={"help": "Log every this many optimisation steps."})
+
+    vgpo: str | None = field(default="paper", metadata={"help": "Preset: paper, released or none."})
+    vgpo_signal: str = field(
+        default="auto", metadata={"help": "Source of hidden states: auto, scoring or loss."}
+    )
+    vgpo_diagnostics: bool = field(
+        default=False, metadata={"help": "Log the visual signal even without VGPO; the loss does not change."}
+    )
+    rollout_samples: int = field(default=64, metadata={"help": "How many of the latest responses to keep."})
+
+    vgpo_beta: float | None = field(default=None, metadata={"help": "Strength of the compensation."})
+    vgpo_tail_ratio: float | None = field(
+        default=None, metadata={"help": "Share of a response that is its tail."}
+    )
+    vgpo_top_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the tail that passes the gate."}
+    )
+    vgpo_schedule: str | None = field(default=None, metadata={"help": "linear, exponential or step."})
+    vgpo_start_ratio: float | None = field(
+        default=None, metadata={"help": "Position where compensation starts."}
+    )
+    vgpo_exponent: float | None = field(
+        default=None, metadata={"help": "Exponent of the exponential schedule."}
+    )
+    vgpo_step_ratio: float | None = field(default=None, metadata={"help": "Position of the step schedule."})
+    vgpo_gate: bool | None = field(
+        default=None, metadata={"help": "Compensate only the tail's strongest tokens."}
+    )
+    vgpo_intra: bool | None = field(
+        default=None, metadata={"help": "Re-weight the tokens of a response."}
+    )
+    vgpo_inter: bool | None = field(
+        default=None, metadata={"help": "Re-weight the responses of a prompt."}
+    )
+    vgpo_score: str | None = field(default=None, metadata={"help": "affine or offset."})
+    vgpo_score_offset: float | None = field(
+        default=None, metadata={"help": "The offset; default: the rollout batch's."}
+    )
+    vgpo_position: str | None = field(default=None, metadata={"help": "one_based or zero_based."})
+    vgpo_accumulation: str | None = field(
+        default=None, metadata={"help": "compensated, normalized or mean."}
+    )
+    vgpo_intra_clamp: list[float] | None = field(
+        default=None, metadata={"help": "Range of the token factor."}
+    )
+    vgpo_inter_clamp: list[float] | None = field(
+        default=None, metadata={"help": "Range of the trajectory factor."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vgpo is not None and self.vgpo.lower() == "none":
+            self.vgpo = None
+        if self.vgpo is not None and self.vgpo not in PRESETS:
+            raise ValueError(f"vgpo must be one of {', '.join(PRESETS)} or None, got {self.vgpo!r}")
+        if self.vgpo_signal not in SIGNALS:
+            raise ValueError(f"vgpo_signal must be one of {', '.join(SIGNALS)}, got {self.vgpo_signal!r}")
+        if self.rollout_samples < 0:
+            raise ValueError(f"rollout_samples must not be negative, got {self.rollout_samples}")
+        changes = self._changes()
+        if self.vgpo is None and changes:
+            names = ", ".join(f"vgpo_{name}" for name in changes)
+            raise ValueError(f"{names} has no effect with vgpo=None; name a preset or leave it out")
+        self.vgpo_config()
+
+    def vgpo_config(self) -> VGPOConfig | None:
+        """Return the settings of the visual signal: the preset with the changes made to it; ``None`` without VGPO."""
+        if self.vgpo is None:
+            return None
+        preset = VGPOConfig.paper if self.vgpo == "paper" else VGPOConfig.released
+        return preset(**self._changes())
+
+    def _changes(self) -> dict[str, Any]:
+        """Fields of VGPOConfig that differ from the preset, by their names there."""
+        changes = {}
+        for setting in fields(VGPOConfig):
+            value = getattr(self, f"vgpo_{setting.name}")
+            if value is None:
+                continue
+            if setting.name.endswith("_clamp"):
+                value = tuple(value) or None
+            changes[setting.name] = value
+        return changes
