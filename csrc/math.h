@@ -1,0 +1,425 @@
+// The scalar formulas of visually-guided policy optimisation, written once for the CPU and for CUDA.
+//
+// Nothing here includes a torch header. Formulas that run once a token are templates over the number type `F`:
+// CUDA instantiates them with `float`, the CPU backend with its SIMD vectors, which bring their own `select`,
+// `minimum`, `maximum`, `exponential` and `power` (found by argument-dependent lookup). A comparison of two `F`
+// gives a mask; masks combine with `&`, `|` and `!`.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+// Outside CUDA the formulas are always inlined: a translation unit compiled for AVX-512 must not leave behind an
+// out-of-line copy of a shared function that the linker could pick for every other caller.
+#if defined(__CUDACC__) || defined(VGPO_EMULATION)
+#define VGPO_HD __host__ __device__
+#elif defined(__GNUC__)
+#define VGPO_HD __attribute__((always_inline))
+#else
+#define VGPO_HD
+#endif
+
+namespace vgpo {
+
+// ---- elementary operations ------------------------------------------------------------------------------------
+
+VGPO_HD inline float select(bool condition, float yes, float no) { return condition ? yes : no; }
+
+// A NaN in the first argument survives, one in the second is dropped: put the data first and the bound second.
+VGPO_HD inline float minimum(float value, float bound) { return bound < value ? bound : value; }
+VGPO_HD inline float maximum(float value, float bound) { return bound > value ? bound : value; }
+
+VGPO_HD inline float exponential(float value) { return expf(value); }
+VGPO_HD inline float power(float base, float exponent) { return powf(base, exponent); }
+
+template <typename F>
+VGPO_HD inline F clamped(F value, F low, F high) {
+    return minimum(maximum(value, low), high);
+}
+
+template <typename F>
+VGPO_HD inline F sigmoid(F value) {
+    return F(1.0f) / (F(1.0f) + exponential(F(0.0f) - value));
+}
+
+VGPO_HD inline bool is_finite(float value) { return value - value == 0.0f; }
+
+// An integer that orders as the float does. -0.0 and +0.0 share a key; NaN must have been sorted out before.
+VGPO_HD inline int32_t order_key(float value) {
+    const float unsigned_zero = value + 0.0f;
+    int32_t bits;
+    memcpy(&bits, &unsigned_zero, sizeof bits);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+VGPO_HD inline float order_key_value(int32_t key) {
+    const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// ---- order-free sums ------------------------------------------------------------------------------------------
+//
+// Sums that a response's factors depend on are taken over 64-bit fixed-point numbers. Integer addition is
+// associative, so padding, packing, thread count and atomics cannot change a bit of them.
+
+constexpr double kUnitScale = 1099511627776.0;  // 2^40, for normalised values in [0, 1]
+constexpr double kWeightScale = 4294967296.0;   // 2^32, for raw weights; a response's sum must stay below 2^31
+constexpr double kFixedLimit = 2251799813685248.0;  // 2^51: a single term saturates here instead of overflowing
+
+VGPO_HD inline int64_t to_fixed(float value, double scale) {
+    double scaled = static_cast<double>(value) * scale;
+    scaled = scaled < -kFixedLimit ? -kFixedLimit : scaled;
+    scaled = scaled > kFixedLimit ? kFixedLimit : scaled;
+    return llrint(scaled);
+}
+
+VGPO_HD inline float from_fixed(int64_t sum, double scale) {
+    return static_cast<float>(static_cast<double>(sum) / scale);
+}
+
+VGPO_HD inline float mean_from_fixed(int64_t sum, double scale, int64_t count) {
+    return static_cast<float>(static_cast<double>(sum) / scale / static_cast<double>(count));
+}
+
+// ---- visual focus (Eq. 3-4) -----------------------------------------------------------------------------------
+
+constexpr float kNormFloor = 1e-8f;
+
+VGPO_HD inline float cosine(float dot, float squared_norm, float prototype_norm) {
+    const float norms = sqrtf(squared_norm) * prototype_norm;
+    return dot / maximum(norms, kNormFloor);
+}
+
+// ---- visual weights (Eq. 5-11) --------------------------------------------------------------------------------
+
+enum class Schedule { kLinear, kExponential, kStep };
+enum class Score { kAffine, kOffset };
+enum class Position { kOneBased, kZeroBased };
+enum class Accumulation { kCompensated, kNormalized, kMean };
+
+constexpr float kRangeFloor = 1e-8f;   // keeps a min-max normalisation of equal values at zero
+constexpr float kStepSlack = 1e-6f;    // a position one rounding error below the step still counts
+constexpr int kConfigFields = 18;
+
+struct WeightsConfig {
+    Schedule schedule;
+    float beta;
+    double tail_ratio;
+    double top_ratio;
+    float start_ratio;
+    float exponent;
+    float step_ratio;
+    bool gate;
+    bool intra;
+    bool inter;
+    Score score;
+    float score_offset;  // NaN: the smallest valid cosine of the batch, at most zero
+    Position position;
+    Accumulation accumulation;
+    float intra_low, intra_high;
+    float inter_low, inter_high;
+
+    // `fields` is VGPOConfig.as_floats(), in its order.
+    static WeightsConfig from(const double* fields /* [18] */) {
+        WeightsConfig config;
+        config.schedule = static_cast<Schedule>(static_cast<int>(fields[0]));
+        config.beta = static_cast<float>(fields[1]);
+        config.tail_ratio = fields[2];
+        config.top_ratio = fields[3];
+        config.start_ratio = static_cast<float>(fields[4]);
+        config.exponent = static_cast<float>(fields[5]);
+        config.step_ratio = static_cast<float>(fields[6]);
+        config.gate = fields[7] != 0.0;
+        config.intra = fields[8] != 0.0;
+        config.inter = fields[9] != 0.0;
+        config.score = static_cast<Score>(static_cast<int>(fields[10]));
+        config.score_offset = static_cast<float>(fields[11]);
+        config.position = static_cast<Position>(static_cast<int>(fields[12]));
+        config.accumulation = static_cast<Accumulation>(static_cast<int>(fields[13]));
+        config.intra_low = static_cast<float>(fields[14]);
+        config.intra_high = static_cast<float>(fields[15]);
+        config.inter_low = static_cast<float>(fields[16]);
+        config.inter_high = static_cast<float>(fields[17]);
+        return config;
+    }
+
+    VGPO_HD bool needs_batch_offset() const { return score == Score::kOffset && score_offset != score_offset; }
+};
+
+// The tail is the valid tokens with 0-based ordinal >= tail_first; double arithmetic, as the definition has it.
+VGPO_HD inline int64_t tail_first(int64_t length, const WeightsConfig& config) {
+    return static_cast<int64_t>(static_cast<double>(length) * (1.0 - config.tail_ratio));
+}
+
+// How many of the tail's tokens pass the gate (more when there are ties). 0 for an empty tail.
+VGPO_HD inline int64_t tail_top_count(int64_t tail_length, const WeightsConfig& config) {
+    if (tail_length <= 0) return 0;
+    const int64_t count = static_cast<int64_t>(static_cast<double>(tail_length) * config.top_ratio);
+    return count < 1 ? 1 : (count > tail_length ? tail_length : count);
+}
+
+// p_t of the token with 0-based `ordinal` among the `length` valid tokens of its response.
+template <typename F>
+VGPO_HD inline F relative_position(F ordinal, float length, const WeightsConfig& config) {
+    if (config.position == Position::kOneBased) return (ordinal + F(1.0f)) / F(length);
+    return ordinal / F(length - 1.0f + kRangeFloor);
+}
+
+// c_t (Eq. 5).
+template <typename F>
+VGPO_HD inline F compensation(F position, const WeightsConfig& config) {
+    const F zero(0.0f), beta(config.beta);
+    if (config.schedule == Schedule::kStep) {
+        const F stepped = select(position >= F(config.step_ratio - kStepSlack), beta, zero);
+        return select(position < F(config.start_ratio), zero, stepped);
+    }
+    F ramp = (position - F(config.start_ratio)) / F(1.0f - config.start_ratio + kRangeFloor);
+    if (config.schedule == Schedule::kExponential) {
+        ramp = clamped(ramp, zero, F(1.0f));
+        ramp = config.exponent == 2.0f ? ramp * ramp : power(ramp, config.exponent);
+    }
+    return select(position < F(config.start_ratio), zero, beta * ramp);
+}
+
+// rho_t: (1 + cos) / 2, or cos - offset in the released variant.
+template <typename F>
+VGPO_HD inline F focus_score(F cos, float offset, const WeightsConfig& config) {
+    if (config.score == Score::kAffine) return (F(1.0f) + cos) * F(0.5f);
+    return cos - F(offset);
+}
+
+// w_t = rho_t [1 + G_t c_t] (Eq. 6). `gated_compensation` is c_t where the gate is open and 0 elsewhere.
+template <typename F>
+VGPO_HD inline F compensated_weight(F rho, F gated_compensation) {
+    return rho * (F(1.0f) + gated_compensation);
+}
+
+// Min-max normalisation (Eq. 7 and 9).
+template <typename F>
+VGPO_HD inline F min_max_normalized(F value, float low, float high) {
+    return (value - F(low)) / F(high - low + kRangeFloor);
+}
+
+// s_i (Eq. 9) from the fixed-point sums over a response of `length` > 0 tokens.
+VGPO_HD inline float accumulated_score(int64_t weight_sum, int64_t normalized_sum, int64_t length,
+                                       const WeightsConfig& config) {
+    switch (config.accumulation) {
+        case Accumulation::kCompensated: return from_fixed(weight_sum, kWeightScale);
+        case Accumulation::kNormalized: return from_fixed(normalized_sum, kUnitScale);
+        default: return mean_from_fixed(weight_sum, kWeightScale, length);
+    }
+}
+
+// (1 + psi_t) clamped times (1 + phi) clamped.
+template <typename F>
+VGPO_HD inline F advantage_factor(F psi, float phi, const WeightsConfig& config) {
+    const F token = clamped(F(1.0f) + psi, F(config.intra_low), F(config.intra_high));
+    return token * F(clamped(1.0f + phi, config.inter_low, config.inter_high));
+}
+
+// The order of visual_weights' metrics.
+enum FocusMetric {
+    kFocusMean,
+    kGateRate,
+    kLateEarlyRatio,
+    kWeightedResponses,
+    kNonfiniteResponses,
+    kFocusMetrics,
+};
+
+// ---- policy loss ----------------------------------------------------------------------------------------------
+
+enum class LossType { kGrpo, kBnpo, kDapo, kDrGrpo, kGspo, kGspoToken, kCispo, kSapo };
+enum class Aggregation { kTokenMean, kSequenceMeanTokenMean, kSequenceMeanTokenSum, kSequenceMeanTokenSumNorm };
+enum class KlEstimator { kK1, kK2, kK3, kK3Clamped };
+enum class ImportanceMode { kTruncate, kMask };
+
+constexpr float kKlLogRatioLimit = 20.0f;  // k3_clamped: bound of the log-ratio
+constexpr float kKlLimit = 10.0f;          // k3_clamped: bound of the estimate
+constexpr int kOptionFields = 16;
+
+struct LossOptions {
+    LossType loss_type;
+    Aggregation aggregation;
+    float epsilon_low, epsilon_high;
+    float dual_clip;  // infinity: none
+    float kl_coef;
+    KlEstimator kl_estimator;
+    float entropy_coef;
+    float max_length;
+    float tau_positive, tau_negative;
+    float ratio_clamp;  // bound of |log-ratio|; infinity: none
+    float cispo_cap;    // NaN: clip to [1 - epsilon_low, 1 + epsilon_high]
+    bool kl_bias_correction;
+    float importance_cap;  // infinity: none
+    ImportanceMode importance_mode;
+
+    // `fields` is PolicyLossOptions.as_floats(), in its order.
+    static LossOptions from(const double* fields /* [16] */) {
+        LossOptions options;
+        options.loss_type = static_cast<LossType>(static_cast<int>(fields[0]));
+        options.aggregation = static_cast<Aggregation>(static_cast<int>(fields[1]));
+        options.epsilon_low = static_cast<float>(fields[2]);
+        options.epsilon_high = static_cast<float>(fields[3]);
+        options.dual_clip = static_cast<float>(fields[4]);
+        options.kl_coef = static_cast<float>(fields[5]);
+        options.kl_estimator = static_cast<KlEstimator>(static_cast<int>(fields[6]));
+        options.entropy_coef = static_cast<float>(fields[7]);
+        options.max_length = static_cast<float>(fields[8]);
+        options.tau_positive = static_cast<float>(fields[9]);
+        options.tau_negative = static_cast<float>(fields[10]);
+        options.ratio_clamp = static_cast<float>(fields[11]);
+        options.cispo_cap = static_cast<float>(fields[12]);
+        options.kl_bias_correction = fields[13] != 0.0;
+        options.importance_cap = static_cast<float>(fields[14]);
+        options.importance_mode = static_cast<ImportanceMode>(static_cast<int>(fields[15]));
+        return options;
+    }
+
+    // The ratio of these losses is one number a response: its mean log-ratio must be known first.
+    VGPO_HD bool sequence_level() const {
+        return loss_type == LossType::kGspo || loss_type == LossType::kGspoToken;
+    }
+};
+
+// An importance ratio and its derivative with respect to the log-ratio (zero where the clamp is active).
+template <typename F>
+struct Ratio {
+    F value;
+    F slope;
+};
+
+template <typename F>
+VGPO_HD inline Ratio<F> importance_ratio(F log_ratio, const LossOptions& options) {
+    const F limit(options.ratio_clamp), negative_limit(-options.ratio_clamp), zero(0.0f);
+    const F value = exponential(clamped(log_ratio, negative_limit, limit));
+    const auto outside = (log_ratio > limit) | (log_ratio < negative_limit);
+    return {value, select(outside, zero, value)};
+}
+
+// The surrogate of one token: its value, its derivative with respect to the log-ratio, and 0/1 indicators.
+template <typename F>
+struct Surrogate {
+    F value;
+    F slope;
+    F clipped_low;
+    F clipped_high;
+    F dual_clipped;
+};
+
+// `advantage` is A times the factor. `log_prob` enters the value of CISPO alone.
+template <typename F>
+VGPO_HD inline Surrogate<F> surrogate(Ratio<F> ratio, F log_prob, F advantage, const LossOptions& options) {
+    const F zero(0.0f), one(1.0f);
+    const F low(1.0f - options.epsilon_low), high(1.0f + options.epsilon_high);
+    const F negated = zero - advantage;
+    Surrogate<F> result;
+    result.dual_clipped = zero;
+    result.clipped_low = select((ratio.value < low) & (advantage < zero), one, zero);
+    result.clipped_high = select((ratio.value > high) & (advantage > zero), one, zero);
+    if (options.loss_type == LossType::kCispo) {
+        const bool clip_both = options.cispo_cap != options.cispo_cap;
+        const F detached = clip_both ? clamped(ratio.value, low, high) : minimum(ratio.value, F(options.cispo_cap));
+        if (!clip_both) {
+            result.clipped_low = zero;
+            result.clipped_high = select((ratio.value > F(options.cispo_cap)) & (advantage > zero), one, zero);
+        }
+        result.slope = negated * detached;
+        result.value = result.slope * log_prob;
+        return result;
+    }
+    if (options.loss_type == LossType::kSapo) {
+        const F tau = select(advantage > zero, F(options.tau_positive), F(options.tau_negative));
+        const F gate = sigmoid(tau * (ratio.value - one));
+        result.value = negated * gate * F(4.0f) / tau;
+        result.slope = negated * F(4.0f) * gate * (one - gate) * ratio.slope;
+        result.clipped_low = result.clipped_high = zero;
+        return result;
+    }
+    const F unclipped = negated * ratio.value;
+    const F clipped = negated * clamped(ratio.value, low, high);
+    result.value = maximum(unclipped, clipped);
+    result.slope = select(clipped > unclipped, zero, negated * ratio.slope);
+    const F bound = negated * F(options.dual_clip);  // infinite, or NaN for A = 0, without a dual clip
+    const auto dual = (advantage < zero) & (result.value > bound);
+    result.value = select(dual, bound, result.value);
+    result.slope = select(dual, zero, result.slope);
+    result.dual_clipped = select(dual, one, zero);
+    return result;
+}
+
+// A KL estimate and its derivative with respect to logp.
+template <typename F>
+struct Kl {
+    F value;
+    F slope;
+};
+
+// KL of the policy to the reference, estimated at a token of the policy's.
+template <typename F>
+VGPO_HD inline Kl<F> kl_estimate(F log_prob, F ref_log_prob, const LossOptions& options) {
+    const F zero(0.0f), one(1.0f);
+    const F difference = ref_log_prob - log_prob;
+    switch (options.kl_estimator) {
+        case KlEstimator::kK1: return {zero - difference, one};
+        case KlEstimator::kK2: return {F(0.5f) * difference * difference, zero - difference};
+        case KlEstimator::kK3: {
+            const F ratio = exponential(difference);
+            return {ratio - difference - one, one - ratio};
+        }
+        default: {
+            const F limit(kKlLogRatioLimit), negative_limit(-kKlLogRatioLimit), cap(kKlLimit);
+            const F bounded = clamped(difference, negative_limit, limit);
+            const F ratio = exponential(bounded);
+            const F value = ratio - bounded - one;
+            const auto flat = (difference > limit) | (difference < negative_limit) | (value > cap);
+            return {minimum(value, cap), select(flat, zero, one - ratio)};
+        }
+    }
+}
+
+// Importance-sampling correction of the sampler's mismatch: truncated at the cap, or zero beyond it.
+template <typename F>
+VGPO_HD inline F importance_correction(F weight, const LossOptions& options) {
+    const F cap(options.importance_cap);
+    if (options.importance_mode == ImportanceMode::kTruncate) return minimum(weight, cap);
+    return select(weight > cap, F(0.0f), weight);
+}
+
+// What one token of a response of `length` valid tokens counts in the loss. Zero denominators count as one.
+VGPO_HD inline float token_scale(int64_t length, float num_tokens, float num_sequences, const LossOptions& options) {
+    float denominator;
+    switch (options.aggregation) {
+        case Aggregation::kTokenMean: denominator = num_tokens; break;
+        case Aggregation::kSequenceMeanTokenMean: denominator = static_cast<float>(length) * num_sequences; break;
+        case Aggregation::kSequenceMeanTokenSum: denominator = num_sequences; break;
+        default: denominator = num_sequences * options.max_length; break;
+    }
+    return 1.0f / (denominator == 0.0f ? 1.0f : denominator);
+}
+
+// The order of policy_loss's metrics.
+enum PolicyMetric {
+    kClipFraction,
+    kClipFractionLow,
+    kClipFractionHigh,
+    kDualClipFraction,
+    kRatioMean,
+    kRatioMin,
+    kRatioMax,
+    kApproxKl,
+    kRefKl,
+    kEntropy,
+    kFactorMean,
+    kFactorMin,
+    kFactorMax,
+    kFactorStd,
+    kNumTokens,
+    kPolicyMetrics,
+};
+
+}  // namespace vgpo
