@@ -1,0 +1,50 @@
+"""Fixtures of the whole suite: backends to test, and memory that is never accidentally zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from vgpo_kernels import backends
+
+torch.manual_seed(0)
+
+
+def available_backends() -> list[str]:
+    """Return the backends that can serve a test in this process: device and backend are one choice."""
+    names = ["reference"]
+    if backends.describe()["built"]["cpp"]:
+        names.append("cpp")
+    if torch.cuda.is_available():
+        names += ["cuda"] if backends.describe()["built"]["cuda"] else []
+        names.append("triton")
+    elif backends.describe()["built"]["triton"] and backends.triton_interpreted():
+        names.append("triton")
+    return names
+
+
+@pytest.fixture(params=available_backends())
+def backend_name(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once a backend, with every call inside served by it."""
+    with backends.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(backend_name: str) -> torch.device:
+    """Device of the tensors that ``backend_name`` serves here."""
+    on_gpu = backend_name == "cuda" or (backend_name == "triton" and not backends.triton_interpreted())
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def poison_empty_memory() -> Iterator[None]:
+    """Fill ``torch.empty`` with NaN, so that an output left unwritten shows."""
+    previous = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = previous

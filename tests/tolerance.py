@@ -1,0 +1,52 @@
+"""The one tolerance policy: how far a fast result may lie from the fp64 definition.
+
+A result computed in fp32 is right if its error is at most twice that of the definition run in fp32 on the same
+input, plus a floor of a few units in the last place of the values at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOOR = 8 * torch.finfo(torch.float32).eps
+
+
+def assert_close(
+    actual: Tensor, exact: Tensor, narrow: Tensor | None = None, *, name: str = "result", floor: float = FLOOR
+) -> None:
+    """Fail unless ``actual`` is as close to ``exact`` (fp64) as the policy demands.
+
+    Args:
+        actual: The result under test.
+        exact: The definition in fp64.
+        narrow: The definition in fp32, whose error is the yardstick; without it only the floor counts.
+        name: Named in the failure.
+        floor: Allowed error relative to the largest magnitude of ``exact`` (at least 1).
+
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    actual, exact = actual.detach().cpu().double(), exact.detach().cpu().double()
+    assert torch.equal(actual.isnan(), exact.isnan()), f"{name}: NaN in other places than the definition has them"
+    actual, exact = actual.nan_to_num(), exact.nan_to_num()
+    if not exact.numel():
+        return
+    yardstick = 0.0 if narrow is None else (narrow.detach().cpu().double().nan_to_num() - exact).abs().max().item()
+    allowed = 2 * yardstick + floor * max(1.0, exact.abs().max().item())
+    error = (actual - exact).abs().max().item()
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def assert_matches(
+    actual: Any, definition: Callable[..., Any], arguments: tuple[Any, ...], names: tuple[str, ...]
+) -> None:
+    """Compare every tensor of ``actual`` with ``definition(*arguments)`` in fp64, its fp32 error the yardstick."""
+    exact = definition(*arguments, dtype=torch.float64)
+    narrow = definition(*arguments, dtype=torch.float32)
+    if isinstance(actual, Tensor):
+        actual, exact, narrow = (actual,), (exact,), (narrow,)
+    for name, one, wide, thin in zip(names, actual, exact, narrow, strict=True):
+        assert_close(one, wide, thin, name=name)

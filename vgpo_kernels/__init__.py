@@ -1,0 +1,33 @@
+"""Kernels for visually-guided reinforcement learning of vision-language models.
+
+The three lines that put VGPO (arXiv 2604.09349) into a policy loss::
+
+    cos = vgpo_kernels.visual_focus(hidden, visual_mask, response_mask)
+    weights = vgpo_kernels.visual_weights(cos, response_mask, group_ids, VGPOConfig.paper())
+    loss = vgpo_kernels.policy_loss(logp, old_logp, advantages, response_mask, factors=weights.factors).loss
+"""
+
+from vgpo_kernels import backends
+from vgpo_kernels.backends import backend
+from vgpo_kernels.config import PolicyLossOptions, VGPOConfig
+from vgpo_kernels.ops.policy_loss import PolicyLoss, policy_loss
+from vgpo_kernels.ops.vgpo_loss import vgpo_loss
+from vgpo_kernels.ops.visual_focus import visual_focus, visual_prototype
+from vgpo_kernels.ops.visual_weights import VisualWeights, group_weights, visual_weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PolicyLoss",
+    "PolicyLossOptions",
+    "VGPOConfig",
+    "VisualWeights",
+    "backend",
+    "backends",
+    "group_weights",
+    "policy_loss",
+    "vgpo_loss",
+    "visual_focus",
+    "visual_prototype",
+    "visual_weights",
+]

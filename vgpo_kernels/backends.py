@@ -1,0 +1,161 @@
+"""Which backend serves a call: built for the device, forced by ``backend(name)``, or by ``VGPO_BACKEND``.
+
+========= ===================================================== =======================
+backend   what it is                                            serves
+========= ===================================================== =======================
+reference the definition, plain PyTorch, computed in fp64       every device
+cpp       C++ with vector code, from the extension              CPU
+cuda      CUDA C++, from an extension built with nvcc           NVIDIA GPUs
+triton    Triton kernels                                        GPUs; CPU, interpreted
+========= ===================================================== =======================
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+NAMES = ("reference", "cpp", "cuda", "triton")
+
+try:
+    from vgpo_kernels import _C  # type: ignore[attr-defined]
+except ImportError as error:
+    _C = None
+    # A file that is there but does not load (another torch, say) is worth its reason; a missing one is not.
+    _load_error = "" if find_spec("vgpo_kernels._C") is None else f" ({error})"
+
+# The extension's operators register when it loads, so its presence alone decides what is built.
+_BUILT_CPP = _C is not None
+_BUILT_CUDA = _BUILT_CPP and bool(_C.has_cuda())
+_HAS_TRITON = find_spec("triton") is not None
+
+# Process-wide like torch.backends' flags, and a plain global so that torch.compile guards on it.
+_forced: str | None = None
+_warned = False
+
+
+def _validate_name(name: str, origin: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{origin} must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+if "VGPO_BACKEND" in os.environ and os.environ["VGPO_BACKEND"] not in ("", "auto"):
+    _forced = _validate_name(os.environ["VGPO_BACKEND"], "VGPO_BACKEND")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Serve every call inside the ``with`` block by one backend, in the whole process.
+
+    Args:
+        name: ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
+
+    Raises:
+        ValueError: The name is unknown. A call inside raises ``RuntimeError`` if the backend is not built or
+            cannot serve the call's device or dtype.
+
+    """
+    global _forced
+    previous, _forced = _forced, _validate_name(name, "backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, which is what lets them serve CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot serve a device and compute dtype, or ``None`` if it can."""
+    if name == "reference":
+        return None
+    if dtype == torch.float64:
+        return "computes in float32; float64 inputs are served by 'reference'"
+    if name == "cpp":
+        if not _BUILT_CPP:
+            return "is not built: `pip install -e .` where a C++ compiler and torch are installed builds it"
+        return None if device.type == "cpu" else f"serves CPU tensors, and these are on {device}"
+    if name == "cuda":
+        if not _BUILT_CUDA:
+            return "is not built: VGPO_BUILD=cuda with `pip install -e .` builds it and says what is missing"
+        return None if device.type == "cuda" else f"serves CUDA tensors, and these are on {device}"
+    if not _HAS_TRITON:
+        return "needs the triton package, which is not installed"
+    if device.type == "cpu" and not triton_interpreted():
+        return "serves GPU tensors; on CPU tensors it runs only interpreted (set TRITON_INTERPRET=1 before import)"
+    return None
+
+
+def select(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """Return the name of the backend that serves tensors on ``device`` with compute dtype ``dtype``.
+
+    Raises:
+        RuntimeError: A backend was forced that cannot serve them.
+
+    """
+    if _forced is not None:
+        refusal = _refusal(_forced, device, dtype)
+        if refusal is not None:
+            raise RuntimeError(f"backend '{_forced}' {refusal}")
+        return _forced
+    for name in ("cuda", "triton") if device.type == "cuda" else ("cpp",):
+        if _refusal(name, device, dtype) is None:
+            return name
+    if dtype != torch.float64:
+        _warn_unbuilt(device)
+    return "reference"
+
+
+def _warn_unbuilt(device: torch.device) -> None:
+    global _warned
+    if _warned or torch.compiler.is_compiling():
+        return
+    _warned = True
+    missing = "its CUDA kernels" if device.type == "cuda" else "its C++ extension"
+    reason = "" if _BUILT_CPP else _load_error
+    warnings.warn(
+        f"vgpo_kernels runs without {missing}{reason}: the slower PyTorch reference serves {device.type} tensors. "
+        "To build: `pip install -e .` with a C++ compiler (and nvcc for CUDA) installed.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def describe() -> dict[str, Any]:
+    """Return what is built and which backend serves which device.
+
+    Returns:
+        A dict with ``built`` (backend name to bool), ``serves`` (device type to backend name), ``forced`` (name
+        or ``None``), ``extension`` (build information of the extension, or ``None``), ``torch`` and ``triton``
+        (versions; ``triton`` may be ``None``).
+
+    """
+    triton_version = None
+    if _HAS_TRITON:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            triton_version = version("triton")
+        except PackageNotFoundError:
+            triton_version = "unknown"
+    serves = {"cpu": "cpp" if _BUILT_CPP else "reference"}
+    if torch.cuda.is_available():
+        serves["cuda"] = "cuda" if _BUILT_CUDA else "triton" if _HAS_TRITON else "reference"
+    return {
+        "built": {"reference": True, "cpp": _BUILT_CPP, "cuda": _BUILT_CUDA, "triton": _HAS_TRITON},
+        "serves": serves if _forced is None else dict.fromkeys(serves, _forced),
+        "forced": _forced,
+        "extension": dict(_C.build_info()) if _BUILT_CPP else None,
+        "torch": torch.__version__,
+        "triton": triton_version,
+    }

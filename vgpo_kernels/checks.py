@@ -1,0 +1,289 @@
+"""Every argument check of the library, and every error message: the argument, what it is, what was expected.
+
+Checks of shape, dtype and device cost nothing on the device. Checks of values (boundaries, indices) would
+synchronise a GPU with the host, so they run for CPU tensors only; GPU kernels clamp what they read instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INDEX_DTYPES = (torch.int64, torch.int32)
+
+
+def describe(tensor: Tensor) -> str:
+    """Spell a tensor's dtype, shape and device for an error message."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
+
+
+def require_tensor(name: str, value: object) -> Tensor:
+    """Return ``value`` if it is a tensor, else raise TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def require_floating(name: str, value: object) -> Tensor:
+    """Return ``value`` if it is a tensor of fp32, bf16, fp16 or fp64, else raise TypeError."""
+    tensor = require_tensor(name, value)
+    if tensor.dtype not in HIDDEN_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(tensor)}")
+    return tensor
+
+
+def require_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -> None:
+    """Raise ValueError unless ``tensor`` has ``shape``, which ``meaning`` explains."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)} ({meaning}), got {describe(tensor)}")
+
+
+def require_device(name: str, tensor: Tensor, device: torch.device, other: str) -> None:
+    """Raise ValueError unless ``tensor`` is on ``device``, where ``other`` is."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like {other}, got {describe(tensor)}")
+
+
+def mask(name: str, value: object, shape: Sequence[int], meaning: str, device: torch.device) -> Tensor:
+    """Return a boolean mask as contiguous bool; integer masks of 0 and 1 are converted.
+
+    Raises:
+        TypeError: Not a tensor, or a floating mask, whose rounding nobody should have to guess.
+        ValueError: Wrong shape or device.
+
+    """
+    tensor = require_tensor(name, value)
+    if tensor.dtype != torch.bool:
+        if tensor.dtype not in INTEGER_DTYPES:
+            raise TypeError(f"{name} must be bool or an integer mask, got {describe(tensor)}; use {name}.bool()")
+        tensor = tensor != 0
+    require_shape(name, tensor, shape, meaning)
+    require_device(name, tensor, device, "the other arguments")
+    return tensor.contiguous()
+
+
+def cu_seqlens(value: object, total: int, device: torch.device) -> Tensor:
+    """Return packed boundaries ``[B + 1]`` as int64.
+
+    Raises:
+        TypeError: Not an int32 or int64 tensor.
+        ValueError: Not 1-D, empty, on another device, or (CPU tensors) not rising from 0 to ``total``.
+
+    """
+    boundaries = require_tensor("cu_seqlens", value)
+    if boundaries.dtype not in INDEX_DTYPES:
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {describe(boundaries)}")
+    if boundaries.dim() != 1 or boundaries.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must have shape [B + 1], got {describe(boundaries)}")
+    require_device("cu_seqlens", boundaries, device, "the other arguments")
+    if values_are_free(boundaries):
+        steps = boundaries.diff()
+        if boundaries[0] != 0 or boundaries[-1] != total or bool((steps < 0).any()):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to {total} (the packed length) without decreasing, "
+                f"got {_summarise(boundaries)}"
+            )
+    return boundaries.to(torch.int64).contiguous()
+
+
+def values_are_free(tensor: Tensor) -> bool:
+    """Whether reading values costs no synchronisation and leaves no guard in a traced graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def batch_size(response_mask: Tensor, boundaries: Tensor | None) -> int:
+    """Return the number of responses B of a padded ``[B, T]`` or packed ``[N]`` batch."""
+    return response_mask.shape[0] if boundaries is None else boundaries.shape[0] - 1
+
+
+def response_layout(
+    response_mask: object, boundaries: object, device: torch.device | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Check ``response_mask`` and ``cu_seqlens`` against each other: ``[B, T]`` alone, or ``[N]`` with boundaries.
+
+    Returns:
+        The mask as contiguous bool and the boundaries as int64 or ``None``.
+
+    """
+    tensor = require_tensor("response_mask", response_mask)
+    expected = 2 if boundaries is None else 1
+    if tensor.dim() != expected:
+        layout = "[B, T] without cu_seqlens" if boundaries is None else "[N] with cu_seqlens"
+        raise ValueError(f"response_mask must have shape {layout}, got {describe(tensor)}")
+    checked = mask("response_mask", tensor, tensor.shape, "", device or tensor.device)
+    if boundaries is None:
+        return checked, None
+    return checked, cu_seqlens(boundaries, checked.shape[0], checked.device)
+
+
+def hidden_states(hidden: object, boundaries: object) -> tuple[Tensor, Tensor | None]:
+    """Check ``hidden``, ``[B, S, D]`` alone or ``[N, D]`` with boundaries, and detach it.
+
+    Returns:
+        The hidden states, their last dimension contiguous, and the boundaries as int64 or ``None``.
+
+    """
+    tensor = require_floating("hidden", hidden).detach()
+    expected = 3 if boundaries is None else 2
+    if tensor.dim() != expected:
+        layout = "[B, S, D] without cu_seqlens" if boundaries is None else "[N, D] with cu_seqlens"
+        raise ValueError(f"hidden must have shape {layout}, got {describe(tensor)}")
+    if tensor.shape[-1] == 0:
+        raise ValueError(f"hidden must have at least one feature, got {describe(tensor)}")
+    if tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
+    if boundaries is None:
+        return tensor, None
+    return tensor, cu_seqlens(boundaries, tensor.shape[0], tensor.device)
+
+
+def visual_mask(value: object, hidden: Tensor) -> Tensor:
+    """Return ``visual_mask`` as bool in the shape of ``hidden`` without its features."""
+    meaning = "hidden's without its last dimension"
+    return mask("visual_mask", value, hidden.shape[:-1], meaning, hidden.device)
+
+
+def response_rows(response_mask: Tensor, hidden: Tensor) -> None:
+    """Raise ValueError unless the response positions are the last T of hidden's S, or all N when packed."""
+    require_device("response_mask", response_mask, hidden.device, "hidden")
+    if hidden.dim() == 2:
+        require_shape("response_mask", response_mask, hidden.shape[:1], "one entry a row of hidden")
+    elif response_mask.shape[0] != hidden.shape[0] or response_mask.shape[1] > hidden.shape[1]:
+        raise ValueError(
+            f"response_mask must have shape [{hidden.shape[0]}, T] with T <= {hidden.shape[1]} (the last T "
+            f"positions of hidden {describe(hidden)}), got {describe(response_mask)}"
+        )
+
+
+def prototype(value: object, index: object, hidden: Tensor, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """Check a given prototype ``[P, D]`` and its ``prototype_index [B]`` (-1: no image)."""
+    if value is None:
+        if index is not None:
+            raise ValueError("prototype_index needs prototype, which is None")
+        return None, None
+    means = require_floating("prototype", value).detach()
+    require_device("prototype", means, hidden.device, "hidden")
+    if means.dim() != 2 or means.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"prototype must have shape [P, {hidden.shape[-1]}], got {describe(means)}")
+    if means.dtype != torch.float64:
+        means = means.float()
+    if index is None:
+        require_shape("prototype", means, (batch, hidden.shape[-1]), "a row a response without prototype_index")
+        return means.contiguous(), None
+    rows = per_response_integers("prototype_index", index, batch, hidden.device)
+    if values_are_free(rows) and rows.numel() and (rows.min() < -1 or rows.max() >= means.shape[0]):
+        raise ValueError(f"prototype_index must lie in [-1, {means.shape[0]}) (-1: no image), got {_summarise(rows)}")
+    return means.contiguous(), rows
+
+
+def image(
+    visual: object,
+    means: object,
+    index: object,
+    hidden: Tensor,
+    response_mask: Tensor,
+    boundaries: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Check where prototypes come from: ``visual_mask``, or ``prototype`` with its ``prototype_index``."""
+    if visual is None and means is None:
+        raise ValueError("visual_mask is None, which needs prototype to be given")
+    rows = prototype(means, index, hidden, batch_size(response_mask, boundaries))
+    return None if visual is None else visual_mask(visual, hidden), *rows
+
+
+def per_response_integers(name: str, value: object, batch: int, device: torch.device) -> Tensor:
+    """Return integers ``[B]`` as int64."""
+    tensor = require_tensor(name, value)
+    if tensor.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name} must be an integer tensor, got {describe(tensor)}")
+    require_shape(name, tensor, (batch,), "one entry a response")
+    require_device(name, tensor, device, "the other arguments")
+    return tensor.to(torch.int64).contiguous()
+
+
+def has_visual(value: object, batch: int, device: torch.device) -> Tensor | None:
+    """Return ``has_visual`` as bool ``[B]``, or ``None``, which means that every response has an image."""
+    return None if value is None else mask("has_visual", value, (batch,), "one entry a response", device)
+
+
+def per_token(name: str, value: object, like: Tensor, *, detach: bool = True) -> Tensor:
+    """Return a floating tensor of ``like``'s shape, fp32 (or fp64 if it is), contiguous."""
+    tensor = require_floating(name, value)
+    require_shape(name, tensor, like.shape, "response_mask's")
+    require_device(name, tensor, like.device, "response_mask")
+    return _computable(tensor, detach)
+
+
+def optional_per_token(name: str, value: object, like: Tensor, *, detach: bool = True) -> Tensor | None:
+    """Apply :func:`per_token` to a value that may be ``None``."""
+    return None if value is None else per_token(name, value, like, detach=detach)
+
+
+def per_response(name: str, value: object, batch: int, device: torch.device) -> Tensor:
+    """Return a floating tensor ``[B]``, fp32 (or fp64 if it is), contiguous and detached."""
+    tensor = require_floating(name, value)
+    require_shape(name, tensor, (batch,), "one entry a response")
+    require_device(name, tensor, device, "the other arguments")
+    return _computable(tensor, detach=True)
+
+
+def per_response_or_token(name: str, value: object, like: Tensor, batch: int) -> Tensor:
+    """Return a floating tensor that is ``[B]`` or of ``like``'s shape, fp32 (or fp64), contiguous and detached."""
+    tensor = require_floating(name, value)
+    if tuple(tensor.shape) not in ((batch,), tuple(like.shape)):
+        raise ValueError(
+            f"{name} must have shape [{batch}] (one entry a response) or {list(like.shape)} (response_mask's), "
+            f"got {describe(tensor)}"
+        )
+    require_device(name, tensor, like.device, "response_mask")
+    return _computable(tensor, detach=True)
+
+
+def count(name: str, value: object, device: torch.device) -> Tensor | None:
+    """Return a denominator as a 0-dimensional fp32 tensor on ``device``; numbers are filled in without a copy."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+            raise ValueError(f"{name} must be a number or a tensor of one number, got {describe(value)}")
+        require_device(name, value, device, "the other arguments")
+        return value.detach().reshape(()).to(torch.float32)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, a tensor of one number or None, got {type(value).__name__}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return torch.full((), float(value), dtype=torch.float32, device=device)
+
+
+def settings(name: str, value: object, kind: type[T]) -> T:
+    """Return ``value`` if it is of the settings class ``kind``, else raise TypeError."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Return fp64 if any tensor is fp64 (then the reference serves the call), else fp32."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def _computable(tensor: Tensor, detach: bool) -> Tensor:
+    if detach:
+        tensor = tensor.detach()
+    if tensor.dtype != torch.float64:
+        tensor = tensor.float()
+    return tensor.contiguous()
+
+
+def _summarise(tensor: Tensor) -> str:
+    values = tensor.tolist()
+    shown = ", ".join(str(value) for value in values[:8])
+    return f"[{shown}, ...] of {len(values)}" if len(values) > 8 else f"[{shown}]"

@@ -1,0 +1,1 @@
+"""The public function of each operator: documentation, checks, schema, fake kernel and autograd."""

@@ -1,0 +1,142 @@
+"""From hidden states to the policy loss and its gradient, in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vgpo_kernels import checks
+from vgpo_kernels.config import VGPOConfig
+from vgpo_kernels.ops import registry
+from vgpo_kernels.ops.policy_loss import (
+    POLICY_METRICS,
+    PolicyLoss,
+    fake_loss,
+    loss_arguments,
+    save_gradients,
+    scaled_gradients,
+    unpack,
+)
+from vgpo_kernels.ops.visual_weights import FOCUS_METRICS
+from vgpo_kernels.reference import vgpo_loss as reference
+
+METRICS = POLICY_METRICS + FOCUS_METRICS
+
+
+def vgpo_loss(
+    hidden: Tensor,
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    visual_mask: Tensor | None,
+    response_mask: Tensor,
+    group_ids: Tensor,
+    config: VGPOConfig,
+    *,
+    cu_seqlens: Tensor | None = None,
+    prototype: Tensor | None = None,
+    prototype_index: Tensor | None = None,
+    **policy_loss_options: Any,
+) -> PolicyLoss:
+    """Visual focus, factors and policy loss of whole groups in one call (paper, Eq. 3-11).
+
+    Equal to :func:`visual_focus`, :func:`visual_weights` and :func:`policy_loss` one after the other. Every
+    group must be whole: where groups straddle micro-batches or ranks, call those three, with
+    :func:`group_weights` between.
+
+    Args:
+        hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
+            float32, bfloat16 or float16. Detached: the loss is differentiable in ``logp``, not in the signal.
+        logp: Log-probabilities (natural logarithm) under the policy, ``[B, T]`` or ``[N]``; differentiable.
+        old_logp: The same under the policy that generated the responses.
+        advantages: Per response ``[B]`` or per token.
+        visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``; may be ``None`` where
+            ``prototype`` is given.
+        response_mask: True at scored response tokens, bool or integer, ``[B, T]`` with T <= S (the last T
+            positions) or ``[N]``.
+        group_ids: Responses to one prompt share an id, integer ``[B]``.
+        config: The settings of the factors.
+        cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
+        prototype: Prototypes ``[P, D]``, as in :func:`visual_focus`; a row of zeros means no image.
+        prototype_index: Row of ``prototype`` for each response, integer ``[B]``, -1 for no image.
+        **policy_loss_options: Every keyword of :func:`policy_loss` but ``factors``.
+
+    Returns:
+        A :class:`PolicyLoss`, whose metrics are those of :func:`policy_loss` and of :func:`visual_weights`.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype, or an option is unknown.
+        ValueError: Shapes, devices, boundaries or options do not fit together.
+
+    """
+    hidden, boundaries = checks.hidden_states(hidden, cu_seqlens)
+    mask, _ = checks.response_layout(response_mask, boundaries, hidden.device)
+    checks.response_rows(mask, hidden)
+    visible, means, rows = checks.image(visual_mask, prototype, prototype_index, hidden, mask, boundaries)
+    batch = checks.batch_size(mask, boundaries)
+    groups = checks.per_response_integers("group_ids", group_ids, batch, mask.device)
+    floats = checks.settings("config", config, VGPOConfig).as_floats()
+    current = checks.per_token("logp", logp, mask, detach=False)
+    arguments, options = loss_arguments(mask, boundaries, old_logp, advantages, **policy_loss_options)
+    dtype = checks.compute_dtype(hidden, means, current, *arguments)
+    old, advantage, *optional = arguments
+    result = registry.call(
+        "vgpo_loss",
+        mask.device,
+        dtype,
+        hidden,
+        current,
+        old,
+        advantage,
+        visible,
+        mask,
+        groups,
+        boundaries,
+        means,
+        rows,
+        *optional,
+        floats,
+        options,
+    )
+    return unpack(result, METRICS, dtype)
+
+
+def _fake(
+    hidden: Tensor,
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    visual_mask: Tensor | None,
+    response_mask: Tensor,
+    group_ids: Tensor,
+    cu_seqlens: Tensor | None,
+    prototype: Tensor | None,
+    prototype_index: Tensor | None,
+    ref_logp: Tensor | None,
+    entropy: Tensor | None,
+    importance_weights: Tensor | None,
+    num_tokens: Tensor | None,
+    num_sequences: Tensor | None,
+    config: list[float],
+    options: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake_loss(logp, entropy, len(METRICS))
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_logp, grad_entropy = scaled_gradients(ctx, grad_loss)
+    # One gradient an argument: logp is the second, entropy the twelfth of seventeen.
+    return None, grad_logp, *(None,) * 9, grad_entropy, *(None,) * 5
+
+
+registry.define(
+    reference.vgpo_loss,
+    "(Tensor hidden, Tensor logp, Tensor old_logp, Tensor advantages, Tensor? visual_mask, Tensor response_mask, "
+    "Tensor group_ids, Tensor? cu_seqlens, Tensor? prototype, Tensor? prototype_index, Tensor? ref_logp, "
+    "Tensor? entropy, Tensor? importance_weights, Tensor? num_tokens, Tensor? num_sequences, float[] config, "
+    "float[] options) -> (Tensor loss, Tensor grad_logp, Tensor grad_entropy, Tensor metrics)",
+    _fake,
+    setup_context=save_gradients,
+    backward=_backward,
+)

@@ -1,0 +1,106 @@
+"""Visual prototypes, and the visual focus of response tokens on them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels import checks
+from vgpo_kernels.ops import registry
+from vgpo_kernels.reference import visual_focus as reference
+
+
+def visual_prototype(hidden: Tensor, visual_mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Mean hidden state of each response's image (or video) tokens, the prototype mu (paper, Eq. 3).
+
+    Args:
+        hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
+            float32, bfloat16 or float16. Detached: no gradient flows into the signal.
+        visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``. Any number of spans.
+        cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
+
+    Returns:
+        Prototypes ``[B, D]``, float32; zeros for a response without visual tokens.
+
+    Raises:
+        TypeError: An argument is not a tensor or has the wrong dtype.
+        ValueError: Shapes, devices or boundaries do not fit together.
+
+    """
+    hidden, boundaries = checks.hidden_states(hidden, cu_seqlens)
+    visible = checks.visual_mask(visual_mask, hidden)
+    dtype = checks.compute_dtype(hidden)
+    means = registry.call("visual_prototype", hidden.device, dtype, hidden, visible, boundaries)
+    return means.to(dtype)  # type: ignore[no-any-return]
+
+
+def visual_focus(
+    hidden: Tensor,
+    visual_mask: Tensor | None,
+    response_mask: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    prototype: Tensor | None = None,
+    prototype_index: Tensor | None = None,
+) -> Tensor:
+    """Cosine similarity of each response token's hidden state with its image's prototype (paper, Eq. 4).
+
+    ``cos = <h, mu> / max(|h| |mu|, 1e-8)``, where h is the hidden state at the token itself.
+
+    Args:
+        hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
+            float32, bfloat16 or float16. Detached. Rows off both masks are never read.
+        visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``; may be ``None`` where
+            ``prototype`` is given.
+        response_mask: True at scored response tokens, bool or integer: ``[B, T]`` with T <= S for the last T
+            positions, or ``[N]``. May have holes.
+        cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
+        prototype: Prototypes ``[P, D]`` to use instead of the mean of ``visual_mask``'s tokens: the responses of
+            one prompt share their image, so one row a prompt is enough.
+        prototype_index: Row of ``prototype`` for each response, integer ``[B]``, -1 for no image; without it
+            ``prototype`` has a row a response.
+
+    Returns:
+        Cosines in ``response_mask``'s shape, float32; 0 off the mask and in responses without an image.
+
+    Raises:
+        TypeError: An argument is not a tensor or has the wrong dtype.
+        ValueError: Shapes, devices, boundaries or indices do not fit together.
+
+    """
+    hidden, boundaries = checks.hidden_states(hidden, cu_seqlens)
+    mask, _ = checks.response_layout(response_mask, boundaries, hidden.device)
+    checks.response_rows(mask, hidden)
+    visible, means, rows = checks.image(visual_mask, prototype, prototype_index, hidden, mask, boundaries)
+    dtype = checks.compute_dtype(hidden, means)
+    cos = registry.call("visual_focus", hidden.device, dtype, hidden, visible, mask, boundaries, means, rows)
+    return cos.to(dtype)  # type: ignore[no-any-return]
+
+
+def _fake_prototype(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    batch = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return hidden.new_empty((batch, hidden.shape[-1]), dtype=torch.float32)
+
+
+def _fake_focus(
+    hidden: Tensor,
+    visual_mask: Tensor | None,
+    response_mask: Tensor,
+    cu_seqlens: Tensor | None,
+    prototype: Tensor | None,
+    prototype_index: Tensor | None,
+) -> Tensor:
+    return hidden.new_empty(response_mask.shape, dtype=torch.float32)
+
+
+registry.define(
+    reference.visual_prototype,
+    "(Tensor hidden, Tensor visual_mask, Tensor? cu_seqlens) -> Tensor",
+    _fake_prototype,
+)
+registry.define(
+    reference.visual_focus,
+    "(Tensor hidden, Tensor? visual_mask, Tensor response_mask, Tensor? cu_seqlens, Tensor? prototype, "
+    "Tensor? prototype_index) -> Tensor",
+    _fake_focus,
+)

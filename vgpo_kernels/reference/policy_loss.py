@@ -1,0 +1,210 @@
+"""The policy losses of the field in plain PyTorch, differentiable by autograd in ``logp`` and ``entropy``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels.config import PolicyLossOptions
+from vgpo_kernels.reference.layout import Tokens, tokens_of
+
+SEQUENCE_LEVEL = ("gspo", "gspo_token")
+
+
+def policy_loss(
+    logp: Tensor,  # [B, T] or [N], as every per-token tensor
+    old_logp: Tensor,
+    advantages: Tensor,  # [B] or per token
+    response_mask: Tensor,
+    factors: Tensor | None,  # per token
+    cu_seqlens: Tensor | None,  # [B + 1]
+    ref_logp: Tensor | None,  # per token
+    entropy: Tensor | None,  # per token
+    importance_weights: Tensor | None,  # [B] or per token
+    num_tokens: Tensor | None,  # []
+    num_sequences: Tensor | None,  # []
+    options: list[float],
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and the policy metrics ``[15]``; the advantage of a token is ``advantages * factors``."""
+    settings = PolicyLossOptions.from_floats(options)
+    tokens = tokens_of(response_mask, cu_seqlens)
+    valid = tokens.valid
+
+    def per_token(values: Tensor) -> Tensor:
+        spread = values.dim() == 1 and values.shape[0] == tokens.batch
+        flat = tokens.spread(values) if spread else values.reshape(-1)
+        return torch.where(valid, flat.to(dtype), torch.zeros((), dtype=dtype, device=flat.device))
+
+    current = per_token_values(logp, valid, dtype)
+    advantage = per_token(advantages)
+    if factors is not None:
+        advantage = advantage * per_token_values(factors, valid, dtype)
+    log_ratio = current - per_token_values(old_logp, valid, dtype)
+    if settings.ratio_clamp is not None:
+        log_ratio_of_tokens = log_ratio.clamp(-settings.ratio_clamp, settings.ratio_clamp)
+    else:
+        log_ratio_of_tokens = log_ratio
+    ratio = _ratio(log_ratio, current, tokens, settings)
+    surrogate, clipped = _surrogate(ratio, current, advantage, settings)
+    if importance_weights is not None:
+        surrogate = surrogate * _importance(per_token(importance_weights), settings)
+
+    token_loss = surrogate
+    kl = torch.zeros_like(current)
+    if ref_logp is not None:
+        kl = _kl(per_token_values(ref_logp, valid, dtype) - current, settings)
+        if settings.kl_bias_correction:
+            kl = kl * ratio
+        token_loss = token_loss + settings.kl_coef * kl
+    bonus = torch.zeros_like(current)
+    if entropy is not None:
+        bonus = per_token_values(entropy, valid, dtype)
+        token_loss = token_loss - settings.entropy_coef * bonus
+
+    weight = _token_weight(tokens, settings, num_tokens, num_sequences, dtype)
+    loss = torch.where(valid, token_loss * weight, torch.zeros_like(token_loss)).sum()
+    scale = torch.ones_like(current) if factors is None else per_token_values(factors, valid, dtype)
+    old_kl = log_ratio_of_tokens.exp() - 1 - log_ratio_of_tokens
+    return loss, _metrics(valid, clipped, ratio, old_kl, kl, bonus, scale).detach()
+
+
+def per_token_values(values: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Flatten a per-token tensor and replace what lies off the mask, where anything may stand, by zero."""
+    flat = values.reshape(-1).to(dtype)
+    return torch.where(valid, flat, torch.zeros_like(flat))
+
+
+def _ratio(log_ratio: Tensor, current: Tensor, tokens: Tokens, settings: PolicyLossOptions) -> Tensor:
+    """Probability ratio of each token, or of its whole sequence."""
+    if settings.loss_type in SEQUENCE_LEVEL:
+        mean = tokens.total(log_ratio) / tokens.length.clamp(min=1)
+        log_ratio = tokens.spread(mean)
+        if settings.loss_type == "gspo_token":
+            # The sequence ratio in value, each token's own gradient.
+            log_ratio = log_ratio.detach() + current - current.detach()
+    if settings.ratio_clamp is not None:
+        log_ratio = log_ratio.clamp(-settings.ratio_clamp, settings.ratio_clamp)
+    return log_ratio.exp()
+
+
+def _surrogate(
+    ratio: Tensor, current: Tensor, advantage: Tensor, settings: PolicyLossOptions
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Surrogate loss of each token, and where it was clipped: below, above, and by the dual clip."""
+    low, high = 1 - settings.epsilon_low, 1 + settings.epsilon_high
+    nowhere = torch.zeros_like(ratio, dtype=torch.bool)
+    if settings.loss_type == "cispo":
+        if settings.cispo_cap is not None:
+            low, high = -math.inf, settings.cispo_cap
+        weight = ratio.clamp(low, high).detach()
+        return -advantage * weight * current, (ratio < low, ratio > high, nowhere)
+    if settings.loss_type == "sapo":
+        temperature = torch.where(
+            advantage > 0, settings.sapo_temperature_positive, settings.sapo_temperature_negative
+        ).to(ratio.dtype)
+        gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
+        return -advantage * gate, (nowhere, nowhere, nowhere)
+    bounded = ratio if settings.dual_clip is None else ratio.clamp(max=settings.dual_clip)
+    # The dual clip acts where the advantage is negative: elsewhere the ordinary clip is the tighter one.
+    bounded = torch.where(advantage < 0, bounded, ratio)
+    loss = torch.maximum(-advantage * bounded, -advantage * ratio.clamp(low, high))
+    dual = nowhere if settings.dual_clip is None else (advantage < 0) & (ratio > settings.dual_clip)
+    return loss, ((ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0), dual)
+
+
+def _importance(weights: Tensor, settings: PolicyLossOptions) -> Tensor:
+    if settings.importance_cap is None:
+        return weights
+    if settings.importance_mode == "truncate":
+        return weights.clamp(max=settings.importance_cap)
+    return torch.where(weights > settings.importance_cap, torch.zeros_like(weights), weights)
+
+
+def _kl(log_ratio: Tensor, settings: PolicyLossOptions) -> Tensor:
+    """KL(policy || reference) of each token, from ``log_ratio = ref_logp - logp``."""
+    if settings.kl_estimator == "k1":
+        return -log_ratio
+    if settings.kl_estimator == "k2":
+        return log_ratio.square() / 2
+    if settings.kl_estimator == "k3":
+        return log_ratio.exp() - log_ratio - 1
+    log_ratio = log_ratio.clamp(-20, 20)
+    return (log_ratio.exp() - log_ratio - 1).clamp(-10, 10)
+
+
+def _token_weight(
+    tokens: Tokens,
+    settings: PolicyLossOptions,
+    num_tokens: Tensor | None,
+    num_sequences: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Share of each token's loss in the total: what makes a sum an aggregation."""
+    length = tokens.length.to(dtype)
+
+    def nonzero(count: Tensor) -> Tensor:
+        return torch.where(count == 0, torch.ones_like(count), count)
+
+    if settings.aggregation == "token-mean":
+        total = length.sum() if num_tokens is None else num_tokens.to(dtype)
+        return tokens.spread((1 / nonzero(total)).expand(tokens.batch))
+    batch = length.new_full((), float(tokens.batch)) if num_sequences is None else num_sequences.to(dtype)
+    share = 1 / nonzero(batch)
+    if settings.aggregation == "seq-mean-token-mean":
+        return tokens.spread(share / nonzero(length))
+    if settings.aggregation == "seq-mean-token-sum-norm":
+        assert settings.max_length is not None
+        share = share / settings.max_length
+    return tokens.spread(share.expand(tokens.batch))
+
+
+def _metrics(
+    valid: Tensor,
+    clipped: tuple[Tensor, Tensor, Tensor],
+    ratio: Tensor,
+    old_kl: Tensor,
+    kl: Tensor,
+    entropy: Tensor,
+    factors: Tensor,
+) -> Tensor:
+    """Return the metrics in the order of POLICY_METRICS."""
+    share = valid.to(ratio.dtype)
+    number = share.sum()
+    any_valid = number > 0
+
+    def mean(values: Tensor) -> Tensor:
+        chosen = torch.where(valid, values.to(ratio.dtype), torch.zeros_like(ratio))
+        return chosen.sum() / number.clamp(min=1)
+
+    def extreme(values: Tensor, largest: bool) -> Tensor:
+        empty = -math.inf if largest else math.inf
+        chosen = torch.where(valid, values, torch.full_like(values, empty))
+        chosen = torch.cat([chosen, chosen.new_full((1,), empty)])
+        found = chosen.amax() if largest else chosen.amin()
+        return torch.where(any_valid, found, torch.zeros_like(found))
+
+    low, high, dual = clipped
+    factor_mean = mean(factors)
+    return torch.stack(
+        [
+            mean(low | high),
+            mean(low),
+            mean(high),
+            mean(dual),
+            mean(ratio),
+            extreme(ratio, largest=False),
+            extreme(ratio, largest=True),
+            mean(old_kl),
+            mean(kl),
+            mean(entropy),
+            factor_mean,
+            extreme(factors, largest=False),
+            extreme(factors, largest=True),
+            mean((factors - factor_mean).square()).sqrt(),
+            number,
+        ]
+    )
