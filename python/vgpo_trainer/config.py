@@ -47,52 +47,30 @@ class VGPOTrainingConfig(GRPOConfig):
     logging_steps: float = field(default=1, metadata={"help": "Log every this many optimisation steps."})
 
     vgpo: str | None = field(default="paper", metadata={"help": "Preset: paper, released or none."})
-    vgpo_signal: str = field(
-        default="auto", metadata={"help": "Source of hidden states: auto, scoring or loss."}
-    )
+    vgpo_signal: str = field(default="auto", metadata={"help": "Source of hidden states: auto, scoring or loss."})
     vgpo_diagnostics: bool = field(
         default=False, metadata={"help": "Log the visual signal even without VGPO; the loss does not change."}
     )
     rollout_samples: int = field(default=64, metadata={"help": "How many of the latest responses to keep."})
 
     vgpo_beta: float | None = field(default=None, metadata={"help": "Strength of the compensation."})
-    vgpo_tail_ratio: float | None = field(
-        default=None, metadata={"help": "Share of a response that is its tail."}
-    )
-    vgpo_top_ratio: float | None = field(
-        default=None, metadata={"help": "Share of the tail that passes the gate."}
-    )
+    vgpo_tail_ratio: float | None = field(default=None, metadata={"help": "Share of a response that is its tail."})
+    vgpo_top_ratio: float | None = field(default=None, metadata={"help": "Share of the tail that passes the gate."})
     vgpo_schedule: str | None = field(default=None, metadata={"help": "linear, exponential or step."})
-    vgpo_start_ratio: float | None = field(
-        default=None, metadata={"help": "Position where compensation starts."}
-    )
-    vgpo_exponent: float | None = field(
-        default=None, metadata={"help": "Exponent of the exponential schedule."}
-    )
+    vgpo_start_ratio: float | None = field(default=None, metadata={"help": "Position where compensation starts."})
+    vgpo_exponent: float | None = field(default=None, metadata={"help": "Exponent of the exponential schedule."})
     vgpo_step_ratio: float | None = field(default=None, metadata={"help": "Position of the step schedule."})
-    vgpo_gate: bool | None = field(
-        default=None, metadata={"help": "Compensate only the tail's strongest tokens."}
-    )
-    vgpo_intra: bool | None = field(
-        default=None, metadata={"help": "Re-weight the tokens of a response."}
-    )
-    vgpo_inter: bool | None = field(
-        default=None, metadata={"help": "Re-weight the responses of a prompt."}
-    )
+    vgpo_gate: bool | None = field(default=None, metadata={"help": "Compensate only the tail's strongest tokens."})
+    vgpo_intra: bool | None = field(default=None, metadata={"help": "Re-weight the tokens of a response."})
+    vgpo_inter: bool | None = field(default=None, metadata={"help": "Re-weight the responses of a prompt."})
     vgpo_score: str | None = field(default=None, metadata={"help": "affine or offset."})
     vgpo_score_offset: float | None = field(
         default=None, metadata={"help": "The offset; default: the rollout batch's."}
     )
     vgpo_position: str | None = field(default=None, metadata={"help": "one_based or zero_based."})
-    vgpo_accumulation: str | None = field(
-        default=None, metadata={"help": "compensated, normalized or mean."}
-    )
-    vgpo_intra_clamp: list[float] | None = field(
-        default=None, metadata={"help": "Range of the token factor."}
-    )
-    vgpo_inter_clamp: list[float] | None = field(
-        default=None, metadata={"help": "Range of the trajectory factor."}
-    )
+    vgpo_accumulation: str | None = field(default=None, metadata={"help": "compensated, normalized or mean."})
+    vgpo_intra_clamp: list[float] | None = field(default=None, metadata={"help": "Range of the token factor."})
+    vgpo_inter_clamp: list[float] | None = field(default=None, metadata={"help": "Range of the trajectory factor."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +87,12 @@ class VGPOTrainingConfig(GRPOConfig):
             names = ", ".join(f"vgpo_{name}" for name in changes)
             raise ValueError(f"{names} has no effect with vgpo=None; name a preset or leave it out")
         self.vgpo_config()
+        if self.vgpo_signal == "loss" and not self._loss_signal_is_exact():
+            raise ValueError(
+                "vgpo_signal='loss' needs the whole generation batch in one micro-batch, used once: "
+                f"steps_per_generation=1 and num_iterations=1, got {self.steps_per_generation} and "
+                f"{self.num_iterations}; vgpo_signal='auto' pays for a pass of its own only where it has to"
+            )
 
     def vgpo_config(self) -> VGPOConfig | None:
         """Return the settings of the visual signal: the preset with the changes made to it; ``None`` without VGPO."""
@@ -116,6 +100,24 @@ class VGPOTrainingConfig(GRPOConfig):
             return None
         preset = VGPOConfig.paper if self.vgpo == "paper" else VGPOConfig.released
         return preset(**self._changes())
+
+    def signal_source(self) -> str:
+        """Return where the hidden states of a training batch come from: ``"loss"`` or ``"scoring"``."""
+        if self.vgpo_signal != "auto":
+            return self.vgpo_signal
+        return "loss" if not self._scores_anyway() and self._loss_signal_is_exact() else "scoring"
+
+    def _scores_anyway(self) -> bool:
+        """Whether TRL computes old log-probabilities, by a pass that hidden states can be read from."""
+        uses = self.steps_per_generation * self.num_iterations
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        return bool(self.gradient_accumulation_steps % uses != 0 or corrects)
+
+    def _loss_signal_is_exact(self) -> bool:
+        """Whether a micro-batch, over all processes, holds everything that its responses are compared with."""
+        config = self.vgpo_config() or VGPOConfig.paper()
+        alone = not config.inter and (config.score == "affine" or config.score_offset is not None)
+        return bool(self.num_iterations == 1 and (alone or self.steps_per_generation == 1))
 
     def _changes(self) -> dict[str, Any]:
         """Fields of VGPOConfig that differ from the preset, by their names there."""

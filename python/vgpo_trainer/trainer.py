@@ -29,4 +29,514 @@ Records of an evaluation have the same keys with the prefix ``eval_``.
 **Rollouts for a report.** ``trainer.rollout_samples`` is a bounded list (``args.rollout_samples``) of
 :class:`~vgpo_trainer.rollouts.RolloutSample`: prompt, images, tokens, per-token cosine, psi and factor, phi, reward,
 advantage, late/early ratio, and ``correct`` where a reward function reports it with ``log_extra("correct", [...])``.
+
+**Where the signal comes from.** See ``vgpo_signal`` of :class:`~vgpo_trainer.config.VGPOTrainingConfig`. TRL shuffles a
+generation batch and cuts it into micro-batches, so the responses of a prompt part. They keep the id of their prompt,
+and with ``"scoring"`` their factors are known before TRL shuffles; with ``"loss"`` no batch is ever cut.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from vgpo_kernels import VGPOConfig, policy_loss
+from vgpo_kernels.integrations.transformers import capture_hidden_states, final_norm, visual_token_ids
+from vgpo_trainer.callbacks import MetricsFile
+from vgpo_trainer.config import VGPOTrainingConfig
+from vgpo_trainer.rollouts import (
+    PendingRollout,
+    RolloutRecorder,
+    RolloutSample,
+    prompt_ids,
+    prompt_text,
+    row_images,
+)
+from vgpo_trainer.visual_signal import FocusPass, VisualSignal, compute_signal, image_positions
+
+# Inputs of a forward pass beside the tokens, as TRL's batches and its log-probability pass name them.
+FORWARD_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+# How TRL aggregates each loss type, in policy_loss's words.
+AGGREGATIONS = {
+    "grpo": "seq-mean-token-mean",
+    "sapo": "seq-mean-token-mean",
+    "bnpo": "token-mean",
+    "dapo": "token-mean",
+    "cispo": "token-mean",
+    "dr_grpo": "seq-mean-token-sum-norm",
+}
+CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo")
+
+POLICY_RECORD = {  # metric of policy_loss: key of the log
+    "clip_fraction_low": "clip_ratio/low_mean",
+    "clip_fraction_high": "clip_ratio/high_mean",
+    "clip_fraction": "clip_ratio/region_mean",
+    "entropy": "entropy",
+    "approx_kl": "vgpo/old_policy_kl",
+}
+
+
+class VGPOTrainer(GRPOTrainer):  # type: ignore[misc]
+    """:class:`trl.GRPOTrainer` with visually-guided advantages; its arguments are TRL's.
+
+    Args:
+        model: As TRL's: a name, a path, a model or a PEFT model. With VGPO on, a vision-language model whose image
+            tokens are in its sequence.
+        reward_funcs: As TRL's.
+        args: Settings; default: ``VGPOTrainingConfig("<model>-VGPO")``.
+        train_dataset: As TRL's. Rows that share prompt and images (or a ``prompt_id`` column) form a group.
+        eval_dataset: As TRL's.
+        processing_class: As TRL's.
+        **others: The rest of TRL's arguments, by name.
+
+    Raises:
+        TypeError: ``args`` is not a :class:`VGPOTrainingConfig`.
+        ValueError: A setting of TRL that this trainer does not carry, or a model without visual tokens.
+
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "vgpo"]
+    _name = "VGPO"
+    _paper: ClassVar[dict[str, str]] = {"title": "Visually-Guided Policy Optimization", "id": "2604.09349"}
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: VGPOTrainingConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **others: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = VGPOTrainingConfig(f"{Path(name).name}-VGPO")
+        if not isinstance(args, VGPOTrainingConfig):
+            raise TypeError(f"args must be a VGPOTrainingConfig, got {type(args).__name__}")
+        refuse_unsupported(args)
+        self._vgpo = args.vgpo_config()
+        # What the signal is computed with; diagnostics without VGPO look at a run through the paper's eyes.
+        self._signal_config = self._vgpo or (VGPOConfig.paper() if args.vgpo_diagnostics else None)
+        self._scoring = False
+        self._scored: list[tuple[Tensor, FocusPass]] = []
+        self._rewards: Tensor | None = None
+        self._correct: list[Any] = []
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **others)
+        if self._signal_config is not None:
+            final_norm(self.model)
+            self._visual_tokens = visual_token_ids(self.model)
+        capacity = args.rollout_samples if self.accelerator.is_main_process else 0
+        self._recorder = RolloutRecorder(capacity, lambda token: self._tokenizer.decode([token]))
+        self.add_callback(MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
+
+    @property
+    def rollout_samples(self) -> list[RolloutSample]:
+        """The latest responses with their visual signal, oldest first; on the main process only."""
+        return list(self._recorder.samples)
+
+    # Rollouts: what TRL generates and scores, with the id of its prompt and, where it is known by then, its factors.
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        for row in inputs:
+            refuse_video(row)
+        mode = "train" if self.model.training else "eval"
+        # In evaluation a batch is neither cut nor used twice.
+        source = self.args.signal_source() if mode == "train" else "loss"
+        groups = None if self._signal_config is None else prompt_ids(inputs, self.accelerator.device)
+        self._scored = []
+        self._scoring = groups is not None and source == "scoring"
+        try:
+            batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        finally:
+            self._scoring = False
+
+        batch["rollout_index"] = torch.arange(len(inputs), device=self.accelerator.device)
+        if self._recorder.enabled:
+            self._recorder.begin(self._pending_rollouts(inputs, batch["advantages"], mode))
+        if groups is None:
+            self._record(batch, None)
+        else:
+            batch["prompt_group"] = groups
+            if source == "scoring":
+                focus = self._focus_of_old_policy(batch) or self._scoring_pass(batch, mode)
+                batch["visual_factors"] = self._visual_signal(batch, focus, mode).factors
+        self._scored = []
+        return batch
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        begin = self.accelerator.process_index * len(prompts)
+        local = rewards[begin : begin + len(prompts)]
+        total = (local * self.reward_weights.to(local.device)).nansum(dim=1)
+        self._rewards = total.masked_fill(local.isnan().all(dim=1), torch.nan)
+        self._correct = list(self._pending_extra_logs.get("correct", []))
+        return rewards
+
+    def _pending_rollouts(
+        self, inputs: Sequence[Mapping[str, Any]], advantages: Tensor, mode: str
+    ) -> list[PendingRollout]:
+        assert self._rewards is not None
+        correct = self._correct if len(self._correct) == len(inputs) else [None] * len(inputs)
+        return [
+            PendingRollout(
+                step=self.state.global_step,
+                mode=mode,
+                prompt=prompt_text(row.get("prompt", "")),
+                images=row_images(row),
+                answer=None if row.get("answer") is None else str(row["answer"]),
+                reward=reward,
+                advantage=advantage,
+                correct=None if right is None else bool(right),
+            )
+            for row, reward, advantage, right in zip(
+                inputs, self._rewards.tolist(), advantages.tolist(), correct, strict=True
+            )
+        ]
+
+    # The visual signal: phase one wherever the policy's hidden states pass by, phase two over all processes.
+
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *rest: Any, **named: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's pass; before the loss, the policy's hidden states are scored on the way."""
+        arguments = (model, input_ids, attention_mask, logits_to_keep, *rest)
+        if not self._scoring or model is not self.model:
+            return super()._get_per_token_logps_and_entropies(*arguments, **named)  # type: ignore[no-any-return]
+        focus = self._focus_pass(input_ids, attention_mask, attention_mask[:, -logits_to_keep:])
+        with capture_hidden_states(model, focus):
+            result = super()._get_per_token_logps_and_entropies(*arguments, **named)
+        self._scored.append((result[0], focus))
+        return result  # type: ignore[no-any-return]
+
+    def _focus_pass(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> FocusPass:
+        images = image_positions(input_ids, attention_mask, response_mask, self._visual_tokens)
+        return FocusPass(images, response_mask)
+
+    def _focus_of_old_policy(self, batch: Mapping[str, Any]) -> FocusPass | None:
+        """Focus that was scored on the way to the old log-probabilities, if TRL computed any.
+
+        That pass does not know which completion tokens are tool output, hence which images a tool showed.
+        """
+        old = batch.get("old_per_token_logps")
+        if old is None or "tool_mask" in batch:
+            return None
+        # The reference's pass of a PEFT model goes through the same model, with its adapter off.
+        return next(focus for logps, focus in self._scored if logps is old)
+
+    def _scoring_pass(self, batch: Mapping[str, Any], mode: str) -> FocusPass:
+        """Score the policy's hidden states of a whole generation batch: one forward pass without its LM head."""
+        sequence = Sequences.of(batch)
+        focus = self._focus_pass(sequence.input_ids, sequence.attention_mask, sequence.response_mask)
+        size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), checkpointing, capture_hidden_states(self.model, focus):
+            super()._get_per_token_logps_and_entropies(
+                WithoutHead(self.model),
+                sequence.input_ids,
+                sequence.attention_mask,
+                sequence.response_mask.shape[1],
+                batch_size=size,
+                **{name: batch.get(name) for name in FORWARD_INPUTS},
+            )
+        return focus
+
+    def _visual_signal(self, batch: Mapping[str, Any], focus: FocusPass, mode: str) -> VisualSignal:
+        assert self._signal_config is not None
+        response_mask = Sequences.of(batch).response_mask
+        signal = compute_signal(
+            focus.cos,
+            response_mask,
+            batch["prompt_group"],
+            focus.image_mask.any(dim=1),
+            self._signal_config,
+            gather=self.accelerator.gather,
+            process_index=self.accelerator.process_index,
+        )
+        self._record(batch, signal)
+        self._log_signal(signal, response_mask, mode)
+        return signal
+
+    def _record(self, batch: Mapping[str, Any], signal: VisualSignal | None) -> None:
+        if not self._recorder.enabled:
+            return
+        response_mask = Sequences.of(batch).response_mask
+        zeros = torch.zeros(response_mask.shape, device=response_mask.device)
+        ones, nothing = torch.ones_like(zeros), zeros.sum(dim=1)
+        self._recorder.complete(
+            batch["rollout_index"],
+            batch["completion_ids"],
+            batch["completion_mask"],
+            response_mask,
+            cos=zeros if signal is None else signal.cos,
+            psi=zeros if signal is None else signal.psi,
+            factors=ones if signal is None or self._vgpo is None else signal.factors,
+            phi=nothing if signal is None else signal.phi,
+            late_early=nothing + torch.nan if signal is None else signal.late_early,
+        )
+
+    # The loss.
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        mode = "train" if self.model.training else "eval"
+        sequence = Sequences.of(inputs)
+        mask = sequence.response_mask
+        focus = None
+        if self._signal_config is not None and "visual_factors" not in inputs:
+            focus = self._focus_pass(sequence.input_ids, sequence.attention_mask, mask)
+        with nullcontext() if focus is None else capture_hidden_states(model, focus):
+            logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
+                model,
+                sequence.input_ids,
+                sequence.attention_mask,
+                mask.shape[1],
+                compute_entropy=True,
+                compute_aux_loss=self.aux_loss_enabled,
+                **{name: inputs.get(name) for name in FORWARD_INPUTS},
+            )
+        assert entropy is not None
+        factors = inputs.get("visual_factors")
+        if focus is not None:
+            factors = self._visual_signal(inputs, focus, mode).factors
+        if self._vgpo is None:
+            factors = None
+
+        old_logp = inputs.get("old_per_token_logps")
+        old_logp = logp.detach() if old_logp is None else old_logp
+        entropy_mask = None
+        if self.top_entropy_quantile < 1.0:
+            entropy_mask = self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
+        loss, metrics = policy_loss(
+            logp,
+            old_logp,
+            inputs["advantages"],
+            mask,
+            factors=factors,
+            ref_logp=inputs.get("ref_per_token_logps"),
+            entropy=entropy.detach(),  # for the metric; TRL's bonus has a denominator of its own
+            importance_weights=self._importance_weights(inputs, logp, old_logp, mask, entropy_mask),
+            **self._denominators(inputs, mask, mode),
+            **self._loss_options(),
+        )
+
+        accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
+        if self.entropy_coef != 0.0:
+            counted = mask if entropy_mask is None else mask * entropy_mask
+            mean_entropy = (entropy * counted).sum() / counted.sum().clamp(min=1)
+            loss = loss - self.entropy_coef * mean_entropy / accumulated
+        if self.aux_loss_enabled:
+            assert aux_loss is not None
+            loss = loss + self.router_aux_loss_coef * aux_loss / accumulated
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
+        self._log_policy(metrics, mode)
+        return loss
+
+    def _loss_options(self) -> dict[str, Any]:
+        """Options of policy_loss that spell TRL's loss."""
+        sequence_level = self.importance_sampling_level == "sequence"
+        return {
+            "loss_type": "gspo" if sequence_level else self.loss_type,
+            "aggregation": AGGREGATIONS[self.loss_type],
+            "epsilon_low": self.epsilon_low,
+            "epsilon_high": self.epsilon_high,
+            "dual_clip": self.args.delta if self.loss_type in CLIPPED else None,
+            "cispo_cap": self.epsilon_high if self.loss_type == "cispo" else None,
+            "sapo_temperature_positive": self.args.sapo_temperature_pos,
+            "sapo_temperature_negative": self.args.sapo_temperature_neg,
+            "kl_coef": self.beta,
+            "kl_estimator": "k3",
+            "kl_bias_correction": self.args.use_bias_correction_kl,
+            "ratio_clamp": None,
+        }
+
+    def _denominators(self, inputs: Mapping[str, Any], mask: Tensor, mode: str) -> dict[str, Any]:
+        """Denominators of TRL's normalisation, so that the sum over micro-batches and processes is the batch's loss."""
+        accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
+        if self.loss_type in ("dapo", "cispo"):
+            # The count spans the generation batches of all processes; gradients are averaged over processes.
+            tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+            if mode == "train":
+                tokens = tokens * accumulated / self.args.steps_per_generation
+            return {"num_tokens": tokens}
+        if self.loss_type == "bnpo":
+            return {"num_tokens": mask.sum().clamp(min=1) * accumulated}
+        return {"num_sequences": mask.shape[0] * accumulated, "max_length": self.max_completion_length}
+
+    def _importance_weights(
+        self,
+        inputs: Mapping[str, Any],
+        logp: Tensor,
+        old_logp: Tensor,
+        mask: Tensor,
+        entropy_mask: Tensor | None,
+    ) -> Tensor | None:
+        """Everything by which TRL multiplies the surrogate, ``[B, T]``: correction of vLLM's mismatch, and masks."""
+        weights = None
+        if self.off_policy_mask_threshold is not None:
+            weights = self.get_off_policy_mask(
+                advantages=inputs["advantages"][:, None],
+                per_token_logps=logp,
+                sampling_per_token_logps=inputs.get("sampling_per_token_logps", old_logp),
+                mask=mask,
+                off_policy_threshold=self.off_policy_mask_threshold,
+            ).float()
+        for factor in (entropy_mask, inputs.get("importance_sampling_ratio")):
+            if factor is not None:
+                weights = factor.float() if weights is None else weights * factor.float()
+        return None if weights is None else weights.expand(mask.shape)
+
+    # Records, through TRL's ordinary logging.
+
+    def _log_policy(self, metrics: Mapping[str, Tensor], mode: str) -> None:
+        names = dict(POLICY_RECORD)
+        if self.beta != 0.0:
+            names["ref_kl"] = "kl"
+        if self._vgpo is not None:
+            names["factor_mean"] = "vgpo/factor_mean"
+        means = torch.stack([metrics[name] for name in names])
+        number = metrics["num_tokens"]
+        totals = self.accelerator.reduce(torch.cat([means * number, number[None]]), reduction="sum")
+        for key, value in zip(names.values(), (totals[:-1] / totals[-1].clamp(min=1)).tolist(), strict=True):
+            self._metrics[mode][key].append(value)
+        if self._vgpo is not None:
+            extremes = self.accelerator.gather(torch.stack([metrics["factor_min"], metrics["factor_max"]])[None])
+            self._metrics[mode]["vgpo/factor_min"].append(extremes[:, 0].min().item())
+            self._metrics[mode]["vgpo/factor_max"].append(extremes[:, 1].max().item())
+
+    def _log_signal(self, signal: VisualSignal, response_mask: Tensor, mode: str) -> None:
+        tokens = response_mask.bool() & signal.weighted[:, None]
+        number, responses = tokens.sum().float(), signal.weighted.sum().float()
+        defined = signal.late_early.isfinite()
+        psi, phi = signal.psi[tokens], signal.phi[signal.weighted]
+        sums = torch.stack(
+            [
+                number,
+                responses,
+                defined.sum().float(),
+                torch.ones_like(responses) * response_mask.shape[0],
+                signal.cos[tokens].sum(),
+                signal.gate_rate * number,
+                signal.late_early[defined].sum(),
+                psi.sum(),
+                psi.square().sum(),
+                phi.sum(),
+                phi.square().sum(),
+            ]
+        )
+        number, responses, halves, batch, *values = self.accelerator.reduce(sums, reduction="sum").tolist()
+        cos, gate, late_early, psi_sum, psi_square, phi_sum, phi_square = values
+
+        def add(name: str, value: float, count: float) -> None:
+            self._metrics[mode][f"vgpo/{name}"].append(value / count if count else float("nan"))
+
+        add("visual_focus", cos, number)
+        add("gate_rate", gate, number)
+        add("late_early_ratio", late_early, halves)
+        add("psi_std", standard_deviation(psi_sum, psi_square, number), 1)
+        add("phi_std", standard_deviation(phi_sum, phi_square, responses), 1)
+        add("weighted_share", responses, batch)
+
+
+class Sequences(NamedTuple):
+    """The sequences of one of TRL's batches: prompts left-padded, completions right-padded.
+
+    Attributes:
+        input_ids: Prompt and completion, ``[B, P + T]``.
+        attention_mask: True at tokens, ``[B, P + T]``.
+        response_mask: True at completion tokens that the model sampled, ``[B, T]``: the last T positions.
+
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> Sequences:
+        """Join the prompts and completions of a batch; tool output is no response."""
+        response_mask = batch["completion_mask"]
+        if "tool_mask" in batch:
+            response_mask = response_mask * batch["tool_mask"]
+        return cls(
+            input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            response_mask=response_mask,
+        )
+
+
+class WithoutHead:
+    """Stands in for a model in TRL's log-probability pass, which then slices the inputs but computes no logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> SimpleNamespace:
+        """Run the decoder, and the head on one position, which models offer as their least."""
+        self.model(**inputs, use_cache=False, logits_to_keep=1)
+        return SimpleNamespace(log_probs=labels.new_zeros(labels.shape, dtype=torch.float32))
+
+
+def standard_deviation(total: float, squares: float, count: float) -> float:
+    """Population standard deviation from the sums of values and of their squares; NaN of nothing."""
+    if count == 0:
+        return float("nan")
+    return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
+
+
+def refuse_unsupported(args: VGPOTrainingConfig) -> None:
+    """Raise ValueError for settings of TRL that the loss of this trainer does not carry."""
+    if args.loss_type not in AGGREGATIONS:
+        raise ValueError(f"loss_type must be one of {', '.join(AGGREGATIONS)}, got {args.loss_type!r}")
+    if args.importance_sampling_level not in ("token", "sequence"):
+        raise ValueError(f"importance_sampling_level must be token or sequence, got {args.importance_sampling_level!r}")
+    if args.importance_sampling_level == "sequence" and args.loss_type not in CLIPPED:
+        raise ValueError(
+            f"importance_sampling_level='sequence' goes with loss_type {', '.join(CLIPPED)}, got {args.loss_type!r}"
+        )
+    epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if args.delta is not None and args.loss_type in CLIPPED and args.delta <= 1 + epsilon_high:
+        raise ValueError(
+            f"delta must exceed 1 + epsilon_high = {1 + epsilon_high}, got {args.delta}: it bounds what clipping leaves"
+        )
+    if args.use_adaptive_entropy:
+        raise ValueError("use_adaptive_entropy is not supported; set a fixed entropy_coef")
+    if args.vgpo is not None and args.torch_compile:
+        raise ValueError(
+            "torch_compile=True is not supported with VGPO: a compiled forward pass skips the hook that reads hidden "
+            "states"
+        )
+
+
+def refuse_video(row: Mapping[str, Any]) -> None:
+    """Raise ValueError for a dataset row with a video: TRL generates from videos, but trains without them."""
+    found = [name for name in ("video", "videos") if row.get(name) is not None]
+    prompt = row.get("prompt")
+    if not found and isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        contents = (message.get("content") for message in prompt)
+        parts = (part for content in contents if isinstance(content, list) for part in content)
+        found = ["prompt"] if any(part.get("type") == "video" for part in parts) else []
+    if found:
+        raise ValueError(
+            f"a row of the dataset has a video ({found[0]}), which GRPOTrainer leaves out of its training passes; give "
+            "its frames as images"
+        )

@@ -1,0 +1,229 @@
+"""Rollouts as a report reads them: the tokens of a response, and what the visual signal said about each."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+PROMPT_FIELDS = ("prompt", "image", "images")
+# Digests stay below 2^53, so that they survive a trip through a float64 tensor or a JSON file.
+_DIGEST_BITS = 53
+
+
+@dataclass(frozen=True)
+class RolloutSample:
+    """One response and its visual signal. Per-token lists have one entry for each token of ``tokens``.
+
+    Attributes:
+        step: Optimisation steps done when the response was generated.
+        mode: ``"train"`` or ``"eval"``.
+        prompt: Text of the prompt, with ``<image>`` where an image stands.
+        images: The prompt's images (PIL), in order.
+        answer: The row's ``answer`` column, ``None`` without one.
+        tokens: Text of each completion token, special tokens included.
+        scored: Whether a token was sampled by the model (tool output was not, and takes no part in the loss).
+        cos: Cosine of each token's hidden state to the image prototype.
+        psi: Intra-trajectory weight of each token.
+        factors: What each token's advantage is multiplied by; all 1 where VGPO is off.
+        phi: Inter-trajectory weight of the response.
+        reward: Weighted sum of the rewards; NaN if no reward function scored the response.
+        advantage: Group-relative advantage before the factors.
+        late_early_ratio: Visual focus of the second half over the first; NaN for a response shorter than two tokens
+            and for one without image.
+        correct: What a reward function reported with ``log_extra("correct", [...])``, else ``None``.
+
+    """
+
+    step: int
+    mode: str
+    prompt: str
+    images: list[Any]
+    answer: str | None
+    tokens: list[str]
+    scored: list[bool]
+    cos: list[float]
+    psi: list[float]
+    factors: list[float]
+    phi: float
+    reward: float
+    advantage: float
+    late_early_ratio: float
+    correct: bool | None
+
+
+@dataclass(frozen=True)
+class PendingRollout:
+    """What is known of a response before its visual signal is: everything but the per-token lists."""
+
+    step: int
+    mode: str
+    prompt: str
+    images: list[Any]
+    answer: str | None
+    reward: float
+    advantage: float
+    correct: bool | None
+
+
+class RolloutRecorder:
+    """Keeps the latest responses with their signal.
+
+    Args:
+        capacity: How many; 0 keeps none.
+        decode: Text of one token id.
+
+    """
+
+    def __init__(self, capacity: int, decode: Callable[[int], str]) -> None:
+        self.samples: deque[RolloutSample] = deque(maxlen=capacity)
+        self._decode = decode
+        self._pending: list[PendingRollout] = []
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is kept."""
+        return self.samples.maxlen != 0
+
+    def begin(self, pending: list[PendingRollout]) -> None:
+        """Start a generation batch; :meth:`complete` refers to its responses by their index."""
+        self._pending = pending
+
+    def complete(
+        self,
+        index: Tensor,  # [B]
+        completion_ids: Tensor,  # [B, T]
+        completion_mask: Tensor,  # [B, T]
+        response_mask: Tensor,  # [B, T]
+        cos: Tensor,  # [B, T]
+        psi: Tensor,  # [B, T]
+        factors: Tensor,  # [B, T]
+        phi: Tensor,  # [B]
+        late_early: Tensor,  # [B]
+    ) -> None:
+        """Record responses of the batch begun, now that their signal is known; at most as many as are kept."""
+        kept = slice(0, self.samples.maxlen)
+        masks = [mask[kept].bool().cpu() for mask in (completion_mask, response_mask)]
+        values = [value[kept].float().cpu() for value in (cos, psi, factors)]
+        ids = completion_ids[kept].cpu()
+        rows = zip(index[kept].tolist(), phi[kept].tolist(), late_early[kept].tolist(), strict=True)
+        for row, (pending_index, phi_of_row, ratio) in enumerate(rows):
+            known = self._pending[pending_index]
+            shown = masks[0][row]
+            per_token = [value[row][shown].tolist() for value in values]
+            self.samples.append(
+                RolloutSample(
+                    step=known.step,
+                    mode=known.mode,
+                    prompt=known.prompt,
+                    images=known.images,
+                    answer=known.answer,
+                    tokens=[self._decode(token) for token in ids[row][shown].tolist()],
+                    scored=masks[1][row][shown].tolist(),
+                    cos=per_token[0],
+                    psi=per_token[1],
+                    factors=per_token[2],
+                    phi=phi_of_row,
+                    reward=known.reward,
+                    advantage=known.advantage,
+                    late_early_ratio=ratio,
+                    correct=known.correct,
+                )
+            )
+
+
+def prompt_id(row: Mapping[str, Any]) -> int:
+    """Number that two dataset rows share exactly when they hold the same prompt and images.
+
+    It is what makes responses a group, whatever order they come in. A row's own ``prompt_id`` column, if there is
+    one, is what is compared; otherwise the prompt's messages and the pixels of its images are.
+
+    Raises:
+        TypeError: A prompt or image of a kind whose content cannot be compared.
+
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    if row.get("prompt_id") is not None:
+        _feed(digest, row["prompt_id"], "prompt_id")
+    else:
+        for name in PROMPT_FIELDS:
+            _feed(digest, row.get(name), name)
+    return int.from_bytes(digest.digest(), "big") >> (64 - _DIGEST_BITS)
+
+
+def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+    """Text of a plain or conversational prompt, with ``<image>`` where an image stands."""
+    if isinstance(prompt, str):
+        return prompt
+    parts: list[str] = []
+    for message in prompt:
+        content = message.get("content") or ""
+        if isinstance(content, str):
+            parts.append(content)
+            continue
+        texts = ("<image>" if part["type"] == "image" else part.get("text") or "" for part in content)
+        parts.append("".join(texts))
+    return "\n".join(parts)
+
+
+def row_images(row: Mapping[str, Any]) -> list[Any]:
+    """Images of a dataset row: its ``images`` or ``image`` column, or those inside its messages."""
+    if row.get("images") is not None:
+        return list(row["images"])
+    if row.get("image") is not None:
+        return [row["image"]]
+    prompt = row.get("prompt")
+    if prompt is None or isinstance(prompt, str):
+        return []
+    contents = (message["content"] for message in prompt if isinstance(message.get("content"), list))
+    parts = (part for content in contents for part in content)
+    return [part["image"] for part in parts if part.get("type") == "image" and part.get("image") is not None]
+
+
+def _feed(digest: Any, value: Any, where: str) -> None:
+    """Add a value to a digest, its kind and length first so that no two structures read alike."""
+    if isinstance(value, Image.Image):
+        _feed_bytes(digest, f"image {value.mode} {value.size}", value.tobytes())
+    elif isinstance(value, (np.ndarray, Tensor)):
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        _feed_bytes(digest, f"array {array.dtype} {array.shape}", np.ascontiguousarray(array).tobytes())
+    elif isinstance(value, (bytes, bytearray)):
+        _feed_bytes(digest, "bytes", bytes(value))
+    elif isinstance(value, (str, Path)):
+        _feed_bytes(digest, "text", str(value).encode())
+    elif value is None or isinstance(value, (bool, int, float)):
+        _feed_bytes(digest, type(value).__name__, repr(value).encode())
+    elif isinstance(value, Mapping):
+        # Tables pad messages with empty fields, so a missing field and an empty one are the same.
+        present = {str(key): item for key, item in value.items() if item is not None}
+        _feed_bytes(digest, f"mapping {len(present)}", b"")
+        for key in sorted(present):
+            _feed(digest, key, where)
+            _feed(digest, present[key], f"{where}.{key}")
+    elif isinstance(value, Sequence):
+        _feed_bytes(digest, f"sequence {len(value)}", b"")
+        for index, item in enumerate(value):
+            _feed(digest, item, f"{where}[{index}]")
+    else:
+        raise TypeError(
+            f"{where} is a {type(value).__name__}, whose content cannot be compared to tell prompts apart; add a "
+            "`prompt_id` column to the dataset"
+        )
+
+
+def _feed_bytes(digest: Any, kind: str, content: bytes) -> None:
+    digest.update(f"{kind} {len(content)}:".encode())
+    digest.update(content)
+
+
+def prompt_ids(rows: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
+    """Return :func:`prompt_id` of each row as int64 ``[B]``: the group ids of their responses."""
+    return torch.tensor([prompt_id(row) for row in rows], dtype=torch.int64, device=device)
