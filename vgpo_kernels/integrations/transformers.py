@@ -48,7 +48,10 @@ class CapturedHiddenStates:
 
         """
         if not self._passes:
-            raise RuntimeError("no forward pass of the model ran inside capture_hidden_states")
+            raise RuntimeError(
+                "no forward pass reached the final norm inside capture_hidden_states; a forward pass that torch.compile "
+                "compiled outside the block skips its hook"
+            )
         if len(self._passes) > 1:
             raise RuntimeError(
                 f"{len(self._passes)} forward passes ran inside capture_hidden_states, so `hidden` is ambiguous; "
