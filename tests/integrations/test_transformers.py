@@ -1,4 +1,4 @@
-"""The hook on the final norm and the visual mask, on models as transformers builds them (random weights, no download)."""
+"""The hook on the final norm and the visual mask, on models as transformers builds them, with random weights."""
 
 from __future__ import annotations
 

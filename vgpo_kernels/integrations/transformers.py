@@ -49,8 +49,8 @@ class CapturedHiddenStates:
         """
         if not self._passes:
             raise RuntimeError(
-                "no forward pass reached the final norm inside capture_hidden_states; a forward pass that torch.compile "
-                "compiled outside the block skips its hook"
+                "no forward pass reached the final norm inside capture_hidden_states; one that torch.compile compiled "
+                "outside the block skips its hook"
             )
         if len(self._passes) > 1:
             raise RuntimeError(
@@ -112,7 +112,8 @@ def final_norm(model: nn.Module) -> nn.Module:
             norm = getattr(decoder, name, None)
             if isinstance(norm, nn.Module):
                 return norm
-        below = decoder.get_decoder() if callable(getattr(decoder, "get_decoder", None)) else None
+        get_decoder: Any = getattr(decoder, "get_decoder", None)
+        below = get_decoder() if callable(get_decoder) else None
         if below is None or below is decoder:
             below = getattr(decoder, "model", None)
         if not isinstance(below, nn.Module):
