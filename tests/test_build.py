@@ -1,0 +1,281 @@
+"""The build: what each VGPO_BUILD does on a machine that can, and on one that cannot.
+
+Setups run for real, on a copy of the project whose only source is a small one that needs no torch header.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+setuptools = pytest.importorskip("setuptools")
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTENSION = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+SOURCE = r"""
+#include <Python.h>
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Return a copy of the project with one small source and an empty package."""
+    folder = tmp_path / "project"
+    for name in ("vgpo_kernels/__init__.py", "csrc/library.cpp"):
+        (folder / name).parent.mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "vgpo_kernels/__init__.py").write_text('__version__ = "0.0"\n')
+    (folder / "csrc/library.cpp").write_text(SOURCE)
+    return folder
+
+
+def run(command: list[str | Path], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("VGPO_BUILD", "PYTHONPATH")}
+    return subprocess.run(
+        command, cwd=folder, env=inherited | variables, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def build(project: Path, mode: str = "auto", **variables: str) -> tuple[int, list[str], str]:
+    """Build in place; return the exit code, the lines that setup.py itself said, and everything printed."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    result = run(command, project, VGPO_BUILD=mode, **variables)
+    output = result.stdout + result.stderr
+    said = [line for line in output.splitlines() if line.startswith("vgpo_kernels: ")]
+    return result.returncode, said, output
+
+
+@pytest.fixture
+def setup_module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the functions of setup.py, which is not run as a setup."""
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
+
+
+# In a process that imported Python's own distutils before setuptools could put its own in its place.
+pytestmark = pytest.mark.filterwarnings("ignore:The distutils:DeprecationWarning")
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+without_cuda = pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA")
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["auto", "cpu"])
+def test_a_build_says_what_it_built_and_why_not_more(project: Path, mode: str) -> None:
+    reason = "VGPO_BUILD=cpu" if mode == "cpu" else f"torch {torch.__version__} is built without CUDA"
+    if mode == "auto" and torch.version.cuda is not None:
+        reason = "its CUDA sources (csrc/cuda) are missing"
+    code, said, output = build(project, mode)
+    assert code == 0, output
+    assert said == [f"vgpo_kernels: built its CPU kernels for torch {torch.__version__}; no CUDA kernels: {reason}"]
+    assert run([sys.executable, "-c", "import vgpo_kernels._C"], project).returncode == 0
+    assert "warning" not in output
+
+
+def test_none_builds_nothing_and_removes_the_extension_of_before(project: Path) -> None:
+    stale = project / "vgpo_kernels" / EXTENSION
+    stale.touch()
+    code, said, output = build(project, "none")
+    assert code == 0, output
+    assert len(said) == 1 and "built no extension: VGPO_BUILD=none" in said[0]
+    assert not stale.exists()
+
+
+def test_without_an_extension_the_reference_serves_after_one_warning(project: Path) -> None:
+    shutil.rmtree(project / "vgpo_kernels")
+    shutil.copytree(
+        ROOT / "vgpo_kernels", project / "vgpo_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    assert build(project, "none")[0] == 0
+    program = """
+import warnings, torch, vgpo_kernels
+hidden = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]])
+mask = torch.tensor([[True, False]])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        cos = vgpo_kernels.visual_focus(hidden, mask, ~mask)
+assert vgpo_kernels.backends.describe()["serves"]["cpu"] == "reference"
+assert abs(cos[0, 1].item() - 0.6) < 1e-6, cos
+print(*(warning.message for warning in caught), sep="\\n")
+"""
+    result = run([sys.executable, "-c", program], project, VGPO_BACKEND="auto")
+    assert result.returncode == 0, result.stderr
+    (warning,) = result.stdout.splitlines()
+    assert "pip install -e ." in warning
+
+
+@without_cuda
+def test_cuda_that_cannot_be_built_fails_with_one_line(project: Path) -> None:
+    code, said, output = build(project, "cuda")
+    assert code == 1
+    assert said == [f"vgpo_kernels: VGPO_BUILD=cuda cannot be built: torch {torch.__version__} is built without CUDA"]
+    assert "Traceback" not in output
+
+
+def test_an_unknown_mode_is_named(project: Path) -> None:
+    code, said, _ = build(project, "gpu")
+    assert code == 1
+    assert said == ["vgpo_kernels: VGPO_BUILD must be one of auto, cpu, cuda, none, got 'gpu'"]
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("auto", 0), ("cpu", 1)])
+def test_without_a_compiler_only_auto_goes_on(project: Path, mode: str, expected: int) -> None:
+    code, said, output = build(project, mode, CXX="no-such-compiler")
+    assert code == expected, output
+    assert len(said) == 1 and "there is no C++ compiler ('no-such-compiler')" in said[0]
+    assert ("warning: " in said[0]) == (mode == "auto")
+    assert "Traceback" not in output
+
+
+@needs_compiler
+@pytest.mark.parametrize(("mode", "expected"), [("auto", 0), ("cpu", 1)])
+def test_when_the_compiler_fails_only_auto_goes_on(project: Path, mode: str, expected: int) -> None:
+    (project / "csrc/library.cpp").write_text("#error planted\n")
+    code, said, output = build(project, mode)
+    assert code == expected, output
+    assert len(said) == 1 and "compiling its CPU sources failed" in said[0]
+    assert "planted" in output
+    assert not (project / "vgpo_kernels" / EXTENSION).exists()
+
+
+@needs_compiler
+def test_an_isolated_build_finds_the_torch_of_the_environment(project: Path, tmp_path: Path) -> None:
+    # What pip does: the environment's own interpreter, its packages off the path, those of the build on it.
+    overlay = tmp_path / "overlay"
+    overlay.mkdir()
+    packages = Path(setuptools.__file__).parent.parent
+    for name in ("setuptools", "_distutils_hack"):
+        (overlay / name).symlink_to(packages / name)
+    (overlay / "sitecustomize.py").write_text(
+        "import sys, sysconfig\n"
+        "hidden = {sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}\n"
+        "sys.path = [path for path in sys.path if path not in hidden]\n"
+    )
+    hidden = run([sys.executable, "-c", "import torch"], project, PYTHONPATH=str(overlay))
+    assert "No module named 'torch'" in hidden.stderr
+    code, said, output = build(project, "cpu", PYTHONPATH=str(overlay))
+    assert code == 0, output
+    assert f"for torch {torch.__version__}" in said[0]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_pip_builds_against_the_torch_of_the_environment(project: Path, tmp_path: Path) -> None:
+    """``pip install -e .``, isolated as it is by default, in a fresh environment that has torch."""
+    pytest.importorskip("pip")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    packages = Path(run([python, "-c", "import site; print(site.getsitepackages()[0])"], tmp_path).stdout.strip())
+    for entry in Path(torch.__file__).parent.parent.iterdir():
+        if not (packages / entry.name).exists() and not entry.name.startswith(("__", "vgpo")):
+            (packages / entry.name).symlink_to(entry)
+    pip = [python, "-m", "pip", "install", "--no-deps", "-v", "-e", "."]
+    result = run(pip, project, VGPO_BUILD="cpu")
+    if "CI" not in os.environ and "No matching distribution found for setuptools" in result.stdout + result.stderr:
+        pytest.skip("pip's isolated build needs a package index")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"built its CPU kernels for torch {torch.__version__}" in result.stdout + result.stderr
+    assert "Collecting torch" not in result.stdout
+    assert run([python, "-c", "import vgpo_kernels._C"], tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("visible", [True, False])
+def test_packages_of_the_system_count_where_the_environment_sees_them(
+    setup_module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: bool
+) -> None:
+    (tmp_path / "pyvenv.cfg").write_text(f"home = /usr/bin\ninclude-system-site-packages = {str(visible).lower()}\n")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path / "base"))
+    monkeypatch.setattr(sys, "base_exec_prefix", str(tmp_path / "base"))
+    in_base = [path for path in setup_module.target_site_packages() if path.startswith(str(tmp_path / "base"))]
+    assert bool(in_base) == visible
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "expected"),
+    [
+        ("2.7.1+cu128", "12.8", "torch 2.7.1+cu128 is older than 2.8"),
+        ("2.10.0", None, "torch 2.10.0 is built without CUDA"),
+    ],
+)
+def test_the_reason_for_not_building_more(
+    setup_module: Any, monkeypatch: pytest.MonkeyPatch, version: str, cuda: str | None, expected: str
+) -> None:
+    monkeypatch.setitem(setup_module.why_no_cpu.__globals__, "sources", lambda folder, suffix: ["one.cpp"])
+    found = setup_module.Torch(version, cuda)
+    assert expected == (setup_module.why_no_cpu(found) or setup_module.why_no_cuda(found))
+
+
+def test_without_torch_the_advice_is_to_install_it(setup_module: Any) -> None:
+    assert setup_module.why_no_cpu(None).startswith("torch is not installed")
+
+
+def test_nvcc_of_another_cuda_is_refused(setup_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.6, V12.6.20'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setitem(setup_module.why_no_cuda.__globals__, "sources", lambda folder, suffix: ["kernels.cu"])
+    assert setup_module.why_no_cuda(setup_module.Torch("2.11.0+cu126", "12.6")) == ""
+    refusal = setup_module.why_no_cuda(setup_module.Torch("2.11.0+cu130", "13.0"))
+    assert refusal == "nvcc is of CUDA 12.6 and torch 2.11.0+cu130 of CUDA 13.0"
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "elsewhere"))
+    assert "there is no nvcc" in setup_module.why_no_cuda(setup_module.Torch("2.11.0+cu130", "13.0"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "capabilities", "expected"),
+    [
+        ("", [], "8.0;9.0+PTX"),
+        ("", [(9, 0), (9, 0)], "9.0+PTX"),
+        ("", [(9, 0), (8, 6), (7, 5)], "8.6;9.0+PTX"),
+        ("10.0", [(9, 0)], "10.0"),
+    ],
+)
+def test_cuda_architectures(
+    setup_module: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    capabilities: list[tuple[int, int]],
+    expected: str,
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert setup_module.choose_architectures(torch_with(capabilities)) == expected
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == expected
+
+
+def test_a_gpu_too_old_for_the_kernels_is_refused(setup_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    with pytest.raises(RuntimeError, match=r"no GPU here has compute capability 8\.0"):
+        setup_module.choose_architectures(torch_with([(7, 5)]))
+
+
+def torch_with(capabilities: list[tuple[int, int]]) -> Any:
+    cuda = SimpleNamespace(device_count=lambda: len(capabilities), get_device_capability=capabilities.__getitem__)
+    return SimpleNamespace(cuda=cuda)
+
+
+def test_metadata(project: Path) -> None:
+    shutil.copytree(ROOT / "python", project / "python", ignore=shutil.ignore_patterns("__pycache__"))
+    result = run([sys.executable, "setup.py", "-q", "egg_info"], project, VGPO_BUILD="none")
+    assert result.returncode == 0, result.stderr
+    info = next(project.glob("*.egg-info"))
+    required = (info / "requires.txt").read_text().split("\n\n")[0].split()
+    assert required == ["torch>=2.8", "numpy"]
+    assert "vgpo = vgpo_trainer.cli:main" in (info / "entry_points.txt").read_text()
+    assert (info / "top_level.txt").read_text().split() == ["vgpo_kernels", "vgpo_trainer"]
+    assert "Version: 0.0\n" in (info / "PKG-INFO").read_text()
