@@ -44,6 +44,19 @@ VGPO_HD inline F sigmoid(F value) {
     return F(1.0f) / (F(1.0f) + exponential(F(0.0f) - value));
 }
 
+// e^x - 1 - x, by its series where the subtraction would cancel.
+template <typename F>
+VGPO_HD inline F exponential_excess(F x) {
+    F series = F(1.0f / 5040.0f) + x * F(1.0f / 40320.0f);
+    series = F(1.0f / 720.0f) + x * series;
+    series = F(1.0f / 120.0f) + x * series;
+    series = F(1.0f / 24.0f) + x * series;
+    series = F(1.0f / 6.0f) + x * series;
+    series = x * x * (F(0.5f) + x * series);
+    const auto small = (x < F(0.5f)) & (x > F(-0.5f));
+    return select(small, series, exponential(x) - F(1.0f) - x);
+}
+
 VGPO_HD inline bool is_finite(float value) { return value - value == 0.0f; }
 
 // An integer that orders as the float does. -0.0 and +0.0 share a key; NaN must have been sorted out before.
@@ -315,39 +328,37 @@ struct Surrogate {
 template <typename F>
 VGPO_HD inline Surrogate<F> surrogate(Ratio<F> ratio, F log_prob, F advantage, const LossOptions& options) {
     const F zero(0.0f), one(1.0f);
-    const F low(1.0f - options.epsilon_low), high(1.0f + options.epsilon_high);
     const F negated = zero - advantage;
     Surrogate<F> result;
-    result.dual_clipped = zero;
-    result.clipped_low = select((ratio.value < low) & (advantage < zero), one, zero);
-    result.clipped_high = select((ratio.value > high) & (advantage > zero), one, zero);
-    if (options.loss_type == LossType::kCispo) {
-        const bool clip_both = options.cispo_cap != options.cispo_cap;
-        const F detached = clip_both ? clamped(ratio.value, low, high) : minimum(ratio.value, F(options.cispo_cap));
-        if (!clip_both) {
-            result.clipped_low = zero;
-            result.clipped_high = select((ratio.value > F(options.cispo_cap)) & (advantage > zero), one, zero);
-        }
-        result.slope = negated * detached;
-        result.value = result.slope * log_prob;
-        return result;
-    }
+    result.clipped_low = result.clipped_high = result.dual_clipped = zero;
     if (options.loss_type == LossType::kSapo) {
         const F tau = select(advantage > zero, F(options.tau_positive), F(options.tau_negative));
         const F gate = sigmoid(tau * (ratio.value - one));
         result.value = negated * gate * F(4.0f) / tau;
         result.slope = negated * F(4.0f) * gate * (one - gate) * ratio.slope;
-        result.clipped_low = result.clipped_high = zero;
         return result;
     }
-    const F unclipped = negated * ratio.value;
-    const F clipped = negated * clamped(ratio.value, low, high);
+    const bool capped = options.loss_type == LossType::kCispo && options.cispo_cap == options.cispo_cap;
+    const F low(capped ? -std::numeric_limits<float>::infinity() : 1.0f - options.epsilon_low);
+    const F high(capped ? options.cispo_cap : 1.0f + options.epsilon_high);
+    const F clipped_ratio = clamped(ratio.value, low, high);
+    const auto below = ratio.value < low, above = ratio.value > high;
+    if (options.loss_type == LossType::kCispo) {
+        result.clipped_low = select(below, one, zero);
+        result.clipped_high = select(above, one, zero);
+        result.slope = negated * clipped_ratio;
+        result.value = result.slope * log_prob;
+        return result;
+    }
+    const auto dual = (advantage < zero) & (ratio.value > F(options.dual_clip));
+    const F unclipped = negated * select(dual, F(options.dual_clip), ratio.value);
+    const F clipped = negated * clipped_ratio;
+    const F unclipped_slope = select(dual, zero, ratio.slope);
+    const F clipped_slope = select(below | above, zero, ratio.slope);
     result.value = maximum(unclipped, clipped);
-    result.slope = select(clipped > unclipped, zero, negated * ratio.slope);
-    const F bound = negated * F(options.dual_clip);  // infinite, or NaN for A = 0, without a dual clip
-    const auto dual = (advantage < zero) & (result.value > bound);
-    result.value = select(dual, bound, result.value);
-    result.slope = select(dual, zero, result.slope);
+    result.slope = negated * select(clipped > unclipped, clipped_slope, unclipped_slope);
+    result.clipped_low = select(below & (advantage < zero), one, zero);
+    result.clipped_high = select(above & (advantage > zero), one, zero);
     result.dual_clipped = select(dual, one, zero);
     return result;
 }
@@ -362,22 +373,21 @@ struct Kl {
 // KL of the policy to the reference, estimated at a token of the policy's.
 template <typename F>
 VGPO_HD inline Kl<F> kl_estimate(F log_prob, F ref_log_prob, const LossOptions& options) {
-    const F zero(0.0f), one(1.0f);
+    const F zero(0.0f);
     const F difference = ref_log_prob - log_prob;
     switch (options.kl_estimator) {
-        case KlEstimator::kK1: return {zero - difference, one};
+        case KlEstimator::kK1: return {zero - difference, F(1.0f)};
         case KlEstimator::kK2: return {F(0.5f) * difference * difference, zero - difference};
         case KlEstimator::kK3: {
-            const F ratio = exponential(difference);
-            return {ratio - difference - one, one - ratio};
+            const F excess = exponential_excess(difference);
+            return {excess, zero - (excess + difference)};
         }
         default: {
             const F limit(kKlLogRatioLimit), negative_limit(-kKlLogRatioLimit), cap(kKlLimit);
             const F bounded = clamped(difference, negative_limit, limit);
-            const F ratio = exponential(bounded);
-            const F value = ratio - bounded - one;
-            const auto flat = (difference > limit) | (difference < negative_limit) | (value > cap);
-            return {minimum(value, cap), select(flat, zero, one - ratio)};
+            const F excess = exponential_excess(bounded);
+            const auto flat = (difference > limit) | (difference < negative_limit) | (excess > cap);
+            return {minimum(excess, cap), select(flat, zero, zero - (excess + bounded))};
         }
     }
 }

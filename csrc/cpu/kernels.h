@@ -1,0 +1,93 @@
+// The vectorised kernels of the CPU backend as a table of functions, one table for each instruction set. They work
+// on raw pointers, know nothing of threads or torch, and see valid tokens only: callers compact masks away first,
+// so that where a remainder begins depends on the number of tokens alone, never on their layout.
+#pragma once
+
+#include <cstdint>
+
+#include "math.h"
+
+namespace vgpo {
+
+enum class HiddenType { kFloat, kBFloat16, kHalf };
+constexpr int kHiddenTypes = 3;
+
+// What visual_weights keeps of one response.
+struct ResponseWeights {
+    float score;  // s_i
+    double cos_sum;
+    int64_t gated;  // tokens whose gate is open
+    double early_sum, late_sum;  // of rho, before and from ordinal ceil(T / 2)
+};
+
+// Tokens of one response for the policy loss. Arrays hold `length` values; null where an input is absent.
+struct LossTokens {
+    const float* logp;
+    const float* old_logp;
+    const float* advantages;  // null: `advantage` for every token
+    const float* factors;
+    const float* ref_logp;
+    const float* entropy;
+    const float* importance;  // null: `importance_weight` for every token
+    float advantage;
+    float importance_weight;
+    float mean_log_ratio;  // of the response; read by sequence-level losses
+    float scale;           // what a token counts in the loss
+    int64_t length;
+};
+
+// Sums over tokens, from which loss and metrics are made.
+struct LossSums {
+    double loss = 0.0;  // already scaled
+    double clipped_low = 0.0, clipped_high = 0.0, dual_clipped = 0.0;
+    double ratio = 0.0, old_kl = 0.0, ref_kl = 0.0, entropy = 0.0;
+    double factor = 0.0, factor_square = 0.0;  // of factor - 1, which keeps the variance exact near 1
+    double sequence_slope = 0.0;               // gspo: d loss / d mean log-ratio
+    float ratio_min = std::numeric_limits<float>::infinity(), ratio_max = -std::numeric_limits<float>::infinity();
+    float factor_min = std::numeric_limits<float>::infinity(), factor_max = -std::numeric_limits<float>::infinity();
+    int64_t tokens = 0;
+};
+
+struct Kernels {
+    const char* name;
+
+    // total[c] = the sum over rows of hidden[offsets[r] + c], c < columns. Rows are added in order, in blocks of a
+    // fixed length that `block` [columns] holds: how columns are split over calls does not change a bit.
+    void (*sum_rows[kHiddenTypes])(const void* hidden, const int64_t* offsets, int64_t rows, int64_t columns,
+                                   float* block, float* total);
+    // Cosine of each row with a prototype of the given norm. Every row is summed in the same fixed order of lanes.
+    void (*cosines[kHiddenTypes])(const void* hidden, const int64_t* offsets, int64_t rows, int64_t columns,
+                                  const float* prototype, float prototype_norm, float* cos);
+    float (*norm)(const float* values, int64_t length);
+
+    // The smallest finite value; infinity if there is none.
+    float (*smallest_finite)(const float* values, int64_t length);
+    bool (*all_finite)(const float* values, int64_t length);
+    // Compensation and intra-trajectory re-weighting of one response from its finite cosines. `keys` has room for
+    // `length` values rounded up to kKeyPadding.
+    ResponseWeights (*response_weights)(const float* cos, int64_t length, float offset, const WeightsConfig& config,
+                                        int32_t* keys, float* w, float* psi);
+    void (*factors)(const float* psi, int64_t length, float phi, const WeightsConfig& config, float* factors);
+
+    double (*log_ratio_sum)(const float* logp, const float* old_logp, int64_t length);
+    // Adds to `sums` and writes d loss / d logp; for gspo without the share that goes through the mean log-ratio.
+    void (*policy_loss)(const LossTokens& tokens, const LossOptions& options, float* grad_logp, LossSums& sums);
+
+    // Reads memory as fast as the processor can: the ceiling that benchmarks compare with.
+    float (*read)(const float* values, int64_t length);
+};
+
+constexpr int64_t kKeyPadding = 16;
+
+// The table in use: the best that this processor runs, or the one chosen by VGPO_SIMD or choose_kernels.
+const Kernels& kernels();
+// The tables this processor runs, the simplest first; null-terminated.
+const Kernels* const* available_kernels();
+// Returns false if there is no such table here.
+bool choose_kernels(const char* name);
+
+extern const Kernels* const portable_kernels;
+extern const Kernels* const avx2_kernels;    // null where it was not compiled
+extern const Kernels* const avx512_kernels;  // null where it was not compiled
+
+}  // namespace vgpo

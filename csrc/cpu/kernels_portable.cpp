@@ -1,0 +1,22 @@
+// The kernels for any processor.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "kernels.h"
+#include "simd/types.h"
+
+#define VGPO_SIMD_NAME "portable"
+
+namespace vgpo::portable {
+namespace {
+#include "simd/vector_portable.h"
+
+#include "simd/kernels.h"
+}  // namespace
+}  // namespace vgpo::portable
+
+namespace vgpo {
+const Kernels* const portable_kernels = &portable::kTable;
+}

@@ -1,0 +1,24 @@
+// Every kernel over the vector type that the including file has just defined, and their table. Include inside that
+// vector's namespace and its region of instruction-set pragmas, with VGPO_SIMD_NAME defined. No include guard: each
+// instruction set includes it once.
+
+#include "vector_math.h"
+
+#include "focus_kernels.h"
+#include "weights_kernels.h"
+
+#include "loss_kernels.h"
+
+const Kernels kTable = {
+    VGPO_SIMD_NAME,
+    {sum_rows<float>, sum_rows<BFloat16>, sum_rows<Half>},
+    {cosines<float>, cosines<BFloat16>, cosines<Half>},
+    norm,
+    smallest_finite,
+    all_finite,
+    response_weights,
+    factors,
+    log_ratio_sum,
+    policy_loss,
+    read,
+};

@@ -1,0 +1,103 @@
+// The policy loss of one response's tokens. Include after vector_math.h, inside the vector's namespace.
+
+inline double log_ratio_sum(const float* logp, const float* old_logp, int64_t length) {
+    double total = 0.0;
+    for (int64_t begin = 0; begin < length; begin += kSumBlock) {
+        const int64_t end = begin + kSumBlock < length ? begin + kSumBlock : length;
+        Vector block(0.0f);
+        for (int64_t i = begin; i < end; i += Vector::kWidth) {
+            const int lanes = lanes_of(i, end);
+            block = block + (load_first(logp + i, lanes) - load_first(old_logp + i, lanes));
+        }
+        total += sum(block);
+    }
+    return total;
+}
+
+inline Vector load_or(const float* from, int64_t index, int lanes, float otherwise) {
+    return from == nullptr ? Vector(otherwise) : load_first(from + index, lanes);
+}
+
+// At most kSumBlock tokens: lane sums are folded into doubles once.
+inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t end, const LossOptions& options,
+                              float* grad_logp, LossSums& sums) {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    const bool through_mean = options.loss_type == LossType::kGspo;
+    const Vector zero(0.0f), one(1.0f), scale(tokens.scale), kl_coef(options.kl_coef);
+    const Vector entropy_coef(options.entropy_coef);
+    Vector loss(0.0f), clipped_low(0.0f), clipped_high(0.0f), dual_clipped(0.0f), ratio_sum(0.0f), old_kl(0.0f);
+    Vector ref_kl(0.0f), entropy_sum(0.0f), factor_sum(0.0f), factor_square(0.0f), sequence_slope(0.0f);
+    Vector ratio_min(kInfinity), ratio_max(-kInfinity), factor_min(kInfinity), factor_max(-kInfinity);
+    for (int64_t i = begin; i < end; i += Vector::kWidth) {
+        const int lanes = lanes_of(i, end);
+        const Mask present = first_lanes(lanes);
+        const Vector logp = load_first(tokens.logp + i, lanes);
+        const Vector log_ratio = logp - load_first(tokens.old_logp + i, lanes);
+        const Vector factor = load_or(tokens.factors, i, lanes, 1.0f);
+        const Vector advantage = load_or(tokens.advantages, i, lanes, tokens.advantage) * factor;
+        const Vector exponent = options.sequence_level() ? Vector(tokens.mean_log_ratio) : log_ratio;
+        const Ratio<Vector> ratio = importance_ratio(exponent, options);
+        const Surrogate<Vector> term = surrogate(ratio, logp, advantage, options);
+        const Vector importance = importance_correction(
+            load_or(tokens.importance, i, lanes, tokens.importance_weight), options);
+
+        Vector value = importance * term.value;
+        Vector slope = importance * term.slope;  // with respect to the (mean) log-ratio
+        Vector direct = zero;                    // with respect to logp otherwise
+        if (tokens.ref_logp != nullptr) {
+            Kl<Vector> kl = kl_estimate(logp, load_first(tokens.ref_logp + i, lanes), options);
+            if (options.kl_bias_correction) {
+                slope = slope + kl_coef * kl.value * ratio.slope;
+                kl = {kl.value * ratio.value, kl.slope * ratio.value};
+            }
+            value = value + kl_coef * kl.value;
+            direct = kl_coef * kl.slope;
+            ref_kl = ref_kl + select(present, kl.value, zero);
+        }
+        if (tokens.entropy != nullptr) {
+            const Vector entropy = load_first(tokens.entropy + i, lanes);
+            value = value - entropy_coef * entropy;
+            entropy_sum = entropy_sum + entropy;
+        }
+        store_first(grad_logp + i, scale * (through_mean ? direct : slope + direct), lanes);
+
+        loss = loss + select(present, scale * value, zero);
+        if (through_mean) sequence_slope = sequence_slope + select(present, scale * slope, zero);
+        clipped_low = clipped_low + select(present, term.clipped_low, zero);
+        clipped_high = clipped_high + select(present, term.clipped_high, zero);
+        dual_clipped = dual_clipped + select(present, term.dual_clipped, zero);
+        ratio_sum = ratio_sum + select(present, ratio.value, zero);
+        const Vector bounded = clamped(log_ratio, Vector(-options.ratio_clamp), Vector(options.ratio_clamp));
+        old_kl = old_kl + select(present, exponential_excess(bounded), zero);
+        const Vector deviation = select(present, factor - one, zero);
+        factor_sum = factor_sum + deviation;
+        factor_square = factor_square + deviation * deviation;
+        ratio_min = minimum(ratio_min, select(present, ratio.value, Vector(kInfinity)));
+        ratio_max = maximum(ratio_max, select(present, ratio.value, Vector(-kInfinity)));
+        factor_min = minimum(factor_min, select(present, factor, Vector(kInfinity)));
+        factor_max = maximum(factor_max, select(present, factor, Vector(-kInfinity)));
+    }
+    sums.loss += sum(loss);
+    sums.clipped_low += sum(clipped_low);
+    sums.clipped_high += sum(clipped_high);
+    sums.dual_clipped += sum(dual_clipped);
+    sums.ratio += sum(ratio_sum);
+    sums.old_kl += sum(old_kl);
+    sums.ref_kl += sum(ref_kl);
+    sums.entropy += sum(entropy_sum);
+    sums.factor += sum(factor_sum);
+    sums.factor_square += sum(factor_square);
+    sums.sequence_slope += sum(sequence_slope);
+    sums.ratio_min = vgpo::minimum(sums.ratio_min, lowest(ratio_min));
+    sums.ratio_max = vgpo::maximum(sums.ratio_max, highest(ratio_max));
+    sums.factor_min = vgpo::minimum(sums.factor_min, lowest(factor_min));
+    sums.factor_max = vgpo::maximum(sums.factor_max, highest(factor_max));
+    sums.tokens += end - begin;
+}
+
+inline void policy_loss(const LossTokens& tokens, const LossOptions& options, float* grad_logp, LossSums& sums) {
+    for (int64_t begin = 0; begin < tokens.length; begin += kSumBlock) {
+        const int64_t end = begin + kSumBlock < tokens.length ? begin + kSumBlock : tokens.length;
+        policy_loss_block(tokens, begin, end, options, grad_logp, sums);
+    }
+}

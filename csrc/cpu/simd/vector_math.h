@@ -1,0 +1,45 @@
+// Functions of a vector, written once over the interface of vector_avx512.h. Include after the vector type, inside
+// its namespace.
+
+// e^x to about one unit in the last place. Infinite above 88.7, zero below -104; NaN stays NaN.
+inline Vector exponential(Vector x) {
+    const Vector bounded = minimum(maximum(x, Vector(-110.0f)), Vector(110.0f));
+    const Vector n = rounded(bounded * Vector(1.44269504f));
+    // ln 2 in two parts; the first has so few bits that its product with n is exact.
+    Vector r = multiply_add(n, Vector(-0.693359375f), bounded);
+    r = multiply_add(n, Vector(2.12194440e-4f), r);
+    // The Taylor coefficients of e^r, |r| <= ln(2) / 2, to r^7: truncation below 6e-9.
+    Vector p(1.0f / 5040.0f);
+    p = multiply_add(p, r, Vector(1.0f / 720.0f));
+    p = multiply_add(p, r, Vector(1.0f / 120.0f));
+    p = multiply_add(p, r, Vector(1.0f / 24.0f));
+    p = multiply_add(p, r, Vector(1.0f / 6.0f));
+    p = multiply_add(p, r, Vector(0.5f));
+    p = multiply_add(p, r, Vector(1.0f));
+    p = multiply_add(p, r, Vector(1.0f));
+    return scaled_by_power_of_two(p, n);
+}
+
+// Lane by lane: only an exponential schedule with an exponent other than 2 comes here.
+inline Vector power(Vector base, float exponent) {
+    float lanes[Vector::kWidth];
+    store(lanes, base);
+    for (float& lane : lanes) lane = powf(lane, exponent);
+    return load(lanes);
+}
+
+// first, first + 1, ... exact below 2^24.
+inline Vector ordinals_from(float first) {
+    static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return Vector(first) + load(lanes);
+}
+
+inline Mask is_finite(Vector v) { return v - v == Vector(0.0f); }
+
+// How many of the vector's lanes, beginning at `index`, lie before `end`.
+inline int lanes_of(int64_t index, int64_t end) {
+    return end - index < Vector::kWidth ? static_cast<int>(end - index) : Vector::kWidth;
+}
+
+// Tokens whose fp32 lane sums are folded into a double: enough to be free, few enough to keep the error small.
+constexpr int64_t kSumBlock = 1024;
