@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -22,7 +23,8 @@ def available_backends() -> list[str]:
         names.append("triton")
     elif backends.describe()["built"]["triton"] and backends.triton_interpreted():
         names.append("triton")
-    return names
+    chosen = os.environ.get("VGPO_TEST_BACKENDS")
+    return names if chosen is None else [name for name in names if name in chosen.split(",")]
 
 
 @pytest.fixture(params=available_backends())
@@ -32,9 +34,18 @@ def backend_name(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=[name for name in available_backends() if name != "reference"])
+def exact_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once a compiled backend: those promise equal bits, the reference equality up to rounding."""
+    with backends.backend(request.param):
+        yield request.param
+
+
 @pytest.fixture
-def device(backend_name: str) -> torch.device:
-    """Device of the tensors that ``backend_name`` serves here."""
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Device of the tensors that the test's backend serves here."""
+    exact = "exact_backend" in request.fixturenames
+    backend_name = request.getfixturevalue("exact_backend" if exact else "backend_name")
     on_gpu = backend_name == "cuda" or (backend_name == "triton" and not backends.triton_interpreted())
     return torch.device("cuda" if on_gpu else "cpu")
 

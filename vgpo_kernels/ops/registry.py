@@ -24,7 +24,7 @@ class Operator(NamedTuple):
     compiled: Callable[..., Any]
 
 
-_operators: dict[str, Operator] = {}
+OPERATORS: dict[str, Operator] = {}
 
 
 def define(
@@ -52,7 +52,7 @@ def define(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     stem = reference.__module__.rpartition(".")[2]
-    _operators[name] = Operator(stem, reference, getattr(getattr(torch.ops, NAMESPACE), name).default)
+    OPERATORS[name] = Operator(stem, reference, getattr(getattr(torch.ops, NAMESPACE), name).default)
 
 
 def call(name: str, device: torch.device, dtype: torch.dtype, *arguments: Any) -> Any:
@@ -68,7 +68,7 @@ def call(name: str, device: torch.device, dtype: torch.dtype, *arguments: Any) -
 
 def implementation(name: str, backend: str) -> Callable[..., Any]:
     """Return the function by which ``backend`` implements the operator ``name``."""
-    operator = _operators[name]
+    operator = OPERATORS[name]
     if backend == "reference":
         return operator.reference
     if backend == "triton":

@@ -1,0 +1,125 @@
+"""Settings: presets by name, validation on construction, and the numbers that kernels take."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from vgpo_kernels import PolicyLossOptions, VGPOConfig
+from vgpo_kernels.config import CHOICES
+
+
+def test_the_defaults_are_the_papers() -> None:
+    assert VGPOConfig.paper() == VGPOConfig()
+    assert VGPOConfig() == VGPOConfig(
+        beta=0.3,
+        tail_ratio=0.5,
+        top_ratio=0.2,
+        schedule="linear",
+        score="affine",
+        position="one_based",
+        accumulation="compensated",
+        intra_clamp=None,
+        inter_clamp=None,
+    )
+
+
+def test_released_differs_where_the_released_code_does() -> None:
+    paper, released = dataclasses.asdict(VGPOConfig.paper()), dataclasses.asdict(VGPOConfig.released())
+    assert {name: released[name] for name in released if released[name] != paper[name]} == {
+        "score": "offset",
+        "position": "zero_based",
+        "accumulation": "normalized",
+        "intra_clamp": (0.1, 2.0),
+        "inter_clamp": (0.9, 2.0),
+    }
+
+
+def test_presets_take_changes() -> None:
+    assert VGPOConfig.released(beta=0.5).beta == 0.5
+    with pytest.raises(TypeError, match="gamma"):
+        VGPOConfig.paper(gamma=0.5)
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        VGPOConfig().beta = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("beta", -0.1, ValueError),
+        ("beta", float("nan"), ValueError),
+        ("beta", "0.3", TypeError),
+        ("beta", True, TypeError),
+        ("tail_ratio", 1.5, ValueError),
+        ("tail_ratio", -0.5, ValueError),
+        ("top_ratio", 0.0, ValueError),
+        ("top_ratio", 1.01, ValueError),
+        ("schedule", "cosine", ValueError),
+        ("start_ratio", 1.0, ValueError),
+        ("exponent", 0.0, ValueError),
+        ("step_ratio", 2.0, ValueError),
+        ("gate", 1, TypeError),
+        ("intra", None, TypeError),
+        ("inter", "yes", TypeError),
+        ("score", "cosine", ValueError),
+        ("score_offset", 0.1, ValueError),
+        ("position", "two_based", ValueError),
+        ("accumulation", "sum", ValueError),
+        ("intra_clamp", (2.0, 0.1), ValueError),
+        ("intra_clamp", 0.1, TypeError),
+        ("inter_clamp", (0.9, float("inf")), ValueError),
+    ],
+)
+def test_a_bad_setting_is_named(field: str, value: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=field):
+        VGPOConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("loss_type", "ppo", ValueError),
+        ("aggregation", "mean", ValueError),
+        ("epsilon_low", -0.2, ValueError),
+        ("epsilon_high", None, TypeError),
+        ("dual_clip", 0.5, ValueError),
+        ("kl_coef", float("inf"), ValueError),
+        ("kl_estimator", "k4", ValueError),
+        ("max_length", 0, ValueError),
+        ("ratio_clamp", -20.0, ValueError),
+        ("sapo_temperature_positive", 0.0, ValueError),
+        ("cispo_cap", 0.0, ValueError),
+        ("kl_bias_correction", 1, TypeError),
+        ("importance_cap", 0.0, ValueError),
+        ("importance_mode", "clip", ValueError),
+    ],
+)
+def test_a_bad_loss_option_is_named(field: str, value: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=field):
+        PolicyLossOptions(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        VGPOConfig.paper(),
+        VGPOConfig.released(),
+        VGPOConfig.released(score_offset=-0.25, accumulation="mean", schedule="step", gate=False, inter=False),
+    ],
+)
+def test_what_kernels_take_says_it_all(config: VGPOConfig) -> None:
+    assert VGPOConfig.from_floats(config.as_floats()) == config
+    assert len(config.as_floats()) == 18
+
+
+@pytest.mark.parametrize("loss_type", CHOICES["loss_type"])
+def test_what_loss_kernels_take_says_it_all(loss_type: str) -> None:
+    options = PolicyLossOptions(loss_type=loss_type, dual_clip=3.0, max_length=32)  # type: ignore[arg-type]
+    assert PolicyLossOptions.from_floats(options.as_floats()) == options
+    plain = PolicyLossOptions(loss_type=loss_type)  # type: ignore[arg-type]
+    assert PolicyLossOptions.from_floats(plain.as_floats()) == plain
+    assert len(options.as_floats()) == 16
