@@ -1,0 +1,198 @@
+"""The trainer's loss against TRL's own, on the same batch: value and gradient of every parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from trainer.tiny_runs import generation_batch, make_trainer, rows
+from trl import GRPOTrainer
+from vgpo_trainer.trainer import FORWARD_INPUTS
+
+from vgpo_kernels import VGPOConfig
+
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    """One trainer for all: its loss reads settings from attributes, which each test changes for itself."""
+    built = make_trainer(
+        tmp_path_factory.mktemp("run"),
+        family="qwen2_5_vl",
+        dataset=rows([1, 1, 2, 1]),
+        vgpo="none",
+        per_device_train_batch_size=8,
+        num_generations=4,
+        beta=0.0,
+        rollout_samples=4,
+    )
+    built.model.train()
+    built.current_gradient_accumulation_steps = 1  # the training loop sets it
+    return built
+
+
+@pytest.fixture(scope="module")
+def rollout(trainer) -> dict[str, Any]:
+    """A batch of the trainer, made off-policy: old and reference log-probs lie around the current ones."""
+    torch.manual_seed(3)
+    batch = dict(trainer._prepare_inputs(generation_batch(trainer)))
+    noise = torch.Generator().manual_seed(4)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    with torch.no_grad():
+        logp, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            ids,
+            attention,
+            batch["completion_ids"].shape[1],
+            **{name: batch.get(name) for name in FORWARD_INPUTS},
+        )
+    batch["old_per_token_logps"] = logp + 0.4 * torch.randn(logp.shape, generator=noise)
+    batch["reference"] = logp + 0.4 * torch.randn(logp.shape, generator=noise)
+    batch["advantages"] = torch.randn(logp.shape[0], generator=noise)
+    assert batch["completion_mask"].sum() < batch["completion_mask"].numel(), "the batch should have padding"
+    return batch
+
+
+def loss_and_gradients(loss_function, trainer, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    trainer.model.zero_grad()
+    loss = loss_function(trainer, trainer.model, dict(batch))
+    loss.backward()
+    return loss.detach(), [weight.grad.clone() for weight in trainer.model.parameters() if weight.grad is not None]
+
+
+def assert_same_loss(trainer, batch, trl_batch=None):
+    ours, gradients = loss_and_gradients(type(trainer)._compute_loss, trainer, batch)
+    theirs, expected = loss_and_gradients(GRPOTrainer._compute_loss, trainer, trl_batch or batch)
+    assert expected, "TRL's loss reached no parameter"
+    assert abs(ours - theirs) <= 1e-6 * max(1.0, abs(theirs))
+    assert len(gradients) == len(expected)
+    largest = max(gradient.abs().max() for gradient in expected)
+    assert largest > 1e-4
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert (gradient - reference).abs().max() <= 1e-5 * largest
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_without_vgpo_the_loss_is_trls(trainer, rollout, monkeypatch, loss_type, beta, mode):
+    monkeypatch.setattr(trainer, "loss_type", loss_type)
+    monkeypatch.setattr(trainer, "beta", beta)
+    monkeypatch.setattr(trainer, "epsilon_high", 5.0 if loss_type == "cispo" else 0.28)
+    monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 3)
+    if beta:
+        rollout = {**rollout, "ref_per_token_logps": rollout["reference"]}
+    trainer.model.train(mode == "train")
+    try:
+        assert_same_loss(trainer, rollout)
+    finally:
+        trainer.model.train()
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_with_vgpo_the_loss_is_trls_on_reweighted_advantages(trainer, rollout, monkeypatch, loss_type):
+    monkeypatch.setattr(trainer, "loss_type", loss_type)
+    monkeypatch.setattr(trainer, "_vgpo", VGPOConfig.paper())
+    factors = 0.1 + 2 * torch.rand(rollout["completion_mask"].shape, generator=torch.Generator().manual_seed(5))
+    reweighted = rollout["advantages"][:, None] * factors
+    assert_same_loss(trainer, {**rollout, "visual_factors": factors}, trl_batch={**rollout, "advantages": reweighted})
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_sequence_level_ratios(trainer, rollout, monkeypatch, loss_type, beta):
+    monkeypatch.setattr(trainer, "loss_type", loss_type)
+    monkeypatch.setattr(trainer, "beta", beta)
+    monkeypatch.setattr(trainer, "importance_sampling_level", "sequence")
+    assert_same_loss(trainer, {**rollout, "ref_per_token_logps": rollout["reference"]} if beta else rollout)
+
+
+def test_two_sided_clipping(trainer, rollout, monkeypatch):
+    monkeypatch.setattr(trainer.args, "delta", 1.4)
+    before, _ = loss_and_gradients(GRPOTrainer._compute_loss, trainer, rollout)
+    assert_same_loss(trainer, rollout)
+    monkeypatch.setattr(trainer.args, "delta", None)
+    after, _ = loss_and_gradients(GRPOTrainer._compute_loss, trainer, rollout)
+    assert before != after, "the bound should act on this batch"
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_kl_with_and_without_bias_correction(trainer, rollout, monkeypatch, corrected):
+    monkeypatch.setattr(trainer, "beta", 0.3)
+    monkeypatch.setattr(trainer.args, "use_bias_correction_kl", corrected)
+    assert_same_loss(trainer, {**rollout, "ref_per_token_logps": rollout["reference"]})
+
+
+def test_high_entropy_tokens_only(trainer, rollout, monkeypatch):
+    monkeypatch.setattr(trainer, "top_entropy_quantile", 0.3)
+    monkeypatch.setattr(trainer, "beta", 0.1)
+    assert_same_loss(trainer, {**rollout, "ref_per_token_logps": rollout["reference"]})
+
+
+def test_off_policy_sequences_masked(trainer, rollout, monkeypatch):
+    monkeypatch.setattr(trainer, "off_policy_mask_threshold", 0.01)
+    assert_same_loss(trainer, rollout)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_correction_of_another_sampler(trainer, rollout, monkeypatch, level):
+    monkeypatch.setattr(trainer, "use_vllm", True)
+    shape = rollout["completion_mask"].shape if level == "token" else (rollout["completion_mask"].shape[0], 1)
+    ratio = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(6))
+    assert_same_loss(trainer, {**rollout, "importance_sampling_ratio": ratio})
+
+
+@pytest.mark.parametrize("quantile", [1.0, 0.5])
+def test_entropy_bonus(trainer, rollout, monkeypatch, quantile):
+    monkeypatch.setattr(trainer, "entropy_coef", 0.05)
+    monkeypatch.setattr(trainer, "_entropy_bonus_enabled", True)
+    monkeypatch.setattr(trainer, "top_entropy_quantile", quantile)
+    monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2)
+    assert_same_loss(trainer, rollout)
+
+
+def test_router_loss_of_a_mixture_of_experts(trainer, rollout, monkeypatch):
+    """TRL's log-probability pass returns it; here it is a parameter's square, so that its gradient shows too."""
+    plain = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def with_router_loss(self, model, *arguments, **named):
+        logps, entropies, _ = plain(self, model, *arguments, **{**named, "compute_aux_loss": False})
+        return logps, entropies, next(model.parameters()).square().mean()
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", with_router_loss)
+    monkeypatch.setattr(trainer, "aux_loss_enabled", True)
+    monkeypatch.setattr(trainer, "router_aux_loss_coef", 0.7)
+    monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 2)
+    assert_same_loss(trainer, rollout)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_holes_and_a_masked_response(trainer, rollout, monkeypatch, loss_type):
+    """Tool output in the middle of a response, and a response that is masked altogether."""
+    monkeypatch.setattr(trainer, "loss_type", loss_type)
+    tools = torch.ones_like(rollout["completion_mask"])
+    tools[:, 2:4] = 0
+    tools[1] = 0
+    assert_same_loss(trainer, {**rollout, "tool_mask": tools})
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_clip_shares_are_trls(trainer, rollout, monkeypatch, loss_type):
+    monkeypatch.setattr(trainer, "loss_type", loss_type)
+    monkeypatch.setattr(trainer, "beta", 0.1)
+    rollout = {**rollout, "ref_per_token_logps": rollout["reference"]}
+    logged = []
+    for loss_function in (type(trainer)._compute_loss, GRPOTrainer._compute_loss):
+        trainer._metrics["train"].clear()
+        loss_function(trainer, trainer.model, dict(rollout))
+        logged.append({name: values[-1] for name, values in trainer._metrics["train"].items()})
+    ours, theirs = logged
+    for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "entropy", "kl"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+    assert ours["clip_ratio/low_mean"] > 0 and ours["clip_ratio/high_mean"] > 0
