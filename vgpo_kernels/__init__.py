@@ -10,6 +10,7 @@ The three lines that put VGPO (arXiv 2604.09349) into a policy loss::
 from vgpo_kernels import backends
 from vgpo_kernels.backends import backend
 from vgpo_kernels.config import PolicyLossOptions, VGPOConfig
+from vgpo_kernels.ops.attention_mass import attention_heatmap, attention_mass
 from vgpo_kernels.ops.policy_loss import PolicyLoss, policy_loss
 from vgpo_kernels.ops.vgpo_loss import vgpo_loss
 from vgpo_kernels.ops.visual_focus import visual_focus, visual_prototype
@@ -22,6 +23,8 @@ __all__ = [
     "PolicyLossOptions",
     "VGPOConfig",
     "VisualWeights",
+    "attention_heatmap",
+    "attention_mass",
     "backend",
     "backends",
     "group_weights",

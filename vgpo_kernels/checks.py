@@ -6,6 +6,7 @@ synchronise a GPU with the host, so they run for CPU tensors only; GPU kernels c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -69,7 +70,7 @@ def mask(name: str, value: object, shape: Sequence[int], meaning: str, device: t
     return tensor.contiguous()
 
 
-def cu_seqlens(value: object, total: int, device: torch.device) -> Tensor:
+def cu_seqlens(value: object, total: int, device: torch.device, name: str = "cu_seqlens") -> Tensor:
     """Return packed boundaries ``[B + 1]`` as int64.
 
     Raises:
@@ -77,17 +78,17 @@ def cu_seqlens(value: object, total: int, device: torch.device) -> Tensor:
         ValueError: Not 1-D, empty, on another device, or (CPU tensors) not rising from 0 to ``total``.
 
     """
-    boundaries = require_tensor("cu_seqlens", value)
+    boundaries = require_tensor(name, value)
     if boundaries.dtype not in INDEX_DTYPES:
-        raise TypeError(f"cu_seqlens must be int32 or int64, got {describe(boundaries)}")
+        raise TypeError(f"{name} must be int32 or int64, got {describe(boundaries)}")
     if boundaries.dim() != 1 or boundaries.shape[0] < 1:
-        raise ValueError(f"cu_seqlens must have shape [B + 1], got {describe(boundaries)}")
-    require_device("cu_seqlens", boundaries, device, "the other arguments")
+        raise ValueError(f"{name} must have shape [B + 1], got {describe(boundaries)}")
+    require_device(name, boundaries, device, "the other arguments")
     if values_are_free(boundaries):
         steps = boundaries.diff()
         if boundaries[0] != 0 or boundaries[-1] != total or bool((steps < 0).any()):
             raise ValueError(
-                f"cu_seqlens must rise from 0 to {total} (the packed length) without decreasing, "
+                f"{name} must rise from 0 to {total} (the packed length) without decreasing, "
                 f"got {_summarise(boundaries)}"
             )
     return boundaries.to(torch.int64).contiguous()
@@ -260,6 +261,104 @@ def count(name: str, value: object, device: torch.device) -> Tensor | None:
     if not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be finite and not negative, got {value}")
     return torch.full((), float(value), dtype=torch.float32, device=device)
+
+
+def queries_and_keys(
+    queries: object, keys: object, cu_seqlens_q: object, cu_seqlens_k: object
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Check q ``[B, Hq, T, d]`` and k ``[B, Hk, S, d]``, or ``[N, Hq, d]`` and ``[M, Hk, d]`` with both boundaries.
+
+    Returns:
+        Both, their last dimension contiguous, and the boundaries as int64 or ``None``.
+
+    """
+    q, k = require_floating("q", queries), require_floating("k", keys)
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k belong together: give both, or neither")
+    packed = cu_seqlens_q is not None
+    for name, tensor, layouts in (("q", q, ("[B, Hq, T, d]", "[N, Hq, d]")), ("k", k, ("[B, Hk, S, d]", "[M, Hk, d]"))):
+        if tensor.dim() != (3 if packed else 4):
+            layout = f"{layouts[1]} with cu_seqlens" if packed else f"{layouts[0]} without cu_seqlens"
+            raise ValueError(f"{name} must have shape {layout}, got {describe(tensor)}")
+    if k.dtype != q.dtype:
+        raise TypeError(f"k must have q's dtype, got {describe(k)} and q {describe(q)}")
+    require_device("k", k, q.device, "q")
+    if k.shape[-1] != q.shape[-1] or q.shape[-1] == 0 or (not packed and k.shape[0] != q.shape[0]):
+        raise ValueError(f"k must have q's head size and batch, got {describe(k)} and q {describe(q)}")
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q must have a multiple of k's heads, got {q.shape[1]} heads {describe(q)} and {k.shape[1]} {describe(k)}"
+        )
+    q, k = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k))
+    if not packed:
+        return q, k, (None, None)
+    begins = cu_seqlens(cu_seqlens_q, q.shape[0], q.device, "cu_seqlens_q")
+    begins_k = cu_seqlens(cu_seqlens_k, k.shape[0], q.device, "cu_seqlens_k")
+    require_shape("cu_seqlens_k", begins_k, begins.shape, "cu_seqlens_q's")
+    return q, k, (begins, begins_k)
+
+
+def token_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Shape of one number a token: ``[B, T]`` for q or k ``[B, H, T, d]``, ``[N]`` for ``[N, H, d]``."""
+    return tuple(tensor.shape[::2]) if tensor.dim() == 4 else (tensor.shape[0],)
+
+
+def key_segments(value: object, k: Tensor, num_segments: int) -> Tensor:
+    """Return the segment of each key as int32, -1 for every key to ignore."""
+    segments = require_tensor("key_segments", value)
+    if segments.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"key_segments must be an integer tensor, got {describe(segments)}")
+    require_shape("key_segments", segments, token_shape(k), "one entry a key")
+    require_device("key_segments", segments, k.device, "the other arguments")
+    if values_are_free(segments) and segments.numel() and segments.max() >= num_segments:
+        raise ValueError(
+            f"key_segments must be below num_segments={num_segments} (negative: ignored), got {int(segments.max())}"
+        )
+    return segments.clamp(-1, num_segments).to(torch.int32).contiguous()
+
+
+def query_positions(
+    value: object, q: Tensor, k: Tensor, boundaries: tuple[Tensor | None, Tensor | None]
+) -> Tensor | None:
+    """Return the key at which each query sits as int64 ``[B, T]`` or ``[N]``, or ``None``: the last ones."""
+    if value is not None:
+        positions = require_tensor("query_positions", value)
+        if positions.dtype not in INTEGER_DTYPES:
+            raise TypeError(f"query_positions must be an integer tensor, got {describe(positions)}")
+        require_shape("query_positions", positions, token_shape(q), "one entry a query")
+        require_device("query_positions", positions, q.device, "q")
+        return positions.to(torch.int64).contiguous()
+    begins_q, begins_k = boundaries
+    if begins_q is None or begins_k is None:
+        fits = q.shape[2] <= k.shape[2]
+    else:
+        fits = not values_are_free(begins_q) or bool((begins_q.diff() <= begins_k.diff()).all())
+    if not fits:
+        raise ValueError(
+            f"q {describe(q)} has more queries than k {describe(k)} has keys, so that they cannot be the last ones: "
+            "give query_positions"
+        )
+    return None
+
+
+def attention_scale(value: object, head_size: int) -> float:
+    """Return the factor of attention scores, ``1 / sqrt(head_size)`` for ``None``."""
+    if value is None:
+        return float(head_size**-0.5)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"scale must be finite, got {value}")
+    return float(value)
+
+
+def positive_integer(name: str, value: object) -> int:
+    """Return ``value`` if it is an integer above zero."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
 
 
 def settings(name: str, value: object, kind: type[T]) -> T:

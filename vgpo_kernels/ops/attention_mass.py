@@ -1,0 +1,244 @@
+"""How queries share their attention between segments of keys, and between single keys, without the attention matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels import checks
+from vgpo_kernels.ops import registry
+from vgpo_kernels.reference import attention_mass as reference
+from vgpo_kernels.reference.layout import responses_of
+
+# What attention_heatmap calls its keys, in the segments of attention_mass.
+IGNORED, SEEN, SHOWN = -1, 0, 1
+
+
+def attention_mass(
+    q: Tensor,
+    k: Tensor,
+    key_segments: Tensor,
+    *,
+    num_segments: int = 3,
+    query_positions: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    per_head: bool = False,
+) -> Tensor:
+    """Share of each query's causal softmax attention that falls on each segment of the keys.
+
+    ``mass[t, g]`` is the sum of ``softmax(scale q_t k^T)`` over the visible keys of segment g; the usual segments are
+    image, question and generated text. Computed by streaming over the keys, from ``q k^T`` alone: no array of queries
+    by keys exists at any time. Differentiable in q and k, once, by recomputation.
+
+    Args:
+        q: Queries ``[B, Hq, T, d]``, or packed ``[N, Hq, d]``; float32, bfloat16 or float16, after position embedding.
+        k: Keys ``[B, Hk, S, d]`` or ``[M, Hk, d]`` in q's dtype. Hq is a multiple of Hk: query heads share key heads in
+            order, and keys are not to be repeated.
+        key_segments: Segment of each key, integer ``[B, S]`` or ``[M]``, below ``num_segments``. A negative one makes
+            queries ignore the key, as padding must be; such keys may hold anything.
+        num_segments: Number of segments G.
+        query_positions: Which key of its response a query sits at, integer ``[B, T]`` or ``[N]``: it sees the keys up
+            to that one. Negative: none. By default the queries are the last T positions.
+        cu_seqlens_q: Boundaries of packed queries, int32 or int64 ``[B + 1]``.
+        cu_seqlens_k: Boundaries of packed keys, likewise.
+        scale: Factor of the scores; by default ``1 / sqrt(d)``.
+        window: A query sees this many positions at most, its own included, as in sliding-window layers; ``None``: all.
+        per_head: Return the masses of every head instead of their mean.
+
+    Returns:
+        Masses ``[B, T, G]``, packed ``[N, G]``, float32; with ``per_head`` ``[B, Hq, T, G]``, packed ``[Hq, N, G]``. A
+        row sums to 1, or is zero where a query sees no key.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices, boundaries or settings do not fit together.
+
+    """
+    q, k, boundaries = checks.queries_and_keys(q, k, cu_seqlens_q, cu_seqlens_k)
+    number = checks.positive_integer("num_segments", num_segments)
+    segments = checks.key_segments(key_segments, k, number)
+    positions = checks.query_positions(query_positions, q, k, boundaries)
+    factor = checks.attention_scale(scale, q.shape[-1])
+    width = 0 if window is None else checks.positive_integer("window", window)
+    dtype = checks.compute_dtype(q)
+    mass, _ = registry.call(
+        "attention_mass", q.device, dtype, q, k, segments, positions, *boundaries, number, factor, width
+    )
+    # Averaging G numbers a head is nothing beside reading its d, so that every kernel returns all heads.
+    return (mass if per_head else mass.mean(-3)).to(dtype)  # type: ignore[no-any-return]
+
+
+def attention_heatmap(
+    q: Tensor,
+    k: Tensor,
+    key_mask: Tensor,
+    *,
+    query_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    per_head: bool = False,
+) -> Tensor:
+    """Causal softmax attention that each key receives, averaged over queries: a picture of what they look at.
+
+    The softmax is over all visible keys; ``key_mask`` chooses those whose share is returned, the image's say. Neither
+    pass over ``q k^T`` keeps an array of queries by keys. Differentiable in q and k, once, by recomputation.
+
+    Args:
+        q: Queries ``[B, Hq, T, d]``, or packed ``[N, Hq, d]``; float32, bfloat16 or float16, after position embedding.
+        k: Keys ``[B, Hk, S, d]`` or ``[M, Hk, d]`` in q's dtype, Hq a multiple of Hk.
+        key_mask: True at keys to return, bool or integer, ``[B, S]`` or ``[M]``.
+        query_mask: True at queries to average over, bool or integer, ``[B, T]`` or ``[N]``; by default all. A query
+            that sees no key does not count.
+        attention_mask: True at keys that take part at all (transformers' padding mask), bool or integer, of
+            ``key_mask``'s shape; by default all. The others may hold anything.
+        query_positions: As in :func:`attention_mass`, like the arguments that follow.
+        cu_seqlens_q: Boundaries of packed queries, int32 or int64 ``[B + 1]``.
+        cu_seqlens_k: Boundaries of packed keys, likewise.
+        scale: Factor of the scores; by default ``1 / sqrt(d)``.
+        window: A query sees this many positions at most, its own included; ``None``: all.
+        per_head: Return the maps of every head instead of their mean.
+
+    Returns:
+        Attention of each key ``[B, S]``, packed ``[M]``, float32; with ``per_head`` ``[B, Hq, S]``, packed ``[Hq, M]``.
+        Zero off the masks, and in a response without a query to average.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices, boundaries or settings do not fit together.
+
+    """
+    q, k, boundaries = checks.queries_and_keys(q, k, cu_seqlens_q, cu_seqlens_k)
+    shown = checks.mask("key_mask", key_mask, checks.token_shape(k), "one entry a key", q.device)
+    labels = torch.where(shown, SHOWN, SEEN).to(torch.int32)
+    if attention_mask is not None:
+        seen = checks.mask("attention_mask", attention_mask, shown.shape, "one entry a key", q.device)
+        labels = labels.masked_fill(~seen, IGNORED)
+    positions = checks.query_positions(query_positions, q, k, boundaries)
+    if query_mask is not None:
+        chosen = checks.mask("query_mask", query_mask, checks.token_shape(q), "one entry a query", q.device)
+        if positions is None:
+            positions = reference.default_positions(chosen.shape[-1], shown.shape[-1], *boundaries, q.device)
+        # A query at a negative position sees nothing, so kernels skip it.
+        positions = torch.where(chosen, positions, -1).contiguous()
+    factor = checks.attention_scale(scale, q.shape[-1])
+    width = 0 if window is None else checks.positive_integer("window", window)
+    dtype = checks.compute_dtype(q)
+    _, lse = registry.call("attention_mass", q.device, dtype, q, k, labels, positions, *boundaries, 2, factor, width)
+    weights = _query_weights(lse, boundaries[0])
+    heat = registry.call(
+        "attention_heatmap", q.device, dtype, q, k, labels, positions, weights, lse, *boundaries, factor, width
+    )
+    return (heat if per_head else heat.mean(-2)).to(dtype)  # type: ignore[no-any-return]
+
+
+def _query_weights(lse: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
+    """One over the number of queries of the response that see a key, ``[B, T]`` or ``[N]``; 0 for the others."""
+    sees = lse.detach().select(-2, 0) != -torch.inf  # whether a query sees a key is the same in every head
+    counted = sees.to(lse.dtype)
+    if cu_seqlens_q is None:
+        return counted / counted.sum(-1, keepdim=True).clamp(min=1)
+    batch = cu_seqlens_q.shape[0] - 1
+    response, _ = responses_of(sees.shape[0], batch, cu_seqlens_q, lse.device)
+    count = counted.new_zeros(batch).index_add(0, response, counted)
+    return counted / count.clamp(min=1)[response]
+
+
+def _fake_mass(
+    q: Tensor,
+    k: Tensor,
+    key_segments: Tensor,
+    query_positions: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    num_segments: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    heads = _by_head(q)
+    return q.new_empty((*heads, num_segments), dtype=torch.float32), q.new_empty(heads, dtype=torch.float32)
+
+
+def _fake_mass_backward(grad_mass: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like(q), _like(k)
+
+
+def _fake_heatmap(q: Tensor, k: Tensor, *_: Any) -> Tensor:
+    # The heads of q, the positions of k.
+    return q.new_empty((*_by_head(q)[:-1], _by_head(k)[-1]), dtype=torch.float32)
+
+
+def _by_head(tensor: Tensor) -> tuple[int, ...]:
+    """Shape of one number a token and head: ``[B, H, T]``, packed ``[H, N]``."""
+    shape = tensor.shape[:-1]
+    return tuple(shape) if tensor.dim() == 4 else tuple(reversed(shape))
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(tensor.shape)
+
+
+def _save_mass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, _, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_mass(ctx: Any, grad_mass: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_mass is None:
+        return (None,) * 9
+    backward = torch.ops.vgpo_kernels.attention_mass_backward
+    return *backward(grad_mass.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.window), *(None,) * 7
+
+
+def _save_heatmap(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_heatmap(ctx: Any, grad_heat: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_heat is None:
+        return (None,) * 10
+    backward = torch.ops.vgpo_kernels.attention_heatmap_backward
+    return *backward(grad_heat.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.window), *(None,) * 8
+
+
+_KEYS = "Tensor q, Tensor k, Tensor key_segments, Tensor? query_positions"
+_LAYOUT = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+
+registry.define(
+    reference.attention_mass,
+    f"({_KEYS}, {_LAYOUT}, int num_segments, float scale, int window) -> (Tensor mass, Tensor lse)",
+    _fake_mass,
+    setup_context=_save_mass,
+    backward=_backward_mass,
+)
+registry.define(
+    reference.attention_mass_backward,
+    f"(Tensor grad_mass, {_KEYS}, {_LAYOUT}, Tensor mass, Tensor lse, float scale, int window) "
+    "-> (Tensor grad_q, Tensor grad_k)",
+    _fake_mass_backward,
+)
+registry.define(
+    reference.attention_heatmap,
+    f"({_KEYS}, Tensor query_weights, Tensor lse, {_LAYOUT}, float scale, int window) -> Tensor",
+    _fake_heatmap,
+    setup_context=_save_heatmap,
+    backward=_backward_heatmap,
+)
+registry.define(
+    reference.attention_heatmap_backward,
+    f"(Tensor grad_heat, {_KEYS}, Tensor query_weights, Tensor lse, {_LAYOUT}, float scale, int window) "
+    "-> (Tensor grad_q, Tensor grad_k)",
+    _fake_mass_backward,
+)

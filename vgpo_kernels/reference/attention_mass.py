@@ -1,0 +1,174 @@
+"""Attention shares by key segment, and their transpose over keys, in plain PyTorch: every probability is materialised.
+
+Shapes below are those of a padded batch. A packed one has queries ``[N, Hq, d]``, keys ``[M, Hk, d]`` and boundaries;
+it is computed as one sequence in which queries see the keys of their own response only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels.reference.layout import responses_of
+
+
+def attention_mass(
+    q: Tensor,  # [B, Hq, T, d]
+    k: Tensor,  # [B, Hk, S, d]
+    key_segments: Tensor,  # [B, S], a value outside 0..num_segments-1: key ignored
+    query_positions: Tensor | None,  # [B, T], index among the response's keys
+    cu_seqlens_q: Tensor | None,  # [B + 1]
+    cu_seqlens_k: Tensor | None,  # [B + 1]
+    num_segments: int,
+    scale: float,
+    window: int,  # 0: none
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:  # [B, Hq, T, num_segments], [B, Hq, T]; packed without B
+    """Return the share of each query's attention by segment, and the log-sum-exp of its scores (-inf: sees no key)."""
+    scores, visible = _scores(
+        q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k, num_segments, scale, window, dtype
+    )
+    sees = visible.any(-1, keepdim=True)
+    # A row without a visible key keeps its scores, so that its softmax, of which nothing is used, stays finite.
+    scores = torch.where(visible | ~sees, scores, -torch.inf)
+    probability = torch.where(visible, scores.softmax(-1), torch.zeros_like(scores))
+    lse = torch.where(sees[..., 0], scores.logsumexp(-1), -torch.inf)
+    segments = torch.arange(num_segments, device=k.device)
+    member = (key_segments.reshape(-1, 1, key_segments.shape[-1], 1) == segments).to(dtype)
+    return _unbatch(probability @ member, cu_seqlens_q), _unbatch(lse, cu_seqlens_q)
+
+
+def attention_heatmap(
+    q: Tensor,  # [B, Hq, T, d]
+    k: Tensor,  # [B, Hk, S, d]
+    key_labels: Tensor,  # [B, S], 1: shown, 0: seen but not shown, else ignored
+    query_positions: Tensor | None,  # [B, T]
+    query_weights: Tensor,  # [B, T]
+    lse: Tensor,  # [B, Hq, T], of attention_mass
+    cu_seqlens_q: Tensor | None,  # [B + 1]
+    cu_seqlens_k: Tensor | None,  # [B + 1]
+    scale: float,
+    window: int,  # 0: none
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:  # [B, Hq, S]; packed without B
+    """Return the weighted sum over queries of each shown key's attention; 0 for the other keys."""
+    scores, visible = _scores(q, k, key_labels, query_positions, cu_seqlens_q, cu_seqlens_k, 2, scale, window, dtype)
+    shown = visible & (key_labels.reshape(-1, 1, 1, key_labels.shape[-1]) == 1)
+    lse, query_weights = (_batch(tensor, cu_seqlens_q).to(dtype) for tensor in (lse, query_weights))
+    exponent = torch.where(shown, scores - lse[..., None], -torch.inf)
+    return _unbatch((query_weights[:, None, None] @ exponent.exp())[:, :, 0], cu_seqlens_q)
+
+
+def attention_mass_backward(
+    grad_mass: Tensor,  # [B, Hq, T, num_segments]
+    q: Tensor,
+    k: Tensor,
+    key_segments: Tensor,
+    query_positions: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    mass: Tensor,  # what attention_mass returned, like lse
+    lse: Tensor,
+    scale: float,
+    window: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:  # of q's and k's shapes
+    """Gradients of :func:`attention_mass` by q and k."""
+    layout = (query_positions, cu_seqlens_q, cu_seqlens_k)
+    with torch.enable_grad():
+        q, k = (tensor.detach().to(dtype).requires_grad_() for tensor in (q, k))
+        result, _ = attention_mass(q, k, key_segments, *layout, grad_mass.shape[-1], scale, window, dtype=dtype)
+        grad_q, grad_k = torch.autograd.grad(result, (q, k), grad_mass.to(dtype))
+    return grad_q, grad_k
+
+
+def attention_heatmap_backward(
+    grad_heat: Tensor,  # [B, Hq, S]
+    q: Tensor,
+    k: Tensor,
+    key_labels: Tensor,
+    query_positions: Tensor | None,
+    query_weights: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    window: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:  # of q's and k's shapes
+    """Gradients of :func:`attention_heatmap` by q and k, through the softmax's denominator ``lse`` as well."""
+    boundaries = (cu_seqlens_q, cu_seqlens_k)
+    with torch.enable_grad():
+        q, k = (tensor.detach().to(dtype).requires_grad_() for tensor in (q, k))
+        _, lse = attention_mass(q, k, key_labels, query_positions, *boundaries, 2, scale, window, dtype=dtype)
+        result = attention_heatmap(
+            q, k, key_labels, query_positions, query_weights, lse, *boundaries, scale, window, dtype=dtype
+        )
+        grad_q, grad_k = torch.autograd.grad(result, (q, k), grad_heat.to(dtype))
+    return grad_q, grad_k
+
+
+def default_positions(
+    num_queries: int,  # T, or N
+    num_keys: int,  # S, or M
+    cu_seqlens_q: Tensor | None,  # [B + 1]
+    cu_seqlens_k: Tensor | None,  # [B + 1]
+    device: torch.device,
+) -> Tensor:  # [T] or [N]
+    """Positions of queries that are the last ones of their response."""
+    index = torch.arange(num_queries, device=device)
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return index + (num_keys - num_queries)
+    response, begin = responses_of(num_queries, cu_seqlens_q.shape[0] - 1, cu_seqlens_q, device)
+    return index - begin[response] + (cu_seqlens_k.diff() - cu_seqlens_q.diff())[response]
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    key_segments: Tensor,
+    query_positions: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    num_segments: int,
+    scale: float,
+    window: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # [B, Hq, T, S], [B, 1, T, S]
+    """Scaled products of all queries and keys, and which of them are seen: causal, in the window, not ignored."""
+    seen = _batch((key_segments >= 0) & (key_segments < num_segments), cu_seqlens_k)
+    if query_positions is None:
+        query_positions = default_positions(
+            q.shape[-2 if q.dim() == 4 else 0], seen.shape[-1], cu_seqlens_q, cu_seqlens_k, q.device
+        )
+    position = torch.arange(seen.shape[-1], device=k.device)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        batch = cu_seqlens_q.shape[0] - 1
+        query_response, _ = responses_of(q.shape[0], batch, cu_seqlens_q, q.device)
+        key_response, begin = responses_of(k.shape[0], batch, cu_seqlens_k, k.device)
+        seen = seen[:, None] & (query_response[:, None] == key_response)
+        position = position - begin[key_response]
+        q, k = q.transpose(0, 1)[None], k.transpose(0, 1)[None]
+    else:
+        seen = seen[:, None]
+    distance = _batch(query_positions, cu_seqlens_q)[..., None] - position
+    visible = seen & (distance >= 0) & (distance < window if window else True)
+    # An ignored key may be NaN, and NaN times zero is NaN: replace it.
+    keys = torch.where(seen.any(-2)[:, None, :, None], k, torch.zeros_like(k)).to(dtype)
+    batch, heads, queries, size = q.shape
+    grouped = q.to(dtype).reshape(batch, k.shape[1], heads // k.shape[1], queries, size)
+    scores = (grouped @ keys[:, :, None].mT).flatten(1, 2) * scale
+    return scores, visible[:, None]
+
+
+def _batch(tensor: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """See a packed batch as one sequence."""
+    return tensor if cu_seqlens is None else tensor[None]
+
+
+def _unbatch(tensor: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return tensor if cu_seqlens is None else tensor[0]
