@@ -339,7 +339,7 @@ VGPO_HD inline Surrogate<F> surrogate(Ratio<F> ratio, F log_prob, F advantage, c
         return result;
     }
     const bool capped = options.loss_type == LossType::kCispo && options.cispo_cap == options.cispo_cap;
-    const F low(capped ? -std::numeric_limits<float>::infinity() : 1.0f - options.epsilon_low);
+    const F low(capped ? -INFINITY : 1.0f - options.epsilon_low);
     const F high(capped ? options.cispo_cap : 1.0f + options.epsilon_high);
     const F clipped_ratio = clamped(ratio.value, low, high);
     const auto below = ratio.value < low, above = ratio.value > high;
