@@ -1,1 +1,20 @@
 """Train vision-language models with VGPO on TRL, and the demo, the report and the ``vgpo`` command around it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# Loaded when asked for: TRL takes seconds to import, and `vgpo --help` should not.
+_LAZY = {
+    "RolloutSample": "rollouts",
+    "VGPOTrainer": "trainer",
+    "VGPOTrainingConfig": "config",
+}
+__all__ = ["RolloutSample", "VGPOTrainer", "VGPOTrainingConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -45,6 +45,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -405,6 +406,26 @@ class VGPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 weights = factor.float() if weights is None else weights * factor.float()
         return None if weights is None else weights.expand(mask.shape)
 
+    # Checkpoints. save_pretrained may write weights by other names than the module's (LLaVA keeps those of its first
+    # release), which from_pretrained maps back; Trainer would load them by name, find none and go on without.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        if self._is_plain(target):
+            load_weights(target, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._is_plain(self.model):
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _is_plain(self, model: nn.Module) -> bool:
+        """Whether a checkpoint holds the whole model as from_pretrained reads it."""
+        return isinstance(model, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+
     # Records, through TRL's ordinary logging.
 
     def _log_policy(self, metrics: Mapping[str, Tensor], mode: str) -> None:
@@ -494,6 +515,19 @@ class WithoutHead:
         """Run the decoder, and the head on one position, which models offer as their least."""
         self.model(**inputs, use_cache=False, logits_to_keep=1)
         return SimpleNamespace(log_probs=labels.new_zeros(labels.shape, dtype=torch.float32))
+
+
+def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
+    """Load the weights of a checkpoint into a model of the same class, in place.
+
+    Raises:
+        ValueError: The checkpoint lacks some of the model's weights.
+
+    """
+    loaded, info = type(model).from_pretrained(checkpoint, dtype=model.dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"{checkpoint} lacks {sorted(info['missing_keys'])} of {type(model).__name__}")
+    model.load_state_dict(loaded.state_dict())
 
 
 def standard_deviation(total: float, squares: float, count: float) -> float:

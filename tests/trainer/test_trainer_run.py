@@ -1,0 +1,332 @@
+"""Whole runs: what a run leaves behind, `vgpo train`, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+import vgpo_trainer
+from trainer.tiny_runs import llava, make_trainer, picture, rows, save_model
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, TrainerState
+from trl import GRPOConfig
+from vgpo_trainer import train
+from vgpo_trainer.callbacks import MetricsFile, read_metrics
+from vgpo_trainer.config import VGPOTrainingConfig
+
+RECORD = {
+    "step",
+    "seconds",
+    "loss",
+    "reward",
+    "accuracy",
+    "entropy",
+    "step_time",
+    "completions/mean_length",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+    "vgpo/visual_focus",
+    "vgpo/gate_rate",
+    "vgpo/late_early_ratio",
+    "vgpo/psi_std",
+    "vgpo/phi_std",
+    "vgpo/weighted_share",
+    "vgpo/factor_min",
+    "vgpo/factor_mean",
+    "vgpo/factor_max",
+}
+
+
+def test_a_run_leaves_records_and_rollouts(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=2,
+        gradient_accumulation_steps=2,
+        rollout_samples=12,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=4,
+        arguments={"eval_dataset": rows([1, 1])},
+    )
+    before = [weight.clone() for weight in trainer.model.parameters()]
+    trainer.train()
+    assert any(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
+
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2]
+    assert set(steps[0]) >= RECORD
+    (evaluation,) = (record for record in records if "eval_loss" in record)
+    assert {"eval_accuracy", "eval_vgpo/visual_focus", "eval_vgpo/phi_std"} <= set(evaluation)
+
+    samples = trainer.rollout_samples
+    assert len(samples) == 12 and {sample.mode for sample in samples} == {"train", "eval"}
+    for sample in samples:
+        lengths = {len(values) for values in (sample.scored, sample.cos, sample.psi, sample.factors)}
+        assert lengths == {len(sample.tokens)}
+        assert sample.correct == (sample.reward == 1) and sample.images[0].size == (48, 48)
+        assert sample.prompt == "Add the digits." and sample.answer is not None
+        for factor, psi in zip(sample.factors, sample.psi, strict=True):
+            assert factor == pytest.approx((1 + psi) * (1 + sample.phi), abs=1e-5)
+    assert any(sample.phi != 0 for sample in samples)
+
+
+def test_diagnostics_show_the_signal_and_leave_the_loss_alone(tmp_path):
+    losses = []
+    for diagnostics in (False, True):
+        trainer = make_trainer(
+            tmp_path / str(diagnostics), vgpo="none", vgpo_diagnostics=diagnostics, gradient_accumulation_steps=2
+        )
+        trainer.train()
+        records = read_metrics(tmp_path / str(diagnostics) / "metrics.jsonl")
+        losses.append([record["loss"] for record in records])
+        assert all(("vgpo/visual_focus" in record) == diagnostics for record in records)
+        assert all("vgpo/factor_mean" not in record for record in records)
+        assert all(factor == 1 for sample in trainer.rollout_samples for factor in sample.factors)
+        assert any(cos != 0 for sample in trainer.rollout_samples for cos in sample.cos) == diagnostics
+    assert losses[0] == losses[1]
+
+
+def test_vgpo_changes_the_training(tmp_path):
+    losses = []
+    for preset in ("none", "paper", "released"):
+        make_trainer(tmp_path / preset, vgpo=preset, max_steps=1).train()
+        losses.append(read_metrics(tmp_path / preset / "metrics.jsonl")[0]["loss"])
+    assert len(set(losses)) == 3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for row in range(8):
+        picture(row).save(folder / f"{row}.png")
+        lines.append(json.dumps({"image": f"{row}.png", "prompt": "Add the digits.", "answer": row}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def options(checkpoint: Path, dataset: Path, out: Path, *more: str) -> list[str]:
+    given = ["--model", checkpoint, "--dataset", dataset, "--out", out, "--batch-size", 4, "--generations", 4]
+    given += ["--max-completion-length", 8, "--set", "use_cpu=true", "--set", "disable_tqdm=true", *more]
+    return [str(option) for option in given]
+
+
+def test_vgpo_train_makes_a_model_that_loads_again(checkpoint, dataset, tmp_path, capsys):
+    more = ["--steps", 2, "--vgpo", "released", "--set", "vgpo_beta=0.5", "--learning-rate", 1e-3, "--kl", 0.1]
+    more += ["--set", "entropy_coef=0.1"]  # an untrained model gets no answer right, and would stay as it is
+    out = tmp_path / "run"
+    assert train.main(options(checkpoint, dataset, out, *more, "--eval-dataset", dataset, "--eval-every", 2)) == 0
+    assert str(out / "model") in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    assert config["vgpo"]["beta"] == 0.5 and config["vgpo"]["score"] == "offset"
+    assert config["training"]["max_steps"] == 2 and config["training"]["trust_remote_code"] is False
+    records = read_metrics(out / "metrics.jsonl")
+    assert [record["step"] for record in records if "loss" in record] == [1, 2]
+    assert all("accuracy" in record and "kl" in record for record in records if "loss" in record)
+    assert (out / "model" / "model.safetensors").is_file()
+    trained = AutoModelForImageTextToText.from_pretrained(out / "model")
+    original = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    pairs = zip(trained.parameters(), original.parameters(), strict=True)
+    assert any(not torch.equal(new, old) for new, old in pairs)
+    processor = AutoProcessor.from_pretrained(out / "model")
+    inputs = processor(images=picture(0), text="<image>Add the digits.", return_tensors="pt")
+    assert trained(**inputs).logits.isfinite().all()
+
+
+class _Stop(TrainerCallback):
+    """Breaks a run off as Ctrl-C does."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(checkpoint, dataset, tmp_path, monkeypatch, capsys):
+    def command(out: Path) -> list[str]:
+        more = ["--steps", "4", "--save-every", "2", "--learning-rate", "1e-3"]
+        return options(checkpoint, dataset, out, *more, "--reward", "trainer.tiny_runs:parity_reward")
+
+    assert train.main(command(tmp_path / "whole")) == 0
+
+    build = train.build_trainer
+
+    def build_and_stop(arguments):
+        trainer = build(arguments)
+        trainer.add_callback(_Stop())
+        return trainer
+
+    broken = tmp_path / "broken"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_trainer", build_and_stop)
+        assert train.main(command(broken)) == 130
+    assert "goes on from checkpoint-2" in capsys.readouterr().err
+    assert not (broken / "model").exists()
+    (broken / "checkpoint-3").mkdir()  # cut short while it was written
+    assert train.main([*command(broken), "--resume"]) == 0
+    assert "resuming from" in capsys.readouterr().out
+
+    whole, resumed = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "whole", broken))
+    assert [record["step"] for record in resumed] == [1, 2, 3, 4]
+    assert resumed[3]["seconds"] > resumed[2]["seconds"] > resumed[1]["seconds"]
+    assert resumed[2]["loss"] != 0 != resumed[3]["loss"]
+    for record, expected in zip(resumed, whole, strict=True):
+        for name in ("loss", "reward", "vgpo/visual_focus", "vgpo/phi_std"):
+            assert record[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), (record["step"], name)
+    models = [AutoModelForImageTextToText.from_pretrained(folder / "model") for folder in (tmp_path / "whole", broken)]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+    assert train.main([*command(broken), "--no-resume"]) == 2
+    assert "already has checkpoint-4" in capsys.readouterr().err
+    assert train.main([*command(broken), "--vgpo", "none"]) == 2
+    assert "holds a run with --vgpo paper, not none" in capsys.readouterr().err
+    assert train.main([*command(tmp_path / "new"), "--resume"]) == 2
+    assert "has no checkpoint" in capsys.readouterr().err
+
+
+def test_vgpo_train_with_lora_and_a_reward_of_ones_own(checkpoint, dataset, tmp_path, monkeypatch):
+    (tmp_path / "own_reward.py").write_text(
+        "def even(completions, **_):\n    return [float(len(c[-1]['content']) % 2 == 0) for c in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    more = ["--steps", "1", "--lora-rank", "2", "--reward", "own_reward:even", "--learning-rate", "1e-2"]
+    assert train.main(options(checkpoint, dataset, tmp_path / "run", *more)) == 0
+    (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert "rewards/even/mean" in record and "vgpo/phi_std" in record
+    adapter = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
+    assert adapter["r"] == 2 and adapter["lora_alpha"] == 4
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    assert weights and all("language_model" in name for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--dataset", "nowhere"], "nowhere does not exist"),
+        (["--set", "los_type=grpo"], "no such field; did you mean loss_type"),
+        (["--set", "loss_type"], "NAME=VALUE"),
+        (["--set", "loss_type=vespo"], "loss_type must be one of"),
+        (["--set", "vgpo_top_ratio=2"], "top_ratio must be in"),
+        (["--generations", "3"], "divisible by"),
+        (["--accumulate", "16"], "takes 16 prompts .* has 8"),
+        (["--reward", "nothing"], "module:function"),
+        (["--model", "/nowhere/model"], "nowhere/model"),
+    ],
+)
+def test_vgpo_train_says_what_is_wrong(checkpoint, dataset, tmp_path, capsys, changes, message):
+    assert train.main(options(checkpoint, dataset, tmp_path / "run", "--steps", "1", *changes)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vgpo train: ")
+    assert re.search(message, error), error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "luspo"}, "loss_type must be one of"),
+        ({"importance_sampling_level": "sequence", "loss_type": "cispo"}, "importance_sampling_level='sequence'"),
+        ({"delta": 1.1}, "delta must exceed"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
+        ({"torch_compile": True}, "torch_compile"),
+        ({"vgpo_signal": "loss", "gradient_accumulation_steps": 2}, "steps_per_generation=1"),
+        ({"vgpo_signal": "loss", "num_iterations": 2}, "num_iterations=1"),
+        ({"vgpo_signal": "hidden"}, "vgpo_signal must be one of"),
+        ({"vgpo": "new"}, "vgpo must be one of"),
+        ({"vgpo": None, "vgpo_beta": 0.1}, "vgpo_beta has no effect"),
+        ({"vgpo_schedule": "sudden"}, "schedule must be one of"),
+        ({"rollout_samples": -1}, "rollout_samples"),
+    ],
+)
+def test_what_is_not_supported_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **settings)
+
+
+def test_a_config_of_trl_is_refused(tmp_path):
+    model, processor = llava()
+    settings = GRPOConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    with pytest.raises(TypeError, match="VGPOTrainingConfig, got GRPOConfig"):
+        vgpo_trainer.VGPOTrainer(model, lambda **_: [], settings, rows([1]), processing_class=processor)
+
+
+def test_videos_are_refused_where_trl_would_drop_them(tmp_path):
+    trainer = make_trainer(tmp_path)
+    for row in (
+        {"prompt": "?", "video": "film.mp4"},
+        {"prompt": [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]},
+    ):
+        with pytest.raises(ValueError, match="has a video"):
+            trainer._generate_and_score_completions([row])
+
+
+def test_settings_change_a_preset(tmp_path):
+    def config(**settings):
+        return VGPOTrainingConfig(str(tmp_path), bf16=False, use_cpu=True, **settings).vgpo_config()
+
+    assert config(vgpo="released", vgpo_inter_clamp=[]).inter_clamp is None
+    assert config(vgpo="released").inter_clamp == (0.9, 2.0)
+    assert config(vgpo_intra_clamp=[0.5, 1.5]).intra_clamp == (0.5, 1.5)
+    assert config(vgpo_gate=False).gate is False
+    assert config(vgpo="None") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "source"),
+    [
+        ({}, "loss"),
+        ({"gradient_accumulation_steps": 2}, "scoring"),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 1}, "loss"),
+        ({"num_iterations": 2}, "scoring"),
+        ({"gradient_accumulation_steps": 2, "vgpo_inter": False}, "loss"),
+        ({"gradient_accumulation_steps": 2, "vgpo_inter": False, "vgpo": "released"}, "scoring"),
+        ({"gradient_accumulation_steps": 2, "vgpo_inter": False, "steps_per_generation": 4}, "scoring"),
+        ({"vgpo_signal": "scoring"}, "scoring"),
+    ],
+)
+def test_the_source_of_the_signal(tmp_path, settings, source):
+    config = VGPOTrainingConfig(
+        str(tmp_path), bf16=False, use_cpu=True, per_device_train_batch_size=8, num_generations=4, **settings
+    )
+    assert config.signal_source() == source
+
+
+def test_metrics_of_a_resumed_run_drop_what_comes_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "seconds": float(step), "loss": 1.0} for step in (1, 2, 3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "sec')
+    callback, state = MetricsFile(path), TrainerState(global_step=2)
+    callback.on_train_begin(None, state, None)
+    state.global_step = 3
+    callback.on_log(None, state, None, {"loss": float("nan")})
+    callback.on_log(None, state, None, {"train_runtime": 1.0})
+    records = read_metrics(path)
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert records[2]["loss"] is None and records[2]["seconds"] >= 2
+
+
+def test_metrics_of_a_new_run_start_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 9, "seconds": 1.0}\n')
+    callback, state = MetricsFile(path), TrainerState(global_step=0)
+    callback.on_train_begin(None, state, None)
+    callback.on_log(None, state, None, {"eval_loss": 2.0})
+    state.global_step = 1
+    callback.on_log(None, state, None, {"loss": 1.0})
+    assert [record["step"] for record in read_metrics(path)] == [0, 1]
