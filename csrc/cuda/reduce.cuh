@@ -1,0 +1,240 @@
+// Warps, blocks and the grid: deterministic reductions, and how work is shared out.
+//
+// Nothing here depends on how many blocks run or in which order: a reduction combines its values in an order fixed by
+// the block's size alone, and an item of work gives the same bits whoever takes it.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../layout.h"
+#include "../math.h"
+
+namespace vgpo {
+namespace cuda {
+
+constexpr int kWarpSize = 32;
+constexpr int kMaxWarps = 32;  // of a block
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// The shape of every launch. Two blocks of 512 threads leave a thread 64 registers on every architecture from sm_80.
+// Kernels without a type to be templates over are templates over it: a header may not define an ordinary kernel.
+constexpr int kThreads = 512;
+constexpr int kBlocksPerMultiprocessor = 2;  // at least: what registers must allow
+
+__device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+__device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+__device__ inline int warps_per_block() { return static_cast<int>(blockDim.x) / kWarpSize; }
+
+// Warps of the whole grid. Neighbouring numbers sit on different multiprocessors, so that any run of items, however
+// short, spreads over the whole chip.
+__device__ inline int grid_warp() { return warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); }
+__device__ inline int grid_warps() { return warps_per_block() * static_cast<int>(gridDim.x); }
+
+template <typename Integer>
+constexpr __host__ __device__ Integer ceil_div(Integer value, Integer divisor) {
+    return (value + divisor - 1) / divisor;
+}
+
+// ---- reductions -----------------------------------------------------------------------------------------------
+//
+// A reducible type has `merge(other)`, commutative to the bit, and `identity()`. After a reduction every thread holds
+// the result.
+
+template <typename T>
+__device__ __forceinline__ T shuffle_xor(const T& value, int lane_mask) {
+    static_assert(sizeof(T) % sizeof(unsigned) == 0, "shuffled in 32-bit words");
+    constexpr int kWords = sizeof(T) / sizeof(unsigned);
+    unsigned words[kWords];
+    memcpy(words, &value, sizeof(T));
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = __shfl_xor_sync(kAllLanes, words[i], lane_mask);
+    T other;
+    memcpy(&other, words, sizeof(T));
+    return other;
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_reduce(T value) {
+#pragma unroll
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value.merge(shuffle_xor(value, mask));
+    return value;
+}
+
+template <typename T>
+__device__ T block_reduce(T value) {
+    __shared__ T partials[kMaxWarps];
+    value = warp_reduce(value);
+    if (lane_index() == 0) partials[warp_index()] = value;
+    __syncthreads();
+    value = lane_index() < warps_per_block() ? partials[lane_index()] : T::identity();
+    value = warp_reduce(value);
+    __syncthreads();  // the next reduction of this type reuses `partials`
+    return value;
+}
+
+template <typename T>
+struct Sum {
+    T value;
+
+    __device__ static Sum identity() { return {T(0)}; }
+    __device__ void merge(const Sum& other) { value += other.value; }
+};
+
+// The smallest and largest of floats. A NaN wins over every number, in either operand.
+struct Extremes {
+    float low;
+    float high;
+
+    __device__ static Extremes identity() { return {INFINITY, -INFINITY}; }
+    __device__ static Extremes of(float value) { return {value, value}; }
+    __device__ void merge(const Extremes& other) {
+        low = low < other.low || low != low ? low : other.low;
+        high = high > other.high || high != high ? high : other.high;
+    }
+};
+
+__device__ inline float warp_sum(float value) { return warp_reduce(Sum<float>{value}).value; }
+
+template <typename T>
+__device__ T block_sum(T value) {
+    return block_reduce(Sum<T>{value}).value;
+}
+
+// Sum of the values of all lanes up to and including this one.
+__device__ inline int warp_inclusive_sum(int value) {
+#pragma unroll
+    for (int delta = 1; delta < kWarpSize; delta *= 2) {
+        const int below = __shfl_up_sync(kAllLanes, value, delta);
+        if (lane_index() >= delta) value += below;
+    }
+    return value;
+}
+
+// Sum of the values of all threads of the block up to and including this one.
+__device__ inline int block_inclusive_sum(int value) {
+    __shared__ int totals[kMaxWarps];
+    value = warp_inclusive_sum(value);
+    if (lane_index() == kWarpSize - 1) totals[warp_index()] = value;
+    __syncthreads();
+    const int total = lane_index() < warp_index() ? totals[lane_index()] : 0;
+    value += warp_reduce(Sum<int>{total}).value;
+    __syncthreads();  // the next call reuses `totals`
+    return value;
+}
+
+// ---- the grid -------------------------------------------------------------------------------------------------
+
+// Waits for every block of a cooperative launch; what they wrote is visible after it. Out of line, because inlined
+// barriers share their set-up and would keep it in registers across every phase.
+__device__ __noinline__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+// ---- ragged work ----------------------------------------------------------------------------------------------
+
+// Numbers the items of all responses consecutively and finds the response that an item belongs to. Items must be
+// sought in rising order: a warp that strides through them passes over the responses once. Items are counted in 32 bits
+// (an item is several rows of a hidden state: two thousand million of them do not fit any device), offsets in 64.
+template <typename Size>
+class RaggedCursor {
+   public:
+    // `size(b)` is the number of items of response b.
+    __device__ RaggedCursor(int64_t batch, Size size) : batch_(static_cast<int>(batch)), size_(size) {}
+
+    // False when there are fewer items.
+    __device__ bool seek(int item) {
+        while (item >= end_) {
+            if (++response_ >= batch_) return false;
+            begin_ = end_;
+            end_ += size_(response_);
+        }
+        return true;
+    }
+
+    // The number of items of all responses before `response`, which must not fall from call to call.
+    __device__ int items_before(int response) {
+        while (response_ < response) {
+            ++response_;
+            begin_ = end_;
+            end_ += size_(response_);
+        }
+        return begin_;
+    }
+
+    __device__ int response() const { return response_; }
+    __device__ int begin() const { return begin_; }
+
+   private:
+    int batch_;
+    Size size_;
+    int response_ = -1;
+    int begin_ = 0;
+    int end_ = 0;
+};
+
+template <typename Size>
+__device__ RaggedCursor<Size> ragged_cursor(int64_t batch, Size size) {
+    return RaggedCursor<Size>(batch, size);
+}
+
+// ---- masks ----------------------------------------------------------------------------------------------------
+
+// Lists the positions of the set entries of mask[begin, end), relative to `begin`, in index[begin...]; returns their
+// number to every thread of the block. `off_mask(position)` is called at the others. The order of the list is what
+// makes padding, packing and holes invisible to everything after it.
+template <typename OffMask>
+__device__ int compact_mask(const bool* mask, int64_t begin, int64_t end, int32_t* index, OffMask off_mask) {
+    constexpr int kLoads = 8;  // mask bytes in flight a thread
+    __shared__ int before[kLoads * kMaxWarps];  // set entries of the chunk before each warp's piece
+    __shared__ int chunk_total;
+    const int pieces = kLoads * warps_per_block();
+    int total = 0;
+    for (int64_t chunk = begin; chunk < end; chunk += static_cast<int64_t>(kLoads) * blockDim.x) {
+        bool set[kLoads];
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            const int64_t position = chunk + static_cast<int64_t>(i) * blockDim.x + threadIdx.x;
+            set[i] = position < end && mask[position];
+        }
+        unsigned votes[kLoads];
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            votes[i] = __ballot_sync(kAllLanes, set[i]);
+            if (lane_index() == 0) before[i * warps_per_block() + warp_index()] = __popc(votes[i]);
+        }
+        __syncthreads();
+        if (warp_index() == 0) {
+            int own = 0;  // a lane adds up `kLoads` or fewer pieces, then the warp adds up the lanes
+            const int first = lane_index() * kLoads;
+            for (int i = first; i < first + kLoads && i < pieces; ++i) own += before[i];
+            const int inclusive = warp_inclusive_sum(own);
+            if (lane_index() == kWarpSize - 1) chunk_total = inclusive;
+            int running = inclusive - own;
+            for (int i = first; i < first + kLoads && i < pieces; ++i) {
+                const int count = before[i];
+                before[i] = running;
+                running += count;
+            }
+        }
+        __syncthreads();
+        const unsigned lower_lanes = (1u << lane_index()) - 1;
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            const int64_t position = chunk + static_cast<int64_t>(i) * blockDim.x + threadIdx.x;
+            if (set[i]) {
+                const int rank = before[i * warps_per_block() + warp_index()] + __popc(votes[i] & lower_lanes);
+                index[begin + total + rank] = static_cast<int32_t>(position - begin);
+            } else if (position < end) {
+                off_mask(position);
+            }
+        }
+        total += chunk_total;
+        __syncthreads();  // the next chunk reuses `before`
+    }
+    return total;
+}
+
+}  // namespace cuda
+}  // namespace vgpo

@@ -1,0 +1,71 @@
+// From hidden states to the loss, its gradient and all metrics in one persistent cooperative kernel.
+//
+// The phases are those of the separate kernels, the same device functions, divided by grid barriers: list the rows;
+// sum runs of visual rows; average them; score the response rows; weigh each response; weigh the groups and compute the
+// losses; add up. All but the reading of hidden states is small: at 8 responses of 1,024 image and 2,048 response tokens
+// and D = 3584 they are 176 MB of 177.
+#pragma once
+
+#include "policy_loss.cuh"
+
+namespace vgpo {
+namespace cuda {
+
+template <typename T>
+struct VgpoLossArguments {
+    FocusInput<T> focus;
+    PolicyInput policy;
+    const int64_t* group_ids;  // [B]
+    WeightsConfig config;
+    FocusWorkspace lists;
+    WeightsWorkspace weights;
+    float* cos;             // [tokens]
+    PolicySums* responses;  // [B]
+    PolicyOutput output;    // metrics: [kPolicyMetrics + kFocusMetrics]
+};
+
+template <typename T, typename Arena>
+void bind(VgpoLossArguments<T>& arguments, Arena& arena) {
+    const FocusInput<T>& focus = arguments.focus;
+    const bool given = focus.given_prototypes != nullptr;
+    bind_image(arguments.lists, arena, focus.layout, focus.dim, given);
+    bind_tokens(arguments.lists, arena, focus.layout);
+    if (!given) arguments.lists.prototypes = arena.template take<float>("prototypes", focus.layout.batch * focus.dim);
+    bind_weights(arguments.weights, arena, focus.layout);
+    arguments.weights.scores = arena.template take<float>("scores", focus.layout.batch);
+    arguments.cos = arena.template take<float>("cos", focus.layout.num_tokens());
+    arguments.responses = arena.template take<PolicySums>("policy_sums", focus.layout.batch);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    vgpo_loss_kernel(const __grid_constant__ VgpoLossArguments<T> arguments) {
+    const FocusWorkspace& lists = arguments.lists;
+    const WeightsWorkspace& weights = arguments.weights;
+    const WeightsConfig& config = arguments.config;
+    const PolicyOutput& output = arguments.output;
+    const Layout& layout = arguments.focus.layout;
+
+    focus_cosines(arguments.focus, lists, arguments.cos, [&](int64_t token) { output.clear(token); });
+    grid_sync();
+    weigh_responses(layout, lists, weights, arguments.cos, config,
+                    [&](int64_t response) { return lists.visual_count[response] > 0; });
+    grid_sync();
+    response_losses(arguments.policy, output, lists, arguments.responses, [&](int64_t response) {
+        const float phi = group_weight(weights, arguments.group_ids, layout.batch, response, config);
+        const ResponseFocus& focus = weights.responses[response];
+        const float* weight = weights.weights + layout.token_begin(response);
+        return [=, &focus, &config](int64_t ordinal, int64_t) {
+            if (focus.standing != Standing::kWeighted) return 1.0f;
+            return advantage_factor(intra_weight(weight[ordinal], focus, config), phi, config);
+        };
+    });
+    grid_sync();
+    if (blockIdx.x == 0) write_policy_metrics(arguments.responses, layout.batch, output);
+    if (blockIdx.x == gridDim.x - 1) {
+        write_focus_metrics(weights.responses, layout.batch, output.metrics + kPolicyMetrics);
+    }
+}
+
+}  // namespace cuda
+}  // namespace vgpo

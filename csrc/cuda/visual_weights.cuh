@@ -1,0 +1,424 @@
+// From cosines to factors: compensation, the gate, and re-weighting within a response and within a group (Eq. 5-11).
+//
+// A block takes a response. Sums that factors depend on are 64-bit fixed-point numbers, minima, maxima and the gate's
+// threshold are exact, so a response's weights are the same bits whatever surrounds it. The threshold is found by radix
+// selection, three passes over the tail for any length.
+//
+// Memory traffic: a few floats a token, all but the first read from the cache. A response of 2,048 tokens takes a
+// handful of passes of four tokens a thread, bound by latency: microseconds, against 5 for its rows of hidden states.
+#pragma once
+
+#include "visual_focus.cuh"
+
+namespace vgpo {
+namespace cuda {
+
+enum class Standing : int32_t {
+    kWeighted,
+    kUnweighted,  // no image, or no tokens
+    kNonfinite,   // a NaN or infinite cosine
+};
+
+// What a response brings to its tokens' factors and to the metrics.
+struct ResponseFocus {
+    Standing standing;
+    int32_t length;     // T
+    int32_t gated;      // tokens with an open gate
+    float smallest;     // finite cosine; infinity without one
+    float low, high;    // extremes of w
+    float mean;         // of normalised w
+    float late_early;   // mean rho of the second half over that of the first; NaN where it does not count
+    int64_t cos_sum;    // fixed-point, kUnitScale
+};
+
+// The lists of tokens come from FocusWorkspace.
+struct WeightsWorkspace {
+    float* weights = nullptr;            // [tokens] w by ordinal: weights[token_begin + ordinal]
+    ResponseFocus* responses = nullptr;  // [B]
+    float* scores = nullptr;             // [B] s, NaN for a non-finite response
+};
+
+template <typename Arena>
+void bind_weights(WeightsWorkspace& workspace, Arena& arena, const Layout& layout) {
+    workspace.weights = arena.template take<float>("weights", layout.num_tokens());
+    workspace.responses = arena.template take<ResponseFocus>("responses", layout.batch);
+}
+
+// Random access to the tokens of a response by ordinal.
+struct ResponseTokens {
+    int64_t begin;         // first token of the response
+    int length;            // T
+    const int32_t* index;  // [T]
+
+    __device__ int64_t token(int ordinal) const { return begin + index[ordinal]; }
+};
+
+__device__ inline ResponseTokens response_tokens(const Layout& layout, const FocusWorkspace& lists, int64_t response) {
+    const int64_t begin = layout.token_begin(response);
+    return {begin, lists.token_count[response], lists.token_index + begin};
+}
+
+// ---- the k-th largest cosine ----------------------------------------------------------------------------------
+
+constexpr int kDigitBits = 11;
+constexpr int kDigits = 1 << kDigitBits;
+
+// The k-th largest (k >= 1) of value(0), ..., value(count - 1), to every thread of the block. Each pass counts how many
+// values have each next digit among those that share the digits found so far.
+template <typename Value>
+__device__ float kth_largest(int count, int k, Value value) {
+    __shared__ int histogram[kDigits];
+    __shared__ unsigned found_digit;
+    __shared__ int above_digit;
+    const int per_thread = ceil_div(kDigits, static_cast<int>(blockDim.x));
+    unsigned prefix = 0;
+    int wanted = k;
+    for (int bits_left = 32; bits_left > 0;) {
+        const int digit_bits = bits_left < kDigitBits ? bits_left : kDigitBits;
+        const int shift = bits_left - digit_bits;
+        for (int digit = threadIdx.x; digit < kDigits; digit += blockDim.x) histogram[digit] = 0;
+        __syncthreads();
+        for (int i = threadIdx.x; i < count; i += blockDim.x) {
+            const unsigned key = static_cast<unsigned>(order_key(value(i))) ^ 0x80000000u;
+            const bool candidate = bits_left == 32 || (key >> bits_left) == prefix;
+            if (candidate) atomicAdd(&histogram[(key >> shift) & ((1u << digit_bits) - 1)], 1);
+        }
+        __syncthreads();
+        // A thread looks at a few neighbouring digits, the first thread at the largest.
+        const int top = kDigits - 1 - static_cast<int>(threadIdx.x) * per_thread;
+        int own = 0;
+        for (int digit = top; digit > top - per_thread && digit >= 0; --digit) own += histogram[digit];
+        int above = block_inclusive_sum(own) - own;
+        for (int digit = top; digit > top - per_thread && digit >= 0; --digit) {
+            if (above < wanted && wanted <= above + histogram[digit]) {
+                found_digit = static_cast<unsigned>(digit);
+                above_digit = above;
+            }
+            above += histogram[digit];
+        }
+        __syncthreads();
+        prefix = prefix << digit_bits | found_digit;
+        wanted -= above_digit;
+        bits_left = shift;
+        __syncthreads();  // the next pass writes what this one has just read
+    }
+    return order_key_value(static_cast<int32_t>(prefix ^ 0x80000000u));
+}
+
+// ---- a response -----------------------------------------------------------------------------------------------
+
+struct CosineScan {
+    float smallest;
+    int32_t nonfinite;
+
+    __device__ static CosineScan identity() { return {INFINITY, 0}; }
+    __device__ void merge(const CosineScan& other) {
+        smallest = other.smallest < smallest ? other.smallest : smallest;
+        nonfinite |= other.nonfinite;
+    }
+};
+
+// A block looks whether a response can be weighted, and for its smallest finite cosine.
+__device__ inline void inspect_response(const ResponseTokens& tokens, const float* cos, bool has_image,
+                                        ResponseFocus& result) {
+    CosineScan scan = CosineScan::identity();
+    for (int ordinal = threadIdx.x; has_image && ordinal < tokens.length; ordinal += blockDim.x) {
+        const float value = cos[tokens.token(ordinal)];
+        const bool finite = is_finite(value);
+        scan.merge({finite ? value : INFINITY, !finite});
+    }
+    scan = block_reduce(scan);
+    if (threadIdx.x == 0) {
+        result.standing = scan.nonfinite != 0                   ? Standing::kNonfinite
+                          : has_image && tokens.length > 0 ? Standing::kWeighted
+                                                                : Standing::kUnweighted;
+        result.smallest = scan.smallest;
+        result.length = tokens.length;
+        result.gated = 0;
+        result.cos_sum = 0;
+        result.late_early = NAN;
+    }
+    __syncthreads();
+}
+
+// The offset of the released score: the smallest finite cosine of the batch, at most zero.
+__device__ inline float batch_offset(const ResponseFocus* responses, int64_t batch) {
+    Extremes extremes = Extremes::of(0.0f);
+    for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) extremes.merge(Extremes::of(responses[i].smallest));
+    return block_reduce(extremes).low;
+}
+
+// Of the first pass over a response: w.
+struct WeightSums {
+    Extremes weight;
+    int64_t total;  // kWeightScale
+    int64_t gated;
+
+    __device__ static WeightSums identity() { return {Extremes::identity(), 0, 0}; }
+    __device__ void merge(const WeightSums& other) {
+        weight.merge(other.weight);
+        total += other.total;
+        gated += other.gated;
+    }
+};
+
+// Of the second pass, which knows the extremes of w. All kUnitScale.
+struct NormalizedSums {
+    int64_t normalized;
+    int64_t cos;
+    int64_t early, late;  // rho of the first and second half
+
+    __device__ static NormalizedSums identity() { return {0, 0, 0, 0}; }
+    __device__ void merge(const NormalizedSums& other) {
+        normalized += other.normalized;
+        cos += other.cos;
+        early += other.early;
+        late += other.late;
+    }
+};
+
+// Mean focus of the second half of a response over that of its first; NaN where it does not count.
+__device__ inline float late_early_ratio(int64_t early_sum, int64_t late_sum, int64_t length) {
+    const int64_t half = (length + 1) / 2;
+    if (length < 2 || early_sum <= 0) return NAN;
+    return mean_from_fixed(late_sum, kUnitScale, length - half) / mean_from_fixed(early_sum, kUnitScale, half);
+}
+
+// A block computes w of a response's tokens, their extremes and normalised mean, and the score (Eq. 5-9).
+// `weights` is by ordinal.
+__device__ inline void weigh_response(const ResponseTokens& tokens, const float* cos, float offset,
+                                      const WeightsConfig& config, float* weights, ResponseFocus& result,
+                                      float& score) {
+    if (result.standing != Standing::kWeighted) {
+        if (threadIdx.x == 0) score = result.standing == Standing::kNonfinite ? NAN : 0.0f;
+        return;
+    }
+    const int first = static_cast<int>(tail_first(tokens.length, config)), tail = tokens.length - first;
+    const int top = static_cast<int>(tail_top_count(tail, config));
+    float threshold = INFINITY;
+    if (config.gate && top > 0) {
+        threshold = kth_largest(tail, top, [&](int i) { return cos[tokens.token(first + i)]; });
+    }
+    WeightSums sums = WeightSums::identity();
+    const float length = static_cast<float>(tokens.length);
+    for (int ordinal = threadIdx.x; ordinal < tokens.length; ordinal += blockDim.x) {
+        const float value = cos[tokens.token(ordinal)];
+        const bool open = !config.gate || (ordinal >= first && value >= threshold);
+        const float position = relative_position(static_cast<float>(ordinal), length, config);
+        const float weight = compensated_weight(focus_score(value, offset, config),
+                                                open ? compensation(position, config) : 0.0f);
+        weights[ordinal] = weight;
+        sums.merge({Extremes::of(weight), to_fixed(weight, kWeightScale), open});
+    }
+    sums = block_reduce(sums);
+    NormalizedSums second = NormalizedSums::identity();
+    const int half = (tokens.length + 1) / 2;
+    for (int ordinal = threadIdx.x; ordinal < tokens.length; ordinal += blockDim.x) {
+        const float value = cos[tokens.token(ordinal)];
+        const float normalized = min_max_normalized(weights[ordinal], sums.weight.low, sums.weight.high);
+        const int64_t focus = to_fixed(focus_score(value, offset, config), kUnitScale);
+        second.merge({to_fixed(normalized, kUnitScale), to_fixed(value, kUnitScale), ordinal < half ? focus : 0,
+                      ordinal < half ? 0 : focus});
+    }
+    second = block_reduce(second);
+    if (threadIdx.x == 0) {
+        result.gated = static_cast<int32_t>(sums.gated);
+        result.low = sums.weight.low;
+        result.high = sums.weight.high;
+        result.mean = mean_from_fixed(second.normalized, kUnitScale, tokens.length);
+        result.cos_sum = second.cos;
+        result.late_early = late_early_ratio(second.early, second.late, tokens.length);
+        score = accumulated_score(sums.total, second.normalized, tokens.length, config);
+    }
+}
+
+// psi of a token of a weighted response (Eq. 8).
+__device__ inline float intra_weight(float weight, const ResponseFocus& response, const WeightsConfig& config) {
+    return config.intra ? min_max_normalized(weight, response.low, response.high) - response.mean : 0.0f;
+}
+
+// Weights every response of the batch, a block each, once the tokens are listed and `cos` is complete. The caller puts
+// a grid barrier before it reads another response's results. `has_image(response)` says which responses have an image.
+template <typename HasImage>
+__device__ void weigh_responses(const Layout& layout, const FocusWorkspace& lists, const WeightsWorkspace& workspace,
+                                const float* cos, const WeightsConfig& config, HasImage has_image) {
+    for (int64_t response = blockIdx.x; response < layout.batch; response += gridDim.x) {
+        inspect_response(response_tokens(layout, lists, response), cos, has_image(response),
+                         workspace.responses[response]);
+    }
+    float offset = config.score_offset;
+    if (config.needs_batch_offset()) {
+        grid_sync();
+        offset = batch_offset(workspace.responses, layout.batch);
+    }
+    for (int64_t response = blockIdx.x; response < layout.batch; response += gridDim.x) {
+        const ResponseTokens tokens = response_tokens(layout, lists, response);
+        weigh_response(tokens, cos, offset, config, workspace.weights + tokens.begin, workspace.responses[response],
+                       workspace.scores[response]);
+    }
+}
+
+// ---- a group --------------------------------------------------------------------------------------------------
+
+struct GroupSums {
+    int64_t normalized;  // kUnitScale
+    int64_t members;
+
+    __device__ static GroupSums identity() { return {0, 0}; }
+    __device__ void merge(const GroupSums& other) {
+        normalized += other.normalized;
+        members += other.members;
+    }
+};
+
+// A block computes phi of a response from the scores of its group's members (Eq. 9-10); 0 for one who is no member.
+template <typename IsMember>
+__device__ float group_weight(const float* scores, const int64_t* group_ids, int64_t batch, int64_t response,
+                              const WeightsConfig& config, IsMember is_member) {
+    if (!config.inter || !is_member(response) || !is_finite(scores[response])) return 0.0f;
+    const int64_t group = group_ids[response];
+    const auto counts = [&](int64_t i) { return group_ids[i] == group && is_member(i) && is_finite(scores[i]); };
+    Extremes extremes = Extremes::identity();
+    for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) {
+        if (counts(i)) extremes.merge(Extremes::of(scores[i]));
+    }
+    extremes = block_reduce(extremes);
+    GroupSums sums = GroupSums::identity();
+    for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) {
+        if (!counts(i)) continue;
+        sums.merge({to_fixed(min_max_normalized(scores[i], extremes.low, extremes.high), kUnitScale), 1});
+    }
+    sums = block_reduce(sums);
+    return min_max_normalized(scores[response], extremes.low, extremes.high) -
+           mean_from_fixed(sums.normalized, kUnitScale, sums.members);
+}
+
+__device__ inline float group_weight(const WeightsWorkspace& workspace, const int64_t* group_ids, int64_t batch,
+                                     int64_t response, const WeightsConfig& config) {
+    const ResponseFocus* responses = workspace.responses;
+    return group_weight(workspace.scores, group_ids, batch, response, config,
+                        [=](int64_t i) { return responses[i].standing == Standing::kWeighted; });
+}
+
+// ---- metrics --------------------------------------------------------------------------------------------------
+
+struct FocusTotals {
+    double cos_sum, late_early;
+    int64_t tokens, gated;
+    int32_t weighted, nonfinite, compared, padding;
+
+    __device__ static FocusTotals identity() { return {0.0, 0.0, 0, 0, 0, 0, 0, 0}; }
+    __device__ void merge(const FocusTotals& other) {
+        cos_sum += other.cos_sum;
+        late_early += other.late_early;
+        tokens += other.tokens;
+        gated += other.gated;
+        weighted += other.weighted;
+        nonfinite += other.nonfinite;
+        compared += other.compared;
+    }
+};
+
+// A block adds up the responses' contributions. metrics: [kFocusMetrics].
+__device__ inline void write_focus_metrics(const ResponseFocus* responses, int64_t batch, float* metrics) {
+    FocusTotals totals = FocusTotals::identity();
+    for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) {
+        const ResponseFocus& response = responses[i];
+        totals.nonfinite += response.standing == Standing::kNonfinite;
+        if (response.standing != Standing::kWeighted) continue;
+        const bool compared = response.late_early == response.late_early;
+        totals.merge({static_cast<double>(response.cos_sum) / kUnitScale, compared ? response.late_early : 0.0,
+                      response.length, response.gated, 1, 0, compared, 0});
+    }
+    totals = block_reduce(totals);
+    if (threadIdx.x != 0) return;
+    const double tokens = static_cast<double>(totals.tokens > 0 ? totals.tokens : 1);
+    metrics[kFocusMean] = static_cast<float>(totals.cos_sum / tokens);
+    metrics[kGateRate] = static_cast<float>(static_cast<double>(totals.gated) / tokens);
+    metrics[kLateEarlyRatio] = static_cast<float>(totals.late_early / (totals.compared > 0 ? totals.compared : 1));
+    metrics[kWeightedResponses] = static_cast<float>(totals.weighted);
+    metrics[kNonfiniteResponses] = static_cast<float>(totals.nonfinite);
+}
+
+// ---- kernels --------------------------------------------------------------------------------------------------
+
+struct VisualWeightsArguments {
+    Layout layout;
+    const float* cos;           // [tokens]
+    const bool* response_mask;  // [tokens]
+    const int64_t* group_ids;   // [B]
+    const bool* has_visual;     // [B], or null: all have
+    WeightsConfig config;
+    FocusWorkspace lists;       // of tokens alone
+    WeightsWorkspace workspace;  // `scores` is a result
+    float* factors;             // [tokens], as psi and w
+    float* psi;
+    float* w;
+    float* phi;      // [B]
+    float* metrics;  // [kFocusMetrics]
+};
+
+template <typename Arena>
+void bind(VisualWeightsArguments& arguments, Arena& arena) {
+    bind_tokens(arguments.lists, arena, arguments.layout);
+    bind_weights(arguments.workspace, arena, arguments.layout);
+}
+
+template <int kBlock>
+__global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
+    visual_weights_kernel(const __grid_constant__ VisualWeightsArguments arguments) {
+    const Layout& layout = arguments.layout;
+    const WeightsConfig& config = arguments.config;
+    float *factors = arguments.factors, *psi = arguments.psi, *w = arguments.w;
+    for (int64_t response = blockIdx.x; response < layout.batch; response += gridDim.x) {
+        index_tokens(layout, arguments.response_mask, arguments.lists.token_index, arguments.lists.token_count,
+                     response, [=](int64_t token) {
+                         factors[token] = 1.0f;
+                         psi[token] = w[token] = 0.0f;
+                     });
+    }
+    __syncthreads();  // a block weighs the responses it has listed
+    const bool* has_visual = arguments.has_visual;
+    weigh_responses(layout, arguments.lists, arguments.workspace, arguments.cos, config,
+                    [=](int64_t response) { return has_visual == nullptr || has_visual[response]; });
+    grid_sync();
+    for (int64_t response = blockIdx.x; response < layout.batch; response += gridDim.x) {
+        const ResponseTokens tokens = response_tokens(layout, arguments.lists, response);
+        const ResponseFocus& focus = arguments.workspace.responses[response];
+        const float phi = group_weight(arguments.workspace, arguments.group_ids, layout.batch, response, config);
+        if (threadIdx.x == 0) arguments.phi[response] = phi;
+        const bool weighted = focus.standing == Standing::kWeighted;
+        for (int ordinal = threadIdx.x; ordinal < tokens.length; ordinal += blockDim.x) {
+            const int64_t token = tokens.token(ordinal);
+            const float weight = weighted ? arguments.workspace.weights[tokens.begin + ordinal] : 0.0f;
+            const float intra = weighted ? intra_weight(weight, focus, config) : 0.0f;
+            w[token] = weight;
+            psi[token] = intra;
+            factors[token] = weighted ? advantage_factor(intra, phi, config) : 1.0f;
+        }
+    }
+    if (blockIdx.x == 0) write_focus_metrics(arguments.workspace.responses, layout.batch, arguments.metrics);
+}
+
+struct GroupWeightsArguments {
+    const float* scores;       // [B]
+    const int64_t* group_ids;  // [B]
+    const bool* has_visual;    // [B], or null: all have
+    int64_t batch;
+    WeightsConfig config;
+    float* phi;  // [B]
+};
+
+template <int kBlock>
+__global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
+    group_weights_kernel(const __grid_constant__ GroupWeightsArguments arguments) {
+    const bool* has_visual = arguments.has_visual;
+    for (int64_t response = blockIdx.x; response < arguments.batch; response += gridDim.x) {
+        const float phi = group_weight(arguments.scores, arguments.group_ids, arguments.batch, response,
+                                       arguments.config, [=](int64_t i) { return has_visual == nullptr || has_visual[i]; });
+        if (threadIdx.x == 0) arguments.phi[response] = phi;
+    }
+}
+
+}  // namespace cuda
+}  // namespace vgpo
