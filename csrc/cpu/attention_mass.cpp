@@ -1,0 +1,362 @@
+#include <ATen/Functions.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "arguments.h"
+#include "attention_keys.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace vgpo {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Rows (queries times heads) of one item of work: enough to repay the packing of a panel, which every item does.
+constexpr int64_t kItemRows = 1024;
+constexpr int64_t kItemsPerThread = 4;
+// Floats of the backward pass's tile of queries by keys.
+constexpr int64_t kTileFloats = 512 * 1024;
+
+// A query of one head.
+struct Row {
+    int64_t token, head;  // in the response
+    int64_t position;
+    int64_t offset;  // of its first component in q
+};
+
+struct Workspace {
+    std::unique_ptr<float[]> panel, room;
+    float scores[kQueryRows * kPanelKeys];
+
+    explicit Workspace(int64_t size) : panel(new float[size * kPanelKeys]), room(new float[size * kQueryRows]) {}
+};
+
+std::vector<KeyOrder> key_orders(const AttentionInput& input) {
+    std::vector<KeyOrder> orders;
+    orders.reserve(input.batch);
+    for (int64_t b = 0; b < input.batch; ++b) orders.emplace_back(input, b);
+    return orders;
+}
+
+// The segments of a response, cut into panels.
+std::vector<Run> panels_of(const KeyOrder& order) {
+    std::vector<Run> panels;
+    for (const Run& run : order.segments()) {
+        for (int64_t begin = run.begin; begin < run.end; begin += kPanelKeys) {
+            panels.push_back({run.segment, begin, std::min(begin + kPanelKeys, run.end)});
+        }
+    }
+    return panels;
+}
+
+void pack_panel(const AttentionInput& input, int64_t b, int64_t key_head, const KeyOrder& order, const Run& panel,
+                Workspace& workspace) {
+    int64_t offsets[kPanelKeys];
+    for (int64_t i = panel.begin; i < panel.end; ++i) {
+        offsets[i - panel.begin] = input.k.offset(b, key_head, order.keys()[i]);
+    }
+    kernels().pack_keys[static_cast<int>(input.type)](input.k.data, offsets, panel.end - panel.begin, input.size,
+                                                      workspace.panel.get());
+}
+
+// Scores of the panel in `workspace` for the rows of a tile that see any of it; calls use(row, scores, begin, end)
+// with the keys of the panel that the row sees.
+template <typename Use>
+void visit_tile(const AttentionInput& input, const KeyOrder& order, const Run& panel, const Row* rows, int64_t count,
+                Workspace& workspace, const Use& use) {
+    KeyOrder::Range ranges[kQueryRows];
+    int64_t offsets[kQueryRows];
+    bool seen = false;
+    for (int64_t r = 0; r < count; ++r) {
+        ranges[r] = order.visible(panel, rows[r].position, input.window);
+        offsets[r] = rows[r].offset;
+        seen = seen || !ranges[r].empty();
+    }
+    if (!seen) return;
+    kernels().attention_scores[static_cast<int>(input.type)](input.q.data, offsets, count, workspace.panel.get(),
+                                                             panel.end - panel.begin, input.size, input.scale,
+                                                             workspace.room.get(), workspace.scores);
+    for (int64_t r = 0; r < count; ++r) {
+        if (ranges[r].empty()) continue;
+        use(r, workspace.scores + r * kPanelKeys, ranges[r].begin - panel.begin, ranges[r].end - panel.begin);
+    }
+}
+
+// Masses and log-sum-exp of the queries [first, last) of a response, in the heads that share `key_head`.
+void mass_of_rows(const AttentionInput& input, int64_t b, int64_t key_head, int64_t first, int64_t last,
+                  const KeyOrder& order, const std::vector<Run>& panels, float* mass, float* lse) {
+    const int64_t segments = input.num_segments;
+    std::vector<Row> rows;
+    for (int64_t token = first; token < last; ++token) {
+        const int64_t position = input.position(b, token);
+        for (int64_t head = key_head * input.group(); head < (key_head + 1) * input.group(); ++head) {
+            const int64_t index = input.query_index(b, head, token);
+            std::fill_n(mass + index * segments, segments, 0.0f);
+            lse[index] = -kInfinity;
+            if (position >= 0) rows.push_back({token, head, position, input.q.offset(b, head, token)});
+        }
+    }
+    Workspace workspace(input.size);
+    const int64_t count = static_cast<int64_t>(rows.size());
+    for (const Run& panel : panels) {
+        const bool seen = std::any_of(rows.begin(), rows.end(), [&](const Row& row) {
+            return !order.visible(panel, row.position, input.window).empty();
+        });
+        if (!seen) continue;
+        pack_panel(input, b, key_head, order, panel, workspace);
+        for (int64_t tile = 0; tile < count; tile += kQueryRows) {
+            const Row* tile_rows = rows.data() + tile;
+            visit_tile(input, order, panel, tile_rows, std::min(kQueryRows, count - tile), workspace,
+                       [&](int64_t r, float* scores, int64_t begin, int64_t end) {
+                           const int64_t index = input.query_index(b, tile_rows[r].head, tile_rows[r].token);
+                           // Until the last panel `lse` holds the largest score and `mass` sums relative to it.
+                           kernels().softmax_update(scores, begin, end, lse + index, mass + index * segments,
+                                                    segments, panel.segment);
+                       });
+        }
+    }
+    for (const Row& row : rows) {
+        const int64_t index = input.query_index(b, row.head, row.token);
+        float total = 0.0f;
+        for (int64_t g = 0; g < segments; ++g) total += mass[index * segments + g];
+        if (total == 0.0f) continue;  // sees no key
+        for (int64_t g = 0; g < segments; ++g) mass[index * segments + g] /= total;
+        lse[index] += std::log(total);
+    }
+}
+
+// What the keys of a panel receive from the weighted queries of a response, in the heads that share `key_head`.
+void heat_of_panel(const AttentionInput& input, int64_t b, int64_t key_head, const KeyOrder& order, const Run& panel,
+                   const float* weights, const float* lse, float* heat) {
+    Workspace workspace(input.size);
+    pack_panel(input, b, key_head, order, panel, workspace);
+    std::vector<Row> rows;
+    for (int64_t head = key_head * input.group(); head < (key_head + 1) * input.group(); ++head) {
+        rows.clear();
+        for (int64_t token = 0; token < input.q.tokens(b); ++token) {
+            if (weights[input.q.first(b) + token] == 0.0f) continue;
+            rows.push_back({token, head, input.position(b, token), input.q.offset(b, head, token)});
+        }
+        float totals[kPanelKeys] = {};
+        const int64_t count = static_cast<int64_t>(rows.size());
+        for (int64_t tile = 0; tile < count; tile += kQueryRows) {
+            const Row* tile_rows = rows.data() + tile;
+            visit_tile(input, order, panel, tile_rows, std::min(kQueryRows, count - tile), workspace,
+                       [&](int64_t r, float* scores, int64_t begin, int64_t end) {
+                           const int64_t token = tile_rows[r].token;
+                           kernels().add_probabilities(scores, begin, end, lse[input.query_index(b, head, token)],
+                                                       weights[input.q.first(b) + token], totals);
+                       });
+        }
+        for (int64_t i = panel.begin; i < panel.end; ++i) {
+            heat[input.key_index(b, head, order.keys()[i])] = totals[i - panel.begin];
+        }
+    }
+}
+
+// The tokens of one head of a response, a view of [B, H, L, d] or [L, H, d].
+at::Tensor head_of(const at::Tensor& tensor, const HeadTensor& layout, int64_t b, int64_t head) {
+    if (layout.boundaries == nullptr) return tensor.select(0, b).select(0, head);
+    return tensor.narrow(0, layout.boundaries[b], layout.tokens(b)).select(1, head);
+}
+
+// Gradients of attention by recomputation, a tile of queries after the other: the scores' gradient is
+// p (g - <p, g>), where g is the gradient of the probabilities p. slopes(index, token, probabilities) turns a row of
+// p, in the order of keys, into that.
+template <typename Slopes>
+void backward_of_head(const AttentionInput& input, int64_t b, int64_t key_head, const at::Tensor& q,
+                      const at::Tensor& k, const float* lse, const Slopes& slopes, at::Tensor& grad_q,
+                      at::Tensor& grad_k) {
+    // Worker threads of at::parallel_for do not inherit that autograd is off.
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const KeyOrder order(input, b);
+    const int64_t tokens = input.q.tokens(b), count = order.count();
+    if (tokens == 0 || count == 0) return;
+    const at::Tensor chosen = at::tensor(order.keys(), at::kLong);
+    const at::Tensor keys = head_of(k, input.k, b, key_head).index_select(0, chosen).to(at::kFloat);
+    at::Tensor grad_keys = at::zeros_like(keys);
+    const int64_t tile = std::clamp<int64_t>(kTileFloats / count, 1, tokens);
+    for (int64_t head = key_head * input.group(); head < (key_head + 1) * input.group(); ++head) {
+        const at::Tensor all_queries = head_of(q, input.q, b, head);
+        at::Tensor grad_queries = head_of(grad_q, input.q, b, head);
+        for (int64_t begin = 0; begin < tokens; begin += tile) {
+            const int64_t length = std::min(tile, tokens - begin);
+            const at::Tensor queries = all_queries.narrow(0, begin, length).to(at::kFloat);
+            at::Tensor scores = at::mm(queries, keys.t()).mul_(input.scale);
+            float* rows = scores.mutable_data_ptr<float>();
+            at::parallel_for(0, length, 8, [&](int64_t first, int64_t last) {
+                for (int64_t r = first; r < last; ++r) {
+                    float* row = rows + r * count;
+                    const int64_t token = begin + r, index = input.query_index(b, head, token);
+                    for (const Run& run : order.segments()) {
+                        const KeyOrder::Range seen = order.visible(run, input.position(b, token), input.window);
+                        std::fill(row + run.begin, row + seen.begin, 0.0f);
+                        kernels().probabilities(row, seen.begin, seen.end, lse[index]);
+                        std::fill(row + seen.end, row + run.end, 0.0f);
+                    }
+                    slopes(order, head, token, row);
+                }
+            });
+            scores.mul_(input.scale);
+            grad_queries.narrow(0, begin, length).copy_(at::mm(scores, keys));
+            grad_keys.addmm_(scores.t(), queries);
+        }
+    }
+    head_of(grad_k, input.k, b, key_head).index_copy_(0, chosen, grad_keys.to(grad_k.scalar_type()));
+}
+
+template <typename Slopes>
+std::tuple<at::Tensor, at::Tensor> backward(const AttentionInput& input, const at::Tensor& q, const at::Tensor& k,
+                                            const at::Tensor& lse, const Slopes& slopes) {
+    at::Tensor grad_q = at::zeros(q.sizes(), q.options()), grad_k = at::zeros(k.sizes(), k.options());
+    const float* lse_data = lse.const_data_ptr<float>();
+    const auto item = [&](int64_t index) {
+        const int64_t b = index / input.k.heads, key_head = index % input.k.heads;
+        backward_of_head(input, b, key_head, q, k, lse_data, slopes(b), grad_q, grad_k);
+    };
+    const int64_t items = input.batch * input.k.heads;
+    if (items >= at::get_num_threads()) {
+        parallel_items(items, item);
+    } else {
+        for (int64_t index = 0; index < items; ++index) item(index);
+    }
+    return {grad_q, grad_k};
+}
+
+std::vector<int64_t> by_head_shape(const AttentionInput& input, int64_t length) {
+    if (input.q.boundaries != nullptr) return {input.q.heads, length};
+    return {input.batch, input.q.heads, length};
+}
+
+const float* checked_weights(const AttentionInput& input, const at::Tensor& query_weights) {
+    if (input.q.boundaries != nullptr) return checked<float>("query_weights", query_weights, {input.q.length});
+    return checked<float>("query_weights", query_weights, {input.batch, input.q.length});
+}
+
+}  // namespace
+
+namespace ops {
+
+std::tuple<at::Tensor, at::Tensor> attention_mass(const at::Tensor& q, const at::Tensor& k,
+                                                  const at::Tensor& key_segments,
+                                                  const OptionalTensor& query_positions,
+                                                  const OptionalTensor& cu_seqlens_q,
+                                                  const OptionalTensor& cu_seqlens_k, int64_t num_segments,
+                                                  double scale, int64_t window) {
+    const AttentionInput input = attention_input(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
+                                                 num_segments, scale, window);
+    std::vector<int64_t> shape = by_head_shape(input, input.q.length);
+    at::Tensor lse = at::empty(shape, q.options().dtype(at::kFloat));
+    shape.push_back(num_segments);
+    at::Tensor mass = at::empty(shape, lse.options());
+    float *mass_data = mass.mutable_data_ptr<float>(), *lse_data = lse.mutable_data_ptr<float>();
+
+    const std::vector<KeyOrder> orders = key_orders(input);
+    std::vector<std::vector<Run>> panels;
+    std::vector<int64_t> tokens;
+    int64_t rows = 0;
+    for (int64_t b = 0; b < input.batch; ++b) {
+        panels.push_back(panels_of(orders[b]));
+        tokens.push_back(input.q.tokens(b));
+        rows += tokens[b] * input.q.heads;
+    }
+    // Rows are independent of each other: how they are cut into items changes no bit.
+    const int64_t share = rows / (kItemsPerThread * at::get_num_threads()) + 1;
+    const Pieces pieces(tokens, std::max<int64_t>(std::min(share, kItemRows) / input.group(), 1));
+    parallel_items(pieces.count() * input.k.heads, [&](int64_t item) {
+        const int64_t piece = item / input.k.heads, b = pieces.response(piece), begin = pieces.begin(piece, b);
+        mass_of_rows(input, b, item % input.k.heads, begin, std::min(begin + pieces.length(), tokens[b]), orders[b],
+                     panels[b], mass_data, lse_data);
+    });
+    return {mass, lse};
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_mass_backward(
+    const at::Tensor& grad_mass, const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
+    const OptionalTensor& query_positions, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const at::Tensor& mass, const at::Tensor& lse, double scale, int64_t window) {
+    const int64_t segments = mass.size(-1);
+    const AttentionInput input = attention_input(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
+                                                 segments, scale, window);
+    std::vector<int64_t> shape = by_head_shape(input, input.q.length);
+    checked<float>("lse", lse, shape);
+    shape.push_back(segments);
+    const float* masses = checked<float>("mass", mass, shape);
+    const float* grads = checked<float>("grad_mass", grad_mass, shape);
+    return backward(input, q, k, lse, [&](int64_t b) {
+        return [&, b](const KeyOrder& order, int64_t head, int64_t token, float* row) {
+            const int64_t index = input.query_index(b, head, token) * segments;
+            float mean = 0.0f;
+            for (int64_t g = 0; g < segments; ++g) mean += masses[index + g] * grads[index + g];
+            for (const Run& run : order.segments()) {
+                const float slope = grads[index + run.segment] - mean;
+                for (int64_t i = run.begin; i < run.end; ++i) row[i] *= slope;
+            }
+        };
+    });
+}
+
+at::Tensor attention_heatmap(const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
+                             const OptionalTensor& query_positions, const at::Tensor& query_weights,
+                             const at::Tensor& lse, const OptionalTensor& cu_seqlens_q,
+                             const OptionalTensor& cu_seqlens_k, double scale, int64_t window) {
+    const AttentionInput input =
+        attention_input(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k, kLabels, scale, window);
+    const float* lse_data = checked<float>("lse", lse, by_head_shape(input, input.q.length));
+    const float* weights = checked_weights(input, query_weights);
+    at::Tensor heat = at::zeros(by_head_shape(input, input.k.length), lse.options());
+    float* heat_data = heat.mutable_data_ptr<float>();
+
+    const std::vector<KeyOrder> orders = key_orders(input);
+    struct Item {
+        int64_t b;
+        Run panel;
+    };
+    std::vector<Item> items;
+    for (int64_t b = 0; b < input.batch; ++b) {
+        for (const Run& panel : panels_of(orders[b])) {
+            if (panel.segment == kShown) items.push_back({b, panel});
+        }
+    }
+    parallel_items(static_cast<int64_t>(items.size()) * input.k.heads, [&](int64_t index) {
+        const Item& item = items[index / input.k.heads];
+        heat_of_panel(input, item.b, index % input.k.heads, orders[item.b], item.panel, weights, lse_data, heat_data);
+    });
+    return heat;
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_heatmap_backward(
+    const at::Tensor& grad_heat, const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
+    const OptionalTensor& query_positions, const at::Tensor& query_weights, const at::Tensor& lse,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, double scale, int64_t window) {
+    const AttentionInput input =
+        attention_input(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k, kLabels, scale, window);
+    checked<float>("lse", lse, by_head_shape(input, input.q.length));
+    const float* grads = checked<float>("grad_heat", grad_heat, by_head_shape(input, input.k.length));
+    const float* weights = checked_weights(input, query_weights);
+    return backward(input, q, k, lse, [&](int64_t b) {
+        return [&, b](const KeyOrder& order, int64_t head, int64_t token, float* row) {
+            const float* grad = grads + input.key_index(b, head, 0);
+            const float weight = weights[input.q.first(b) + token];
+            // A key that is not shown gets no gradient itself, but shares in the denominator.
+            double mean = 0.0;
+            for (const Run& run : order.segments()) {
+                if (run.segment != kShown) continue;
+                for (int64_t i = run.begin; i < run.end; ++i) mean += static_cast<double>(row[i]) * grad[order.keys()[i]];
+            }
+            for (const Run& run : order.segments()) {
+                for (int64_t i = run.begin; i < run.end; ++i) {
+                    const float own = run.segment == kShown ? grad[order.keys()[i]] : 0.0f;
+                    row[i] *= weight * (own - static_cast<float>(mean));
+                }
+            }
+        };
+    });
+}
+
+}  // namespace ops
+}  // namespace vgpo
