@@ -73,11 +73,31 @@ struct Kernels {
     // Adds to `sums` and writes d loss / d logp; for gspo without the share that goes through the mean log-ratio.
     void (*policy_loss)(const LossTokens& tokens, const LossOptions& options, float* grad_logp, LossSums& sums);
 
+    // A panel of up to kPanelKeys keys, transposed and widened: component i of key j is panel[i * kPanelKeys + j].
+    void (*pack_keys[kHiddenTypes])(const void* keys, const int64_t* offsets, int64_t count, int64_t size,
+                                    float* panel);
+    // scores[r * kPanelKeys + j] = scale * <query r, key j> of up to kQueryRows queries, `room` being scratch for
+    // kQueryRows * size floats. A score is summed in the order of components, whatever stands beside it.
+    void (*attention_scores[kHiddenTypes])(const void* queries, const int64_t* offsets, int64_t rows,
+                                           const float* panel, int64_t keys, int64_t size, float scale, float* room,
+                                           float* scores);
+    // Streaming softmax: adds e^(score - largest) of a query's visible keys [begin, end) of a panel to the sum of
+    // their segment, after raising `largest` and shrinking the sums as needed. Scores outside are overwritten.
+    void (*softmax_update)(float* scores, int64_t begin, int64_t end, float* largest, float* sums, int64_t segments,
+                           int64_t segment);
+    // Scores to probabilities e^(score - lse), in place.
+    void (*probabilities)(float* scores, int64_t begin, int64_t end, float lse);
+    void (*add_probabilities)(const float* scores, int64_t begin, int64_t end, float lse, float weight,
+                              float* totals);
+
     // Reads memory as fast as the processor can: the ceiling that benchmarks compare with.
     float (*read)(const float* values, int64_t length);
 };
 
 constexpr int64_t kKeyPadding = 16;
+// Keys of a panel (32 KiB at a head size of 128: it stays in the first-level cache) and queries of a tile.
+constexpr int64_t kPanelKeys = 64;
+constexpr int64_t kQueryRows = 6;
 
 // The table in use: the best that this processor runs, or the one chosen by VGPO_SIMD or choose_kernels.
 const Kernels& kernels();

@@ -7,6 +7,7 @@
 #include "focus_kernels.h"
 #include "weights_kernels.h"
 
+#include "attention_kernels.h"
 #include "loss_kernels.h"
 
 const Kernels kTable = {
@@ -20,5 +21,10 @@ const Kernels kTable = {
     factors,
     log_ratio_sum,
     policy_loss,
+    {pack_keys<float>, pack_keys<BFloat16>, pack_keys<Half>},
+    {attention_scores<float>, attention_scores<BFloat16>, attention_scores<Half>},
+    softmax_update,
+    probabilities,
+    add_probabilities,
     read,
 };
