@@ -15,7 +15,7 @@ namespace cuda {
 
 enum class Standing : int32_t {
     kWeighted,
-    kUnweighted,  // no image, or no tokens
+    kUnweighted,  // no image
     kNonfinite,   // a NaN or infinite cosine
 };
 
@@ -129,9 +129,9 @@ __device__ inline void inspect_response(const ResponseTokens& tokens, const floa
     }
     scan = block_reduce(scan);
     if (threadIdx.x == 0) {
-        result.standing = scan.nonfinite != 0                   ? Standing::kNonfinite
-                          : has_image && tokens.length > 0 ? Standing::kWeighted
-                                                                : Standing::kUnweighted;
+        result.standing = scan.nonfinite != 0 ? Standing::kNonfinite
+                          : has_image         ? Standing::kWeighted
+                                              : Standing::kUnweighted;
         result.smallest = scan.smallest;
         result.length = tokens.length;
         result.gated = 0;
@@ -189,7 +189,7 @@ __device__ inline float late_early_ratio(int64_t early_sum, int64_t late_sum, in
 __device__ inline void weigh_response(const ResponseTokens& tokens, const float* cos, float offset,
                                       const WeightsConfig& config, float* weights, ResponseFocus& result,
                                       float& score) {
-    if (result.standing != Standing::kWeighted) {
+    if (result.standing != Standing::kWeighted || tokens.length == 0) {
         if (threadIdx.x == 0) score = result.standing == Standing::kNonfinite ? NAN : 0.0f;
         return;
     }
@@ -297,7 +297,9 @@ __device__ inline float group_weight(const WeightsWorkspace& workspace, const in
                                      int64_t response, const WeightsConfig& config) {
     const ResponseFocus* responses = workspace.responses;
     return group_weight(workspace.scores, group_ids, batch, response, config,
-                        [=](int64_t i) { return responses[i].standing == Standing::kWeighted; });
+                        [=](int64_t i) {
+                            return responses[i].standing == Standing::kWeighted && responses[i].length > 0;
+                        });
 }
 
 // ---- metrics --------------------------------------------------------------------------------------------------

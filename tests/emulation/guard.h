@@ -109,8 +109,15 @@ inline void on_fault(int signal, siginfo_t* information, void*) {
     siglongjmp(fault_trap().resume, 1);
 }
 
-// Runs `body`; returns an empty string, or the fault that ended it. The stacks that the fault abandoned are not
-// unwound: what `body` owns is lost.
+// Runs `body`; returns 0, or the signal that ended it. The stacks that a fault abandons are not unwound: what `body`
+// owns is lost.
+__attribute__((noinline)) inline int run_until_fault(const std::function<void()>& body) {
+    if (sigsetjmp(fault_trap().resume, 1) != 0) return fault_trap().signal;
+    body();
+    return 0;
+}
+
+// Runs `body`; returns an empty string, or the fault that ended it.
 inline std::string trap_faults(const std::function<void()>& body) {
     constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
     static unsigned char handler_stack[64 * 1024];  // a fiber that overflowed its stack has none left to offer
@@ -122,20 +129,15 @@ inline std::string trap_faults(const std::function<void()>& body) {
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &action, &previous[i]);
-
-    std::string fault;
-    if (sigsetjmp(fault_trap().resume, 1) == 0) {
-        body();
-    } else if (fault_trap().signal == SIGILL) {
-        fault = "undefined behaviour: an index, alignment, shift or cast that the language forbids,";
-    } else if (fault_trap().signal == SIGFPE) {
-        fault = "integer division by zero";
-    } else {
-        fault = "out-of-range access, " + GuardedBuffer::blame(fault_trap().address) + ",";
-    }
+    const int signal = run_until_fault(body);
     for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &previous[i], nullptr);
     sigaltstack(&previous_stack, nullptr);
-    return fault;
+    switch (signal) {
+        case 0: return "";
+        case SIGILL: return "undefined behaviour: an index, alignment, shift or cast that the language forbids,";
+        case SIGFPE: return "integer division by zero";
+        default: return "out-of-range access, " + GuardedBuffer::blame(fault_trap().address) + ",";
+    }
 }
 
 }  // namespace emulation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ FLAGS = [
     "-g1",
     "-shared",
     "-fPIC",
+    "-fno-gnu-unique",  # or two libraries would share one emulated GPU
     "-Wall",
     "-Wextra",
     "-Werror",
@@ -72,7 +74,13 @@ def build(source: str) -> ctypes.CDLL:
             if result.returncode:
                 raise RuntimeError(f"{source} does not compile for emulation:\n{result.stderr}")
             built.replace(library)
-    return ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(library))
+    loaded.buffer_new.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
+    loaded.buffer_new.restype = ctypes.c_void_p
+    for name in ("buffer_data", "buffer_protect", "buffer_delete"):
+        getattr(loaded, name).argtypes = [ctypes.c_void_p]
+    loaded.buffer_data.restype = ctypes.c_void_p
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -108,51 +116,44 @@ class Call(ctypes.Structure):
 
 
 class Buffers:
-    """Guarded copies of a call's tensors: inputs read-only, outputs poisoned."""
+    """Guarded copies of tensors: inputs read-only, outputs poisoned. Freed at the end of a ``with`` block."""
 
-    def __init__(self, library: ctypes.CDLL, call: Call, guard: str) -> None:
-        self.library, self.call, self.guard = library, call, GUARDS[guard]
+    def __init__(self, library: ctypes.CDLL, guard: str) -> None:
+        self.library, self.guard = library, GUARDS[guard]
         self.handles: list[int] = []
-        self.outputs: dict[str, tuple[int, tuple[int, ...]]] = {}
 
-    def allocate(self, name: str, size: int) -> int:
-        handle = self.library.buffer_new(name.encode(), size, self.guard)
-        self.handles.append(handle)
-        address = self.library.buffer_data(handle)
-        setattr(self.call, name, address)
-        return address
+    def __enter__(self) -> Buffers:
+        return self
 
-    def put(self, **tensors: Tensor | None) -> None:
-        """Copy inputs in; ``None`` stays a null pointer."""
-        for name, tensor in tensors.items():
-            if tensor is None:
-                continue
-            # A strided tensor is copied with everything between its elements.
-            span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-            flat = tensor.as_strided((span if tensor.numel() else 0,), (1,)).contiguous()
-            size = flat.numel() * flat.element_size()
-            address = self.allocate(name, size)
-            if size:
-                ctypes.memmove(address, flat.data_ptr(), size)
-            self.library.buffer_protect(self.handles[-1])
-
-    def expect(self, **shapes: tuple[int, ...]) -> None:
-        """Make room for fp32 outputs."""
-        for name, shape in shapes.items():
-            self.outputs[name] = (self.allocate(name, 4 * torch.Size(shape).numel()), shape)
-
-    def fetch(self) -> tuple[Tensor, ...]:
-        results = []
-        for address, shape in self.outputs.values():
-            result = torch.empty(shape, dtype=torch.float32)
-            if result.numel():
-                ctypes.memmove(result.data_ptr(), address, 4 * result.numel())
-            results.append(result)
-        return tuple(results)
-
-    def free(self) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             self.library.buffer_delete(handle)
+
+    def allocate(self, name: str, size: int) -> int:
+        """Return the address of a poisoned buffer."""
+        self.handles.append(self.library.buffer_new(name.encode(), size, self.guard))
+        return self.library.buffer_data(self.handles[-1])
+
+    def put(self, name: str, tensor: Tensor | None) -> int | None:
+        """Return the address of a copy, a strided tensor's with everything between its elements."""
+        if tensor is None:
+            return None
+        span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        flat = tensor.as_strided((span if tensor.numel() else 0,), (1,)).contiguous()
+        size = flat.numel() * flat.element_size()
+        address = self.allocate(name, size)
+        if size:
+            ctypes.memmove(address, flat.data_ptr(), size)
+        self.library.buffer_protect(self.handles[-1])
+        return address
+
+
+def fetch(address: int, shape: tuple[int, ...]) -> Tensor:
+    """Copy fp32 values out of a buffer."""
+    result = torch.empty(shape, dtype=torch.float32)
+    if result.numel():
+        ctypes.memmove(result.data_ptr(), address, 4 * result.numel())
+    return result
 
 
 class Emulator:
@@ -160,11 +161,6 @@ class Emulator:
 
     def __init__(self) -> None:
         self.library = build("kernels.cpp")
-        self.library.buffer_new.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
-        self.library.buffer_new.restype = ctypes.c_void_p
-        for name in ("buffer_data", "buffer_protect", "buffer_delete"):
-            getattr(self.library, name).argtypes = [ctypes.c_void_p]
-        self.library.buffer_data.restype = ctypes.c_void_p
         self.shape = Shape()
 
     @contextmanager
@@ -181,18 +177,18 @@ class Emulator:
     ) -> tuple[Tensor, ...]:
         shape = self.shape
         call = Call(shape.blocks, shape.threads, ORDERS[shape.order], shape.seed, GUARDS[shape.guard], **integers)
-        buffers = Buffers(self.library, call, shape.guard)
-        try:
-            buffers.put(**inputs)
-            buffers.expect(**outputs)
+        with Buffers(self.library, shape.guard) as buffers:
+            for name, tensor in inputs.items():
+                setattr(call, name, buffers.put(name, tensor))
+            places = {name: buffers.allocate(name, 4 * math.prod(size)) for name, size in outputs.items()}
+            for name, address in places.items():
+                setattr(call, name, address)
             function = getattr(self.library, kernel)
             function.restype = ctypes.c_char_p
             error = function(ctypes.byref(call)).decode()
             if error:
                 raise EmulationError(f"{kernel}: {error}")
-            return buffers.fetch()
-        finally:
-            buffers.free()
+            return tuple(fetch(address, outputs[name]) for name, address in places.items())
 
     def visual_prototype(self, hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         sizes = hidden_sizes(hidden, cu_seqlens)
@@ -238,13 +234,11 @@ class Emulator:
             "config": torch.tensor(config, dtype=torch.float64),
         }
         per_token, per_response = tuple(cos.shape), tuple(group_ids.shape)
-        outputs = {name: per_token for name in ("factors", "psi", "w")}
+        outputs = dict.fromkeys(("factors", "psi", "w"), per_token)
         outputs |= {"phi": per_response, "score": per_response, "metrics": (len(FOCUS_METRICS),)}
         return self.run("visual_weights", inputs, outputs, **token_sizes(response_mask, cu_seqlens))
 
-    def group_weights(
-        self, score: Tensor, group_ids: Tensor, has_visual: Tensor | None, config: list[float]
-    ) -> Tensor:
+    def group_weights(self, score: Tensor, group_ids: Tensor, has_visual: Tensor | None, config: list[float]) -> Tensor:
         inputs = {
             "score_in": score,
             "group_ids": group_ids,

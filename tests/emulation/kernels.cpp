@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "../../csrc/cuda/vgpo_loss.cuh"
+#include "exports.h"
 
 using namespace vgpo;
 using namespace vgpo::cuda;
@@ -185,15 +186,5 @@ const char* vgpo_loss(const Call* call) {
         return run(*call, vgpo_loss_kernel<T>, arguments);
     });
 }
-
-void* buffer_new(const char* name, int64_t bytes, int64_t guard) {
-    return new emulation::GuardedBuffer(name, static_cast<size_t>(bytes), static_cast<emulation::Guard>(guard));
-}
-
-void* buffer_data(void* buffer) { return static_cast<emulation::GuardedBuffer*>(buffer)->data(); }
-
-void buffer_protect(void* buffer) { static_cast<emulation::GuardedBuffer*>(buffer)->protect(); }
-
-void buffer_delete(void* buffer) { delete static_cast<emulation::GuardedBuffer*>(buffer); }
 
 }  // extern "C"

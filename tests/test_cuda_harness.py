@@ -1,0 +1,147 @@
+"""The emulated GPU itself: correct kernels pass in every order, and each planted mistake is caught."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from emulation.harness import GUARDS, ORDERS, Buffers, build, compiler, fetch
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ to build kernels for emulation")
+
+THREADS = 64
+SCHEDULES = [("forward", 0), ("reverse", 0), ("shuffled", 1), ("shuffled", 2)]
+
+
+@pytest.fixture(scope="module")
+def plants() -> ctypes.CDLL:
+    library = build("plants.cpp")
+    library.run_plant.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3]
+    library.run_plant.restype = ctypes.c_char_p
+    return library
+
+
+def run(
+    plants: ctypes.CDLL, name: str, order: str, seed: int = 0, *, guard: str = "after", blocks: int = 3
+) -> tuple[str, Tensor, Tensor]:
+    """Return the harness's message, the input and the output."""
+    values = torch.arange(1.0, blocks * THREADS + 1)
+    with Buffers(plants, guard) as buffers:
+        given = buffers.put("input", values)
+        output = buffers.allocate("output", 4 * len(values))
+        scratch = buffers.allocate("scratch", 4 * len(values))
+        message = plants.run_plant(name.encode(), given, output, scratch, blocks, ORDERS[order], seed).decode()
+        return message, values, fetch(output, values.shape)
+
+
+def reversed_blocks(values: Tensor) -> Tensor:
+    return values.view(-1, THREADS).flip(-1).flatten()
+
+
+def rounds(values: Tensor) -> Tensor:
+    return 3 * values.view(-1, THREADS).roll(-1, -1).flatten() + 3
+
+
+def neighbours(values: Tensor) -> Tensor:
+    return values.roll(-THREADS)
+
+
+def warp_sums(values: Tensor) -> Tensor:
+    warps = values.view(-1, 32)
+    return (warps.sum(-1, keepdim=True) + warps[:, :1]).expand(warps.shape).flatten()
+
+
+def half_warps(values: Tensor) -> Tensor:
+    pairs = values.view(-1, 2, 16)
+    other = pairs.view(-1, 2, 8, 2).flip(-1).view(-1, 2, 16)
+    return torch.stack([pairs[:, 0] + other[:, 0], pairs[:, 1] - other[:, 1]], dim=1).flatten()
+
+
+def atomics(values: Tensor) -> Tensor:
+    return torch.full_like(values, -1 + 2 * len(values) + 1000 * values.max().item())
+
+
+CORRECT = {
+    "reverse": reversed_blocks,
+    "dynamic": reversed_blocks,
+    "rounds": rounds,
+    "neighbours": neighbours,
+    "shared across the grid": reversed_blocks,
+    "warp operations": warp_sums,
+    "half warps": half_warps,
+    "atomics": atomics,
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize(("order", "seed"), SCHEDULES)
+@pytest.mark.parametrize("name", CORRECT)
+def test_a_correct_kernel_is_correct_in_every_order(
+    plants: ctypes.CDLL, name: str, order: str, seed: int, guard: str
+) -> None:
+    message, values, output = run(plants, name, order, seed, guard=guard)
+    assert message == ""
+    assert torch.equal(output, CORRECT[name](values))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("missing barrier", reversed_blocks),
+        ("missing barrier, dynamic", reversed_blocks),
+        ("missing barrier between rounds", rounds),
+        ("missing grid barrier", neighbours),
+    ],
+)
+def test_a_missing_barrier_shows(plants: ctypes.CDLL, name: str, expected: object) -> None:
+    """No order reports an error, but not every order computes the right result: that is what the kernels' tests use."""
+    assert callable(expected)
+    wrong = []
+    for order, seed in SCHEDULES:
+        message, values, output = run(plants, name, order, seed)
+        assert message == ""
+        wrong.append(not torch.equal(output, expected(values)))
+    assert any(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "guard", "expected"),
+    [
+        (
+            "read past the end",
+            "after",
+            "access, 0 bytes past the end of input, in block (2, 0, 0), thread (63",
+        ),
+        (
+            "read before the begin",
+            "before",
+            "access, 4 bytes before the begin of input, in block (0, 0, 0)",
+        ),
+        ("index past shared memory", "after", "undefined behaviour: an index"),
+        ("dynamic memory too small", "after", "0 bytes past the end of dynamic shared memory"),
+        ("write to an input", "after", "out-of-range access, a write to input, in block (0, 0, 0), thread (0, 0, 0)"),
+        ("misaligned vector", "before", "undefined behaviour: an index, alignment"),
+        ("grid barrier without cooperation", "after", "grid synchronisation in a launch that is not cooperative"),
+        ("divergent barrier", "after", "deadlock in block (0, 0, 0): 63 threads at __syncthreads"),
+        ("two barriers", "after", "divergent __syncthreads"),
+        ("wrong warp mask", "after", "deadlock in block (0, 0, 0): 64 threads in a warp operation"),
+        ("stack overflow", "after", "out-of-range access"),
+    ],
+)
+def test_a_mistake_is_reported(plants: ctypes.CDLL, name: str, guard: str, expected: str) -> None:
+    message, _, _ = run(plants, name, "forward", guard=guard)
+    assert expected in message
+    # The harness survives: the next launch is not affected.
+    message, values, output = run(plants, "reverse", "forward")
+    assert message == ""
+    assert torch.equal(output, reversed_blocks(values))
+
+
+@pytest.mark.parametrize(("order", "seed"), SCHEDULES)
+def test_shared_memory_is_poisoned_at_block_start(plants: ctypes.CDLL, order: str, seed: int) -> None:
+    run(plants, "reverse", order, seed)
+    message, _, output = run(plants, "unwritten shared memory", order, seed)
+    assert message == ""
+    assert output.isnan().all()
