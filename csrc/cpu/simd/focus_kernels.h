@@ -120,10 +120,10 @@ inline float read(const float* values, int64_t length) {
     for (int s = 0; s < kGroup; ++s) total[s] = Vector(0.0f);
     const int64_t stream = length / (kGroup * Vector::kWidth) * Vector::kWidth;
     for (int64_t i = 0; i < stream; i += Vector::kWidth) {
-        for (int s = 0; s < kGroup; ++s) total[s] = total[s] + load(values + s * stream + i);
+        for (int s = 0; s < kGroup; ++s) total[s] = maximum(total[s], load(values + s * stream + i));
     }
     for (int64_t i = kGroup * stream; i < length; i += Vector::kWidth) {
-        total[0] = total[0] + load_first(values + i, lanes_of(i, length));
+        total[0] = maximum(total[0], load_first(values + i, lanes_of(i, length)));
     }
-    return sum((total[0] + total[1]) + (total[2] + total[3]));
+    return highest(maximum(maximum(total[0], total[1]), maximum(total[2], total[3])));
 }

@@ -1,0 +1,219 @@
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+
+#include "arguments.h"
+#include "masks.h"
+#include "ops.h"
+#include "parallel.h"
+#include "stages.h"
+
+namespace vgpo {
+namespace {
+
+// Token positions in one piece of work. Sums are taken a piece, then over pieces in order: the same for any number
+// of threads.
+constexpr int64_t kPiece = 1024;
+
+// The inputs of a piece's valid tokens, side by side, and where its gradient goes.
+class PieceTokens {
+public:
+    PieceTokens(const LossInput& input, int64_t response, int64_t begin, int64_t end)
+        : mask_(input.response_mask + begin), positions_(end - begin), count_(count_set(mask_, positions_)) {
+        tokens.length = count_;
+        tokens.logp = gathered(input.logp, begin, buffers_[0]);
+        tokens.old_logp = gathered(input.old_logp, begin, buffers_[1]);
+        tokens.factors = gathered(input.factors, begin, buffers_[2]);
+        tokens.ref_logp = gathered(input.ref_logp, begin, buffers_[3]);
+        tokens.entropy = gathered(input.entropy, begin, buffers_[4]);
+        if (input.advantages_per_response) {
+            tokens.advantage = input.advantages[response];
+        } else {
+            tokens.advantages = gathered(input.advantages, begin, buffers_[5]);
+        }
+        tokens.importance_weight = 1.0f;
+        if (input.importance_per_response) {
+            tokens.importance_weight = input.importance_weights[response];
+        } else {
+            tokens.importance = gathered(input.importance_weights, begin, buffers_[6]);
+        }
+    }
+
+    // Moves the values that the kernels left side by side to the piece's valid tokens, zeros elsewhere.
+    void spread(float* values) const { expand(values, mask_, positions_, count_, 0.0f); }
+
+    LossTokens tokens = {};
+
+private:
+    const float* gathered(const float* values, int64_t begin, float* buffer) const {
+        if (values == nullptr || count_ == positions_) return values == nullptr ? nullptr : values + begin;
+        compact(values + begin, mask_, positions_, buffer);
+        return buffer;
+    }
+
+    const bool* mask_;
+    int64_t positions_;
+    int64_t count_;
+    float buffers_[7][kPiece];
+};
+
+// A batch cut into pieces, with the number of valid tokens of each response.
+struct Batch {
+    const LossInput& input;
+    std::vector<int64_t> counts;  // [B]
+    Pieces pieces;
+
+    explicit Batch(const LossInput& loss_input)
+        : input(loss_input), counts(loss_input.layout.batch), pieces(lengths(loss_input.layout), kPiece) {
+        parallel_items(input.layout.batch, [&](int64_t b) {
+            const int64_t begin = input.layout.token_begin(b);
+            counts[b] = count_set(input.response_mask + begin, input.layout.token_end(b) - begin);
+        });
+    }
+
+    static std::vector<int64_t> lengths(const Layout& layout) {
+        std::vector<int64_t> result(layout.batch);
+        for (int64_t b = 0; b < layout.batch; ++b) result[b] = layout.token_end(b) - layout.token_begin(b);
+        return result;
+    }
+
+    // Calls work(piece, response, first token, end token).
+    template <typename Work>
+    void for_pieces(const Work& work) const {
+        parallel_items(pieces.count(), [&](int64_t piece) {
+            const int64_t b = pieces.response(piece);
+            const int64_t begin = input.layout.token_begin(b) + pieces.begin(piece, b);
+            work(piece, b, begin, std::min(begin + kPiece, input.layout.token_end(b)));
+        });
+    }
+
+    // Adds a value of each piece up for each response.
+    template <typename Value>
+    std::vector<double> per_response(const Value& value) const {
+        std::vector<double> totals(input.layout.batch);
+        for (int64_t b = 0; b < input.layout.batch; ++b) {
+            for (int64_t piece = pieces.first(b); piece < pieces.first(b + 1); ++piece) totals[b] += value(piece);
+        }
+        return totals;
+    }
+};
+
+std::vector<float> mean_log_ratios(const Batch& batch) {
+    std::vector<double> sums(batch.pieces.count());
+    batch.for_pieces([&](int64_t piece, int64_t b, int64_t begin, int64_t end) {
+        const PieceTokens gathered(batch.input, b, begin, end);
+        sums[piece] = kernels().log_ratio_sum(gathered.tokens.logp, gathered.tokens.old_logp, gathered.tokens.length);
+    });
+    const std::vector<double> totals = batch.per_response([&](int64_t piece) { return sums[piece]; });
+    std::vector<float> means(totals.size());
+    for (size_t b = 0; b < means.size(); ++b) {
+        means[b] = static_cast<float>(totals[b] / static_cast<double>(std::max<int64_t>(batch.counts[b], 1)));
+    }
+    return means;
+}
+
+LossSums total_of(const std::vector<LossSums>& pieces) {
+    LossSums total;
+    for (const LossSums& piece : pieces) {
+        total.loss += piece.loss;
+        total.clipped_low += piece.clipped_low;
+        total.clipped_high += piece.clipped_high;
+        total.dual_clipped += piece.dual_clipped;
+        total.ratio += piece.ratio;
+        total.old_kl += piece.old_kl;
+        total.ref_kl += piece.ref_kl;
+        total.entropy += piece.entropy;
+        total.factor += piece.factor;
+        total.factor_square += piece.factor_square;
+        total.ratio_min = std::min(total.ratio_min, piece.ratio_min);
+        total.ratio_max = std::max(total.ratio_max, piece.ratio_max);
+        total.factor_min = std::min(total.factor_min, piece.factor_min);
+        total.factor_max = std::max(total.factor_max, piece.factor_max);
+        total.tokens += piece.tokens;
+    }
+    return total;
+}
+
+void write_metrics(const LossSums& sums, float* metrics) {
+    std::fill_n(metrics, static_cast<int>(kPolicyMetrics), 0.0f);
+    if (sums.tokens == 0) return;
+    const double number = static_cast<double>(sums.tokens);
+    const auto mean = [&](double sum) { return static_cast<float>(sum / number); };
+    const double deviation = sums.factor / number;
+    metrics[kClipFraction] = mean(sums.clipped_low + sums.clipped_high);
+    metrics[kClipFractionLow] = mean(sums.clipped_low);
+    metrics[kClipFractionHigh] = mean(sums.clipped_high);
+    metrics[kDualClipFraction] = mean(sums.dual_clipped);
+    metrics[kRatioMean] = mean(sums.ratio);
+    metrics[kRatioMin] = sums.ratio_min;
+    metrics[kRatioMax] = sums.ratio_max;
+    metrics[kApproxKl] = mean(sums.old_kl);
+    metrics[kRefKl] = mean(sums.ref_kl);
+    metrics[kEntropy] = mean(sums.entropy);
+    metrics[kFactorMean] = static_cast<float>(1.0 + deviation);
+    metrics[kFactorMin] = sums.factor_min;
+    metrics[kFactorMax] = sums.factor_max;
+    const double variance = sums.factor_square / number - deviation * deviation;
+    metrics[kFactorStd] = static_cast<float>(std::sqrt(std::max(variance, 0.0)));
+    metrics[kNumTokens] = static_cast<float>(sums.tokens);
+}
+
+}  // namespace
+
+void policy_loss(const LossInput& input, const LossOptions& options, const LossOutput& output) {
+    const Batch batch(input);
+    int64_t valid = 0;
+    for (int64_t count : batch.counts) valid += count;
+    const float num_tokens = input.num_tokens == nullptr ? static_cast<float>(valid) : *input.num_tokens;
+    const float num_sequences =
+        input.num_sequences == nullptr ? static_cast<float>(input.layout.batch) : *input.num_sequences;
+    std::vector<float> means(input.layout.batch);
+    if (options.sequence_level()) means = mean_log_ratios(batch);
+
+    std::vector<LossSums> sums(batch.pieces.count());
+    batch.for_pieces([&](int64_t piece, int64_t b, int64_t begin, int64_t end) {
+        PieceTokens gathered(input, b, begin, end);
+        gathered.tokens.mean_log_ratio = means[b];
+        gathered.tokens.scale = token_scale(batch.counts[b], num_tokens, num_sequences, options);
+        kernels().policy_loss(gathered.tokens, options, output.grad_logp + begin, sums[piece]);
+        gathered.spread(output.grad_logp + begin);
+        for (int64_t token = begin; output.grad_entropy != nullptr && token < end; ++token) {
+            output.grad_entropy[token] =
+                input.response_mask[token] ? -options.entropy_coef * gathered.tokens.scale : 0.0f;
+        }
+    });
+
+    if (options.loss_type == LossType::kGspo) {
+        // Every token moves its response's mean log-ratio by 1 / T_i.
+        const auto slopes = batch.per_response([&](int64_t piece) { return sums[piece].sequence_slope; });
+        batch.for_pieces([&](int64_t, int64_t b, int64_t begin, int64_t end) {
+            const float share = static_cast<float>(slopes[b] / static_cast<double>(batch.counts[b]));
+            for (int64_t token = begin; token < end; ++token) {
+                output.grad_logp[token] += input.response_mask[token] ? share : 0.0f;
+            }
+        });
+    }
+    const LossSums total = total_of(sums);
+    *output.loss = static_cast<float>(total.loss);
+    write_metrics(total, output.metrics);
+}
+
+namespace ops {
+
+LossTensors policy_loss(const at::Tensor& logp, const at::Tensor& old_logp, const at::Tensor& advantages,
+                        const at::Tensor& response_mask, const OptionalTensor& factors,
+                        const OptionalTensor& cu_seqlens, const OptionalTensor& ref_logp,
+                        const OptionalTensor& entropy, const OptionalTensor& importance_weights,
+                        const OptionalTensor& num_tokens, const OptionalTensor& num_sequences,
+                        at::ArrayRef<double> options) {
+    const Layout layout = layout_of(response_mask, cu_seqlens);
+    LossInput input = loss_input(logp, old_logp, advantages, response_mask, layout, ref_logp, entropy,
+                                 importance_weights, num_tokens, num_sequences);
+    input.factors = checked<float>("factors", factors, response_mask.sizes());
+    const LossTensors result = empty_loss(logp, entropy, kPolicyMetrics);
+    vgpo::policy_loss(input, options_of(options), loss_output(result));
+    return result;
+}
+
+}  // namespace ops
+}  // namespace vgpo

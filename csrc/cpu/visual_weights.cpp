@@ -1,0 +1,180 @@
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+#include <memory>
+#include <numeric>
+
+#include "arguments.h"
+#include "masks.h"
+#include "ops.h"
+#include "parallel.h"
+#include "stages.h"
+
+namespace vgpo {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// One response on its way through the stages.
+struct Response {
+    const float* cos = nullptr;  // its valid cosines, side by side
+    int64_t count = 0;
+    bool finite = true;
+    bool weighted = false;           // has an image and only finite cosines
+    float smallest_cos = kInfinity;  // of the finite ones
+    ResponseWeights weights = {};
+};
+
+void write_metrics(const std::vector<Response>& responses, const bool* has_visual, float* metrics) {
+    double cos_sum = 0.0, ratio_sum = 0.0;
+    int64_t tokens = 0, gated = 0, ratios = 0, weighted = 0, nonfinite = 0;
+    for (size_t b = 0; b < responses.size(); ++b) {
+        const Response& response = responses[b];
+        nonfinite += !response.finite && (has_visual == nullptr || has_visual[b]);
+        if (!response.weighted) continue;
+        ++weighted;
+        cos_sum += response.weights.cos_sum;
+        gated += response.weights.gated;
+        tokens += response.count;
+        const int64_t early = (response.count + 1) / 2, late = response.count - early;
+        if (late > 0 && response.weights.early_sum > 0.0) {
+            ratio_sum += (response.weights.late_sum / static_cast<double>(late)) /
+                         (response.weights.early_sum / static_cast<double>(early));
+            ++ratios;
+        }
+    }
+    const auto share = [](double sum, int64_t number) {
+        return static_cast<float>(number > 0 ? sum / static_cast<double>(number) : 0.0);
+    };
+    metrics[kFocusMean] = share(cos_sum, tokens);
+    metrics[kGateRate] = share(static_cast<double>(gated), tokens);
+    metrics[kLateEarlyRatio] = share(ratio_sum, ratios);
+    metrics[kWeightedResponses] = static_cast<float>(weighted);
+    metrics[kNonfiniteResponses] = static_cast<float>(nonfinite);
+}
+
+}  // namespace
+
+void visual_weights(const float* cos, const bool* response_mask, const int64_t* group_ids, const bool* has_visual,
+                    const Layout& layout, const WeightsConfig& config, const WeightsOutput& output) {
+    std::vector<Response> responses(layout.batch);
+    parallel_items(layout.batch, [&](int64_t b) {
+        Response& response = responses[b];
+        const int64_t begin = layout.token_begin(b), length = layout.token_end(b) - begin;
+        const bool* mask = response_mask + begin;
+        response.count = count_set(mask, length);
+        response.cos = cos + begin;
+        if (response.count < length) {
+            // The factors come last: until then their place holds the compacted cosines.
+            compact(cos + begin, mask, length, output.factors + begin);
+            response.cos = output.factors + begin;
+        }
+        response.finite = kernels().all_finite(response.cos, response.count);
+        const bool image = has_visual == nullptr || has_visual[b];
+        response.weighted = image && response.finite;
+        if (image && config.needs_batch_offset()) {
+            response.smallest_cos = kernels().smallest_finite(response.cos, response.count);
+        }
+    });
+
+    float offset = config.score_offset;
+    if (config.needs_batch_offset()) {
+        offset = 0.0f;
+        for (const Response& response : responses) offset = std::min(offset, response.smallest_cos);
+    }
+
+    std::unique_ptr<bool[]> member(new bool[layout.batch]);
+    parallel_items(layout.batch, [&](int64_t b) {
+        Response& response = responses[b];
+        const int64_t begin = layout.token_begin(b), length = layout.token_end(b) - begin;
+        member[b] = response.weighted && response.count > 0;
+        if (member[b]) {
+            std::vector<int32_t> keys(response.count + kKeyPadding);
+            response.weights = kernels().response_weights(response.cos, response.count, offset, config, keys.data(),
+                                                          output.w + begin, output.psi + begin);
+            expand(output.w + begin, response_mask + begin, length, response.count, 0.0f);
+        } else {
+            std::fill_n(output.w + begin, length, 0.0f);
+            std::fill_n(output.psi + begin, length, 0.0f);
+        }
+        output.score[b] = response.finite ? response.weights.score : std::numeric_limits<float>::quiet_NaN();
+    });
+
+    group_weights(output.score, group_ids, member.get(), layout.batch, config, output.phi);
+
+    parallel_items(layout.batch, [&](int64_t b) {
+        const int64_t begin = layout.token_begin(b), length = layout.token_end(b) - begin;
+        if (!member[b]) {
+            std::fill_n(output.factors + begin, length, 1.0f);
+            return;
+        }
+        const int64_t count = responses[b].count;
+        kernels().factors(output.psi + begin, count, output.phi[b], config, output.factors + begin);
+        expand(output.factors + begin, response_mask + begin, length, count, 1.0f);
+        expand(output.psi + begin, response_mask + begin, length, count, 0.0f);
+    });
+    write_metrics(responses, has_visual, output.metrics);
+}
+
+void group_weights(const float* score, const int64_t* group_ids, const bool* member, int64_t batch,
+                   const WeightsConfig& config, float* phi) {
+    std::fill_n(phi, batch, 0.0f);
+    if (!config.inter) return;
+    std::vector<int64_t> order;
+    for (int64_t b = 0; b < batch; ++b) {
+        if (member[b]) order.push_back(b);
+    }
+    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return group_ids[a] < group_ids[b]; });
+    for (size_t begin = 0, end = 0; begin < order.size(); begin = end) {
+        float low = kInfinity, high = -kInfinity;
+        for (end = begin; end < order.size() && group_ids[order[end]] == group_ids[order[begin]]; ++end) {
+            low = std::min(low, score[order[end]]);
+            high = std::max(high, score[order[end]]);
+        }
+        int64_t sum = 0;
+        for (size_t i = begin; i < end; ++i) {
+            phi[order[i]] = min_max_normalized(score[order[i]], low, high);
+            sum += to_fixed(phi[order[i]], kUnitScale);
+        }
+        const float mean = mean_from_fixed(sum, kUnitScale, static_cast<int64_t>(end - begin));
+        for (size_t i = begin; i < end; ++i) phi[order[i]] -= mean;
+    }
+}
+
+namespace ops {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> visual_weights(
+    const at::Tensor& cos, const at::Tensor& response_mask, const at::Tensor& group_ids,
+    const OptionalTensor& has_visual, const OptionalTensor& cu_seqlens, at::ArrayRef<double> config) {
+    const Layout layout = layout_of(response_mask, cu_seqlens);
+    const at::IntArrayRef tokens = response_mask.sizes(), each(layout.batch);
+    const float* values = checked<float>("cos", cos, tokens);
+    const bool* mask = checked<bool>("response_mask", response_mask, tokens);
+    const int64_t* groups = checked<int64_t>("group_ids", group_ids, each);
+    const bool* images = checked<bool>("has_visual", has_visual, each);
+    const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, cos.options()); };
+    at::Tensor factors = empty(tokens), psi = empty(tokens), w = empty(tokens);
+    at::Tensor phi = empty(each), score = empty(each), metrics = empty({kFocusMetrics});
+    const WeightsOutput output = {
+        factors.mutable_data_ptr<float>(), psi.mutable_data_ptr<float>(),   w.mutable_data_ptr<float>(),
+        phi.mutable_data_ptr<float>(),     score.mutable_data_ptr<float>(), metrics.mutable_data_ptr<float>()};
+    vgpo::visual_weights(values, mask, groups, images, layout, config_of(config), output);
+    return {factors, psi, w, phi, score, metrics};
+}
+
+at::Tensor group_weights(const at::Tensor& score, const at::Tensor& group_ids, const OptionalTensor& has_visual,
+                         at::ArrayRef<double> config) {
+    TORCH_CHECK_VALUE(score.dim() == 1, "score must have shape [B], got ", score.sizes());
+    const int64_t batch = score.size(0);
+    const float* values = checked<float>("score", score, {batch});
+    const int64_t* groups = checked<int64_t>("group_ids", group_ids, {batch});
+    const bool* images = checked<bool>("has_visual", has_visual, {batch});
+    std::unique_ptr<bool[]> member(new bool[batch]);
+    for (int64_t b = 0; b < batch; ++b) member[b] = is_finite(values[b]) && (images == nullptr || images[b]);
+    at::Tensor phi = at::empty({batch}, score.options());
+    vgpo::group_weights(values, groups, member.get(), batch, config_of(config), phi.mutable_data_ptr<float>());
+    return phi;
+}
+
+}  // namespace ops
+}  // namespace vgpo
