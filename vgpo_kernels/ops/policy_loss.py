@@ -207,12 +207,12 @@ def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def scaled_gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients by logp and entropy: the saved ones times the loss's."""
+def scaled_gradients(ctx: Any, grad_loss: Tensor | None, entropy: int) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients by logp and entropy, the argument of that index: the saved ones times the loss's."""
     if grad_loss is None:
         return None, None
     grad_logp, grad_entropy = ctx.saved_tensors
-    return grad_loss * grad_logp, grad_loss * grad_entropy if grad_entropy.numel() else None
+    return grad_loss * grad_logp, grad_loss * grad_entropy if ctx.needs_input_grad[entropy] else None
 
 
 def _fake_policy_loss(
@@ -233,7 +233,7 @@ def _fake_policy_loss(
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_logp, grad_entropy = scaled_gradients(ctx, grad_loss)
+    grad_logp, grad_entropy = scaled_gradients(ctx, grad_loss, entropy=7)
     # One gradient an argument: logp is the first, entropy the eighth of twelve.
     return grad_logp, *(None,) * 6, grad_entropy, *(None,) * 4
 

@@ -125,7 +125,7 @@ def _fake(
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_logp, grad_entropy = scaled_gradients(ctx, grad_loss)
+    grad_logp, grad_entropy = scaled_gradients(ctx, grad_loss, entropy=11)
     # One gradient an argument: logp is the second, entropy the twelfth of seventeen.
     return None, grad_logp, *(None,) * 9, grad_entropy, *(None,) * 5
 
