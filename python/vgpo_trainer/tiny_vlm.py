@@ -1,7 +1,7 @@
 """A vision-language model small enough to train on a laptop: LLaVA with 1.3 million parameters.
 
-A two-layer CLIP tower sees the image as a 3 x 3 grid of patches, a projector carries the patches into a four-layer Qwen2
-decoder, and the decoder writes one character at a time. Everything is assembled from transformers' own classes and
+A two-layer CLIP tower sees the image as a 3 x 3 grid of patches, a projector carries the patches into a four-layer
+Qwen2 decoder, and the decoder writes one character at a time. Everything is assembled from transformers' own classes and
 needs no download: checkpoints save and load in the usual Hugging Face format.
 """
 
@@ -42,8 +42,7 @@ CHAT_TEMPLATE = (
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of 23 entries: words of the prompt, and single characters for everything in a response."""
-    words = [piece for piece in PROMPT.replace(".", "").split()]
-    vocabulary = [*SPECIAL_TOKENS, *"0123456789+=,. ", *words]
+    vocabulary = [*SPECIAL_TOKENS, *"0123456789+=,. ", *PROMPT.replace(".", "").split()]
     backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD_OR_CHARACTER), behavior="isolated")
     backend.decoder = decoders.Fuse()

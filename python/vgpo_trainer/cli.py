@@ -1,0 +1,86 @@
+"""The ``vgpo`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vgpo_trainer import demo, doctor, train
+
+DESCRIPTION = """\
+Visually-guided reinforcement learning of vision-language models.
+
+  vgpo demo                             train a small model on a laptop and see what it learns
+  vgpo train --model M --dataset D --out R   train any Hugging Face vision-language model
+  vgpo report RUN                       make the report of a run again
+  vgpo doctor                           what is installed, what is built, does it work
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; each subcommand leaves its function in ``run``."""
+    parser = argparse.ArgumentParser(
+        prog="vgpo", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for name, module, summary in (
+        ("demo", demo, "train a small model on a laptop and see what it learns"),
+        ("train", train, "train any Hugging Face vision-language model"),
+        ("doctor", doctor, "what is installed, what is built, does it work"),
+    ):
+        command = commands.add_parser(name, help=summary, description=module.DESCRIPTION)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    report = commands.add_parser("report", help="make the report of a run again", description=_report.__doc__)
+    report.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0 done, 2 for what the user can put right, 130 interrupted."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.version:
+        from vgpo_kernels import __version__
+
+        print(f"vgpo_kernels {__version__}")
+        return 0
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    try:
+        status: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("vgpo: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        # Ours missing is a defect and keeps its traceback; a dependency missing is an installation without an extra.
+        if error.name is None or error.name.startswith("vgpo"):
+            raise
+        print(
+            f"vgpo {arguments.command}: {error.name} is not installed; pip install 'vgpo-kernels[train]' brings it",
+            file=sys.stderr,
+        )
+        return 2
+    return status
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    """Make report.html of a run again from the files in its folder."""
+    from vgpo_trainer.report import write_report
+    from vgpo_trainer.run_folder import RunFolder, RunFolderError
+
+    try:
+        print(write_report(RunFolder(arguments.folder)))
+    except RunFolderError as error:
+        print(f"vgpo report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
