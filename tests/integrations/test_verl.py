@@ -1,0 +1,264 @@
+"""The verl adapter against the installed verl: its registries, its losses, its engine and its nested batches."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_close
+from torch import Tensor
+
+pytest.importorskip("verl", reason="verl is not installed (pip install -r tests/integrations/verl.txt --no-deps)")
+transformers = pytest.importorskip("transformers")
+
+from tensordict import TensorDict  # noqa: E402
+from verl.trainer.ppo import core_algos  # noqa: E402
+from verl.utils import tensordict_utils  # noqa: E402
+from verl.workers.config import ActorConfig  # noqa: E402
+from verl.workers.engine.fsdp import transformer_impl  # noqa: E402
+from verl.workers.utils.padding import response_from_nested  # noqa: E402
+
+from vgpo_kernels import VGPOConfig, visual_focus, visual_weights  # noqa: E402
+from vgpo_kernels.integrations import verl as adapter  # noqa: E402
+from vgpo_kernels.integrations.surface import UnknownSurfaceError, config_from, require  # noqa: E402
+
+IMAGE = 7
+PAIRS = {"vgpo": "vanilla", "vgpo_gspo": "gspo", "vgpo_cispo": "cispo", "vgpo_sapo": "sapo"}
+AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+
+
+def draw(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(5, 9, generator=generator)
+
+    mask = torch.rand(5, 9, generator=generator) > 0.3
+    mask[3] = False
+    log_prob = -normal().abs()
+    return {
+        "old_log_prob": log_prob + 0.4 * normal(),
+        "log_prob": log_prob,
+        "advantages": normal(),
+        "response_mask": mask,
+        "rollout_is_weights": normal().abs(),
+    }
+
+
+def actor_config(**global_batch: Any) -> ActorConfig:
+    config = ActorConfig(
+        strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=1, clip_ratio_low=0.2, clip_ratio_high=0.28
+    )
+    config.global_batch_info.update(global_batch)
+    return config
+
+
+@pytest.mark.parametrize("global_batch", [{}, {"dp_size": 2, "batch_num_tokens": 61, "global_batch_size": 10}], ids=str)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("mode", PAIRS)
+def test_losses_equal_verls_own(mode: str, aggregation: str, global_batch: dict[str, Any]) -> None:
+    results = []
+    for name in (mode, PAIRS[mode]):
+        arguments = draw()
+        arguments["log_prob"].requires_grad_()
+        loss_fn = core_algos.get_policy_loss_fn(name)
+        loss, metrics = loss_fn(**arguments, loss_agg_mode=aggregation, config=actor_config(**global_batch))
+        loss.backward()
+        results.append((loss, arguments["log_prob"].grad, metrics))
+    (loss, gradient, metrics), (expected_loss, expected_gradient, expected_metrics) = results
+    assert_close(loss, expected_loss.double(), name="loss", floor=1e-6)
+    assert_close(gradient, expected_gradient.double(), name="gradient", floor=1e-6)
+    if mode == "vgpo":
+        assert metrics == pytest.approx(expected_metrics, abs=1e-6)
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=32,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attn_implementation="eager",
+    )
+    config.image_token_id = IMAGE
+    return transformers.Qwen2ForCausalLM(config).eval()
+
+
+LENGTHS = ((6, 4), (5, 7), (8, 3))  # prompt and response
+
+
+def nested(parts: list[Tensor]) -> Tensor:
+    return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+
+
+def micro_batch(**non_tensor: Any) -> TensorDict:
+    generator = torch.Generator().manual_seed(1)
+    sequences, masks = [], []
+    for prompt, response in LENGTHS:
+        ids = torch.randint(8, 32, (prompt + response,), generator=generator)
+        ids[1:4] = IMAGE
+        sequences.append(ids)
+        masks.append(torch.ones(response, dtype=torch.int64))
+    data = TensorDict(
+        {
+            "input_ids": nested(sequences),
+            "position_ids": nested([torch.arange(len(ids)) for ids in sequences]),
+            "response_mask": nested(masks),
+        },
+        batch_size=len(LENGTHS),
+    )
+    tensordict_utils.assign_non_tensor(
+        data, use_remove_padding=False, temperature=1.0, calculate_entropy=False, compute_loss=False, **non_tensor
+    )
+    return data
+
+
+def engine_of(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """verl's own engine around a model, without the distributed set-up that its constructor does."""
+    engine = object.__new__(transformer_impl.FSDPEngineWithLMHead)
+    engine.module = model
+    engine._autocast_dtype = torch.float32
+    engine.pad_to_length = None
+    engine.use_ulysses_sp = False
+    engine.engine_config = SimpleNamespace(entropy_checkpointing=False)
+    engine.model_config = SimpleNamespace(hf_config=model.config)
+    monkeypatch.setattr(transformer_impl, "get_device_id", lambda: "cpu")
+    monkeypatch.setattr(transformer_impl, "get_device_name", lambda: "cpu")
+    return engine
+
+
+def test_the_engine_scores_focus_beside_log_probs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(model, monkeypatch)
+    with torch.no_grad():
+        _, plain = engine.forward_step(micro_batch(), None, forward_only=True)
+        _, scored = engine.forward_step(micro_batch(**{adapter.FLAG: True}), None, forward_only=True)
+    assert adapter.FIELD not in plain["model_output"]
+    assert torch.equal(plain["model_output"]["log_probs"].values(), scored["model_output"]["log_probs"].values())
+
+    data = micro_batch()
+    cos = response_from_nested(scored["model_output"][adapter.FIELD], data["response_mask"])
+    for index, ids in enumerate(data["input_ids"].unbind()):
+        with torch.no_grad():
+            states = model.model(ids[None]).last_hidden_state
+        scored_tokens = torch.arange(len(ids))[None] >= LENGTHS[index][0]
+        expected = visual_focus(states, (ids == IMAGE)[None], scored_tokens)[scored_tokens]
+        assert_close(cos.unbind()[index], expected.double(), name=f"focus of sequence {index}", floor=1e-5)
+
+
+class Queue(ModuleType):
+    """verl's data plane, in a dict."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        super().__init__("transfer_queue")
+        self.fields = fields
+
+    def kv_batch_get(self, keys: list[str], partition_id: str, select_fields: list[str]) -> dict[str, Any]:
+        return {name: self.fields[name] for name in select_fields}
+
+    def kv_batch_put(self, keys: list[str], partition_id: str, fields: TensorDict) -> Any:
+        self.fields.update(fields.items())
+        return SimpleNamespace(keys=keys, partition_id=partition_id, extra_info={})
+
+
+class Settings(dict[str, Any]):
+    """A configuration node."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Trainer:
+    """The two methods of verl's trainer that the adapter builds on."""
+
+    def __init__(self, algorithm: dict[str, Any]) -> None:
+        self.config = SimpleNamespace(algorithm=Settings(algorithm))
+        self.flag_during_pass: bool | None = None
+
+    def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        self.flag_during_pass = batch.extra_info[adapter.FLAG]
+        return batch
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        return batch
+
+
+class Keys(SimpleNamespace):
+    """A batch by reference."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def test_the_trainer_reweights_whole_groups_by_uid(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    lengths = [5, 3, 6, 4]
+    uids = ["a", "b", "a", "b"]
+    cos = [torch.rand(length, generator=generator) for length in lengths]
+    cos[3] = torch.zeros(4)  # no image
+    advantages = [torch.randn(length, generator=generator) for length in lengths]
+    # As the engine leaves it: a prompt of two before each response, all of it one place to the left.
+    focus = nested([torch.cat([torch.zeros(1), part, torch.zeros(1)]) for part in cos])
+    fields = {
+        "uid": SimpleNamespace(tolist=lambda: uids),
+        "response_mask": nested([torch.ones(length, dtype=torch.int64) for length in lengths]),
+        adapter.FIELD: focus,
+        "advantages": nested(advantages),
+    }
+    queue = Queue(fields)
+    monkeypatch.setitem(sys.modules, "transfer_queue", queue)
+    trainer = adapter.visually_guided(Trainer)({"vgpo": {"beta": 0.5}})
+    batch = Keys(keys=list("wxyz"), partition_id="train", extra_info={})
+    metrics: dict[str, Any] = {}
+    batch = trainer._compute_old_log_prob(batch, metrics)
+    assert trainer.flag_during_pass is True
+    assert batch.extra_info[adapter.FLAG] is False, "the reference pass must not score again"
+    trainer._compute_advantage(batch, metrics)
+
+    padded = torch.nested.to_padded_tensor(nested(cos), 0.0)
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    groups, seen = torch.tensor([0, 1, 0, 1]), torch.tensor([True, True, True, False])
+    expected = visual_weights(padded, mask, groups, VGPOConfig.paper(beta=0.5), has_visual=seen).factors
+    for index, (part, before) in enumerate(zip(queue.fields["advantages"].unbind(), advantages, strict=True)):
+        assert_close(part, (before * expected[index, : lengths[index]]).double(), name=f"advantages {index}")
+    assert metrics["vgpo/weighted_responses"] == 3
+
+
+def test_a_run_without_the_scoring_pass_is_refused() -> None:
+    trainer = adapter.visually_guided(Trainer)({"rollout_correction": {"bypass_mode": True}})
+    with pytest.raises(ValueError, match="bypass_mode"):
+        trainer._compute_old_log_prob(Keys(keys=[], partition_id="", extra_info={}), {})
+
+
+def test_importing_registers_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = transformer_impl.FSDPEngineWithLMHead.forward_step
+    adapter.register()
+    assert transformer_impl.FSDPEngineWithLMHead.forward_step is step
+    assert set(PAIRS) <= set(core_algos.POLICY_LOSS_REGISTRY)
+
+
+def test_the_trainer_is_registered_where_it_can_be() -> None:
+    v1 = pytest.importorskip("verl.trainer.ppo.v1", reason="verl's trainer needs its full set of dependencies")
+    trainer = v1.get_trainer_cls("vgpo")
+    assert issubclass(trainer, v1.PPOTrainerSync)
+
+
+def test_another_surface_is_refused() -> None:
+    with pytest.raises(UnknownSurfaceError, match=r"has no score: this adapter knows verl 0\.9"):
+        require(Trainer, "score", (), adapter.KNOWN)
+    with pytest.raises(UnknownSurfaceError, match=r"takes \(self, batch, metrics\), not data"):
+        require(Trainer, "_compute_advantage", ("data",), adapter.KNOWN)
+
+
+def test_settings_come_from_a_mapping() -> None:
+    assert config_from({}) == VGPOConfig.paper()
+    assert config_from({"preset": "released", "intra_clamp": [0.5, 1.5]}).intra_clamp == (0.5, 1.5)
+    with pytest.raises(ValueError, match="preset"):
+        config_from({"preset": "papers"})
+    with pytest.raises(ValueError, match="gamma"):
+        config_from({"gamma": 0.5})

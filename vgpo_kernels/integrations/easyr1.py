@@ -1,0 +1,256 @@
+"""VGPO in EasyR1, and in the VGPO authors' fork of it: three lines at the end of ``verl/workers/fsdp_workers.py``.
+
+::
+
+    from vgpo_kernels import VGPOConfig
+    from vgpo_kernels.integrations.easyr1 import patch_easyr1
+    patch_easyr1(VGPOConfig.paper())
+
+The driver and every worker import that module, so all of them are patched:
+
+- ``DataParallelPPOActor._forward_micro_batch`` scores visual focus while ``compute_log_prob`` runs: a hook on the
+  final norm, no extra pass. The scores travel beside the log-probs, so dynamic batching and sequence parallelism put
+  them back in order as they do those;
+- ``FSDPWorker.compute_log_probs`` hands them to the driver as ``visual_focus``;
+- ``compute_advantage`` on the driver multiplies the advantages by the factors, over the whole rollout batch and with
+  groups known by uid;
+- ``compute_policy_loss`` is answered by :func:`vgpo_kernels.policy_loss`.
+
+EasyR1 is installed from its repository under the name of ``verl``; nothing of it is imported before
+:func:`patch_easyr1` is called.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels import VGPOConfig, policy_loss, visual_focus
+from vgpo_kernels.integrations.surface import require, reweight
+from vgpo_kernels.integrations.transformers import capture_hidden_states, visual_mask
+
+KNOWN = "EasyR1 0.3"
+FIELD = "visual_focus"
+
+# The authors' names for what VGPOConfig calls otherwise.
+AUTHORS_NAMES = {
+    "use_intra_trajectory_reweighting": "intra",
+    "use_inter_trajectory_reweighting": "inter",
+    "visual_compensation_type": "schedule",
+    "visual_compensation_strength": "beta",
+    "visual_compensation_start_ratio": "start_ratio",
+    "visual_compensation_exponent": "exponent",
+    "visual_compensation_step_ratio": "step_ratio",
+    "use_gated_visual_compensation": "gate",
+    "gated_visual_compensation_start_ratio": "tail_ratio",
+    "visual_attention_threshold": "top_ratio",
+}
+
+
+def authors_config(settings: Mapping[str, Any]) -> VGPOConfig:
+    """Translate the configuration of the authors' training script into ``VGPOConfig.released()``.
+
+    Args:
+        settings: Names and values as the script passes them under ``algorithm``: ``visual_compensation_strength``,
+            ``visual_attention_threshold``, ... Names that have nothing to do with VGPO are passed over.
+
+    Raises:
+        ValueError: A value is out of range, or asks for what the released loss does not use.
+
+    """
+    changes = {ours: settings[theirs] for theirs, ours in AUTHORS_NAMES.items() if theirs in settings}
+    if changes.get("schedule") == "step-function":
+        changes["schedule"] = "step"
+    if settings.get("use_visual_compensation", True) is False:
+        changes["beta"] = 0.0
+    if settings.get("inter_reweighting_gamma_late", 0.5) != 0.5:
+        raise ValueError(
+            "inter_reweighting_gamma_late weighs a late-stage score that the released re-weighting does not use; "
+            f"got {settings['inter_reweighting_gamma_late']}"
+        )
+    return VGPOConfig.released(**changes)
+
+
+def patch_easyr1(
+    config: VGPOConfig,
+    *,
+    actor_module: Any = None,
+    worker_module: Any = None,
+    trainer_module: Any = None,
+) -> None:
+    """Put VGPO into EasyR1, in this process. Calling it again changes the settings only.
+
+    Args:
+        config: The settings of the factors; :func:`authors_config` reads those of the authors' script.
+        actor_module: ``verl.workers.actor.dp_actor`` unless given.
+        worker_module: ``verl.workers.fsdp_workers`` unless given.
+        trainer_module: ``verl.trainer.ray_trainer`` unless given.
+
+    Raises:
+        UnknownSurfaceError: This EasyR1 has another surface than the versions known.
+
+    """
+    actor_module = actor_module or import_module("verl.workers.actor.dp_actor")
+    worker_module = worker_module or import_module("verl.workers.fsdp_workers")
+    trainer_module = trainer_module or import_module("verl.trainer.ray_trainer")
+    actor, worker = actor_module.DataParallelPPOActor, worker_module.FSDPWorker
+    forward = require(actor, "_forward_micro_batch", ("self", "micro_batch", "temperature"), KNOWN)
+    require(actor, "compute_log_prob", ("self", "data"), KNOWN)
+    log_probs = require(worker, "compute_log_probs", ("self", "data"), KNOWN)
+    advantage = require(trainer_module, "compute_advantage", ("data",), KNOWN)
+    require(actor_module, "compute_policy_loss", ("old_log_probs", "log_probs", "loss_avg_mode"), KNOWN)
+
+    actor._forward_micro_batch = _scoring(_original(forward))
+    worker.compute_log_probs = _handing_over(_original(log_probs))
+    trainer_module.compute_advantage = _reweighting(_original(advantage), config)
+    actor_module.compute_policy_loss = compute_policy_loss
+
+
+def _original(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what an earlier patch wrapped, so that patches never pile up."""
+    return function.__wrapped__ if getattr(function, "patched_by_vgpo", False) else function  # type: ignore[attr-defined,no-any-return]
+
+
+def _patch(original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        # wraps() keeps the attributes by which EasyR1 dispatches a worker's method.
+        wrapped = functools.wraps(original)(function)
+        wrapped.patched_by_vgpo = True  # type: ignore[attr-defined]
+        return wrapped
+
+    return mark
+
+
+def _scoring(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @_patch(forward)
+    def forward_micro_batch(self: Any, micro_batch: dict[str, Any], temperature: float) -> Tensor:
+        if not getattr(self, "_scores_visual_focus", False):
+            return forward(self, micro_batch, temperature)  # type: ignore[no-any-return]
+        with capture_hidden_states(self.actor_module) as captured:
+            log_probs = forward(self, micro_batch, temperature)
+        cos = _focus(captured.hidden, micro_batch, self.actor_module)
+        return torch.cat([log_probs, cos.to(log_probs.dtype)], dim=-1)
+
+    return forward_micro_batch
+
+
+def _focus(hidden: Tensor, micro_batch: dict[str, Any], model: Any) -> Tensor:
+    """Score the response tokens of a micro-batch, fp32 ``[B, T]``, from padded or padding-free hidden states."""
+    ids, attended = micro_batch["input_ids"], micro_batch["attention_mask"].bool()
+    length = micro_batch["responses"].shape[-1]
+    visual = visual_mask(ids, model) & attended
+    if hidden.shape[:2] == ids.shape:
+        return visual_focus(hidden, visual, attended[:, -length:])
+    total = int(attended.sum())
+    if hidden.shape[1] < total:
+        raise RuntimeError(
+            "worker.actor.ulysses_size > 1 splits the hidden states, which EasyR1's adapter cannot gather"
+        )
+    answered = attended.clone()
+    answered[:, :-length] = False
+    boundaries = torch.nn.functional.pad(attended.sum(-1).cumsum(0), (1, 0))
+    packed = visual_focus(hidden[0, :total], visual[attended], answered[attended], cu_seqlens=boundaries)
+    return torch.zeros(ids.shape, device=packed.device).masked_scatter(attended, packed)[:, -length:]
+
+
+def _handing_over(log_probs: Callable[..., Any]) -> Callable[..., Any]:
+    @_patch(log_probs)
+    def compute_log_probs(self: Any, data: Any) -> Any:
+        self.actor._scores_visual_focus = True
+        try:
+            output = log_probs(self, data)
+        finally:
+            self.actor._scores_visual_focus = False
+        both = output.batch["old_log_probs"]
+        output.batch["old_log_probs"], output.batch[FIELD] = both.chunk(2, dim=-1)
+        return output
+
+    return compute_log_probs
+
+
+def _reweighting(advantage: Callable[..., Any], config: VGPOConfig) -> Callable[..., Any]:
+    @_patch(advantage)
+    def compute_advantage(data: Any, *arguments: Any, **options: Any) -> Any:
+        data = advantage(data, *arguments, **options)
+        if FIELD in data.batch:
+            advantages, _ = reweight(
+                data.batch["advantages"],
+                data.batch[FIELD],
+                data.batch["response_mask"],
+                list(data.non_tensor_batch["uid"]),
+                config,
+            )
+            data.batch["advantages"] = advantages
+        return data
+
+    return compute_advantage
+
+
+def compute_policy_loss(
+    old_log_probs: Tensor,
+    log_probs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    clip_ratio_dual: float,
+    tau_positive: float = 1.0,
+    tau_negative: float = 1.05,
+    loss_type: str = "default",
+    loss_avg_mode: str = "token",
+    **_: Any,
+) -> tuple[Tensor, dict[str, float]]:
+    """EasyR1's signature for the policy loss, answered by :func:`vgpo_kernels.policy_loss`.
+
+    Args:
+        old_log_probs: ``[B, T]``, as the three that follow.
+        log_probs: Differentiable.
+        advantages: Per token; VGPO's factors are already in them.
+        response_mask: The scored tokens.
+        clip_ratio_low: Clip range below 1.
+        clip_ratio_high: Clip range above 1.
+        clip_ratio_dual: Bound on the ratio where the advantage is negative.
+        tau_positive: Temperature of sapo where the advantage is positive.
+        tau_negative: The same where it is not.
+        loss_type: ``"default"``, ``"gspo"``, ``"gspo_token"``, ``"cispo"`` or ``"sapo"``.
+        loss_avg_mode: ``"token"`` or ``"seq"``.
+
+    Returns:
+        The loss and EasyR1's metrics as numbers.
+
+    """
+    mask = response_mask.bool()
+    kind = "grpo" if loss_type == "default" else loss_type
+    aggregation = {"token": "token-mean", "seq": "seq-mean-token-mean"}[loss_avg_mode]
+    options: dict[str, Any] = {"loss_type": kind, "aggregation": aggregation}
+    if kind in ("grpo", "gspo", "gspo_token"):
+        options["dual_clip"] = clip_ratio_dual
+    if kind == "sapo":
+        options |= {"sapo_temperature_positive": tau_positive, "sapo_temperature_negative": tau_negative}
+    loss, metrics = policy_loss(
+        log_probs,
+        old_log_probs,
+        advantages,
+        mask,
+        epsilon_low=clip_ratio_low,
+        epsilon_high=clip_ratio_high,
+        **options,
+    )
+    # EasyR1 estimates the entropy by the negative log-prob, averaged as the loss is.
+    spread = torch.where(mask, -log_probs.detach(), 0.0)
+    if loss_avg_mode == "token":
+        entropy = spread.sum() / mask.sum().clamp(min=1)
+    else:
+        entropy = (spread.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+    gap = torch.where(mask, old_log_probs - log_probs.detach(), 0.0).sum() / mask.sum().clamp(min=1)
+    names = ["ppo_kl", "entropy_loss"]
+    values = [gap, entropy]
+    if "dual_clip" in options:
+        names += ["pg_clipfrac_higher", "pg_clipfrac_lower"]
+        values += [metrics["clip_fraction"], metrics["dual_clip_fraction"]]
+    return loss, dict(zip(names, torch.stack(values).tolist(), strict=True))

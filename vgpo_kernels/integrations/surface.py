@@ -1,0 +1,106 @@
+"""What the adapters to other codebases share: checking the surface they attach to, and their settings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels import VGPOConfig, visual_weights
+
+
+class UnknownSurfaceError(RuntimeError):
+    """A framework no longer has the functions that an adapter attaches to."""
+
+
+def require(owner: Any, name: str, parameters: Sequence[str], known: str) -> Callable[..., Any]:
+    """Return ``owner.name`` if it takes ``parameters``, among others.
+
+    Args:
+        owner: The module or class.
+        name: The function.
+        parameters: Names of parameters that the adapter relies on.
+        known: The versions that the adapter was written for, for the message.
+
+    Raises:
+        UnknownSurfaceError: The function is gone, or takes something else.
+
+    """
+    place = f"{getattr(owner, '__module__', '')}.{owner.__name__}".lstrip(".")
+    function = getattr(owner, name, None)
+    if not callable(function):
+        raise UnknownSurfaceError(f"{place} has no {name}: this adapter knows {known}")
+    found = inspect.signature(function).parameters
+    missing = [parameter for parameter in parameters if parameter not in found]
+    if missing:
+        raise UnknownSurfaceError(
+            f"{place}.{name} takes ({', '.join(found)}), not {', '.join(missing)}: this adapter knows {known}"
+        )
+    return function  # type: ignore[no-any-return]
+
+
+def config_from(settings: Mapping[str, Any]) -> VGPOConfig:
+    """Build a :class:`VGPOConfig` from a mapping of its fields and ``preset`` (``"paper"`` unless given).
+
+    Raises:
+        ValueError: The preset or a field is unknown, or a value is out of range.
+
+    """
+    changes = {name: tuple(value) if name.endswith("_clamp") and value else value for name, value in settings.items()}
+    preset = changes.pop("preset", "paper")
+    if preset not in ("paper", "released"):
+        raise ValueError(f"preset must be paper or released, got {preset!r}")
+    unknown = set(changes) - set(VGPOConfig.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"unknown VGPO settings: {', '.join(sorted(unknown))}")
+    return getattr(VGPOConfig, preset)(**changes)  # type: ignore[no-any-return]
+
+
+def group_numbers(names: Sequence[Any], device: torch.device) -> Tensor:
+    """Number the prompts that responses carry as names: integers ``[B]``, equal where the names are."""
+    numbers: dict[Any, int] = {}
+    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], dtype=torch.int64, device=device)
+
+
+def reweight(
+    advantages: Tensor,
+    cos: Tensor,
+    response_mask: Tensor,
+    prompts: Sequence[Any],
+    config: VGPOConfig,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Multiply advantages by VGPO's factors (paper, Eq. 11), over a whole rollout batch.
+
+    Args:
+        advantages: Per token, ``[B, T]`` or packed ``[N]``.
+        cos: Focus scores in the same shape; a response whose scores are all zero has no image.
+        response_mask: The scored tokens, in the same shape.
+        prompts: Name of each response's prompt, B of them.
+        config: The settings.
+        cu_seqlens: Boundaries of a packed batch.
+
+    Returns:
+        The new advantages, and the focus metrics by name, as ``vgpo/...``.
+
+    """
+    mask = response_mask.bool()
+    lit = torch.where(mask, cos != 0, False)
+    if cu_seqlens is None:
+        seen = lit.any(-1)
+    else:
+        running = torch.cat([lit.new_zeros(1, dtype=torch.int64), lit.cumsum(0)])
+        seen = running[cu_seqlens[1:]] > running[cu_seqlens[:-1]]
+    weights = visual_weights(
+        cos.float(),
+        mask,
+        group_numbers(prompts, cos.device),
+        config,
+        cu_seqlens=cu_seqlens,
+        has_visual=seen,
+    )
+    metrics = {f"vgpo/{name}": value.item() for name, value in weights.metrics.items()}
+    return advantages * weights.factors.to(advantages.dtype), metrics
