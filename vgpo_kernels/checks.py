@@ -238,7 +238,9 @@ def per_response(name: str, value: object, batch: int, device: torch.device) -> 
 def per_response_or_token(name: str, value: object, like: Tensor, batch: int) -> Tensor:
     """Return a floating tensor that is ``[B]`` or of ``like``'s shape, fp32 (or fp64), contiguous and detached."""
     tensor = require_floating(name, value)
-    if tuple(tensor.shape) not in ((batch,), tuple(like.shape)):
+    # Spelled out because a traced `in` over shapes of different lengths is not resolved for symbolic sizes.
+    one_each = tensor.dim() == 1 and tensor.shape[0] == batch
+    if not one_each and tensor.shape != like.shape:
         raise ValueError(
             f"{name} must have shape [{batch}] (one entry a response) or {list(like.shape)} (response_mask's), "
             f"got {describe(tensor)}"
