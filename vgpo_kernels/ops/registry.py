@@ -22,6 +22,9 @@ class Operator(NamedTuple):
     stem: str
     reference: Callable[..., Any]
     compiled: Callable[..., Any]
+    fake: Callable[..., Any]
+    setup_context: Callable[..., None] | None
+    backward: Callable[..., Any] | None
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -52,7 +55,8 @@ def define(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     stem = reference.__module__.rpartition(".")[2]
-    OPERATORS[name] = Operator(stem, reference, getattr(getattr(torch.ops, NAMESPACE), name).default)
+    compiled = getattr(getattr(torch.ops, NAMESPACE), name).default
+    OPERATORS[name] = Operator(stem, reference, compiled, fake, setup_context, backward)
 
 
 def call(name: str, device: torch.device, dtype: torch.dtype, *arguments: Any) -> Any:

@@ -1,0 +1,202 @@
+"""What the Triton kernels share: how an operator is registered, how a batch is cut into blocks, scalar formulas.
+
+Tokens are flat, as in csrc/layout.h: those of response i are ``[i * T, (i + 1) * T)`` of a padded batch and
+``[cu_seqlens[i], cu_seqlens[i + 1])`` of a packed one. Kernels get ``boundaries`` (``cu_seqlens`` or ``None``) and
+``tokens`` (T or N). Lengths are run-time arguments everywhere, and never specialised on: a rollout compiles nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vgpo_kernels.ops import registry
+
+RANGE_FLOOR = tl.constexpr(1e-8)  # keeps a min-max normalisation of equal values at zero
+
+# Sums that a response's factors depend on are taken over 64-bit fixed-point numbers. Integer addition is associative,
+# so neither padding nor packing nor the block size changes a bit of them.
+UNIT_SCALE = tl.constexpr(2.0**40)  # for normalised values in [0, 1]
+WEIGHT_SCALE = tl.constexpr(2.0**32)  # for raw weights; a response's sum must stay below 2^31
+FIXED_LIMIT = tl.constexpr(2.0**51)  # a single term saturates here instead of overflowing
+
+
+@triton.jit
+def to_fixed(value, SCALE: tl.constexpr):
+    # Scaling by a power of two is exact, so fp32 arithmetic loses nothing of `value` here.
+    scaled = tl.minimum(tl.maximum(value * SCALE, -FIXED_LIMIT), FIXED_LIMIT)
+    return tl.floor(scaled + 0.5).to(tl.int64)
+
+
+@triton.jit
+def from_fixed(total, SCALE: tl.constexpr):
+    return (total.to(tl.float64) / SCALE).to(tl.float32)
+
+
+@triton.jit
+def mean_from_fixed(total, SCALE: tl.constexpr, count):
+    return (total.to(tl.float64) / SCALE / count.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def clamp(value, low, high):
+    # A NaN passes, which minimum and maximum would drop.
+    return tl.where(value < low, low, tl.where(value > high, high, value))
+
+
+@triton.jit
+def is_finite(value):
+    return value - value == 0.0
+
+
+@triton.jit
+def exponential(value):
+    """exp(value) to a few units in the last place.
+
+    The hardware's exponential loses accuracy in proportion to |value|, and importance ratios reach exp(20). Here it
+    sees only the remainder of a division by ln 2, whose multiples are powers of two, which are exact.
+    """
+    bounded = clamp(value, -104.0, 89.0)
+    quotient = tl.floor(bounded * 1.4426950408889634 + 0.5)
+    # ln 2 in two parts: products with the first, which has nine bits, are exact.
+    remainder = bounded - quotient * 0.693359375 + quotient * 2.12194440e-4
+    # In two factors, because 2^128 and 2^-150 are no fp32 numbers.
+    half = tl.floor(quotient * 0.5)
+    return tl.exp(remainder) * power_of_two(half) * power_of_two(quotient - half)
+
+
+@triton.jit
+def power_of_two(exponent):
+    return ((exponent.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def double_from_bits(bits):
+    # Triton passes a Python float as fp32. Ratios that select a token must be doubles, as the definition has them.
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def boundary(boundaries, index, tokens):
+    # Clamped into the arrays: a kernel cannot raise on bad values, and must not read outside.
+    return tl.minimum(tl.maximum(tl.load(boundaries + index), 0), tokens)
+
+
+@triton.jit
+def token_range(boundaries, response, tokens):
+    """First token of a response, and the one behind its last."""
+    if boundaries is None:
+        begin = response.to(tl.int64) * tokens
+        end = begin + tokens
+    else:
+        begin = boundary(boundaries, response, tokens).to(tl.int64)
+        end = boundary(boundaries, response + 1, tokens).to(tl.int64)
+    return begin, end
+
+
+@triton.jit
+def first_slot(boundaries, response, tokens, BLOCK: tl.constexpr):
+    """First of the slots (see :func:`num_slots`) of a response."""
+    if boundaries is None:
+        slot = response.to(tl.int64) * tl.maximum(tl.cdiv(tokens, BLOCK), 1)
+    else:
+        slot = boundary(boundaries, response, tokens).to(tl.int64) // BLOCK + response
+    return slot
+
+
+@triton.jit
+def response_of_slot(boundaries, slot, batch, tokens, BLOCK: tl.constexpr):
+    if boundaries is None:
+        response = slot // tl.maximum(tl.cdiv(tokens, BLOCK), 1)
+    else:
+        # Count the responses that begin at or before the slot: a few wide loads, where a binary search would wait
+        # for memory once a step.
+        SEARCH: tl.constexpr = 256
+        response = tl.zeros((), tl.int32)
+        for start in range(1, batch, SEARCH):
+            other = start + tl.arange(0, SEARCH)
+            inside = other < batch
+            begin = tl.load(boundaries + other, mask=inside, other=0)
+            begin = tl.minimum(tl.maximum(begin, 0), tokens)
+            response += tl.sum((inside & (begin // BLOCK + other <= slot)).to(tl.int32))
+    return response
+
+
+@triton.jit
+def slot_range(boundaries, slot, batch, tokens, BLOCK: tl.constexpr):
+    """Response of a slot, the slot's first token, and the token behind the response's last."""
+    response = response_of_slot(boundaries, slot, batch, tokens, BLOCK)
+    begin, end = token_range(boundaries, response, tokens)
+    block = tl.maximum(slot - first_slot(boundaries, response, tokens, BLOCK), 0)
+    return response, begin + block * BLOCK, end
+
+
+def num_slots(tokens: int, batch: int, cu_seqlens: Tensor | None, block: int) -> int:
+    """Return how many slots a batch has: blocks of ``block`` tokens that never straddle two responses.
+
+    A packed response i owns the slots from ``cu_seqlens[i] // block + i`` to the next response's: enough for its
+    tokens, at least one, none shared. So the host knows their number without reading the boundaries from the device.
+
+    Args:
+        tokens: T of a padded batch, N of a packed one.
+        batch: B.
+        cu_seqlens: Boundaries of a packed batch.
+        block: Tokens a slot.
+
+    """
+    if cu_seqlens is None:
+        return batch * max(triton.cdiv(tokens, block), 1)
+    return tokens // block + batch
+
+
+def extent(mask: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
+    """Return B, and T of a padded ``[B, T]`` or N of a packed ``[N]`` mask."""
+    batch = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return batch, mask.shape[-1]
+
+
+# ---- registration -----------------------------------------------------------------------------------------------
+
+INTERPRETED = not isinstance(is_finite, triton.runtime.JITFunction)
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """Let ``torch.compile`` see a launch. Interpreted kernels have nothing to be seen."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def operator(launcher: Callable[..., Any]) -> Any:
+    """Make a launcher the operator ``torch.ops.vgpo_kernels_triton.<name>``, which ``torch.compile`` traces into.
+
+    The schema is the launcher's; the fake kernel and the gradients are those of the operator of its name. Interpreted
+    kernels compute on the host and cannot be traced: there the operator is opaque.
+    """
+    definition = registry.OPERATORS[launcher.__name__]
+    make = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+    registered = make(f"vgpo_kernels_triton::{launcher.__name__}", launcher, mutates_args=())
+    registered.register_fake(definition.fake)
+    if definition.backward is not None:
+        registered.register_autograd(definition.backward, setup_context=definition.setup_context)
+    return registered
+
+
+def device_guard(tensor: Tensor) -> AbstractContextManager[None]:
+    """Make a tensor's GPU the current one, which is the one that Triton launches on."""
+    on_gpu = tensor.device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.device(tensor.device) if on_gpu else nullcontext()
+
+
+def architecture(device: torch.device) -> str:
+    """Return the key of block-size tables: ``"sm80"``, ``"sm90"``, ``"sm100"`` or ``"gfx9"``."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "sm90"
+    if torch.version.hip is not None:
+        return "gfx9"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm80" if major < 9 else "sm90" if major == 9 else "sm100"

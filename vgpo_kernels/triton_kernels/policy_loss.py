@@ -1,0 +1,593 @@
+"""The policy losses in Triton: loss and gradient in one launch, metrics in a second.
+
+A launch before them counts the tokens of each response, where a token's share of the loss depends on a count that the
+caller did not pass: the mean over all tokens without ``num_tokens``, and the mean over a response's tokens. The losses
+with a sequence ratio need no such launch: a program handles a response, and goes over its tokens up to three times.
+
+The first launch leaves a row of partial sums a block of tokens; the second adds them up in their order, in fp64. (A
+block that notices it is the last could do so itself, but would need counters that somebody has zeroed, which is a
+launch again.)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vgpo_kernels.config import PolicyLossOptions
+from vgpo_kernels.ops.policy_loss import POLICY_METRICS
+from vgpo_kernels.ops.visual_weights import FOCUS_METRICS
+from vgpo_kernels.reference.policy_loss import SEQUENCE_LEVEL
+from vgpo_kernels.triton_kernels.common import (
+    clamp,
+    device_guard,
+    exponential,
+    extent,
+    first_slot,
+    num_slots,
+    operator,
+    slot_range,
+    token_range,
+    wrap_triton,
+)
+from vgpo_kernels.triton_kernels.visual_weights import (
+    SCORE,
+    STATISTICS,
+    TOKENS,
+    WEIGHTED,
+    field_of,
+    group_weight,
+    store_focus_metrics,
+    token_factor,
+)
+
+# Columns of a block's partial results, fp32 [slots, PARTIALS]: the metrics in their order, then the loss.
+PARTIALS = tl.constexpr(16)
+CLIPPED = tl.constexpr(0)
+CLIPPED_LOW = tl.constexpr(1)
+CLIPPED_HIGH = tl.constexpr(2)
+DUAL_CLIPPED = tl.constexpr(3)
+RATIO_SUM = tl.constexpr(4)
+RATIO_MIN = tl.constexpr(5)
+RATIO_MAX = tl.constexpr(6)
+OLD_KL_SUM = tl.constexpr(7)
+REF_KL_SUM = tl.constexpr(8)
+ENTROPY_SUM = tl.constexpr(9)
+FACTOR_MEAN = tl.constexpr(10)  # of the block
+FACTOR_MIN = tl.constexpr(11)
+FACTOR_MAX = tl.constexpr(12)
+FACTOR_SQUARES = tl.constexpr(13)  # squared deviations from the block's mean
+COUNT = tl.constexpr(14)
+LOSS = tl.constexpr(15)
+
+TOKEN_BLOCK = 1024
+COUNT_BLOCK = 4096
+
+
+@triton.jit
+def surrogate(
+    ratio,
+    ratio_slope,  # by the log-ratio
+    logp,
+    advantage,
+    clip_low,
+    clip_high,
+    dual_clip,  # infinity: none
+    tau_positive,
+    tau_negative,
+    LOSS_TYPE: tl.constexpr,
+):
+    """A token's surrogate loss, its derivative by the log-ratio, and where it was clipped: low, high, dual."""
+    below = ratio < clip_low
+    above = ratio > clip_high
+    clipped_ratio = clamp(ratio, clip_low, clip_high)
+    dual = (advantage < 0.0) & (ratio > dual_clip)
+    if LOSS_TYPE == "sapo":
+        tau = tl.where(advantage > 0.0, tau_positive, tau_negative)
+        gate = tl.div_rn(1.0, 1.0 + exponential(-tau * (ratio - 1.0)))
+        value = -advantage * gate * tl.div_rn(4.0, tau)
+        slope = -advantage * 4.0 * gate * (1.0 - gate) * ratio_slope
+        below = below & False
+        above = above & False
+        dual = dual & False
+    elif LOSS_TYPE == "cispo":
+        slope = -advantage * clipped_ratio
+        value = slope * logp
+        dual = dual & False
+    else:
+        unclipped = -advantage * tl.where(dual, dual_clip, ratio)
+        clipped = -advantage * clipped_ratio
+        value = tl.maximum(unclipped, clipped)
+        unclipped_slope = tl.where(dual, 0.0, ratio_slope)
+        clipped_slope = tl.where(below | above, 0.0, ratio_slope)
+        slope = -advantage * tl.where(clipped > unclipped, clipped_slope, unclipped_slope)
+        below = below & (advantage < 0.0)
+        above = above & (advantage > 0.0)
+    return value, slope, below, above, dual
+
+
+@triton.jit
+def kl_estimate(difference, ESTIMATOR: tl.constexpr):
+    """KL to the reference from ``difference = ref_logp - logp``, and its derivative by logp."""
+    if ESTIMATOR == "k1":
+        value = -difference
+        slope = tl.full(difference.shape, 1.0, tl.float32)
+    elif ESTIMATOR == "k2":
+        value = 0.5 * difference * difference
+        slope = -difference
+    elif ESTIMATOR == "k3":
+        ratio = exponential(difference)
+        value = ratio - difference - 1.0
+        slope = 1.0 - ratio
+    else:
+        bounded = clamp(difference, -20.0, 20.0)
+        ratio = exponential(bounded)
+        value = ratio - bounded - 1.0
+        flat = (difference > 20.0) | (difference < -20.0) | (value > 10.0)
+        slope = tl.where(flat, 0.0, 1.0 - ratio)
+        value = tl.where(value > 10.0, 10.0, value)
+    return value, slope
+
+
+@triton.jit
+def per_response_or_token(values, response, token, valid, PER_RESPONSE: tl.constexpr):
+    if PER_RESPONSE:
+        # Read once, but not at all for a block without tokens: the value may be anything there.
+        loaded = tl.load(values + response + tl.zeros_like(token), mask=valid, other=0.0)
+    else:
+        loaded = tl.load(values + token, mask=valid, other=0.0)
+    return loaded
+
+
+@triton.jit
+def nonzero(count):
+    return tl.where(count == 0.0, 1.0, count)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def length_kernel(
+    mask,  # [B, T] or [N]
+    boundaries,  # [B + 1] or None
+    lengths,  # out: int32 [B]
+    tokens,  # T or N
+    BLOCK: tl.constexpr,
+):
+    response = tl.program_id(0)
+    begin, end = token_range(boundaries, response, tokens)
+    size = (end - begin).to(tl.int32)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, size, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        count += (tl.load(mask + begin + token, mask=token < size, other=0) != 0).to(tl.int32)
+    tl.store(lengths + response, tl.sum(count))
+
+
+@triton.jit(do_not_specialize=["batch", "tokens"])
+def loss_kernel(
+    logp,  # [B, T] or [N]
+    old_logp,
+    advantages,  # [B] or per token
+    mask,
+    factors,  # per token or None
+    w,  # per token or None: with statistics and groups, factors are made here
+    statistics,  # [B, STATISTICS] or None
+    groups,  # [B] or None
+    boundaries,  # [B + 1] or None
+    lengths,  # int32 [B] or None
+    ref_logp,  # per token or None
+    entropy,  # per token or None
+    importance_weights,  # [B], per token, or None
+    num_tokens,  # [] or None
+    num_sequences,  # [] or None
+    grad_logp,  # out: per token
+    grad_entropy,  # out: per token or None
+    partials,  # out: [slots, PARTIALS]
+    batch,
+    tokens,  # T or N
+    clip_low,
+    clip_high,
+    dual_clip,
+    kl_coef,
+    entropy_coef,
+    max_length,
+    tau_positive,
+    tau_negative,
+    ratio_clamp,
+    importance_cap,
+    intra_low,
+    intra_high,
+    inter_low,
+    inter_high,
+    LOSS_TYPE: tl.constexpr,
+    AGGREGATION: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    KL_BIAS_CORRECTION: tl.constexpr,
+    IMPORTANCE_MODE: tl.constexpr,
+    INTRA: tl.constexpr,
+    INTER: tl.constexpr,
+    ADVANTAGE_PER_RESPONSE: tl.constexpr,
+    IMPORTANCE_PER_RESPONSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    SEQUENCE_RATIO: tl.constexpr = LOSS_TYPE == "gspo" or LOSS_TYPE == "gspo_token"
+    # A program is a slot, or all slots of a response.
+    if SEQUENCE_RATIO:
+        response = tl.program_id(0)
+        slot_begin = first_slot(boundaries, response, tokens, BLOCK)
+        slot_end = first_slot(boundaries, response + 1, tokens, BLOCK)
+        first_token, end = token_range(boundaries, response, tokens)
+    else:
+        slot_begin = tl.program_id(0).to(tl.int64)
+        slot_end = slot_begin + 1
+        response, first_token, end = slot_range(boundaries, slot_begin, batch, tokens, BLOCK)
+
+    if w is not None:
+        phi = tl.zeros((), tl.float32)
+        row = statistics + response.to(tl.int64) * STATISTICS
+        weighted = tl.load(row + WEIGHTED) != 0.0
+        if INTER:
+            phi = group_weight(response, statistics + SCORE, statistics + TOKENS, groups, batch, STATISTICS)
+
+    length = tl.zeros((), tl.float32)
+    mean_log_ratio = tl.zeros((), tl.float32)
+    if SEQUENCE_RATIO:
+        counted = tl.zeros((BLOCK,), tl.int32)
+        summed = tl.zeros((BLOCK,), tl.float32)
+        for slot in range(0, slot_end - slot_begin):
+            token = first_token + slot * BLOCK + tl.arange(0, BLOCK)
+            valid = tl.load(mask + token, mask=token < end, other=0) != 0
+            counted += valid.to(tl.int32)
+            summed += tl.load(logp + token, mask=valid, other=0.0) - tl.load(old_logp + token, mask=valid, other=0.0)
+        length = tl.sum(counted).to(tl.float32)
+        mean_log_ratio = tl.div_rn(tl.sum(summed), tl.maximum(length, 1.0))
+    elif AGGREGATION == "seq-mean-token-mean":
+        length = tl.load(lengths + response).to(tl.float32)
+
+    # What one token counts in the loss. Zero denominators count as one.
+    if AGGREGATION == "token-mean":
+        if num_tokens is not None:
+            denominator = tl.load(num_tokens)
+        else:
+            SEARCH: tl.constexpr = 128
+            total = tl.zeros((SEARCH,), tl.int64)
+            for start in range(0, batch, SEARCH):
+                other = start + tl.arange(0, SEARCH)
+                total += tl.load(lengths + other, mask=other < batch, other=0)
+            denominator = tl.sum(total).to(tl.float32)
+        share = tl.div_rn(1.0, nonzero(denominator))
+    else:
+        sequences = batch.to(tl.float32)
+        if num_sequences is not None:
+            sequences = tl.load(num_sequences)
+        share = tl.div_rn(1.0, nonzero(sequences))
+        if AGGREGATION == "seq-mean-token-mean":
+            share = tl.div_rn(share, nonzero(length))
+        elif AGGREGATION == "seq-mean-token-sum-norm":
+            share = tl.div_rn(share, max_length)
+
+    # The gradient of a gspo token contains the derivatives of all tokens of its response by their common ratio: a
+    # first round sums them, the second writes. Other losses have the second only.
+    common_slope = tl.zeros((), tl.float32)
+    for writes in tl.static_range(0 if LOSS_TYPE == "gspo" else 1, 2):
+        slope_sum = tl.zeros((BLOCK,), tl.float32)
+        for slot in range(0, slot_end - slot_begin):
+            token = first_token + slot * BLOCK + tl.arange(0, BLOCK)
+            valid = tl.load(mask + token, mask=token < end, other=0) != 0
+            current = tl.load(logp + token, mask=valid, other=0.0)
+            token_log_ratio = current - tl.load(old_logp + token, mask=valid, other=0.0)
+            log_ratio = token_log_ratio
+            if SEQUENCE_RATIO:
+                log_ratio = tl.zeros_like(current) + mean_log_ratio
+            ratio = exponential(clamp(log_ratio, -ratio_clamp, ratio_clamp))
+            ratio_slope = tl.where((log_ratio > ratio_clamp) | (log_ratio < -ratio_clamp), 0.0, ratio)
+
+            advantage = per_response_or_token(advantages, response, token, valid, ADVANTAGE_PER_RESPONSE)
+            factor = tl.full((BLOCK,), 1.0, tl.float32)
+            if factors is not None:
+                factor = tl.load(factors + token, mask=valid, other=1.0)
+            if w is not None:
+                weight = tl.load(w + token, mask=valid, other=0.0)
+                made, _ = token_factor(weight, phi, row, intra_low, intra_high, inter_low, inter_high, INTRA)
+                factor = tl.where(weighted, made, 1.0)
+            value, slope, below, above, dual = surrogate(
+                ratio,
+                ratio_slope,
+                current,
+                advantage * factor,
+                clip_low,
+                clip_high,
+                dual_clip,
+                tau_positive,
+                tau_negative,
+                LOSS_TYPE,
+            )
+            if importance_weights is not None:
+                correction = per_response_or_token(importance_weights, response, token, valid, IMPORTANCE_PER_RESPONSE)
+                capped = importance_cap if IMPORTANCE_MODE == "truncate" else 0.0
+                correction = tl.where(correction > importance_cap, capped, correction)
+                value *= correction
+                slope *= correction
+            kl = tl.zeros((BLOCK,), tl.float32)
+            own_slope = tl.zeros((BLOCK,), tl.float32)  # by logp, other than through the ratio
+            if ref_logp is not None:
+                difference = tl.load(ref_logp + token, mask=valid, other=0.0) - current
+                kl, own_slope = kl_estimate(difference, KL_ESTIMATOR)
+                if KL_BIAS_CORRECTION:
+                    slope += kl_coef * kl * ratio_slope
+                    kl *= ratio
+                    own_slope *= ratio
+                value += kl_coef * kl
+                own_slope *= kl_coef
+            bonus = tl.zeros((BLOCK,), tl.float32)
+            if entropy is not None:
+                bonus = tl.load(entropy + token, mask=valid, other=0.0)
+                value -= entropy_coef * bonus
+
+            if writes == 0:
+                slope_sum += tl.where(valid, slope, 0.0)
+            else:
+                if LOSS_TYPE == "gspo":
+                    slope = tl.zeros_like(slope) + common_slope
+                gradient = tl.where(valid, share * (slope + own_slope), 0.0)
+                tl.store(grad_logp + token, gradient, mask=token < end)
+                if entropy is not None:
+                    tl.store(grad_entropy + token, tl.where(valid, -entropy_coef * share, 0.0), mask=token < end)
+                bounded = clamp(token_log_ratio, -ratio_clamp, ratio_clamp)
+                old_kl = exponential(bounded) - 1.0 - bounded
+                partial = partials + (slot_begin + slot) * PARTIALS
+                store_partials(partial, valid, share * value, ratio, old_kl, kl, bonus, factor, below, above, dual)
+        if writes == 0:
+            common_slope = tl.div_rn(tl.sum(slope_sum), tl.maximum(length, 1.0))
+
+
+@triton.jit
+def store_partials(partial, valid, value, ratio, old_kl, kl, bonus, factor, below, above, dual):
+    """Reduce a block of tokens to its row of partial results."""
+    count = tl.sum(valid.to(tl.int32)).to(tl.float32)
+    low = tl.sum((valid & below).to(tl.int32)).to(tl.float32)
+    high = tl.sum((valid & above).to(tl.int32)).to(tl.float32)
+    mean = tl.div_rn(tl.sum(tl.where(valid, factor, 0.0)), tl.maximum(count, 1.0))
+    deviation = tl.where(valid, factor - mean, 0.0)
+    tl.store(partial + CLIPPED, low + high)
+    tl.store(partial + CLIPPED_LOW, low)
+    tl.store(partial + CLIPPED_HIGH, high)
+    tl.store(partial + DUAL_CLIPPED, tl.sum((valid & dual).to(tl.int32)).to(tl.float32))
+    tl.store(partial + RATIO_SUM, tl.sum(tl.where(valid, ratio, 0.0)))
+    tl.store(partial + RATIO_MIN, tl.min(tl.where(valid, ratio, float("inf"))))
+    tl.store(partial + RATIO_MAX, tl.max(tl.where(valid, ratio, -float("inf"))))
+    tl.store(partial + OLD_KL_SUM, tl.sum(tl.where(valid, old_kl, 0.0)))
+    tl.store(partial + REF_KL_SUM, tl.sum(tl.where(valid, kl, 0.0)))
+    tl.store(partial + ENTROPY_SUM, tl.sum(tl.where(valid, bonus, 0.0)))
+    tl.store(partial + FACTOR_MEAN, mean)
+    tl.store(partial + FACTOR_MIN, tl.min(tl.where(valid, factor, float("inf"))))
+    tl.store(partial + FACTOR_MAX, tl.max(tl.where(valid, factor, -float("inf"))))
+    tl.store(partial + FACTOR_SQUARES, tl.sum(deviation * deviation))
+    tl.store(partial + COUNT, count)
+    tl.store(partial + LOSS, tl.sum(tl.where(valid, value, 0.0)))
+
+
+@triton.jit(do_not_specialize=["slots", "batch"])
+def reduce_kernel(
+    partials,  # [slots, PARTIALS]
+    statistics,  # [B, STATISTICS] or None
+    loss,  # out: []
+    metrics,  # out: [15] or, with statistics, [20]
+    slots,
+    batch,
+):
+    BLOCK: tl.constexpr = 64
+    field = tl.arange(0, PARTIALS)
+    sums = tl.zeros((BLOCK, PARTIALS), tl.float64)
+    least = tl.full((BLOCK, PARTIALS), float("inf"), tl.float32)
+    most = tl.full((BLOCK, PARTIALS), -float("inf"), tl.float32)
+    for start in range(0, slots, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        inside = slot < slots
+        row = partials + slot.to(tl.int64) * PARTIALS
+        present = inside[:, None] & (field >= 0)[None, :]
+        values = tl.load(row[:, None] + field[None, :], mask=present, other=0.0)
+        least = tl.where(present, tl.minimum(least, values), least)
+        most = tl.where(present, tl.maximum(most, values), most)
+        # Means and squared deviations of blocks combine to those of all by moments about zero.
+        count = tl.load(row + COUNT, mask=inside, other=0.0).to(tl.float64)[:, None]
+        mean = tl.load(row + FACTOR_MEAN, mask=inside, other=0.0).to(tl.float64)[:, None]
+        moment = tl.where((field == FACTOR_MEAN)[None, :], count * mean, values.to(tl.float64))
+        sums += moment + tl.where((field == FACTOR_SQUARES)[None, :], count * mean * mean, 0.0)
+    total = tl.sum(sums, 0)
+    number = field_of(total, field, COUNT)
+    result = total / tl.maximum(number, 1.0)
+    mean = field_of(result, field, FACTOR_MEAN)
+    variance = tl.maximum(field_of(result, field, FACTOR_SQUARES) - mean * mean, 0.0)
+    result = tl.where(field == FACTOR_SQUARES, tl.sqrt(variance), result)
+    result = tl.where((field == RATIO_MIN) | (field == FACTOR_MIN), tl.min(least, 0).to(tl.float64), result)
+    result = tl.where((field == RATIO_MAX) | (field == FACTOR_MAX), tl.max(most, 0).to(tl.float64), result)
+    # A smallest and a largest ratio among which is a NaN are NaN, which the hardware's comparisons drop.
+    mean_ratio = tl.zeros_like(result) + field_of(result, field, RATIO_SUM)
+    of_ratio = (field == RATIO_MIN) | (field == RATIO_MAX)
+    result = tl.where(of_ratio & (mean_ratio != mean_ratio), mean_ratio, result)
+    result = tl.where(field == COUNT, number, result)
+    result = tl.where(tl.zeros_like(result) + number > 0.0, result, 0.0).to(tl.float32)
+    tl.store(metrics + field, result, mask=field < LOSS)
+    tl.store(loss, field_of(total, field, LOSS).to(tl.float32))
+    if statistics is not None:
+        store_focus_metrics(statistics, metrics + LOSS, batch)
+
+
+def clip_range(options: PolicyLossOptions) -> tuple[float, float]:
+    """Return the range that ratios are clipped to."""
+    if options.loss_type == "cispo" and options.cispo_cap is not None:
+        return -float("inf"), options.cispo_cap
+    return 1.0 - options.epsilon_low, 1.0 + options.epsilon_high
+
+
+def loss_settings(options: PolicyLossOptions) -> dict[str, Any]:
+    """Return the keyword arguments by which ``loss_kernel`` knows its options."""
+    infinity = float("inf")
+    clip_low, clip_high = clip_range(options)
+    return {
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "dual_clip": infinity if options.dual_clip is None else options.dual_clip,
+        "kl_coef": options.kl_coef,
+        "entropy_coef": options.entropy_coef,
+        "max_length": options.max_length or 1.0,
+        "tau_positive": options.sapo_temperature_positive,
+        "tau_negative": options.sapo_temperature_negative,
+        "ratio_clamp": infinity if options.ratio_clamp is None else options.ratio_clamp,
+        "importance_cap": infinity if options.importance_cap is None else options.importance_cap,
+        "LOSS_TYPE": options.loss_type,
+        "AGGREGATION": options.aggregation,
+        "KL_ESTIMATOR": options.kl_estimator,
+        "KL_BIAS_CORRECTION": options.kl_bias_correction,
+        "IMPORTANCE_MODE": options.importance_mode,
+    }
+
+
+NO_FACTORS = {
+    "intra_low": 0.0,
+    "intra_high": 0.0,
+    "inter_low": 0.0,
+    "inter_high": 0.0,
+    "INTRA": False,
+    "INTER": False,
+}
+
+
+def needs_lengths(options: PolicyLossOptions, num_tokens: Tensor | None) -> bool:
+    """Whether a token's share of the loss depends on counts that only the mask tells."""
+    if options.aggregation == "token-mean":
+        return num_tokens is None
+    return options.aggregation == "seq-mean-token-mean" and options.loss_type not in SEQUENCE_LEVEL
+
+
+class LossArguments(NamedTuple):
+    """The tensors that every loss shares, as the operators take them."""
+
+    logp: Tensor
+    old_logp: Tensor
+    advantages: Tensor
+    response_mask: Tensor
+    cu_seqlens: Tensor | None
+    ref_logp: Tensor | None
+    entropy: Tensor | None
+    importance_weights: Tensor | None
+    num_tokens: Tensor | None
+    num_sequences: Tensor | None
+
+
+class FactorSource(NamedTuple):
+    """What factors are made of where they are not given: the results of ``launch_responses``, and the groups."""
+
+    w: Tensor
+    statistics: Tensor
+    groups: Tensor
+    settings: dict[str, Any]
+
+
+def launch_loss(
+    arguments: LossArguments,
+    options: PolicyLossOptions,
+    lengths: Tensor | None,
+    factors: Tensor | None = None,
+    source: FactorSource | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss, its gradients and the metrics; with a ``source`` of factors the focus metrics as well.
+
+    Args:
+        arguments: The tensors of the operator.
+        options: Its options.
+        lengths: Number of valid tokens of each response, int32 ``[B]``; may be ``None`` unless :func:`needs_lengths`.
+        factors: Factor of each token's advantage.
+        source: What to make factors of instead.
+
+    """
+    logp, entropy, weights = arguments.logp, arguments.entropy, arguments.importance_weights
+    batch, tokens = extent(arguments.response_mask, arguments.cu_seqlens)
+    slots = num_slots(tokens, batch, arguments.cu_seqlens, TOKEN_BLOCK)
+    w, statistics, groups, settings = source or FactorSource(None, None, None, NO_FACTORS)  # type: ignore[arg-type]
+    num_metrics = len(POLICY_METRICS) + (0 if source is None else len(FOCUS_METRICS))
+    loss, metrics = logp.new_empty(()), logp.new_empty((num_metrics,))
+    grad_logp = torch.empty_like(logp)
+    grad_entropy = logp.new_empty((0,)) if entropy is None else torch.empty_like(entropy)
+    partials = logp.new_empty((slots, PARTIALS.value))
+    with device_guard(logp):
+        wrap_triton(loss_kernel)[(batch if options.loss_type in SEQUENCE_LEVEL else slots,)](
+            logp,
+            arguments.old_logp,
+            arguments.advantages,
+            arguments.response_mask,
+            factors,
+            w,
+            statistics,
+            groups,
+            arguments.cu_seqlens,
+            lengths,
+            arguments.ref_logp,
+            entropy,
+            weights,
+            arguments.num_tokens,
+            arguments.num_sequences,
+            grad_logp,
+            None if entropy is None else grad_entropy,
+            partials,
+            batch,
+            tokens,
+            **loss_settings(options),
+            **settings,
+            ADVANTAGE_PER_RESPONSE=is_per_response(arguments.advantages, batch),
+            IMPORTANCE_PER_RESPONSE=weights is not None and is_per_response(weights, batch),
+            BLOCK=TOKEN_BLOCK,
+        )
+        wrap_triton(reduce_kernel)[(1,)](partials, statistics, loss, metrics, slots, batch)
+    return loss, grad_logp, grad_entropy, metrics
+
+
+def is_per_response(values: Tensor, batch: int) -> bool:
+    """Whether values are one a response: vectors of B are, also where B = N."""
+    return values.dim() == 1 and values.shape[0] == batch
+
+
+def launch_lengths(response_mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return the number of valid tokens of each response, int32 ``[B]``."""
+    batch, tokens = extent(response_mask, cu_seqlens)
+    lengths = response_mask.new_empty((batch,), dtype=torch.int32)
+    with device_guard(response_mask):
+        wrap_triton(length_kernel)[(batch,)](response_mask, cu_seqlens, lengths, tokens, BLOCK=COUNT_BLOCK)
+    return lengths
+
+
+@operator
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    factors: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ref_logp: Tensor | None,
+    entropy: Tensor | None,
+    importance_weights: Tensor | None,
+    num_tokens: Tensor | None,
+    num_sequences: Tensor | None,
+    options: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss, its gradients by logp and entropy (0 elements without), and the policy metrics ``[15]``."""
+    arguments = LossArguments(
+        logp,
+        old_logp,
+        advantages,
+        response_mask,
+        cu_seqlens,
+        ref_logp,
+        entropy,
+        importance_weights,
+        num_tokens,
+        num_sequences,
+    )
+    settings = PolicyLossOptions.from_floats(options)
+    lengths = launch_lengths(response_mask, cu_seqlens) if needs_lengths(settings, num_tokens) else None
+    return launch_loss(arguments, settings, lengths, factors)

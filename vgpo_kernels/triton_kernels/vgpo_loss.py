@@ -1,0 +1,73 @@
+"""From hidden states to the loss and its gradient in Triton: six launches, four where the prototypes are given.
+
+1. List the visual tokens of each response.          (not where prototypes are given)
+2. Sum them to prototypes.                           (not where prototypes are given)
+3. Cosines, a program a block of tokens.
+4. Gate, weights and their statistics, a program a response.
+5. Factors, loss and gradient, a program a block of tokens.
+6. Sum the blocks' partial results to loss and metrics.
+
+Each needs results of many programs of the one before, and the end of a launch is the only barrier across programs that
+Triton has on every GPU. Prototypes are split by features (2) and group statistics are reduced by whoever needs them
+(5), so that neither takes a launch of its own. Factors never reach memory.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vgpo_kernels.config import PolicyLossOptions, VGPOConfig
+from vgpo_kernels.triton_kernels.common import operator
+from vgpo_kernels.triton_kernels.policy_loss import FactorSource, LossArguments, launch_loss
+from vgpo_kernels.triton_kernels.visual_focus import launch_focus
+from vgpo_kernels.triton_kernels.visual_weights import factor_settings, launch_responses, needs_minima
+
+
+@operator
+def vgpo_loss(
+    hidden: Tensor,
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    visual_mask: Tensor | None,
+    response_mask: Tensor,
+    group_ids: Tensor,
+    cu_seqlens: Tensor | None,
+    prototype: Tensor | None,
+    prototype_index: Tensor | None,
+    ref_logp: Tensor | None,
+    entropy: Tensor | None,
+    importance_weights: Tensor | None,
+    num_tokens: Tensor | None,
+    num_sequences: Tensor | None,
+    config: list[float],
+    options: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss, its gradients by logp and entropy (0 elements without), and the metrics ``[20]``."""
+    settings = VGPOConfig.from_floats(config)
+    focus = launch_focus(
+        hidden,
+        visual_mask,
+        response_mask,
+        cu_seqlens,
+        prototype,
+        prototype_index,
+        with_minima=needs_minima(settings),
+    )
+    w, statistics, lengths = launch_responses(
+        focus.cos, response_mask, focus.images, cu_seqlens, focus.minima, settings
+    )
+    arguments = LossArguments(
+        logp,
+        old_logp,
+        advantages,
+        response_mask,
+        cu_seqlens,
+        ref_logp,
+        entropy,
+        importance_weights,
+        num_tokens,
+        num_sequences,
+    )
+    source = FactorSource(w, statistics, group_ids, factor_settings(settings))
+    return launch_loss(arguments, PolicyLossOptions.from_floats(options), lengths, source=source)
