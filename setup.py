@@ -38,6 +38,10 @@ class Torch(NamedTuple):
     cuda: str | None
 
 
+class Unbuildable(Exception):
+    """Why a target cannot be built here, where that shows only once torch is imported."""
+
+
 class Plan(NamedTuple):
     """What to build, and why not more."""
 
@@ -157,14 +161,15 @@ def configure(extension: Extension, target: str) -> str:
     """Give the extension the sources and flags of a target; return what the target is, in words.
 
     Raises:
-        RuntimeError: The target is CUDA, and no GPU of this machine is new enough for the kernels.
+        Unbuildable: The target is CUDA, and no GPU of this machine is new enough for the kernels.
 
     """
     import torch
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     description = "its CPU kernels"
-    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    # Contraction would let the compiler fuse a product and a sum in one copy of a loop and not in another.
+    cxx = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
     # at::parallel_for is a template of torch's headers, serial unless OpenMP is on where it is compiled. Its
     # runtime is not linked: the symbols come from the one that torch has loaded, so that there is only one.
     cxx += ["-fopenmp"] if sys.platform == "linux" else []
@@ -177,15 +182,23 @@ def configure(extension: Extension, target: str) -> str:
         nvcc.append("-DVGPO_HAS_CUDA")
     # torch knows the folders and libraries. Its headers become system headers: only our own code can warn.
     known = (CUDAExtension if target == "cuda" else CppExtension)(extension.name, files)
-    headers = [flag for path in known.include_dirs for flag in ("-isystem", path)]
+    system = [flag for path in known.include_dirs for flag in ("-isystem", path)]
+    # Ours are found by quoted includes alone: in another folder of the path csrc/math.h would hide the system's.
+    own = ["-iquote", str(ROOT / "csrc")]
+    if target == "cuda":
+        # torch's headers want those of cuSPARSE and more. A small toolkit lacks them, and torch's wheels bring them.
+        wheels = sorted(Path(torch.__file__).parent.parent.glob("nvidia/*/include"))
+        own += [flag for path in wheels for flag in ("-idirafter", str(path))]
     extension.sources = files
-    extension.include_dirs = [str(ROOT / "csrc")]
     extension.library_dirs = known.library_dirs
     extension.runtime_library_dirs = known.runtime_library_dirs
     extension.libraries = known.libraries
     extension.language = "c++"
     extension.depends = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("csrc/**/*.*h"))]
-    extension.extra_compile_args = {"cxx": cxx + headers, "nvcc": nvcc + headers}
+    extension.extra_compile_args = {
+        "cxx": cxx + system + own,
+        "nvcc": nvcc + system + [part for flag in own for part in ("-Xcompiler", flag)],
+    }
     return f"{description} for torch {torch.__version__}"
 
 
@@ -195,7 +208,7 @@ def choose_architectures(torch) -> str:
         capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         capabilities = sorted(pair for pair in capabilities if pair >= OLDEST_CAPABILITY)
         if torch.cuda.device_count() and not capabilities:
-            raise RuntimeError(f"no GPU here has compute capability {'.'.join(map(str, OLDEST_CAPABILITY))}")
+            raise Unbuildable(f"no GPU here has compute capability {'.'.join(map(str, OLDEST_CAPABILITY))} or later")
         own = ";".join(f"{major}.{minor}" for major, minor in capabilities)
         os.environ["TORCH_CUDA_ARCH_LIST"] = f"{own}+PTX" if own else DEFAULT_ARCHITECTURES
     return os.environ["TORCH_CUDA_ARCH_LIST"]
@@ -213,13 +226,15 @@ class BuildExtension(build_ext):
         for target in plan.targets:
             try:
                 built = self.compile(target)
+            except Unbuildable as error:
+                reason = str(error)
             except Exception as error:
-                reason = f"compiling its {target.upper()} sources failed ({first_line(error)})"
-                if mode != "auto":
-                    raise refuse(f"VGPO_BUILD={mode}: {reason}") from error
+                reason = f"its {target.upper()} sources failed to compile, see above ({first_line(error)})"
             else:
                 say(f"built {built}" + (f"; no CUDA kernels: {reason}" if reason else ""))
                 return
+        if plan.targets and mode != "auto":
+            raise refuse(f"VGPO_BUILD={mode} cannot be built: {reason}")
         self.build_nothing(mode, reason)
 
     def compile(self, target: str) -> str:
@@ -250,7 +265,7 @@ class BuildExtension(build_ext):
             (ROOT / self.get_ext_filename("vgpo_kernels._C")).unlink(missing_ok=True)
         self.extensions = self.distribution.ext_modules = []
         kind = "" if mode == "none" else "warning: "
-        say(f"{kind}built no extension: {reason}; PyTorch (and Triton on a GPU) serves every call, slower")
+        say(f"{kind}built no extension: {reason}; the PyTorch reference serves instead, slower")
 
 
 def first_line(error: BaseException) -> str:
