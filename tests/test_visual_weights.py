@@ -12,7 +12,6 @@ from torch import Tensor
 
 from vgpo_kernels import VGPOConfig, VisualWeights, backend, group_weights, visual_weights
 from vgpo_kernels.reference import visual_weights as reference
-from vgpo_kernels.reference.layout import tokens_of
 
 NAMES = ("factors", "psi", "w", "phi", "score", "metrics")
 CONFIGS = {
@@ -89,8 +88,7 @@ def check(batch: Batch, cos: Tensor, config: VGPOConfig) -> None:
     )
     actual = weigh(batch, cos, config)
     assert_matches(flatten(actual), reference.visual_weights, arguments, NAMES)
-    some_tokens = tokens_of(batch.response_mask, batch.cu_seqlens).length > 0
-    phi = group_weights(actual.score, batch.group_ids, config, has_visual=batch.has_visual & some_tokens)
+    phi = group_weights(actual.score, batch.group_ids, config, has_visual=batch.has_visual)
     assert_close(phi, actual.phi.double(), name="phi in two phases", floor=1e-5)
 
 

@@ -87,8 +87,9 @@ void visual_weights(const float* cos, const bool* response_mask, const int64_t* 
     parallel_items(layout.batch, [&](int64_t b) {
         Response& response = responses[b];
         const int64_t begin = layout.token_begin(b), length = layout.token_end(b) - begin;
-        member[b] = response.weighted && response.count > 0;
-        if (member[b]) {
+        // A response without tokens has accumulated nothing: it is a member of its group all the same, with score 0.
+        member[b] = response.weighted;
+        if (response.weighted && response.count > 0) {
             std::vector<int32_t> keys(response.count + kKeyPadding);
             response.weights = kernels().response_weights(response.cos, response.count, offset, config, keys.data(),
                                                           output.w + begin, output.psi + begin);

@@ -55,8 +55,7 @@ def visual_weights(
     }[settings.accumulation]
     score = torch.where(with_image, score, torch.zeros_like(score))
     score = torch.where(finite, score, torch.full_like(score, math.nan))
-    # A response without tokens has accumulated nothing that others could be compared with.
-    phi = group_weights(score, group_ids, with_image & (tokens.length > 0), config, dtype=dtype)
+    phi = group_weights(score, group_ids, with_image, config, dtype=dtype)
 
     factors = _clamp(1 + psi, settings.intra_clamp) * tokens.spread(_clamp(1 + phi, settings.inter_clamp))
     ones, zeros = torch.ones_like(factors), torch.zeros_like(factors)
