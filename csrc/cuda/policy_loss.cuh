@@ -251,6 +251,8 @@ void bind(PolicyLossArguments& arguments, Arena& arena) {
     arguments.responses = arena.template take<PolicySums>("policy_sums", arguments.input.layout.batch);
 }
 
+inline int64_t useful_blocks(const PolicyLossArguments& arguments) { return arguments.input.layout.batch; }
+
 template <int kBlock>
 __global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
     policy_loss_kernel(const __grid_constant__ PolicyLossArguments arguments) {

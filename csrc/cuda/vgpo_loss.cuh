@@ -38,6 +38,11 @@ void bind(VgpoLossArguments<T>& arguments, Arena& arena) {
 }
 
 template <typename T>
+int64_t useful_blocks(const VgpoLossArguments<T>& arguments) {
+    return useful_blocks(arguments.focus);
+}
+
+template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     vgpo_loss_kernel(const __grid_constant__ VgpoLossArguments<T> arguments) {
     const FocusWorkspace& lists = arguments.lists;

@@ -322,10 +322,24 @@ struct VisualPrototypeArguments {
     FocusWorkspace workspace;  // without lists of tokens; `prototypes` is the result
 };
 
-// Every kernel's arguments have `bind`, which takes the arrays of its workspace from an arena (csrc/cuda/workspace.h).
+// Every kernel's arguments have `bind`, which takes the arrays of its workspace from an arena (workspace.h), and
+// `useful_blocks`, beyond which a grid would only make its barriers slower.
 template <typename T, typename Arena>
 void bind(VisualPrototypeArguments<T>& arguments, Arena& arena) {
     bind_image(arguments.workspace, arena, arguments.input.layout, arguments.input.dim, false);
+}
+
+template <typename T>
+int64_t useful_blocks(const FocusInput<T>& input) {
+    const int64_t run_items = max_runs(input.layout) * ceil_div(input.dim, kWarpColumns<T>);
+    const int64_t row_items = ceil_div<int64_t>(input.layout.num_tokens(), kSharedRows);
+    const int64_t warps = run_items > row_items ? run_items : row_items;
+    return 2 * input.layout.batch + ceil_div<int64_t>(warps, kThreads / kWarpSize);
+}
+
+template <typename T>
+int64_t useful_blocks(const VisualPrototypeArguments<T>& arguments) {
+    return useful_blocks(arguments.input);
 }
 
 template <typename T>
@@ -356,6 +370,11 @@ void bind(VisualFocusArguments<T>& arguments, Arena& arena) {
     bind_image(arguments.workspace, arena, input.layout, input.dim, given);
     bind_tokens(arguments.workspace, arena, input.layout);
     if (!given) arguments.workspace.prototypes = arena.template take<float>("prototypes", input.layout.batch * input.dim);
+}
+
+template <typename T>
+int64_t useful_blocks(const VisualFocusArguments<T>& arguments) {
+    return useful_blocks(arguments.input);
 }
 
 template <typename T>

@@ -366,6 +366,8 @@ void bind(VisualWeightsArguments& arguments, Arena& arena) {
     bind_weights(arguments.workspace, arena, arguments.layout);
 }
 
+inline int64_t useful_blocks(const VisualWeightsArguments& arguments) { return arguments.layout.batch; }
+
 template <int kBlock>
 __global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
     visual_weights_kernel(const __grid_constant__ VisualWeightsArguments arguments) {
