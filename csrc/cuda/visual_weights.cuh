@@ -14,7 +14,7 @@ namespace vgpo {
 namespace cuda {
 
 enum class Standing : int32_t {
-    kWeighted,
+    kWeighted,    // also without tokens: a member of its group with score 0
     kUnweighted,  // no image
     kNonfinite,   // a NaN or infinite cosine
 };
@@ -297,9 +297,7 @@ __device__ inline float group_weight(const WeightsWorkspace& workspace, const in
                                      int64_t response, const WeightsConfig& config) {
     const ResponseFocus* responses = workspace.responses;
     return group_weight(workspace.scores, group_ids, batch, response, config,
-                        [=](int64_t i) {
-                            return responses[i].standing == Standing::kWeighted && responses[i].length > 0;
-                        });
+                        [=](int64_t i) { return responses[i].standing == Standing::kWeighted; });
 }
 
 // ---- metrics --------------------------------------------------------------------------------------------------

@@ -1,0 +1,202 @@
+"""The CUDA kernels, run on the emulated GPU: every test of the operators, and every order of threads and blocks."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import test_policy_loss
+import test_vgpo_loss
+import test_visual_focus
+import test_visual_weights
+import torch
+from cases import EDGES, Batch, Response, make_batch
+from emulation.harness import EmulationError, Emulator, Shape, compiler
+from tolerance import assert_matches
+from torch import Tensor
+
+from vgpo_kernels import VGPOConfig, backend, backends
+from vgpo_kernels.config import PolicyLossOptions
+from vgpo_kernels.reference import visual_focus as reference
+from vgpo_kernels.reference import visual_weights as weights_reference
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ to build kernels for emulation")
+
+OPERATORS = ("visual_prototype", "visual_focus", "visual_weights", "group_weights", "policy_loss", "vgpo_loss")
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Emulator:
+    return Emulator()
+
+
+@pytest.fixture
+def backend_name(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Serve CPU tensors by the emulated GPU, in place of whatever C++ backend is built."""
+    library = torch.library.Library("vgpo_kernels", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for name in OPERATORS:
+            library.impl(name, getattr(emulator, name), "CPU")
+    monkeypatch.setattr(backends, "_BUILT_CPP", True)
+    with backend("cpp"):
+        yield "cuda"
+    library._destroy()
+
+
+@pytest.fixture
+def exact_backend(backend_name: str) -> str:
+    return backend_name
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu")
+
+
+def adopt(module: ModuleType) -> None:
+    """Take over the tests of a module that run once a backend; here they run on the emulated GPU."""
+    for name, function in vars(module).items():
+        if name.startswith("test_") and {"backend_name", "exact_backend"} & set(inspect.signature(function).parameters):
+            globals()[f"{module.__name__}_{name.removeprefix('test_')}"] = function
+
+
+adopt(test_visual_focus)
+adopt(test_visual_weights)
+adopt(test_policy_loss)
+adopt(test_vgpo_loss)
+
+
+# ---- schedules ---------------------------------------------------------------------------------------------------
+
+MIXED = (
+    Response(visual=70, length=90, holes=True),
+    Response(visual=0, length=33),
+    Response(visual=1, length=0),
+    Response(visual=33, length=1, group=1),
+    Response(visual=5, length=150, group=1),
+)
+
+SHAPES = {
+    "one block": Shape(blocks=1, threads=64),
+    "reverse": Shape(blocks=3, threads=64, order="reverse"),
+    "shuffled": Shape(blocks=3, threads=64, order="shuffled", seed=1),
+    "shuffled again": Shape(blocks=5, threads=64, order="shuffled", seed=2),
+    "more blocks than work": Shape(blocks=40, threads=64),
+    "guards before": Shape(blocks=4, threads=64, order="reverse", guard="before"),
+}
+
+
+def call_everything(emulator: Emulator, batch: Batch, config: VGPOConfig, options: PolicyLossOptions) -> list[Tensor]:
+    """Every kernel on one batch; the results of all, flat."""
+    boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.long()
+    hidden, mask = batch.hidden, batch.response_mask
+    floats = config.as_floats()
+    prototype = emulator.visual_prototype(hidden, batch.visual_mask, boundaries)
+    cos = emulator.visual_focus(hidden, batch.visual_mask, mask, boundaries, None, None)
+    given = emulator.visual_focus(hidden, None, mask, boundaries, prototype, None)
+    weights = emulator.visual_weights(cos, mask, batch.group_ids, batch.has_visual, boundaries, floats)
+    phi = emulator.group_weights(weights[4], batch.group_ids, batch.has_visual, floats)
+    terms = (batch.ref_logp, batch.entropy, None, None, None)
+    loss = emulator.policy_loss(
+        *(batch.logp, batch.old_logp, batch.advantages, mask, weights[0], boundaries),
+        *(*terms, options.as_floats()),
+    )
+    whole = emulator.vgpo_loss(
+        *(hidden, batch.logp, batch.old_logp, batch.advantages, batch.visual_mask, mask),
+        *(batch.group_ids, boundaries, None, None, *terms, floats, options.as_floats()),
+    )
+    return [prototype, cos, given, *weights, phi, *loss, *whole]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_order_of_threads_or_blocks_changes_a_bit(emulator: Emulator, dtype: torch.dtype, packed: bool) -> None:
+    """What a missing barrier, a race or an index out of range would break; the plants in test_cuda_harness show it."""
+    batch = make_batch(MIXED, dtype=dtype, packed=packed, features=40)
+    arguments = (batch, VGPOConfig.released(), PolicyLossOptions(loss_type="gspo", kl_coef=0.1, entropy_coef=0.1))
+    expected = call_everything(emulator, *arguments)
+    for name, shape in SHAPES.items():
+        with emulator.launched_as(shape):
+            for actual, wanted in zip(call_everything(emulator, *arguments), expected, strict=True):
+                assert torch.equal(actual.nan_to_num(7.0), wanted.nan_to_num(7.0)), name
+
+
+@pytest.mark.parametrize("threads", [32, 96, 512])
+def test_any_block_size_is_right(emulator: Emulator, threads: int) -> None:
+    batch = make_batch(EDGES["long"] + MIXED, features=24)
+    focus = (batch.hidden, batch.visual_mask, batch.response_mask, None, None, None)
+    with emulator.launched_as(Shape(blocks=2, threads=threads, order="reverse")):
+        cos = emulator.visual_focus(*focus)
+        weigh = (cos, batch.response_mask, batch.group_ids, batch.has_visual, None, VGPOConfig.paper().as_floats())
+        weights = emulator.visual_weights(*weigh)
+    assert_matches(cos, reference.visual_focus, focus, ("cos",))
+    names = ("factors", "psi", "w", "phi", "score", "metrics")
+    assert_matches(weights, weights_reference.visual_weights, weigh, names)
+
+
+# ---- hidden states -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("features", [1, 5, 8, 64, 129, 256, 520])
+def test_unaligned_rows_give_the_same_bits(emulator: Emulator, features: int, dtype: torch.dtype) -> None:
+    """Rows of whole aligned vectors, and the same rows where they must be read element by element."""
+    batch = make_batch(EDGES["plain"][:2], features=features, dtype=dtype)
+    rest = (batch.visual_mask, batch.response_mask, None, None, None)
+    expected = emulator.visual_focus(batch.hidden, *rest)
+    assert_matches(expected, reference.visual_focus, (batch.hidden, *rest), ("cos",))
+    wide = torch.full((*batch.hidden.shape[:2], features + 3), float("nan"), dtype=dtype)
+    wide[..., 1:-2] = batch.hidden
+    for guard in ("after", "before"):
+        with emulator.launched_as(Shape(guard=guard)):
+            assert torch.equal(emulator.visual_focus(wide[..., 1:-2], *rest), expected)
+
+
+def test_many_visual_rows_make_longer_runs(emulator: Emulator) -> None:
+    """Above 8,192 visual rows a response is summed in longer runs, not more."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(20_001, 8, generator=generator)
+    mask = torch.rand(20_001, generator=generator) > 0.3
+    boundaries = torch.tensor([0, 19_000, 19_000, 20_001])
+    arguments = (hidden, mask, boundaries)
+    assert_matches(emulator.visual_prototype(*arguments), reference.visual_prototype, arguments, ("prototype",))
+
+
+def test_boundaries_that_lie_cannot_lead_outside(emulator: Emulator) -> None:
+    """No value on the device is checked before a launch: kernels clamp, and a wrong call stays inside its arrays."""
+    batch = make_batch(EDGES["plain"], packed=True)
+    count = len(batch.response_mask)
+    for wrong in ([-5, 10, 20, 10**12, count], [count, 0, count, 3, 0], [0, 0, 0, 0, 2 * count]):
+        boundaries = torch.tensor(wrong)
+        emulator.visual_focus(batch.hidden, batch.visual_mask, batch.response_mask, boundaries, None, None)
+        emulator.visual_prototype(batch.hidden, batch.visual_mask, boundaries)
+    prototypes = torch.ones(2, batch.hidden.shape[-1])
+    index = torch.tensor([0, 7, -9, 1])
+    emulator.visual_focus(batch.hidden, None, batch.response_mask, batch.cu_seqlens.long(), prototypes, index)
+
+
+def test_a_kernel_that_strays_is_caught(emulator: Emulator) -> None:
+    """The harness looks at product kernels, too: a response mask shorter than its layout says is read past its end."""
+    batch = make_batch(EDGES["plain"], packed=True)
+    short = batch.response_mask[:-3]
+    with pytest.raises(EmulationError, match="past the end of response_mask"):
+        emulator.run(
+            "visual_focus",
+            {
+                "hidden": batch.hidden,
+                "visual_mask": batch.visual_mask,
+                "response_mask": short,
+                "cu_seqlens": batch.cu_seqlens.long(),
+            },
+            {"cos_out": tuple(batch.response_mask.shape)},
+            dtype=0,
+            batch=4,
+            tokens=len(batch.response_mask),
+            rows=len(batch.response_mask),
+            dim=batch.hidden.shape[-1],
+            row_stride=batch.hidden.stride(0),
+        )
