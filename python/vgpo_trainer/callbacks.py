@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class MetricsFile(TrainerCallback):  # type: ignore[misc]
+class MetricsFile(TrainerCallback):
     """Appends TRL's log record of every optimisation step to a file, one JSON object a line.
 
     A record is what TRL logs, with ``step`` and ``seconds`` (of training, earlier parts of a resumed run included).

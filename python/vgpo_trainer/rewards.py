@@ -106,7 +106,7 @@ def load_reward(name: str) -> Callable[..., list[float]]:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"{module_name} has no function {function_name!r}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _last_boxed(text: str) -> str | None:

@@ -40,8 +40,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,32 +60,18 @@ from vgpo_trainer.rollouts import (
     prompt_text,
     row_images,
 )
-from vgpo_trainer.visual_signal import FocusPass, VisualSignal, compute_signal, image_positions
-
-# Inputs of a forward pass beside the tokens, as TRL's batches and its log-probability pass name them.
-FORWARD_INPUTS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
+from vgpo_trainer.trl_surface import (
+    AGGREGATIONS,
+    CLIPPED,
+    FORWARD_INPUTS,
+    Sequences,
+    WithoutHead,
+    check_surface,
+    load_weights,
+    refuse_unsupported,
+    refuse_video,
 )
-
-# How TRL aggregates each loss type, in policy_loss's words.
-AGGREGATIONS = {
-    "grpo": "seq-mean-token-mean",
-    "sapo": "seq-mean-token-mean",
-    "bnpo": "token-mean",
-    "dapo": "token-mean",
-    "cispo": "token-mean",
-    "dr_grpo": "seq-mean-token-sum-norm",
-}
-CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo")
+from vgpo_trainer.visual_signal import FocusPass, VisualSignal, compute_signal, image_positions
 
 POLICY_RECORD = {  # metric of policy_loss: key of the log
     "clip_fraction_low": "clip_ratio/low_mean",
@@ -97,7 +82,7 @@ POLICY_RECORD = {  # metric of policy_loss: key of the log
 }
 
 
-class VGPOTrainer(GRPOTrainer):  # type: ignore[misc]
+class VGPOTrainer(GRPOTrainer):
     """:class:`trl.GRPOTrainer` with visually-guided advantages; its arguments are TRL's.
 
     Args:
@@ -116,6 +101,8 @@ class VGPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     """
 
+    args: VGPOTrainingConfig
+    model: PreTrainedModel
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "vgpo"]
     _name = "VGPO"
     _paper: ClassVar[dict[str, str]] = {"title": "Visually-Guided Policy Optimization", "id": "2604.09349"}
@@ -135,6 +122,7 @@ class VGPOTrainer(GRPOTrainer):  # type: ignore[misc]
             args = VGPOTrainingConfig(f"{Path(name).name}-VGPO")
         if not isinstance(args, VGPOTrainingConfig):
             raise TypeError(f"args must be a VGPOTrainingConfig, got {type(args).__name__}")
+        check_surface()
         refuse_unsupported(args)
         self._vgpo = args.vgpo_config()
         # What the signal is computed with; diagnostics without VGPO look at a run through the paper's eyes.
@@ -223,12 +211,12 @@ class VGPOTrainer(GRPOTrainer):  # type: ignore[misc]
         """TRL's pass; before the loss, the policy's hidden states are scored on the way."""
         arguments = (model, input_ids, attention_mask, logits_to_keep, *rest)
         if not self._scoring or model is not self.model:
-            return super()._get_per_token_logps_and_entropies(*arguments, **named)  # type: ignore[no-any-return]
+            return super()._get_per_token_logps_and_entropies(*arguments, **named)
         focus = self._focus_pass(input_ids, attention_mask, attention_mask[:, -logits_to_keep:])
         with capture_hidden_states(model, focus):
             result = super()._get_per_token_logps_and_entropies(*arguments, **named)
         self._scored.append((result[0], focus))
-        return result  # type: ignore[no-any-return]
+        return result
 
     def _focus_pass(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> FocusPass:
         images = image_positions(input_ids, attention_mask, response_mask, self._visual_tokens)
@@ -478,99 +466,8 @@ class VGPOTrainer(GRPOTrainer):  # type: ignore[misc]
         add("weighted_share", responses, batch)
 
 
-class Sequences(NamedTuple):
-    """The sequences of one of TRL's batches: prompts left-padded, completions right-padded.
-
-    Attributes:
-        input_ids: Prompt and completion, ``[B, P + T]``.
-        attention_mask: True at tokens, ``[B, P + T]``.
-        response_mask: True at completion tokens that the model sampled, ``[B, T]``: the last T positions.
-
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    response_mask: Tensor
-
-    @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> Sequences:
-        """Join the prompts and completions of a batch; tool output is no response."""
-        response_mask = batch["completion_mask"]
-        if "tool_mask" in batch:
-            response_mask = response_mask * batch["tool_mask"]
-        return cls(
-            input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-            attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-            response_mask=response_mask,
-        )
-
-
-class WithoutHead:
-    """Stands in for a model in TRL's log-probability pass, which then slices the inputs but computes no logits."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> SimpleNamespace:
-        """Run the decoder, and the head on one position, which models offer as their least."""
-        self.model(**inputs, use_cache=False, logits_to_keep=1)
-        return SimpleNamespace(log_probs=labels.new_zeros(labels.shape, dtype=torch.float32))
-
-
-def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
-    """Load the weights of a checkpoint into a model of the same class, in place.
-
-    Raises:
-        ValueError: The checkpoint lacks some of the model's weights.
-
-    """
-    loaded, info = type(model).from_pretrained(checkpoint, dtype=model.dtype, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"{checkpoint} lacks {sorted(info['missing_keys'])} of {type(model).__name__}")
-    model.load_state_dict(loaded.state_dict())
-
-
 def standard_deviation(total: float, squares: float, count: float) -> float:
     """Population standard deviation from the sums of values and of their squares; NaN of nothing."""
     if count == 0:
         return float("nan")
     return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
-
-
-def refuse_unsupported(args: VGPOTrainingConfig) -> None:
-    """Raise ValueError for settings of TRL that the loss of this trainer does not carry."""
-    if args.loss_type not in AGGREGATIONS:
-        raise ValueError(f"loss_type must be one of {', '.join(AGGREGATIONS)}, got {args.loss_type!r}")
-    if args.importance_sampling_level not in ("token", "sequence"):
-        raise ValueError(f"importance_sampling_level must be token or sequence, got {args.importance_sampling_level!r}")
-    if args.importance_sampling_level == "sequence" and args.loss_type not in CLIPPED:
-        raise ValueError(
-            f"importance_sampling_level='sequence' goes with loss_type {', '.join(CLIPPED)}, got {args.loss_type!r}"
-        )
-    epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-    if args.delta is not None and args.loss_type in CLIPPED and args.delta <= 1 + epsilon_high:
-        raise ValueError(
-            f"delta must exceed 1 + epsilon_high = {1 + epsilon_high}, got {args.delta}: it bounds what clipping leaves"
-        )
-    if args.use_adaptive_entropy:
-        raise ValueError("use_adaptive_entropy is not supported; set a fixed entropy_coef")
-    if args.vgpo is not None and args.torch_compile:
-        raise ValueError(
-            "torch_compile=True is not supported with VGPO: a compiled forward pass skips the hook that reads hidden "
-            "states"
-        )
-
-
-def refuse_video(row: Mapping[str, Any]) -> None:
-    """Raise ValueError for a dataset row with a video: TRL generates from videos, but trains without them."""
-    found = [name for name in ("video", "videos") if row.get(name) is not None]
-    prompt = row.get("prompt")
-    if not found and isinstance(prompt, Sequence) and not isinstance(prompt, str):
-        contents = (message.get("content") for message in prompt)
-        parts = (part for content in contents if isinstance(content, list) for part in content)
-        found = ["prompt"] if any(part.get("type") == "video" for part in parts) else []
-    if found:
-        raise ValueError(
-            f"a row of the dataset has a video ({found[0]}), which GRPOTrainer leaves out of its training passes; give "
-            "its frames as images"
-        )

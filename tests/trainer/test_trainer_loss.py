@@ -11,7 +11,7 @@ pytest.importorskip("trl")
 
 from trainer.tiny_runs import generation_batch, make_trainer, rows
 from trl import GRPOTrainer
-from vgpo_trainer.trainer import FORWARD_INPUTS
+from vgpo_trainer.trl_surface import FORWARD_INPUTS
 
 from vgpo_kernels import VGPOConfig
 

@@ -15,10 +15,11 @@ pytest.importorskip("trl")
 import vgpo_trainer
 from trainer.tiny_runs import llava, make_trainer, picture, rows, save_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, TrainerState
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 from vgpo_trainer import train
 from vgpo_trainer.callbacks import MetricsFile, read_metrics
 from vgpo_trainer.config import VGPOTrainingConfig
+from vgpo_trainer.trl_surface import check_surface
 
 RECORD = {
     "step",
@@ -264,6 +265,15 @@ def test_a_config_of_trl_is_refused(tmp_path):
     settings = GRPOConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
     with pytest.raises(TypeError, match="VGPOTrainingConfig, got GRPOConfig"):
         vgpo_trainer.VGPOTrainer(model, lambda **_: [], settings, rows([1]), processing_class=processor)
+
+
+def test_another_trl_is_refused_with_the_versions_known():
+    class Later(GRPOTrainer):
+        def _compute_loss(self, model, batch):
+            return None
+
+    with pytest.raises(ImportError, match=r"\(1\.16\): GRPOTrainer\._compute_loss has no inputs"):
+        check_surface(Later)
 
 
 def test_videos_are_refused_where_trl_would_drop_them(tmp_path):

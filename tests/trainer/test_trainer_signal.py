@@ -15,7 +15,7 @@ pytest.importorskip("trl")
 
 from trainer.tiny_runs import FAMILIES, generation_batch, make_trainer, picture, rows
 from vgpo_trainer.rollouts import prompt_id, prompt_text, row_images
-from vgpo_trainer.trainer import FORWARD_INPUTS, Sequences
+from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
 from vgpo_trainer.visual_signal import combine, compute_signal, image_positions, late_early_ratio
 
 from vgpo_kernels import VGPOConfig, visual_focus, visual_weights

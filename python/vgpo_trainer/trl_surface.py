@@ -1,0 +1,173 @@
+"""What this trainer knows of TRL's inside: its batches, its passes, its settings, and what of it is not carried."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import trl
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from vgpo_trainer.config import VGPOTrainingConfig
+
+KNOWN_VERSIONS = "1.16"
+
+# Inputs of a forward pass beside the tokens, as TRL's batches and its log-probability pass name them.
+FORWARD_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+# How TRL aggregates each loss type, in policy_loss's words.
+AGGREGATIONS = {
+    "grpo": "seq-mean-token-mean",
+    "sapo": "seq-mean-token-mean",
+    "bnpo": "token-mean",
+    "dapo": "token-mean",
+    "cispo": "token-mean",
+    "dr_grpo": "seq-mean-token-sum-norm",
+}
+CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo")
+
+# The methods of GRPOTrainer that VGPOTrainer overrides or calls, and the arguments that it relies on.
+SURFACE = {
+    "_generate_and_score_completions": ("inputs",),
+    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+    "_get_per_token_logps_and_entropies": (
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
+        "compute_aux_loss",
+        *FORWARD_INPUTS,
+    ),
+    "_compute_loss": ("model", "inputs"),
+    "get_high_entropy_mask": ("entropies", "mask", "threshold"),
+    "get_off_policy_mask": (
+        "advantages",
+        "per_token_logps",
+        "sampling_per_token_logps",
+        "mask",
+        "off_policy_threshold",
+    ),
+}
+
+
+def check_surface(trainer: type = trl.GRPOTrainer) -> None:
+    """Raise ImportError if the installed TRL has other methods than those this trainer was written for."""
+    for name, expected in SURFACE.items():
+        method = getattr(trainer, name, None)
+        present = set() if method is None else set(inspect.signature(method).parameters)
+        missing = [argument for argument in expected if argument not in present]
+        if method is None or missing:
+            what = f"GRPOTrainer has no {name}" if method is None else f"GRPOTrainer.{name} has no {', '.join(missing)}"
+            raise ImportError(
+                f"TRL {trl.__version__} is not one this trainer knows ({KNOWN_VERSIONS}): {what}; "
+                f"pip install trl=={KNOWN_VERSIONS}.*"
+            )
+
+
+class Sequences(NamedTuple):
+    """The sequences of one of TRL's batches: prompts left-padded, completions right-padded.
+
+    Attributes:
+        input_ids: Prompt and completion, ``[B, P + T]``.
+        attention_mask: True at tokens, ``[B, P + T]``.
+        response_mask: True at completion tokens that the model sampled, ``[B, T]``: the last T positions.
+
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> Sequences:
+        """Join the prompts and completions of a batch; tool output is no response."""
+        response_mask = batch["completion_mask"]
+        if "tool_mask" in batch:
+            response_mask = response_mask * batch["tool_mask"]
+        return cls(
+            input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            response_mask=response_mask,
+        )
+
+
+class WithoutHead:
+    """Stands in for a model in TRL's log-probability pass, which then slices the inputs but computes no logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> SimpleNamespace:
+        """Run the decoder, and the head on one position, which models offer as their least."""
+        self.model(**inputs, use_cache=False, logits_to_keep=1)
+        return SimpleNamespace(log_probs=labels.new_zeros(labels.shape, dtype=torch.float32))
+
+
+def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
+    """Load the weights of a checkpoint into a model of the same class, in place.
+
+    Raises:
+        ValueError: The checkpoint lacks some of the model's weights.
+
+    """
+    loaded, info = type(model).from_pretrained(checkpoint, dtype=model.dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"{checkpoint} lacks {sorted(info['missing_keys'])} of {type(model).__name__}")
+    model.load_state_dict(loaded.state_dict())
+
+
+def refuse_unsupported(args: VGPOTrainingConfig) -> None:
+    """Raise ValueError for settings of TRL that the loss of this trainer does not carry."""
+    if args.loss_type not in AGGREGATIONS:
+        raise ValueError(f"loss_type must be one of {', '.join(AGGREGATIONS)}, got {args.loss_type!r}")
+    if args.importance_sampling_level not in ("token", "sequence"):
+        raise ValueError(f"importance_sampling_level must be token or sequence, got {args.importance_sampling_level!r}")
+    if args.importance_sampling_level == "sequence" and args.loss_type not in CLIPPED:
+        raise ValueError(
+            f"importance_sampling_level='sequence' goes with loss_type {', '.join(CLIPPED)}, got {args.loss_type!r}"
+        )
+    epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if args.delta is not None and args.loss_type in CLIPPED and args.delta <= 1 + epsilon_high:
+        raise ValueError(
+            f"delta must exceed 1 + epsilon_high = {1 + epsilon_high}, got {args.delta}: it bounds what clipping leaves"
+        )
+    if args.use_adaptive_entropy:
+        raise ValueError("use_adaptive_entropy is not supported; set a fixed entropy_coef")
+    if args.vgpo is not None and args.torch_compile:
+        raise ValueError(
+            "torch_compile=True is not supported with VGPO: a compiled forward pass skips the hook that reads hidden "
+            "states"
+        )
+
+
+def refuse_video(row: Mapping[str, Any]) -> None:
+    """Raise ValueError for a dataset row with a video: TRL generates from videos, but trains without them."""
+    found = [name for name in ("video", "videos") if row.get(name) is not None]
+    prompt = row.get("prompt")
+    if not found and isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        contents = (message.get("content") for message in prompt)
+        parts = (part for content in contents if isinstance(content, list) for part in content)
+        found = ["prompt"] if any(part.get("type") == "video" for part in parts) else []
+    if found:
+        raise ValueError(
+            f"a row of the dataset has a video ({found[0]}), which GRPOTrainer leaves out of its training passes; give "
+            "its frames as images"
+        )

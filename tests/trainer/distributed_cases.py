@@ -1,0 +1,150 @@
+"""The same rollouts trained on in different arrangements. Run under a launcher, or imported for one process.
+
+``distributed_cases.py OUT`` writes, for each case, the loss and the gradients of its optimisation steps.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# A launcher runs this file as a script, from anywhere.
+_ROOT = Path(__file__).resolve().parents[2]
+for _folder in ("tests", "python", "."):
+    if str(_ROOT / _folder) not in sys.path:
+        sys.path.insert(0, str(_ROOT / _folder))
+
+import torch  # noqa: E402
+from accelerate import DistributedType, PartialState  # noqa: E402
+from trainer.tiny_runs import make_trainer, rows  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+RESPONSES = 24
+GENERATIONS = 8  # three prompts; two processes of twelve responses each share the second
+COMPLETION_LENGTH = 10
+
+# Settings of each case beside its arrangement.
+CASES: dict[str, dict[str, Any]] = {
+    "grpo": {"loss_type": "grpo"},
+    "dapo": {"loss_type": "dapo"},
+    "dr_grpo": {"loss_type": "dr_grpo"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "released": {"loss_type": "dapo", "vgpo": "released"},
+    "two iterations": {"loss_type": "dapo", "num_iterations": 2, "max_steps": 2},
+}
+
+
+def scripted_rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+    """Completions that depend on a response's place in the global batch alone, not on who generates it."""
+    prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
+    first = trainer.accelerator.process_index * len(prompts)
+    completions = []
+    for place in range(first, first + len(prompts)):
+        generator = torch.Generator().manual_seed(place)
+        length = int(torch.randint(2, COMPLETION_LENGTH, (), generator=generator))
+        # Digits and signs of the tiny tokenizer, then its end of sequence.
+        completions.append([*torch.randint(5, 18, (length,), generator=generator).tolist(), 1])
+    return {
+        "prompt_ids": prompt_ids,
+        "completion_ids": completions,
+        "logprobs": [[0.0] * len(completion) for completion in completions],
+    }
+
+
+def token_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(sum(completion) % 5) for completion in completion_ids]
+
+
+class KeepGradients(TrainerCallback):
+    """Keeps the gradients that reach the optimiser, as plain tensors by parameter."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        named = model.named_parameters()
+        self.steps.append({name: whole(weight.grad).clone() for name, weight in named if weight.grad is not None})
+
+
+def whole(gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient that FSDP left sharded, gathered."""
+    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+
+
+@contextmanager
+def processes_taken_for_gpus() -> Iterator[None]:
+    """Let accelerate shard a model over CPU processes, which it offers to GPUs only."""
+    plain = PartialState.__init__
+
+    def taken_for_gpu(self, *arguments, **named):
+        plain(self, *arguments, **named)
+        if self.distributed_type is DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = taken_for_gpu
+    try:
+        yield
+    finally:
+        PartialState.__init__ = plain
+
+
+SHARDED = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer", "CLIPEncoderLayer"]},
+}
+
+
+def run_case(name: str, micro_batches: int, processes: int = 1, **settings: Any) -> dict[str, Any]:
+    """Train on the scripted rollouts, cut into ``micro_batches`` on each of ``processes``."""
+    gradients = KeepGradients()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            folder,
+            dataset=rows([1, 1, 1]),
+            reward=token_reward,
+            arguments={"rollout_func": scripted_rollout, "callbacks": [gradients]},
+            **{
+                "per_device_train_batch_size": RESPONSES // (micro_batches * processes),
+                "gradient_accumulation_steps": micro_batches,
+                "num_generations": GENERATIONS,
+                "max_completion_length": COMPLETION_LENGTH,
+                "max_steps": 1,
+                "max_grad_norm": 0.0,
+                "optim": "sgd",
+                "learning_rate": 0.1,
+                "lr_scheduler_type": "constant",
+                "shuffle_dataset": False,
+                "rollout_samples": 0,
+                **CASES[name],
+                **settings,
+            },
+        )
+        trainer.train()
+        kinds = {type(weight).__name__ for weight in trainer.model.parameters()}
+        logged = [record for record in trainer.state.log_history if "loss" in record]
+    return {
+        "loss": [record["loss"] for record in logged],
+        "phi_std": [record["vgpo/phi_std"] for record in logged if record.get("vgpo/phi_std") is not None],
+        "gradients": gradients.steps,
+        "kinds": kinds,
+    }
+
+
+def main(out: str) -> None:
+    processes = PartialState(cpu=True).num_processes
+    micro_batches = 4 // processes
+    results = {name: run_case(name, micro_batches, processes) for name in CASES}
+    with processes_taken_for_gpus():
+        results["sharded"] = run_case("dapo", micro_batches, processes, **SHARDED)
+    state = PartialState()
+    if state.is_main_process:
+        torch.save({"processes": processes, "results": results}, out)
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

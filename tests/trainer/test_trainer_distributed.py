@@ -1,0 +1,71 @@
+"""One rollout batch, trained on by one process or two, in one piece or cut: the same loss and the same gradients."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from trainer.distributed_cases import CASES, run_case
+
+pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+
+
+@cache
+def in_one_piece(name: str) -> dict[str, Any]:
+    return run_case(name, micro_batches=1)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> dict[str, Any]:
+    """Every case on two gloo processes that accelerate launches, two micro-batches each."""
+    out = tmp_path_factory.mktemp("launch") / "results.pt"
+    script = Path(__file__).with_name("distributed_cases.py")
+    # --cpu would want mpirun; this flag starts processes by torchrun, and the script tells its trainers to use the CPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(
+        [*launch, str(script), str(out)], env=environment, capture_output=True, text=True, timeout=540
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    content = torch.load(out)
+    assert content["processes"] == 2
+    return content["results"]
+
+
+def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert len(one["loss"]) == len(other["loss"]) == len(one["gradients"]) == len(other["gradients"]) > 0
+    assert other["loss"] == pytest.approx(one["loss"], abs=1e-6)
+    assert other["phi_std"] == pytest.approx(one["phi_std"], abs=1e-6)
+    assert one["phi_std"][0] > 0.1
+    for gradients, others in zip(one["gradients"], other["gradients"], strict=True):
+        others = {name.removeprefix("module."): gradient for name, gradient in others.items()}
+        assert gradients.keys() == others.keys()
+        assert max(gradient.abs().max() for gradient in gradients.values()) > 0.01
+        for name, gradient in gradients.items():
+            assert (gradient - others[name]).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_four_micro_batches_are_one_batch(name):
+    assert_same_training(in_one_piece(name), run_case(name, micro_batches=4))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_of_two_micro_batches_are_one_batch(name, two_processes):
+    """The second of the three prompts has responses on both processes."""
+    assert_same_training(in_one_piece(name), two_processes[name])
+
+
+def test_a_fully_sharded_model_trains_alike(two_processes):
+    assert two_processes["sharded"]["kinds"] == {"DTensor"}
+    assert_same_training(in_one_piece("dapo"), two_processes["sharded"])
