@@ -67,6 +67,7 @@ from vgpo_trainer.trl_surface import (
     Sequences,
     WithoutHead,
     check_surface,
+    gather_head,
     load_weights,
     refuse_unsupported,
     refuse_video,
@@ -210,6 +211,8 @@ class VGPOTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """TRL's pass; before the loss, the policy's hidden states are scored on the way."""
         arguments = (model, input_ids, attention_mask, logits_to_keep, *rest)
+        if self.is_fsdp_enabled and torch.is_grad_enabled():
+            gather_head(model)
         if not self._scoring or model is not self.model:
             return super()._get_per_token_logps_and_entropies(*arguments, **named)
         focus = self._focus_pass(input_ids, attention_mask, attention_mask[:, -logits_to_keep:])

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import trl
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+
+from vgpo_kernels.integrations.transformers import unwrap
 
 if TYPE_CHECKING:
     from vgpo_trainer.config import VGPOTrainingConfig
@@ -119,6 +122,18 @@ class WithoutHead:
         """Run the decoder, and the head on one position, which models offer as their least."""
         self.model(**inputs, use_cache=False, logits_to_keep=1)
         return SimpleNamespace(log_probs=labels.new_zeros(labels.shape, dtype=torch.float32))
+
+
+def gather_head(model: nn.Module) -> None:
+    """Gather the LM head of a model sharded by FSDP before a pass that its gradient is wanted of.
+
+    TRL multiplies by the head's weight without calling the head, so nothing else gathers it where the head is a unit of
+    its own, as accelerate makes it in vision-language models. TRL then gathers a copy, whose gradient is never reduced:
+    each process would keep its own.
+    """
+    head = unwrap(model).get_output_embeddings()
+    if isinstance(head, FSDPModule):
+        head.unshard()
 
 
 def load_weights(model: PreTrainedModel, checkpoint: str) -> None:

@@ -47,7 +47,7 @@ def scripted_rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(place)
         length = int(torch.randint(2, COMPLETION_LENGTH, (), generator=generator))
         # Digits and signs of the tiny tokenizer, then its end of sequence.
-        completions.append([*torch.randint(5, 18, (length,), generator=generator).tolist(), 1])
+        completions.append([*torch.randint(7, 20, (length,), generator=generator).tolist(), 1])
     return {
         "prompt_ids": prompt_ids,
         "completion_ids": completions,
@@ -94,7 +94,7 @@ def processes_taken_for_gpus() -> Iterator[None]:
 
 SHARDED = {
     "fsdp": True,
-    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer", "CLIPEncoderLayer"]},
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]},
 }
 
 
@@ -104,7 +104,8 @@ def run_case(name: str, micro_batches: int, processes: int = 1, **settings: Any)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
             folder,
-            dataset=rows([1, 1, 1]),
+            family="qwen2_5_vl",
+            dataset=rows([1, 2, 1], size=16),
             reward=token_reward,
             arguments={"rollout_func": scripted_rollout, "callbacks": [gradients]},
             **{
