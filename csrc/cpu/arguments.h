@@ -9,7 +9,7 @@
 #include <tuple>
 
 #include "kernels.h"
-#include "layout.h"
+#include "../layout.h"
 #include "stages.h"
 
 namespace vgpo {

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "kernels.h"
-#include "layout.h"
+#include "../layout.h"
 
 namespace vgpo {
 

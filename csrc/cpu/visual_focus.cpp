@@ -47,34 +47,40 @@ SelectedRows select_visual_rows(const FocusInput& input) {
     return selected;
 }
 
-// Prototypes as the cosines need them: a row and its norm a response, null without an image.
+// Prototypes as the cosines need them: where the row of a response begins, null without an image, and its norm.
 struct Prototypes {
+    std::vector<float> arranged;  // [B, D]
     std::vector<const float*> rows;
     std::vector<float> norms;
+
+    Prototypes(int64_t batch, int64_t columns) : arranged(batch * columns), rows(batch, nullptr), norms(batch) {}
 };
 
-Prototypes find_prototypes(const FocusInput& input, std::vector<float>& means) {
+// The means of the visual rows, or the given prototypes that are not zero: zeros stand for a response without image.
+Prototypes find_prototypes(const FocusInput& input) {
     const Layout& layout = input.layout;
-    Prototypes found{std::vector<const float*>(layout.batch, nullptr), std::vector<float>(layout.batch)};
+    std::vector<float> means;
+    std::vector<int64_t> visual_counts(layout.batch);
     if (input.prototype == nullptr) {
         means.resize(layout.batch * input.columns);
-        std::vector<int64_t> counts(layout.batch);
-        visual_prototype(input, means.data(), counts.data());
-        for (int64_t b = 0; b < layout.batch; ++b) {
-            if (counts[b] > 0) found.rows[b] = means.data() + b * input.columns;
-        }
-    } else {
-        for (int64_t b = 0; b < layout.batch; ++b) {
-            const int64_t row = input.prototype_index == nullptr ? b : input.prototype_index[b];
-            if (row < 0) continue;
-            const float* given = input.prototype + row * input.columns;
-            // visual_prototype gives zeros to a response without visual tokens.
-            const bool seen = std::any_of(given, given + input.columns, [](float value) { return value != 0.0f; });
-            if (seen) found.rows[b] = given;
-        }
+        visual_prototype(input, means.data(), visual_counts.data());
     }
+    Prototypes found(layout.batch, input.columns);
     parallel_items(layout.batch, [&](int64_t b) {
-        if (found.rows[b] != nullptr) found.norms[b] = kernels().norm(found.rows[b], input.columns);
+        const float* source = nullptr;
+        if (input.prototype == nullptr) {
+            source = visual_counts[b] > 0 ? means.data() + b * input.columns : nullptr;
+        } else {
+            const int64_t row = input.prototype_index == nullptr ? b : input.prototype_index[b];
+            const float* given = input.prototype + std::max<int64_t>(row, 0) * input.columns;
+            const auto nonzero = [](float value) { return value != 0.0f; };
+            source = row >= 0 && std::any_of(given, given + input.columns, nonzero) ? given : nullptr;
+        }
+        if (source == nullptr) return;
+        float* arranged = found.arranged.data() + b * input.columns;
+        kernels().arrange[static_cast<int>(input.type)](source, input.columns, arranged);
+        found.norms[b] = kernels().norm(source, input.columns);
+        found.rows[b] = arranged;
     });
     return found;
 }
@@ -97,18 +103,17 @@ void visual_prototype(const FocusInput& input, float* means, int64_t* visual_cou
         if (columns <= 0) return;
         float* mean = means + b * input.columns + column;
         const int64_t count = visual.counts[b];
-        std::vector<float> block(columns);
+        std::vector<float> room(2 * columns);
         kernels().sum_rows[static_cast<int>(input.type)](at_column(input, column),
                                                          visual.offsets.get() + layout.row_begin(b), count, columns,
-                                                         block.data(), mean);
+                                                         room.data(), mean);
         for (int64_t c = 0; count > 0 && c < columns; ++c) mean[c] /= static_cast<float>(count);
     });
 }
 
 void visual_focus(const FocusInput& input, const bool* response_mask, float* cos, bool* has_visual) {
     const Layout& layout = input.layout;
-    std::vector<float> means;
-    const Prototypes prototypes = find_prototypes(input, means);
+    const Prototypes prototypes = find_prototypes(input);
 
     SelectedRows rows(layout.num_tokens(), layout.batch);
     std::unique_ptr<int64_t[]> tokens(new int64_t[layout.num_tokens()]);

@@ -2,106 +2,151 @@
 
 // Rows are summed in blocks and blocks into a total, so that the rounding error grows with neither alone.
 constexpr int64_t kBlockRows = 64;
-// Rows read side by side: several streams keep more of the memory system busy than one. Each row's own arithmetic
-// has the same order in a group and alone, so grouping does not show in a result.
-constexpr int kGroup = 4;
+constexpr int kBlockStreams = 8;
+constexpr int64_t kPair = 2 * Vector::kWidth;
+
+inline Pair load_pair(const float* from) { return {load(from), load(from + Vector::kWidth)}; }
+inline Pair load_pair(const Half* from) { return {load(from), load(from + Vector::kWidth)}; }
+
+// Whether load_pair takes even and odd elements apart. Sums over columns then pair with a prototype arranged alike,
+// and sums over rows come out arranged. Columns behind the last whole pair stay in place.
+template <typename T>
+constexpr bool kTakesApart = false;
+template <>
+constexpr bool kTakesApart<BFloat16> = true;
 
 template <typename T>
-constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));  // elements of a cache line
-
-// The rows of a group and those of the next one, which are prefetched meanwhile: the hardware's own prefetcher
-// stops at the end of a page, and masks make rows jump.
-template <typename T, int R>
-struct RowGroup {
-    const T* rows[R];
-    const T* ahead[R];
-
-    inline RowGroup(const T* hidden, const int64_t* offsets, int64_t row, int64_t count) {
-        for (int r = 0; r < R; ++r) {
-            rows[r] = hidden + offsets[row + r];
-            ahead[r] = row + R + r < count ? hidden + offsets[row + R + r] : rows[r];
+void arrange(const float* values, int64_t columns, float* arranged) {
+    const int64_t paired = kTakesApart<T> ? columns / kPair * kPair : 0;
+    for (int64_t column = 0; column < paired; column += kPair) {
+        for (int lane = 0; lane < Vector::kWidth; ++lane) {
+            arranged[column + lane] = values[column + 2 * lane];
+            arranged[column + Vector::kWidth + lane] = values[column + 2 * lane + 1];
         }
     }
+    for (int64_t column = paired; column < columns; ++column) arranged[column] = values[column];
+}
+
+template <typename T>
+inline void put_back(const float* arranged, int64_t columns, float* values) {
+    const int64_t paired = kTakesApart<T> ? columns / kPair * kPair : 0;
+    for (int64_t column = 0; column < paired; column += kPair) {
+        for (int lane = 0; lane < Vector::kWidth; ++lane) {
+            values[column + 2 * lane] = arranged[column + lane];
+            values[column + 2 * lane + 1] = arranged[column + Vector::kWidth + lane];
+        }
+    }
+    for (int64_t column = paired; column < columns; ++column) values[column] = arranged[column];
+}
+
+// Rows read side by side: row, row + step, row + 2 * step, ... of a list. Streams that each run through neighbouring
+// rows keep more of the memory system busy than one does. The hardware's prefetcher stops at the end of a page, so
+// lines are asked for a fixed distance ahead; past the end of a row they are mostly those of the stream's next one.
+template <typename T, int R>
+struct Streams {
+    static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+    static constexpr int64_t kAhead = 8 * kLine;
+
+    const T* rows[R];
+
+    inline Streams(const T* hidden, const int64_t* offsets, int64_t row, int64_t step) {
+        for (int r = 0; r < R; ++r) rows[r] = hidden + offsets[row + r * step];
+    }
     inline void prefetch(int64_t column) const {
-        for (int r = 0; r < R; ++r) __builtin_prefetch(ahead[r] + column, 0, 2);
+        if (kPair < kLine && column % kLine != 0) return;
+        for (int r = 0; r < R; ++r) {
+            for (int64_t line = 0; line < kPair; line += kLine) {
+                __builtin_prefetch(rows[r] + column + kAhead + line, 0, 2);
+            }
+        }
     }
 };
 
-// block[c] += the group's rows, one after the other.
+// block[c] += the rows of the streams, one after the other.
 template <typename T, int R>
-inline void add_group(const RowGroup<T, R>& group, int64_t columns, float* block) {
+inline void add_rows(const Streams<T, R>& streams, int64_t columns, float* block) {
     int64_t column = 0;
-    for (; column + kLine<T> <= columns; column += kLine<T>) {
-        group.prefetch(column);
-        for (int64_t c = column; c < column + kLine<T>; c += Vector::kWidth) {
-            Vector total = load(block + c);
-            for (int r = 0; r < R; ++r) total = total + load(group.rows[r] + c);
-            store(block + c, total);
+    for (; column + kPair <= columns; column += kPair) {
+        streams.prefetch(column);
+        Vector first = load(block + column), second = load(block + column + Vector::kWidth);
+        for (int r = 0; r < R; ++r) {
+            const Pair states = load_pair(streams.rows[r] + column);
+            first = first + states.first;
+            second = second + states.second;
         }
+        store(block + column, first);
+        store(block + column + Vector::kWidth, second);
     }
     for (; column < columns; column += Vector::kWidth) {
         const int lanes = lanes_of(column, columns);
         Vector total = load_first(block + column, lanes);
-        for (int r = 0; r < R; ++r) total = total + load_first(group.rows[r] + column, lanes);
+        for (int r = 0; r < R; ++r) total = total + load_first(streams.rows[r] + column, lanes);
         store_first(block + column, total, lanes);
     }
 }
 
+// The order of additions depends on the number of rows alone, and is the same for every instruction set.
 template <typename T>
-void sum_rows(const void* hidden, const int64_t* offsets, int64_t rows, int64_t columns, float* block, float* total) {
+void sum_rows(const void* hidden, const int64_t* offsets, int64_t rows, int64_t columns, float* room, float* total) {
     const T* base = static_cast<const T*>(hidden);
-    for (int64_t column = 0; column < columns; ++column) total[column] = 0.0f;
+    float *block = room, *arranged = room + columns;
+    for (int64_t column = 0; column < columns; ++column) arranged[column] = 0.0f;
     for (int64_t begin = 0; begin < rows; begin += kBlockRows) {
         const int64_t end = begin + kBlockRows < rows ? begin + kBlockRows : rows;
+        const int64_t step = (end - begin) / kBlockStreams;
         for (int64_t column = 0; column < columns; ++column) block[column] = 0.0f;
-        int64_t row = begin;
-        for (; row + kGroup <= end; row += kGroup) {
-            add_group(RowGroup<T, kGroup>(base, offsets, row, rows), columns, block);
+        for (int64_t row = begin; row < begin + step; ++row) {
+            add_rows(Streams<T, kBlockStreams>(base, offsets, row, step), columns, block);
         }
-        for (; row < end; ++row) add_group(RowGroup<T, 1>(base, offsets, row, rows), columns, block);
-        for (int64_t column = 0; column < columns; ++column) total[column] += block[column];
+        for (int64_t row = begin + step * kBlockStreams; row < end; ++row) {
+            add_rows(Streams<T, 1>(base, offsets, row, 1), columns, block);
+        }
+        for (int64_t column = 0; column < columns; ++column) arranged[column] += block[column];
     }
+    put_back<T>(arranged, columns, total);
 }
 
+// Every row has the same arithmetic in the same order, in however many streams it is read.
 template <typename T, int R>
-inline void group_cosines(const RowGroup<T, R>& group, int64_t columns, const float* prototype, float prototype_norm,
-                          float* cos) {
+inline void row_cosines(const Streams<T, R>& streams, int64_t columns, const float* prototype, float prototype_norm,
+                        float* cos, int64_t step) {
     Vector dot[R], square[R];
     for (int r = 0; r < R; ++r) dot[r] = square[r] = Vector(0.0f);
     int64_t column = 0;
-    for (; column + kLine<T> <= columns; column += kLine<T>) {
-        group.prefetch(column);
-        for (int64_t c = column; c < column + kLine<T>; c += Vector::kWidth) {
-            const Vector mean = load(prototype + c);
-            for (int r = 0; r < R; ++r) {
-                const Vector state = load(group.rows[r] + c);
-                dot[r] = multiply_add(state, mean, dot[r]);
-                square[r] = multiply_add(state, state, square[r]);
-            }
+    for (; column + kPair <= columns; column += kPair) {
+        streams.prefetch(column);
+        const Vector first = load(prototype + column), second = load(prototype + column + Vector::kWidth);
+        for (int r = 0; r < R; ++r) {
+            const Pair states = load_pair(streams.rows[r] + column);
+            dot[r] = multiply_add(states.first, first, dot[r]);
+            square[r] = multiply_add(states.first, states.first, square[r]);
+            dot[r] = multiply_add(states.second, second, dot[r]);
+            square[r] = multiply_add(states.second, states.second, square[r]);
         }
     }
     for (; column < columns; column += Vector::kWidth) {
         const int lanes = lanes_of(column, columns);
         const Vector mean = load_first(prototype + column, lanes);
         for (int r = 0; r < R; ++r) {
-            const Vector state = load_first(group.rows[r] + column, lanes);
+            const Vector state = load_first(streams.rows[r] + column, lanes);
             dot[r] = multiply_add(state, mean, dot[r]);
             square[r] = multiply_add(state, state, square[r]);
         }
     }
-    for (int r = 0; r < R; ++r) cos[r] = cosine(sum(dot[r]), sum(square[r]), prototype_norm);
+    for (int r = 0; r < R; ++r) cos[r * step] = cosine(sum(dot[r]), sum(square[r]), prototype_norm);
 }
 
 template <typename T>
 void cosines(const void* hidden, const int64_t* offsets, int64_t rows, int64_t columns, const float* prototype,
              float prototype_norm, float* cos) {
     const T* base = static_cast<const T*>(hidden);
-    int64_t row = 0;
-    for (; row + kGroup <= rows; row += kGroup) {
-        group_cosines(RowGroup<T, kGroup>(base, offsets, row, rows), columns, prototype, prototype_norm, cos + row);
+    const int64_t step = rows / kStreams;
+    for (int64_t row = 0; row < step; ++row) {
+        const Streams<T, kStreams> streams(base, offsets, row, step);
+        row_cosines(streams, columns, prototype, prototype_norm, cos + row, step);
     }
-    for (; row < rows; ++row) {
-        group_cosines(RowGroup<T, 1>(base, offsets, row, rows), columns, prototype, prototype_norm, cos + row);
+    for (int64_t row = step * kStreams; row < rows; ++row) {
+        row_cosines(Streams<T, 1>(base, offsets, row, 1), columns, prototype, prototype_norm, cos + row, 1);
     }
 }
 
@@ -114,16 +159,17 @@ inline float norm(const float* values, int64_t length) {
     return sqrtf(sum(square));
 }
 
-// Reads in `kGroup` streams, as the kernels above do.
+// Reads in kStreams streams, as the kernels above do.
 inline float read(const float* values, int64_t length) {
-    Vector total[kGroup];
-    for (int s = 0; s < kGroup; ++s) total[s] = Vector(0.0f);
-    const int64_t stream = length / (kGroup * Vector::kWidth) * Vector::kWidth;
+    Vector largest[kStreams];
+    for (int s = 0; s < kStreams; ++s) largest[s] = Vector(0.0f);
+    const int64_t stream = length / (kStreams * Vector::kWidth) * Vector::kWidth;
     for (int64_t i = 0; i < stream; i += Vector::kWidth) {
-        for (int s = 0; s < kGroup; ++s) total[s] = maximum(total[s], load(values + s * stream + i));
+        for (int s = 0; s < kStreams; ++s) largest[s] = maximum(largest[s], load(values + s * stream + i));
     }
-    for (int64_t i = kGroup * stream; i < length; i += Vector::kWidth) {
-        total[0] = maximum(total[0], load_first(values + i, lanes_of(i, length)));
+    for (int64_t i = kStreams * stream; i < length; i += Vector::kWidth) {
+        largest[0] = maximum(largest[0], load_first(values + i, lanes_of(i, length)));
     }
-    return highest(maximum(maximum(total[0], total[1]), maximum(total[2], total[3])));
+    for (int s = 1; s < kStreams; ++s) largest[0] = maximum(largest[0], largest[s]);
+    return highest(largest[0]);
 }

@@ -13,6 +13,7 @@
 const Kernels kTable = {
     VGPO_SIMD_NAME,
     {sum_rows<float>, sum_rows<BFloat16>, sum_rows<Half>},
+    {arrange<float>, arrange<BFloat16>, arrange<Half>},
     {cosines<float>, cosines<BFloat16>, cosines<Half>},
     norm,
     smallest_finite,

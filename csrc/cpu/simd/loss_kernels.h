@@ -88,10 +88,10 @@ inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t e
     sums.factor += sum(factor_sum);
     sums.factor_square += sum(factor_square);
     sums.sequence_slope += sum(sequence_slope);
-    sums.ratio_min = vgpo::minimum(sums.ratio_min, lowest(ratio_min));
-    sums.ratio_max = vgpo::maximum(sums.ratio_max, highest(ratio_max));
-    sums.factor_min = vgpo::minimum(sums.factor_min, lowest(factor_min));
-    sums.factor_max = vgpo::maximum(sums.factor_max, highest(factor_max));
+    sums.ratio_min = minimum(sums.ratio_min, lowest(ratio_min));
+    sums.ratio_max = maximum(sums.ratio_max, highest(ratio_max));
+    sums.factor_min = minimum(sums.factor_min, lowest(factor_min));
+    sums.factor_max = maximum(sums.factor_max, highest(factor_max));
     sums.tokens += end - begin;
 }
 

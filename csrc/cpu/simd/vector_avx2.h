@@ -1,6 +1,9 @@
 // Eight floats in an AVX register: the interface of vector_avx512.h. Include inside `namespace vgpo::avx2` and a
 // region compiled for AVX2, FMA and F16C, after <immintrin.h>.
 
+// Rows read side by side; as many as fit the registers when each needs two sums.
+constexpr int kStreams = 4;
+
 struct Mask {
     __m256 bits;  // all ones or all zeros a lane
 };
@@ -33,6 +36,16 @@ inline Vector load(const BFloat16* from) {
 }
 inline Vector load(const Half* from) {
     return Vector(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
+struct Pair {
+    Vector first, second;
+};
+
+inline Pair load_pair(const BFloat16* from) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i odd = _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+    return {Vector(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))), Vector(_mm256_castsi256_ps(odd))};
 }
 
 // The first `lanes` elements, zeros behind them; memory behind them is not touched.

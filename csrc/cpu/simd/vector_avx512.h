@@ -1,6 +1,9 @@
 // Sixteen floats in an AVX-512 register. Include inside `namespace vgpo::avx512` and a region compiled for AVX-512
 // (F, BW, DQ, VL), FMA and F16C, after <immintrin.h>.
 
+// Rows read side by side; as many as fit the registers when each needs two sums.
+constexpr int kStreams = 8;
+
 struct Mask {
     __mmask16 bits;
 };
@@ -28,6 +31,18 @@ inline Vector load(const BFloat16* from) {
 }
 inline Vector load(const Half* from) {
     return Vector(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+}
+
+// Two vectors of a row. A pair of BFloat16 comes apart into its even and its odd elements, which takes a shift and a
+// mask where widening each half takes a shuffle more.
+struct Pair {
+    Vector first, second;
+};
+
+inline Pair load_pair(const BFloat16* from) {
+    const __m512i bits = _mm512_loadu_si512(from);
+    const __m512i odd = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+    return {Vector(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))), Vector(_mm512_castsi512_ps(odd))};
 }
 
 // The first `lanes` elements, zeros behind them; memory behind them is not touched.

@@ -1,6 +1,10 @@
 // Functions of a vector, written once over the interface of vector_avx512.h. Include after the vector type, inside
 // its namespace.
 
+// The scalar overloads beside those of vectors, which would hide them.
+using vgpo::maximum;
+using vgpo::minimum;
+
 // e^x to about one unit in the last place. Infinite above 88.7, zero below -104; NaN stays NaN.
 inline Vector exponential(Vector x) {
     const Vector bounded = minimum(maximum(x, Vector(-110.0f)), Vector(110.0f));

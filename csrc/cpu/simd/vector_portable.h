@@ -5,6 +5,9 @@ typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
 typedef uint32_t UInt4 __attribute__((vector_size(16)));
 
+// Rows read side by side; as many as fit the registers when each needs two sums.
+constexpr int kStreams = 4;
+
 struct Mask {
     Int4 bits;  // all ones or all zeros a lane
 };
@@ -46,6 +49,20 @@ inline Vector load(const Half* from) {
     const UInt4 finite = (UInt4)((Float4)magnitude * rebias);
     const UInt4 special = (UInt4)(magnitude >= 0x0f800000u);
     return Vector((Float4)(sign | (special & (magnitude | 0x7f800000u)) | (~special & finite)));
+}
+
+struct Pair {
+    Vector first, second;
+};
+
+inline Pair load_pair(const BFloat16* from) {
+    UInt4 bits;
+    __builtin_memcpy(&bits, from, sizeof bits);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    return {Vector((Float4)(bits & 0xffff0000u)), Vector((Float4)(bits << 16))};
+#else
+    return {Vector((Float4)(bits << 16)), Vector((Float4)(bits & 0xffff0000u))};
+#endif
 }
 
 // The first `lanes` elements, zeros behind them; memory behind them is not touched.
