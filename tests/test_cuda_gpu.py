@@ -1,0 +1,164 @@
+"""What only a GPU can show: streams, graphs, launches, and memory beyond 32-bit offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import EDGES, Batch, make_batch
+from torch import Tensor
+
+from vgpo_kernels import (
+    VGPOConfig,
+    backend,
+    backends,
+    group_weights,
+    policy_loss,
+    vgpo_loss,
+    visual_focus,
+    visual_prototype,
+    visual_weights,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.skipif(not backends.describe()["built"]["cuda"], reason="needs an extension built with CUDA"),
+]
+
+
+@pytest.fixture(autouse=True)
+def cuda_backend() -> Iterator[None]:
+    with backend("cuda"):
+        yield
+
+
+def calls(batch: Batch) -> dict[str, Callable[[], Any]]:
+    """Every operator as a call of no arguments, on tensors that need no conversion."""
+    config = VGPOConfig.released()
+    cos = visual_focus(batch.hidden, batch.visual_mask, batch.response_mask)
+    weights = visual_weights(cos, batch.response_mask, batch.group_ids, config)
+    tokens = (batch.old_logp, batch.advantages, batch.response_mask)
+    return {
+        "visual_prototype": lambda: visual_prototype(batch.hidden, batch.visual_mask),
+        "visual_focus": lambda: visual_focus(batch.hidden, batch.visual_mask, batch.response_mask),
+        "visual_weights": lambda: visual_weights(cos, batch.response_mask, batch.group_ids, config)[:5],
+        "group_weights": lambda: group_weights(weights.score, batch.group_ids, config),
+        "policy_loss": lambda: policy_loss(batch.logp, *tokens, factors=weights.factors).loss,
+        "vgpo_loss": lambda: (
+            vgpo_loss(
+                *(batch.hidden, batch.logp, *tokens[:2], batch.visual_mask, batch.response_mask),
+                *(batch.group_ids, config),
+            ).loss
+        ),
+    }
+
+
+OPERATORS = ("visual_prototype", "visual_focus", "visual_weights", "group_weights", "policy_loss", "vgpo_loss")
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return make_batch(EDGES["shuffled groups"] + EDGES["no image"], dtype=torch.bfloat16, features=512).to("cuda")
+
+
+def same(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, two)
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_call_is_one_launch(batch: Batch, name: str) -> None:
+    call = calls(batch)[name]
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    # The suite fills fresh memory with NaN; those kernels are its own.
+    kernels = [kernel for kernel in kernels if "fill" not in kernel.lower() and "memset" not in kernel.lower()]
+    assert len(kernels) == 1, kernels
+    assert f"{name}_kernel" in kernels[0]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_no_call_synchronises(batch: Batch, name: str) -> None:
+    call = calls(batch)[name]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_call_is_captured_into_a_graph(batch: Batch, name: str) -> None:
+    call = calls(batch)[name]
+    expected = call()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    for _ in range(3):
+        graph.replay()
+    assert same(result, expected)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_call_runs_on_the_current_stream(batch: Batch, name: str) -> None:
+    """On a stream that first sleeps, the result must not be there before the stream gets to it."""
+    call = calls(batch)[name]
+    expected = call()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        result = call()
+        assert not stream.query(), "the call waited for its stream, or ran elsewhere"
+    stream.synchronize()
+    assert same(result, expected)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_calls_repeat_to_the_bit(batch: Batch, name: str) -> None:
+    call = calls(batch)[name]
+    expected = call()
+    for _ in range(20):
+        assert same(call(), expected)
+
+
+def test_offsets_pass_32_bits() -> None:
+    """A packed batch of more than 2^31 elements; the rows that count lie at its end."""
+    features, count = 3584, 620_000
+    if torch.cuda.mem_get_info()[0] < 3 * features * count:
+        pytest.skip("needs 7 GB of free GPU memory")
+    small = make_batch(EDGES["plain"][:2], features=features, dtype=torch.bfloat16, packed=True).to("cuda")
+    length = small.hidden.shape[0]
+    hidden = torch.full((count, features), float("nan"), dtype=torch.bfloat16, device="cuda")
+    hidden[count - length :] = small.hidden
+    masks = []
+    for mask in (small.visual_mask, small.response_mask):
+        masks.append(torch.zeros(count, dtype=torch.bool, device="cuda"))
+        masks[-1][count - length :] = mask
+    boundaries = torch.cat([small.cu_seqlens.new_zeros(1), small.cu_seqlens + (count - length)])
+    cos = visual_focus(hidden, *masks, cu_seqlens=boundaries)
+    expected = visual_focus(small.hidden, small.visual_mask, small.response_mask, cu_seqlens=small.cu_seqlens)
+    assert torch.equal(cos[count - length :], expected)
+
+
+def test_a_call_leaves_the_current_device_alone(batch: Batch) -> None:
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    moved = batch.to(last)
+    before = torch.cuda.current_device()
+    for name, call in calls(moved).items():
+        result = call()
+        first = result if isinstance(result, Tensor) else result[0]
+        assert first.device == last, name
+        assert torch.cuda.current_device() == before, name
