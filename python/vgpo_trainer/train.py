@@ -94,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train as ``arguments`` say: 0 when done, 2 for a run that cannot start, 130 when interrupted."""
+    from vgpo_kernels.integrations.surface import UnknownSurfaceError
+
     try:
         checkpoint = checkpoint_to_resume(arguments.out, arguments.resume)
         if checkpoint is not None:
@@ -103,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
             write_run_config(arguments, trainer.args)
             if checkpoint is not None:
                 print(f"resuming from {checkpoint}", flush=True)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, UnknownSurfaceError) as error:
         print(f"vgpo train: {error}", file=sys.stderr)
         return 2
     try:

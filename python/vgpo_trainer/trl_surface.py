@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from vgpo_kernels.integrations.surface import require
 from vgpo_kernels.integrations.transformers import unwrap
 
 if TYPE_CHECKING:
     from vgpo_trainer.config import VGPOTrainingConfig
 
-KNOWN_VERSIONS = "1.16"
+KNOWN = "trl 1.16"
 
 # Inputs of a forward pass beside the tokens, as TRL's batches and its log-probability pass name them.
 FORWARD_INPUTS = (
@@ -72,17 +72,9 @@ SURFACE = {
 
 
 def check_surface(trainer: type = trl.GRPOTrainer) -> None:
-    """Raise ImportError if the installed TRL has other methods than those this trainer was written for."""
-    for name, expected in SURFACE.items():
-        method = getattr(trainer, name, None)
-        present = set() if method is None else set(inspect.signature(method).parameters)
-        missing = [argument for argument in expected if argument not in present]
-        if method is None or missing:
-            what = f"GRPOTrainer has no {name}" if method is None else f"GRPOTrainer.{name} has no {', '.join(missing)}"
-            raise ImportError(
-                f"TRL {trl.__version__} is not one this trainer knows ({KNOWN_VERSIONS}): {what}; "
-                f"pip install trl=={KNOWN_VERSIONS}.*"
-            )
+    """Raise UnknownSurfaceError if the installed TRL has other methods than those this trainer was written for."""
+    for name, parameters in SURFACE.items():
+        require(trainer, name, parameters, KNOWN)
 
 
 class Sequences(NamedTuple):

@@ -71,7 +71,7 @@ class VisualSignal:
         psi: Intra-trajectory weights, ``[B, T]``.
         phi: Inter-trajectory weights, ``[B]``.
         factors: What advantages are multiplied by, ``[B, T]``; 1 off the mask and for unweighted responses.
-        weighted: Whether a response takes part: it has an image, tokens, and finite hidden states, ``[B]``.
+        weighted: Whether a response takes part: it has an image, and finite hidden states, ``[B]``.
         gate_rate: Share of the weighted responses' tokens that the gate lets through, 0-dimensional.
         late_early: Visual focus of the second half of a response over its first, ``[B]``; NaN where undefined.
 
@@ -128,14 +128,13 @@ def compute_signal(
     # Phase one. Each response is its own group here: phi comes from all processes' scores below.
     alone = torch.arange(batch, device=cos.device)
     local = visual_weights(cos, response_mask, alone, config, has_visual=has_visual)
-    # Phase two. An empty response (a truncated one that TRL masks) is no member of its group, as without an image.
-    member = has_visual & response_mask.bool().any(dim=1)
+    # Phase two.
     scores = gather(local.score)
-    groups, members = gather(torch.stack([group_ids, member.to(torch.int64)], dim=1)).unbind(dim=1)
-    phi = group_weights(scores, groups, config, has_visual=members.bool())
+    groups, images = gather(torch.stack([group_ids, has_visual.to(torch.int64)], dim=1)).unbind(dim=1)
+    phi = group_weights(scores, groups, config, has_visual=images.bool())
     phi = phi[process_index * batch : (process_index + 1) * batch]
 
-    weighted = member & local.score.isfinite()
+    weighted = has_visual & local.score.isfinite()
     return VisualSignal(
         cos=cos,
         psi=local.psi,

@@ -21,6 +21,8 @@ from vgpo_trainer.callbacks import MetricsFile, read_metrics
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.trl_surface import check_surface
 
+from vgpo_kernels.integrations.surface import UnknownSurfaceError
+
 RECORD = {
     "step",
     "seconds",
@@ -101,6 +103,48 @@ def test_vgpo_changes_the_training(tmp_path):
         make_trainer(tmp_path / preset, vgpo=preset, max_steps=1).train()
         losses.append(read_metrics(tmp_path / preset / "metrics.jsonl")[0]["loss"])
     assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "num_iterations": 2},
+        {"mask_truncated_completions": True},
+        {"bf16": True},
+        {"vgpo_signal": "scoring", "top_entropy_quantile": 0.5, "entropy_coef": 0.01},
+        {"importance_sampling_level": "sequence", "loss_type": "grpo", "steps_per_generation": 2},
+        {"gradient_accumulation_steps": 2, "scale_rewards": "batch", "delta": 1.5, "pad_to_multiple_of": 8},
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_settings_of_trl_go_with_vgpo(tmp_path, settings):
+    trainer = make_trainer(tmp_path, family="qwen2_5_vl", dataset=rows([1, 2] * 4, size=16), **settings)
+    trainer.train()
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2]
+    assert all(isinstance(record["loss"], float) for record in records)
+    assert any(record["loss"] != 0 for record in records)
+    # Generation batches leave the signal's records, and two steps may share one.
+    assert records[0]["vgpo/phi_std"] is not None and records[0]["vgpo/factor_max"] >= 1
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    losses = []
+    for checkpointing in (False, True):
+        folder = tmp_path / str(checkpointing)
+        make_trainer(folder, family="qwen2_5_vl", max_steps=2, gradient_checkpointing=checkpointing).train()
+        losses.append([record["loss"] for record in read_metrics(folder / "metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] != 0
+
+
+def test_weights_of_half_precision(tmp_path):
+    model, _ = llava()
+    trainer = make_trainer(tmp_path, model=model.to(torch.bfloat16), max_steps=1, gradient_accumulation_steps=2)
+    trainer.train()
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert record["vgpo/phi_std"] > 0 and isinstance(record["loss"], float)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +316,9 @@ def test_another_trl_is_refused_with_the_versions_known():
         def _compute_loss(self, model, batch):
             return None
 
-    with pytest.raises(ImportError, match=r"\(1\.16\): GRPOTrainer\._compute_loss has no inputs"):
+    with pytest.raises(
+        UnknownSurfaceError, match=r"_compute_loss takes \(self, model, batch\), not inputs: .*trl 1\.16"
+    ):
         check_surface(Later)
 
 

@@ -2,4 +2,10 @@
 
 ``vgpo_kernels.integrations.transformers``
     Last hidden states and visual tokens of a model as transformers builds it.
+``vgpo_kernels.integrations.verl``
+    Focus scores, re-weighted advantages and losses in verl.
+``vgpo_kernels.integrations.easyr1``
+    The same in EasyR1 and in the VGPO authors' fork of it.
+
+The trainer on TRL is a package of its own, ``vgpo_trainer``.
 """
