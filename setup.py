@@ -221,8 +221,8 @@ class BuildExtension(build_ext):
         mode = os.environ.get("VGPO_BUILD") or "auto"
         plan = plan_build(mode)
         reason = plan.reason
-        # The tools of an environment that is used without being activated, ninja above all.
-        os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+        # As if the environment were activated: builds by one ninja share objects, by two versions of it they may not.
+        os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
         for target in plan.targets:
             try:
                 built = self.compile(target)
