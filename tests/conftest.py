@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,32 @@ import torch
 from vgpo_kernels import backends
 
 torch.manual_seed(0)
+
+
+def quicken_triton_interpreter() -> None:
+    """Keep Triton's interpreter from patching its language anew in every call of a device function.
+
+    The launch of a kernel has patched what its helpers see, and Triton's own helpers stay patched after their first
+    call. Doing it again each time is more than half of the suite's time.
+    """
+    from triton import language
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patch_and_call = InterpretedFunction.__call__
+    patched = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        namespace = self.fn.__globals__
+        if namespace.get("tl") is language or id(namespace) in patched:
+            return self.rewrite()(*args, **kwargs)
+        patched.add(id(namespace))
+        return patch_and_call(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call
+
+
+if backends.describe()["built"]["triton"] and backends.triton_interpreted():
+    quicken_triton_interpreter()
 
 
 def available_backends() -> list[str]:

@@ -37,6 +37,7 @@ def define(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    implementation: Callable[..., Any] | None = None,
 ) -> None:
     """Define ``torch.ops.vgpo_kernels.<name>``, named as the function that is its definition.
 
@@ -46,12 +47,15 @@ def define(
         fake: Shapes and dtypes of the result, for tracing.
         setup_context: Saves what ``backward`` needs.
         backward: Gradients of the arguments, in order.
+        implementation: Python that serves every device, for an operator that only drives others.
 
     """
     name = reference.__name__
     qualified = f"{NAMESPACE}::{name}"
     _library.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     torch.library.register_fake(qualified, fake, lib=_library)
+    if implementation is not None:
+        _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     stem = reference.__module__.rpartition(".")[2]
@@ -76,6 +80,12 @@ def implementation(name: str, backend: str) -> Callable[..., Any]:
     if backend == "reference":
         return operator.reference
     if backend == "triton":
-        module = import_module(f"vgpo_kernels.triton_kernels.{operator.stem}")
-        return getattr(module, name)  # type: ignore[no-any-return]
+        _import_triton(operator.stem)
+        return getattr(torch.ops.vgpo_kernels_triton, name).default  # type: ignore[no-any-return]
     return operator.compiled
+
+
+# Triton is imported when it is first needed. A traced function cannot import, so tracing takes this as done.
+@torch.compiler.assume_constant_result
+def _import_triton(stem: str) -> None:
+    import_module(f"vgpo_kernels.triton_kernels.{stem}")

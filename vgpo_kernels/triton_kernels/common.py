@@ -192,11 +192,16 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device(tensor.device) if on_gpu else nullcontext()
 
 
-def architecture(device: torch.device) -> str:
-    """Return the key of block-size tables: ``"sm80"``, ``"sm90"``, ``"sm100"`` or ``"gfx9"``."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+def architecture() -> str:
+    """Return the key of block-size tables for the GPU that Triton compiles for."""
+    if INTERPRETED:
         return "sm90"
-    if torch.version.hip is not None:
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda":
         return "gfx9"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "sm80" if major < 9 else "sm90" if major == 9 else "sm100"
+    return "sm80" if target.arch < 90 else "sm90" if target.arch < 100 else "sm100"
+
+
+def warps_of(threads: int) -> int:
+    """Return how many warps (wavefronts on AMD) make so many threads."""
+    return threads // (64 if architecture() == "gfx9" else 32)

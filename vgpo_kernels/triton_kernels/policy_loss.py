@@ -37,7 +37,6 @@ from vgpo_kernels.triton_kernels.common import (
 from vgpo_kernels.triton_kernels.visual_weights import (
     SCORE,
     STATISTICS,
-    TOKENS,
     WEIGHTED,
     field_of,
     group_weight,
@@ -230,14 +229,14 @@ def loss_kernel(
         row = statistics + response.to(tl.int64) * STATISTICS
         weighted = tl.load(row + WEIGHTED) != 0.0
         if INTER:
-            phi = group_weight(response, statistics + SCORE, statistics + TOKENS, groups, batch, STATISTICS)
+            phi = group_weight(response, statistics + SCORE, statistics + WEIGHTED, groups, batch, STATISTICS)
 
     length = tl.zeros((), tl.float32)
     mean_log_ratio = tl.zeros((), tl.float32)
     if SEQUENCE_RATIO:
         counted = tl.zeros((BLOCK,), tl.int32)
         summed = tl.zeros((BLOCK,), tl.float32)
-        for slot in range(0, slot_end - slot_begin):
+        for slot in range(slot_end - slot_begin):
             token = first_token + slot * BLOCK + tl.arange(0, BLOCK)
             valid = tl.load(mask + token, mask=token < end, other=0) != 0
             counted += valid.to(tl.int32)
@@ -274,7 +273,7 @@ def loss_kernel(
     common_slope = tl.zeros((), tl.float32)
     for writes in tl.static_range(0 if LOSS_TYPE == "gspo" else 1, 2):
         slope_sum = tl.zeros((BLOCK,), tl.float32)
-        for slot in range(0, slot_end - slot_begin):
+        for slot in range(slot_end - slot_begin):
             token = first_token + slot * BLOCK + tl.arange(0, BLOCK)
             valid = tl.load(mask + token, mask=token < end, other=0) != 0
             current = tl.load(logp + token, mask=valid, other=0.0)

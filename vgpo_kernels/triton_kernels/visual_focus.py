@@ -53,23 +53,23 @@ class TileShape(NamedTuple):
 
 # Enough bytes in flight on a multiprocessor to cover the latency of its memory, without spilling registers.
 TILES = {
-    "sm80": TileShape(4096, 512, 4, 64, 4),
-    "sm90": TileShape(8192, 512, 8, 64, 4),
-    "sm100": TileShape(8192, 512, 8, 64, 4),
+    "sm80": TileShape(4096, 512, 4, 64, 8),
+    "sm90": TileShape(8192, 512, 8, 64, 8),
+    "sm100": TileShape(8192, 512, 8, 64, 8),
     "gfx9": TileShape(4096, 512, 4, 64, 4),
 }
 
 
-def focus_tile(features: int, device: torch.device) -> Tile:
+def focus_tile(features: int) -> Tile:
     """Return the tile of the focus kernel for D features."""
-    shape = TILES[architecture(device)]
+    shape = TILES[architecture()]
     columns = max(min(triton.next_power_of_2(features), shape.focus_columns), 16)
     return Tile(min(shape.focus_elements // columns, 64), columns, shape.focus_warps)
 
 
-def prototype_tile(features: int, device: torch.device) -> Tile:
+def prototype_tile(features: int) -> Tile:
     """Return the tile of the prototype kernel for D features."""
-    shape = TILES[architecture(device)]
+    shape = TILES[architecture()]
     columns = max(min(triton.next_power_of_2(features), shape.prototype_columns), 16)
     return Tile(PROTOTYPE_ROWS, columns, shape.prototype_warps)
 
@@ -224,7 +224,7 @@ def launch_prototype(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | N
     positions = visual_mask.new_empty((visual_mask.numel(),), dtype=torch.int32)
     counts = visual_mask.new_empty((batch,), dtype=torch.int32)
     prototype = hidden.new_empty((batch, features), dtype=torch.float32)
-    tile = prototype_tile(features, hidden.device)
+    tile = prototype_tile(features)
     batch_stride, row_stride = hidden_strides(hidden)
     with device_guard(hidden):
         wrap_triton(visual_index_kernel)[(batch,)](
@@ -282,7 +282,7 @@ def launch_focus(
         # A response has an image iff its row is not zero, which the kernel sees as it reads it.
         means, counts, index = prototype, None, prototype_index
         images = out_images = response_mask.new_empty((batch,), dtype=torch.int32)
-    tile = focus_tile(features, hidden.device)
+    tile = focus_tile(features)
     slots = num_slots(tokens, batch, cu_seqlens, tile.rows)
     cos = hidden.new_empty(response_mask.shape, dtype=torch.float32)
     minima = hidden.new_empty((slots,), dtype=torch.float32) if with_minima else None

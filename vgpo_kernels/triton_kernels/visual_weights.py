@@ -35,6 +35,7 @@ from vgpo_kernels.triton_kernels.common import (
     slot_range,
     to_fixed,
     token_range,
+    warps_of,
     wrap_triton,
 )
 
@@ -51,11 +52,11 @@ COS_SUM = tl.constexpr(5)
 GATE_COUNT = tl.constexpr(6)
 LATE_EARLY = tl.constexpr(7)  # ratio of late to early focus
 HAS_RATIO = tl.constexpr(8)
-TOKENS = tl.constexpr(9)  # its valid tokens; 0 also keeps it out of its group's statistics
+TOKENS = tl.constexpr(9)  # its valid tokens
 NONFINITE = tl.constexpr(10)  # 1 where the response has an image and a cosine that is not finite
 
-RESPONSE_BLOCK = 2048
-RESPONSE_WARPS = 8
+RESPONSE_BLOCK = 1024
+RESPONSE_THREADS = 512  # a program a response is few programs, so each should be wide
 TOKEN_BLOCK = 1024
 GROUP_BLOCK = tl.constexpr(128)
 
@@ -193,20 +194,21 @@ def response_kernel(
         wanted = ((length - first).to(tl.float64) * double_from_bits(top_bits)).to(tl.int32)
         wanted = tl.maximum(wanted, 1)
         digit = tl.arange(0, 256)
-        for step in tl.static_range(4):
-            SHIFT: tl.constexpr = 24 - 8 * step
+        known = tl.zeros((), tl.uint32)  # the bits of `threshold` that are found already
+        for step in range(4):
+            shift = tl.zeros((), tl.uint32) + (24 - 8 * step)
             histogram = tl.zeros((256,), tl.int32)
             for start in range(tail_begin, active_size, BLOCK):
                 token = start + lane
                 valid = tl.load(mask + token, mask=token < size, other=0) != 0
                 key = order_key(tl.load(cos + token, mask=valid, other=0.0))
-                if step > 0:
-                    valid = valid & (key >> (SHIFT + 8) == threshold)
-                histogram += tl.histogram(((key >> SHIFT) & 255).to(tl.int32), 256, mask=valid)
+                valid = valid & ((key & known) == threshold)
+                histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=valid)
             at_least = tl.sum(histogram) - tl.cumsum(histogram, 0) + histogram
             chosen = tl.maximum(tl.sum((at_least >= wanted).to(tl.int32)) - 1, 0)
             wanted -= tl.sum(tl.where(digit > chosen, histogram, 0))
-            threshold = (threshold << 8) | chosen.to(tl.uint32)
+            threshold |= chosen.to(tl.uint32) << shift
+            known |= tl.full((), 255, tl.uint32) << shift
 
     # Compensated weights (Eq. 5), and what the normalisations and the metrics need of them.
     count = tl.zeros((), tl.int32)
@@ -224,10 +226,7 @@ def response_kernel(
         value = tl.load(cos + token, mask=active, other=0.0)
         ordinal = count + tl.cumsum(active.to(tl.int32), 0) - 1
         count += tl.sum(active.to(tl.int32))
-        if SCORE_KIND == "affine":
-            focus = (1.0 + value) * 0.5
-        else:
-            focus = value - offset
+        focus = (1.0 + value) * 0.5 if SCORE_KIND == "affine" else value - offset
         compensated = compensation(ordinal, length, beta, start_ratio, exponent, step_ratio, SCHEDULE, POSITION)
         open_gate = active
         if GATE:
@@ -285,7 +284,7 @@ def response_kernel(
 
 @triton.jit
 def group_weight(response, score, member, groups, batch, stride):
-    """phi of a response (Eq. 9-10): its score, min-max normalised within its group and centred.
+    """Phi of a response (Eq. 9-10): its score, min-max normalised within its group and centred.
 
     ``score`` and ``member`` (or ``None``) hold an entry a response, ``stride`` apart; members are those whose entry is
     not 0 and whose score is finite.
@@ -390,7 +389,7 @@ def factor_kernel(
     weighted = tl.load(row + WEIGHTED) != 0.0
     trajectory = tl.zeros((), tl.float32)
     if INTER:
-        trajectory = group_weight(response, statistics + SCORE, statistics + TOKENS, groups, batch, STATISTICS)
+        trajectory = group_weight(response, statistics + SCORE, statistics + WEIGHTED, groups, batch, STATISTICS)
 
     token = begin + tl.arange(0, BLOCK)
     active = tl.load(mask + token, mask=token < tl.where(weighted, end, 0), other=0) != 0
@@ -488,7 +487,7 @@ def launch_responses(
             0 if minima is None else minima.shape[0],
             **response_settings(config),
             BLOCK=RESPONSE_BLOCK,
-            num_warps=RESPONSE_WARPS,
+            num_warps=warps_of(RESPONSE_THREADS),
         )
     return w, statistics, lengths
 
