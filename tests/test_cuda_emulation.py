@@ -85,6 +85,7 @@ SHAPES = {
     "reverse": Shape(blocks=3, threads=64, order="reverse"),
     "shuffled": Shape(blocks=3, threads=64, order="shuffled", seed=1),
     "shuffled again": Shape(blocks=5, threads=64, order="shuffled", seed=2),
+    "interleaved": Shape(blocks=3, threads=64, order="interleaved"),
     "more blocks than work": Shape(blocks=40, threads=64),
     "guards before": Shape(blocks=4, threads=64, order="reverse", guard="before"),
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ to build kernels for emulation")
 
 THREADS = 64
-SCHEDULES = [("forward", 0), ("reverse", 0), ("shuffled", 1), ("shuffled", 2)]
+SCHEDULES = [("forward", 0), ("reverse", 0), ("shuffled", 1), ("shuffled", 2), ("interleaved", 0)]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,11 @@ def rounds(values: Tensor) -> Tensor:
     return 3 * values.view(-1, THREADS).roll(-1, -1).flatten() + 3
 
 
+def two_sums(values: Tensor) -> Tensor:
+    sums = values.view(-1, THREADS).sum(-1, keepdim=True)
+    return (2 * sums + THREADS).expand(-1, THREADS).flatten()
+
+
 def neighbours(values: Tensor) -> Tensor:
     return values.roll(-THREADS)
 
@@ -67,6 +72,7 @@ CORRECT = {
     "reverse": reversed_blocks,
     "dynamic": reversed_blocks,
     "rounds": rounds,
+    "two sums": two_sums,
     "neighbours": neighbours,
     "shared across the grid": reversed_blocks,
     "warp operations": warp_sums,
@@ -92,6 +98,7 @@ def test_a_correct_kernel_is_correct_in_every_order(
         ("missing barrier", reversed_blocks),
         ("missing barrier, dynamic", reversed_blocks),
         ("missing barrier between rounds", rounds),
+        ("missing barrier between sums", two_sums),
         ("missing grid barrier", neighbours),
     ],
 )

@@ -24,7 +24,7 @@ from vgpo_kernels.ops.visual_weights import FOCUS_METRICS
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
+ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2, "interleaved": 3}
 GUARDS = {"after": 0, "before": 1}
 
 FLAGS = [

@@ -1,9 +1,10 @@
 // The emulated GPU: a grid of blocks of fibers, their barriers, warp exchanges and shared memory.
 //
 // One operating-system thread runs everything. A fiber runs until it must wait (for a barrier, for the other lanes of
-// a warp operation, for the grid) and then hands over to the next ready fiber of its block in the launch's order.
-// Between two synchronisation points threads thus run to completion one after another: forward, backward, or in a
-// seeded shuffle. A kernel that lacks a barrier computes different results in different orders.
+// a warp operation, for the grid) and then hands over to the first ready fiber of its block in the launch's order:
+// forward, backward, or in a seeded shuffle of warps and of the lanes within. The first warp of the order thus runs as
+// far ahead of the others as the kernel's barriers let it; interleaved, all threads advance together instead. A kernel
+// that lacks a barrier computes different results in different orders.
 #pragma once
 
 #include <link.h>
@@ -29,7 +30,7 @@ struct Index3 {
     size_t volume() const { return static_cast<size_t>(x) * y * z; }
 };
 
-enum class Order { kForward, kReverse, kShuffled };
+enum class Order { kForward, kReverse, kShuffled, kInterleaved };
 
 struct Launch {
     Index3 grid;
@@ -72,11 +73,12 @@ struct Fiber {
 struct Block {
     Index3 index;
     std::vector<Fiber> fibers;
-    std::vector<uint32_t> order;
+    std::vector<uint32_t> order;          // of threads
+    std::vector<uint32_t> place;          // of a thread in `order`
     std::vector<unsigned> waiting_lanes;  // of each warp: who waits in a warp operation
     std::vector<unsigned char> shared;    // static shared memory, while another block runs
     std::unique_ptr<GuardedBuffer> dynamic_shared;
-    size_t cursor = 0;
+    size_t cursor = 0;  // place from which to look for a ready thread
     size_t at_barrier = 0;
     size_t at_grid = 0;
     size_t done = 0;
@@ -241,7 +243,9 @@ class Machine {
         block.index = {index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y};
         block.fibers.assign(threads, Fiber());
         block.waiting_lanes.assign((threads + kWarp - 1) / kWarp, 0u);
-        block.order = ordered(threads);
+        block.order = ordered_threads(threads);
+        block.place.resize(threads);
+        for (size_t i = 0; i < threads; ++i) block.place[block.order[i]] = static_cast<uint32_t>(i);
         block.at_barrier = block.at_grid = block.done = 0;
         block.dynamic_shared = std::make_unique<GuardedBuffer>("dynamic shared memory", launch_.dynamic_shared_bytes,
                                                                Guard::kAfter);
@@ -266,6 +270,16 @@ class Machine {
         return order;
     }
 
+    std::vector<uint32_t> ordered_threads(size_t count) {
+        std::vector<uint32_t> order;
+        for (const uint32_t warp : ordered((count + kWarp - 1) / kWarp)) {
+            for (const uint32_t lane : ordered(kWarp)) {
+                if (warp * kWarp + lane < count) order.push_back(warp * kWarp + lane);
+            }
+        }
+        return order;
+    }
+
     // Runs a block until none of its fibers can go on.
     void resume(Block& block) {
         block.cursor = 0;
@@ -277,10 +291,16 @@ class Machine {
 
     Fiber* next_ready(Block& block) {
         const size_t count = block.fibers.size();
-        for (size_t step = 0; step < count; ++step) {
+        const bool interleaved = launch_.order == Order::kInterleaved;
+        // Unless interleaved, the cursor is below every ready thread: it falls when one becomes ready.
+        for (size_t step = 0; step < count && (interleaved || block.cursor < count); ++step) {
             if (block.cursor == count) block.cursor = 0;
-            Fiber& fiber = block.fibers[block.order[block.cursor++]];
-            if (fiber.state == State::kReady) return &fiber;
+            Fiber& fiber = block.fibers[block.order[block.cursor]];
+            if (fiber.state == State::kReady) {
+                block.cursor += interleaved;
+                return &fiber;
+            }
+            ++block.cursor;
         }
         return nullptr;
     }
@@ -332,6 +352,9 @@ class Machine {
             if ((mask >> lane & 1u) == 0) continue;
             lanes[lane].result = result_of(lanes, lane, mask);
             lanes[lane].state = State::kReady;
+            if (launch_.order != Order::kInterleaved) {
+                block.cursor = std::min<size_t>(block.cursor, block.place[first + lane]);
+            }
         }
         waiting &= ~mask;
     }

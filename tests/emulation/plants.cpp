@@ -54,6 +54,26 @@ void rounds(const float* in, float* out) {
     out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }
 
+// Two sums over the block through the same scratch: without the barrier in between, a warp that runs ahead overwrites
+// what another has yet to read. Only a schedule that lets a warp run ahead through its shuffles shows it.
+template <bool kMissingBarrier>
+void two_sums(const float* in, float* out) {
+    __shared__ float partials[2];
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float result = 0.0f;
+    for (int round = 0; round < 2; ++round) {
+        float sum = in[blockIdx.x * blockDim.x + threadIdx.x] + static_cast<float>(round);
+        for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+        if (lane == 0) partials[warp] = sum;
+        __syncthreads();
+        sum = lane < 2 ? partials[lane] : 0.0f;
+        for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+        if (!kMissingBarrier) __syncthreads();
+        result += sum;
+    }
+    out[blockIdx.x * blockDim.x + threadIdx.x] = result;
+}
+
 // Every block writes, then reads what its neighbour wrote.
 template <bool kMissingBarrier>
 void neighbours(const float* in, float* out, float* exchange) {
@@ -172,6 +192,8 @@ const char* run_plant(const char* name, const float* in, float* out, float* scra
     }
     if (wanted == "rounds") kernel = [=] { rounds<false>(in, out); };
     if (wanted == "missing barrier between rounds") kernel = [=] { rounds<true>(in, out); };
+    if (wanted == "two sums") kernel = [=] { two_sums<false>(in, out); };
+    if (wanted == "missing barrier between sums") kernel = [=] { two_sums<true>(in, out); };
     if (wanted == "neighbours") kernel = [=] { neighbours<false>(in, out, scratch); };
     if (wanted == "missing grid barrier") kernel = [=] { neighbours<true>(in, out, scratch); };
     if (wanted == "grid barrier without cooperation") {
