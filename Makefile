@@ -24,6 +24,8 @@ help:
 demo: $(VENV)/.built
 	$(BIN)/vgpo demo $(ARGS)
 
+# Without a GPU the kernels of Triton run in its interpreter.
+test: export TRITON_INTERPRET ?= $(if $(wildcard /dev/nvidia0 /dev/kfd),0,1)
 test: $(VENV)/.built
 	$(BIN)/python -m pytest $(ARGS)
 
