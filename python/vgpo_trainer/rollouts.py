@@ -65,7 +65,6 @@ class PendingRollout:
     """What is known of a response before its visual signal is: everything but the per-token lists."""
 
     step: int
-    mode: str
     prompt: str
     images: list[Any]
     answer: str | None
@@ -86,19 +85,21 @@ class RolloutRecorder:
     def __init__(self, capacity: int, decode: Callable[[int], str]) -> None:
         self.samples: deque[RolloutSample] = deque(maxlen=capacity)
         self._decode = decode
-        self._pending: list[PendingRollout] = []
+        # By mode: an evaluation may come between the micro-batches of a generation batch.
+        self._pending: dict[str, list[PendingRollout]] = {}
 
     @property
     def enabled(self) -> bool:
         """Whether anything is kept."""
         return self.samples.maxlen != 0
 
-    def begin(self, pending: list[PendingRollout]) -> None:
+    def begin(self, mode: str, pending: list[PendingRollout]) -> None:
         """Start a generation batch; :meth:`complete` refers to its responses by their index."""
-        self._pending = pending
+        self._pending[mode] = pending
 
     def complete(
         self,
+        mode: str,
         index: Tensor,  # [B]
         completion_ids: Tensor,  # [B, T]
         completion_mask: Tensor,  # [B, T]
@@ -116,13 +117,13 @@ class RolloutRecorder:
         ids = completion_ids[kept].cpu()
         rows = zip(index[kept].tolist(), phi[kept].tolist(), late_early[kept].tolist(), strict=True)
         for row, (pending_index, phi_of_row, ratio) in enumerate(rows):
-            known = self._pending[pending_index]
+            known = self._pending[mode][pending_index]
             shown = masks[0][row]
             per_token = [value[row][shown].tolist() for value in values]
             self.samples.append(
                 RolloutSample(
                     step=known.step,
-                    mode=known.mode,
+                    mode=mode,
                     prompt=known.prompt,
                     images=known.images,
                     answer=known.answer,

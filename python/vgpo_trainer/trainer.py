@@ -9,20 +9,20 @@ things: the visual focus of every response token, the factors that follow from i
 **What a step leaves behind.** With ``logging_steps=1`` (the default) every optimisation step appends one JSON object
 to ``<output_dir>/metrics.jsonl``. It is TRL's own log record with ``step`` and ``seconds`` (since the start of
 training) added. TRL's keys keep their names: ``loss``, ``reward``, ``reward_std``, ``rewards/<function>/mean``,
-``completions/mean_length``, ``entropy``, ``kl`` (with ``beta > 0``), ``grad_norm``, ``learning_rate``, ``step_time``.
-Ours:
+``completions/mean_length``, ``entropy``, ``kl`` (with ``beta > 0``), ``clip_ratio/low_mean`` (also ``high_mean`` and
+``region_mean``), ``grad_norm``, ``learning_rate``, ``step_time``; and ``accuracy``, if a reward function reports it
+with TRL's ``log_metric("accuracy", value)``. Ours:
 
-==========================  ==========================================================================================
-``vgpo/visual_focus``       mean cosine of response tokens to their image prototype
-``vgpo/gate_rate``          share of those tokens that the gate lets through
-``vgpo/late_early_ratio``   visual focus of a response's second half over its first
-``vgpo/psi_std``            standard deviation of the token weights psi
-``vgpo/phi_std``            standard deviation of the trajectory weights phi
-``vgpo/weighted_share``     share of responses that have an image (and finite hidden states)
-``vgpo/factor_min``, ``_mean``, ``_max``  the factors (1 + psi) (1 + phi) that multiply advantages
-``clip_ratio/low_mean``, ``clip_ratio/high_mean``, ``clip_ratio/region_mean``  shares of clipped tokens
-``accuracy``                if a reward function reports it with TRL's ``log_metric("accuracy", value)``
-==========================  ==========================================================================================
+=========================  ==================================================================================
+``vgpo/visual_focus``      mean cosine of response tokens to their image prototype
+``vgpo/gate_rate``         share of those tokens that the gate lets through
+``vgpo/late_early_ratio``  visual focus of a response's second half over its first
+``vgpo/psi_std``           standard deviation of the token weights psi
+``vgpo/phi_std``           standard deviation of the trajectory weights phi
+``vgpo/weighted_share``    share of responses that have an image (and finite hidden states)
+``vgpo/factor_mean``       the factors (1 + psi)(1 + phi) that multiply advantages; also ``_min``, ``_max``
+``vgpo/old_policy_kl``     divergence of the policy from the one that generated
+=========================  ==================================================================================
 
 Records of an evaluation have the same keys with the prefix ``eval_``.
 
@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -135,9 +136,12 @@ class VGPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **others)
         if self._signal_config is not None:
             final_norm(self.model)
-            self._visual_tokens = visual_token_ids(self.model)
+            try:
+                self._visual_tokens = visual_token_ids(self.model)
+            except ValueError as error:
+                raise ValueError(f"{error}; vgpo=None trains without the visual signal") from error
         capacity = args.rollout_samples if self.accelerator.is_main_process else 0
-        self._recorder = RolloutRecorder(capacity, lambda token: self._tokenizer.decode([token]))
+        self._recorder = RolloutRecorder(capacity, cache(lambda token: self._tokenizer.decode([token])))
         self.add_callback(MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
 
     @property
@@ -163,9 +167,9 @@ class VGPOTrainer(GRPOTrainer):
 
         batch["rollout_index"] = torch.arange(len(inputs), device=self.accelerator.device)
         if self._recorder.enabled:
-            self._recorder.begin(self._pending_rollouts(inputs, batch["advantages"], mode))
+            self._recorder.begin(mode, self._pending_rollouts(inputs, batch["advantages"]))
         if groups is None:
-            self._record(batch, None)
+            self._record(batch, None, mode)
         else:
             batch["prompt_group"] = groups
             if source == "scoring":
@@ -183,15 +187,12 @@ class VGPOTrainer(GRPOTrainer):
         self._correct = list(self._pending_extra_logs.get("correct", []))
         return rewards
 
-    def _pending_rollouts(
-        self, inputs: Sequence[Mapping[str, Any]], advantages: Tensor, mode: str
-    ) -> list[PendingRollout]:
+    def _pending_rollouts(self, inputs: Sequence[Mapping[str, Any]], advantages: Tensor) -> list[PendingRollout]:
         assert self._rewards is not None
         correct = self._correct if len(self._correct) == len(inputs) else [None] * len(inputs)
         return [
             PendingRollout(
                 step=self.state.global_step,
-                mode=mode,
                 prompt=prompt_text(row.get("prompt", "")),
                 images=row_images(row),
                 answer=None if row.get("answer") is None else str(row["answer"]),
@@ -265,17 +266,18 @@ class VGPOTrainer(GRPOTrainer):
             gather=self.accelerator.gather,
             process_index=self.accelerator.process_index,
         )
-        self._record(batch, signal)
+        self._record(batch, signal, mode)
         self._log_signal(signal, response_mask, mode)
         return signal
 
-    def _record(self, batch: Mapping[str, Any], signal: VisualSignal | None) -> None:
+    def _record(self, batch: Mapping[str, Any], signal: VisualSignal | None, mode: str) -> None:
         if not self._recorder.enabled:
             return
         response_mask = Sequences.of(batch).response_mask
         zeros = torch.zeros(response_mask.shape, device=response_mask.device)
         ones, nothing = torch.ones_like(zeros), zeros.sum(dim=1)
         self._recorder.complete(
+            mode,
             batch["rollout_index"],
             batch["completion_ids"],
             batch["completion_mask"],

@@ -158,7 +158,7 @@ def refuse_unsupported(args: VGPOTrainingConfig) -> None:
         )
     if args.use_adaptive_entropy:
         raise ValueError("use_adaptive_entropy is not supported; set a fixed entropy_coef")
-    if args.vgpo is not None and args.torch_compile:
+    if (args.vgpo is not None or args.vgpo_diagnostics) and args.torch_compile:
         raise ValueError(
             "torch_compile=True is not supported with VGPO: a compiled forward pass skips the hook that reads hidden "
             "states"

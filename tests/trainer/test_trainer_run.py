@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ import torch
 pytest.importorskip("trl")
 
 import vgpo_trainer
-from trainer.tiny_runs import llava, make_trainer, picture, rows, save_model
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, TrainerState
+from trainer.tiny_runs import llava, make_trainer, parity_reward, picture, rows, save_model
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2ForCausalLM, TrainerCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 from vgpo_trainer import train
 from vgpo_trainer.callbacks import MetricsFile, read_metrics
@@ -320,6 +321,16 @@ def test_another_trl_is_refused_with_the_versions_known():
         UnknownSurfaceError, match=r"_compute_loss takes \(self, model, batch\), not inputs: .*trl 1\.16"
     ):
         check_surface(Later)
+
+
+def test_a_text_model_is_refused_unless_vgpo_is_off(tmp_path):
+    model, processor = llava()
+    text = Qwen2ForCausalLM(model.config.text_config)
+    for preset in ("paper", None):
+        settings = VGPOTrainingConfig(str(tmp_path), vgpo=preset, bf16=False, use_cpu=True, report_to="none")
+        refusal = pytest.raises(ValueError, match=r"qwen2 has none of image_token_id.*vgpo=None trains without")
+        with refusal if preset else nullcontext():
+            vgpo_trainer.VGPOTrainer(text, parity_reward, settings, rows([0]), processing_class=processor.tokenizer)
 
 
 def test_videos_are_refused_where_trl_would_drop_them(tmp_path):
