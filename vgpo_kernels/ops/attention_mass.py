@@ -167,8 +167,8 @@ def _fake_mass(
     return q.new_empty((*heads, num_segments), dtype=torch.float32), q.new_empty(heads, dtype=torch.float32)
 
 
-def _fake_mass_backward(grad_mass: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like(q), _like(k)
+def _fake_gradients(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 def _fake_heatmap(q: Tensor, k: Tensor, *_: Any) -> Tensor:
@@ -182,10 +182,6 @@ def _by_head(tensor: Tensor) -> tuple[int, ...]:
     return tuple(shape) if tensor.dim() == 4 else tuple(reversed(shape))
 
 
-def _like(tensor: Tensor) -> Tensor:
-    return tensor.new_empty(tensor.shape)
-
-
 def _save_mass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, _, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(*tensors, *output)
@@ -196,8 +192,7 @@ def _save_mass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 def _backward_mass(ctx: Any, grad_mass: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_mass is None:
         return (None,) * 9
-    backward = torch.ops.vgpo_kernels.attention_mass_backward
-    return *backward(grad_mass.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.window), *(None,) * 7
+    return *_gradients("attention_mass_backward", ctx, grad_mass), *(None,) * 7
 
 
 def _save_heatmap(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -209,8 +204,15 @@ def _save_heatmap(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_heatmap(ctx: Any, grad_heat: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_heat is None:
         return (None,) * 10
-    backward = torch.ops.vgpo_kernels.attention_heatmap_backward
-    return *backward(grad_heat.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.window), *(None,) * 8
+    return *_gradients("attention_heatmap_backward", ctx, grad_heat), *(None,) * 8
+
+
+def _gradients(name: str, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients by q and k, which are the first two of the saved tensors."""
+    q, k, *_ = saved = ctx.saved_tensors
+    arguments = (grad.contiguous(), *saved, ctx.scale, ctx.window)
+    grad_q, grad_k = registry.call(name, grad.device, checks.compute_dtype(grad), *arguments)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype)
 
 
 _KEYS = "Tensor q, Tensor k, Tensor key_segments, Tensor? query_positions"
@@ -227,7 +229,7 @@ registry.define(
     reference.attention_mass_backward,
     f"(Tensor grad_mass, {_KEYS}, {_LAYOUT}, Tensor mass, Tensor lse, float scale, int window) "
     "-> (Tensor grad_q, Tensor grad_k)",
-    _fake_mass_backward,
+    _fake_gradients,
 )
 registry.define(
     reference.attention_heatmap,
@@ -240,5 +242,5 @@ registry.define(
     reference.attention_heatmap_backward,
     f"(Tensor grad_heat, {_KEYS}, Tensor query_weights, Tensor lse, {_LAYOUT}, float scale, int window) "
     "-> (Tensor grad_q, Tensor grad_k)",
-    _fake_mass_backward,
+    _fake_gradients,
 )

@@ -7,7 +7,7 @@ it is computed as one sequence in which queries see the keys of their own respon
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vgpo_kernels.reference.layout import responses_of
 
@@ -33,7 +33,8 @@ def attention_mass(
     # A row without a visible key keeps its scores, so that its softmax, of which nothing is used, stays finite.
     scores = torch.where(visible | ~sees, scores, -torch.inf)
     probability = torch.where(visible, scores.softmax(-1), torch.zeros_like(scores))
-    lse = torch.where(sees[..., 0], scores.logsumexp(-1), -torch.inf)
+    # The column added changes no sum, and stands for the keys of a response that has none.
+    lse = torch.where(sees[..., 0], nn.functional.pad(scores, (0, 1), value=-torch.inf).logsumexp(-1), -torch.inf)
     segments = torch.arange(num_segments, device=k.device)
     member = (key_segments.reshape(-1, 1, key_segments.shape[-1], 1) == segments).to(dtype)
     return _unbatch(probability @ member, cu_seqlens_q), _unbatch(lse, cu_seqlens_q)
