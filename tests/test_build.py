@@ -23,6 +23,8 @@ setuptools = pytest.importorskip("setuptools")
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 SOURCE = r"""
+#include <math.h>  // the system's, whatever csrc/math.h holds
+#include "csrc_alone.h"
 #include <Python.h>
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
@@ -39,6 +41,8 @@ def project(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, folder)
     (folder / "vgpo_kernels/__init__.py").write_text('__version__ = "0.0"\n')
     (folder / "csrc/library.cpp").write_text(SOURCE)
+    (folder / "csrc/math.h").write_text("#error csrc/math.h hides the system's\n")
+    (folder / "csrc/csrc_alone.h").touch()
     return folder
 
 
