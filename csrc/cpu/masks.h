@@ -1,15 +1,37 @@
 // Compaction of masked sequences, and its reverse.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 namespace vgpo {
 
-inline int64_t count_set(const bool* mask, int64_t length) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < length; ++i) count += mask[i];
-    return count;
+// Where a mask is set: `count` entries within [first, first + extent). Usually there are no holes, and arrays can be
+// used where they lie.
+struct ValidSpan {
+    int64_t first = 0, extent = 0, count = 0;
+
+    bool has_holes() const { return count < extent; }
+};
+
+inline ValidSpan span_of(const bool* mask, int64_t length) {
+    const auto* found = static_cast<const bool*>(std::memchr(mask, 1, static_cast<size_t>(length)));
+    if (found == nullptr) return {};
+    ValidSpan span;
+    span.first = found - mask;
+    int64_t end = length;
+    while (!mask[end - 1]) --end;
+    span.extent = end - span.first;
+    // Eight entries at a time: each is a byte of 0 or 1, and the product's top byte is their sum.
+    int64_t i = span.first;
+    for (; i + 8 <= end; i += 8) {
+        uint64_t bytes;
+        std::memcpy(&bytes, mask + i, sizeof bytes);
+        span.count += static_cast<int64_t>((bytes * 0x0101010101010101u) >> 56);
+    }
+    for (; i < end; ++i) span.count += mask[i];
+    return span;
 }
 
 // Moves the values where the mask is set to the front of `to`, which has room for `length`.
@@ -21,13 +43,26 @@ inline void compact(const float* from, const bool* mask, int64_t length, float* 
     }
 }
 
-// The reverse, in place: the values at the front move to where the mask is set, `fill` goes elsewhere.
+// The reverse, in place: of `length` values, the `count` at the front move to where the mask is set, and `fill` goes
+// elsewhere. Selects by bits, because a branch on a mask with holes is mispredicted.
 inline void expand(float* values, const bool* mask, int64_t length, int64_t count, float fill) {
-    if (count == length) return;
+    uint32_t filling;
+    std::memcpy(&filling, &fill, sizeof filling);
     for (int64_t i = length - 1; i >= 0; --i) {
         count -= mask[i];
-        values[i] = mask[i] ? values[count] : fill;
+        uint32_t value;
+        std::memcpy(&value, values + count, sizeof value);
+        const uint32_t chosen = 0u - static_cast<uint32_t>(mask[i]);
+        value = (value & chosen) | (filling & ~chosen);
+        std::memcpy(values + i, &value, sizeof value);
     }
+}
+
+// The same for an array of `length` whose span was computed side by side from span.first on.
+inline void spread(float* values, const bool* mask, int64_t length, const ValidSpan& span, float fill) {
+    std::fill(values, values + span.first, fill);
+    if (span.has_holes()) expand(values + span.first, mask + span.first, span.extent, span.count, fill);
+    std::fill(values + span.first + span.extent, values + length, fill);
 }
 
 }  // namespace vgpo

@@ -19,41 +19,50 @@ constexpr int64_t kPiece = 1024;
 class PieceTokens {
 public:
     PieceTokens(const LossInput& input, int64_t response, int64_t begin, int64_t end)
-        : mask_(input.response_mask + begin), positions_(end - begin), count_(count_set(mask_, positions_)) {
-        tokens.length = count_;
-        tokens.logp = gathered(input.logp, begin, buffers_[0]);
-        tokens.old_logp = gathered(input.old_logp, begin, buffers_[1]);
-        tokens.factors = gathered(input.factors, begin, buffers_[2]);
-        tokens.ref_logp = gathered(input.ref_logp, begin, buffers_[3]);
-        tokens.entropy = gathered(input.entropy, begin, buffers_[4]);
+        : mask_(input.response_mask + begin),
+          positions_(end - begin),
+          span_(span_of(mask_, positions_)),
+          first_(begin + span_.first) {
+        tokens.length = span_.count;
+        tokens.logp = gathered(input.logp, buffers_[0]);
+        tokens.old_logp = gathered(input.old_logp, buffers_[1]);
+        tokens.factors = gathered(input.factors, buffers_[2]);
+        tokens.ref_logp = gathered(input.ref_logp, buffers_[3]);
+        tokens.entropy = gathered(input.entropy, buffers_[4]);
         if (input.advantages_per_response) {
             tokens.advantage = input.advantages[response];
         } else {
-            tokens.advantages = gathered(input.advantages, begin, buffers_[5]);
+            tokens.advantages = gathered(input.advantages, buffers_[5]);
         }
         tokens.importance_weight = 1.0f;
         if (input.importance_per_response) {
             tokens.importance_weight = input.importance_weights[response];
         } else {
-            tokens.importance = gathered(input.importance_weights, begin, buffers_[6]);
+            tokens.importance = gathered(input.importance_weights, buffers_[6]);
         }
     }
 
-    // Moves the values that the kernels left side by side to the piece's valid tokens, zeros elsewhere.
-    void spread(float* values) const { expand(values, mask_, positions_, count_, 0.0f); }
+    // Where kernels leave values of the valid tokens side by side in an array of tokens.
+    float* place(float* values) const { return values + first_; }
+    // Moves those values to the piece's valid tokens, zeros elsewhere.
+    void spread_out(float* values) const {
+        spread(values + first_ - span_.first, mask_, positions_, span_, 0.0f);
+    }
 
     LossTokens tokens = {};
 
 private:
-    const float* gathered(const float* values, int64_t begin, float* buffer) const {
-        if (values == nullptr || count_ == positions_) return values == nullptr ? nullptr : values + begin;
-        compact(values + begin, mask_, positions_, buffer);
+    const float* gathered(const float* values, float* buffer) const {
+        if (values == nullptr) return nullptr;
+        if (!span_.has_holes()) return values + first_;
+        compact(values + first_, mask_ + span_.first, span_.extent, buffer);
         return buffer;
     }
 
     const bool* mask_;
     int64_t positions_;
-    int64_t count_;
+    ValidSpan span_;
+    int64_t first_;
     float buffers_[7][kPiece];
 };
 
@@ -67,7 +76,7 @@ struct Batch {
         : input(loss_input), counts(loss_input.layout.batch), pieces(lengths(loss_input.layout), kPiece) {
         parallel_items(input.layout.batch, [&](int64_t b) {
             const int64_t begin = input.layout.token_begin(b);
-            counts[b] = count_set(input.response_mask + begin, input.layout.token_end(b) - begin);
+            counts[b] = span_of(input.response_mask + begin, input.layout.token_end(b) - begin).count;
         });
     }
 
@@ -175,8 +184,8 @@ void policy_loss(const LossInput& input, const LossOptions& options, const LossO
         PieceTokens gathered(input, b, begin, end);
         gathered.tokens.mean_log_ratio = means[b];
         gathered.tokens.scale = token_scale(batch.counts[b], num_tokens, num_sequences, options);
-        kernels().policy_loss(gathered.tokens, options, output.grad_logp + begin, sums[piece]);
-        gathered.spread(output.grad_logp + begin);
+        kernels().policy_loss(gathered.tokens, options, gathered.place(output.grad_logp), sums[piece]);
+        gathered.spread_out(output.grad_logp);
         for (int64_t token = begin; output.grad_entropy != nullptr && token < end; ++token) {
             output.grad_entropy[token] =
                 input.response_mask[token] ? -options.entropy_coef * gathered.tokens.scale : 0.0f;

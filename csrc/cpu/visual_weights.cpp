@@ -17,8 +17,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // One response on its way through the stages.
 struct Response {
+    ValidSpan span;
     const float* cos = nullptr;  // its valid cosines, side by side
-    int64_t count = 0;
     bool finite = true;
     bool weighted = false;           // has an image and only finite cosines
     float smallest_cos = kInfinity;  // of the finite ones
@@ -35,8 +35,8 @@ void write_metrics(const std::vector<Response>& responses, const bool* has_visua
         ++weighted;
         cos_sum += response.weights.cos_sum;
         gated += response.weights.gated;
-        tokens += response.count;
-        const int64_t early = (response.count + 1) / 2, late = response.count - early;
+        tokens += response.span.count;
+        const int64_t early = (response.span.count + 1) / 2, late = response.span.count - early;
         if (late > 0 && response.weights.early_sum > 0.0) {
             ratio_sum += (response.weights.late_sum / static_cast<double>(late)) /
                          (response.weights.early_sum / static_cast<double>(early));
@@ -62,18 +62,18 @@ void visual_weights(const float* cos, const bool* response_mask, const int64_t* 
         Response& response = responses[b];
         const int64_t begin = layout.token_begin(b), length = layout.token_end(b) - begin;
         const bool* mask = response_mask + begin;
-        response.count = count_set(mask, length);
-        response.cos = cos + begin;
-        if (response.count < length) {
+        const ValidSpan span = response.span = span_of(mask, length);
+        response.cos = cos + begin + span.first;
+        if (span.has_holes()) {
             // The factors come last: until then their place holds the compacted cosines.
-            compact(cos + begin, mask, length, output.factors + begin);
+            compact(response.cos, mask + span.first, span.extent, output.factors + begin);
             response.cos = output.factors + begin;
         }
-        response.finite = kernels().all_finite(response.cos, response.count);
+        response.finite = kernels().all_finite(response.cos, span.count);
         const bool image = has_visual == nullptr || has_visual[b];
         response.weighted = image && response.finite;
         if (image && config.needs_batch_offset()) {
-            response.smallest_cos = kernels().smallest_finite(response.cos, response.count);
+            response.smallest_cos = kernels().smallest_finite(response.cos, span.count);
         }
     });
 
@@ -89,14 +89,16 @@ void visual_weights(const float* cos, const bool* response_mask, const int64_t* 
         const int64_t begin = layout.token_begin(b), length = layout.token_end(b) - begin;
         // A response without tokens has accumulated nothing: it is a member of its group all the same, with score 0.
         member[b] = response.weighted;
-        if (response.weighted && response.count > 0) {
-            std::vector<int32_t> keys(response.count + kKeyPadding);
-            response.weights = kernels().response_weights(response.cos, response.count, offset, config, keys.data(),
-                                                          output.w + begin, output.psi + begin);
-            expand(output.w + begin, response_mask + begin, length, response.count, 0.0f);
+        float *w = output.w + begin, *psi = output.psi + begin;
+        if (response.weighted && response.span.count > 0) {
+            const ValidSpan& span = response.span;
+            std::vector<int32_t> keys(span.count + kKeyPadding);
+            response.weights = kernels().response_weights(response.cos, span.count, offset, config, keys.data(),
+                                                          w + span.first, psi + span.first);
+            spread(w, response_mask + begin, length, span, 0.0f);
         } else {
-            std::fill_n(output.w + begin, length, 0.0f);
-            std::fill_n(output.psi + begin, length, 0.0f);
+            std::fill_n(w, length, 0.0f);
+            std::fill_n(psi, length, 0.0f);
         }
         output.score[b] = response.finite ? response.weights.score : std::numeric_limits<float>::quiet_NaN();
     });
@@ -109,10 +111,11 @@ void visual_weights(const float* cos, const bool* response_mask, const int64_t* 
             std::fill_n(output.factors + begin, length, 1.0f);
             return;
         }
-        const int64_t count = responses[b].count;
-        kernels().factors(output.psi + begin, count, output.phi[b], config, output.factors + begin);
-        expand(output.factors + begin, response_mask + begin, length, count, 1.0f);
-        expand(output.psi + begin, response_mask + begin, length, count, 0.0f);
+        const ValidSpan& span = responses[b].span;
+        float *factors = output.factors + begin, *psi = output.psi + begin;
+        kernels().factors(psi + span.first, span.count, output.phi[b], config, factors + span.first);
+        spread(factors, response_mask + begin, length, span, 1.0f);
+        spread(psi, response_mask + begin, length, span, 0.0f);
     });
     write_metrics(responses, has_visual, output.metrics);
 }
