@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint build gpu-check clean FORCE
+.PHONY: help demo test bench lint build verl gpu-check clean FORCE
 
 help:
 	@echo "make demo       train a small vision-language model with VGPO, end with a report"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench      run the benchmarks"
 	@echo "make lint       run the linters and the type checker"
 	@echo "make build      compile the extension only (VGPO_BUILD=auto|cpu|cuda|none)"
+	@echo "make verl       install verl beside it, so that the tests of its adapter run"
 	@echo "make gpu-check  build, test, sanitize and measure on an NVIDIA GPU, with the Python of the machine"
 	@echo "make clean      remove everything that was built, but not $(VENV)"
 
@@ -38,6 +39,8 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 build: $(VENV)/.built
+
+verl: $(VENV)/.verl
 
 gpu-check:
 	PYTHON=$(PYTHON) bash scripts/gpu_check.sh $(ARGS)
@@ -61,4 +64,9 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
 # Compiles what changed since the installation, and says what was built, which pip keeps to itself.
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/python setup.py build_ext --inplace
+	@touch $@
+
+# Without its own pins, which ask for older releases than the trainer is tested with.
+$(VENV)/.verl: $(VENV)/.installed tests/integrations/verl.txt
+	$(BIN)/python -m pip install --no-deps -r tests/integrations/verl.txt
 	@touch $@
