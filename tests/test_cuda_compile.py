@@ -85,9 +85,9 @@ def test_kernels_compile_without_warnings_or_spills(nvcc: str) -> None:
     }
     for row in rows:
         assert row.spill_store_bytes == row.spill_load_bytes == row.stack_bytes == 0, row
-        # Two blocks of 512 threads on a multiprocessor: what keeps enough loads in flight.
-        assert row.registers <= 64, row
-        assert 2 * row.shared_bytes <= 96 * 1024, row
+        # A block of 512 threads must fit a multiprocessor, its shared memory without opting in to more.
+        assert row.registers <= 128, row
+        assert row.shared_bytes <= 48 * 1024, row
     recorded = cuda_resources.read_table()
     if recorded[0].nvcc == cuda_resources.release(nvcc):
         assert rows == recorded, "benchmarks/results/cuda_resources.csv is stale: run scripts/cuda_resources.py"

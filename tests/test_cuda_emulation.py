@@ -15,11 +15,12 @@ import test_visual_weights
 import torch
 from cases import EDGES, Batch, Response, make_batch
 from emulation.harness import EmulationError, Emulator, Shape, compiler
-from tolerance import assert_matches
+from tolerance import assert_close, assert_matches
 from torch import Tensor
 
 from vgpo_kernels import VGPOConfig, backend, backends
 from vgpo_kernels.config import PolicyLossOptions
+from vgpo_kernels.reference import policy_loss as policy_reference
 from vgpo_kernels.reference import visual_focus as reference
 from vgpo_kernels.reference import visual_weights as weights_reference
 
@@ -137,6 +138,34 @@ def test_any_block_size_is_right(emulator: Emulator, threads: int) -> None:
     assert_matches(cos, reference.visual_focus, focus, ("cos",))
     names = ("factors", "psi", "w", "phi", "score", "metrics")
     assert_matches(weights, weights_reference.visual_weights, weigh, names)
+
+
+# ---- long responses ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo", "gspo_token"])
+def test_long_responses_are_taken_in_pieces(emulator: Emulator, loss_type: str, packed: bool) -> None:
+    """Blocks share out 2,048 tokens of a response at a time: lengths around and across that."""
+    lengths = (5000, 2048, 2049, 0, 1)
+    edge = tuple(Response(visual=1, text=0, length=length, holes=length == 5000) for length in lengths)
+    batch = make_batch(edge, features=1, packed=packed)
+    boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.long()
+    options = PolicyLossOptions(loss_type=loss_type, kl_coef=0.1, entropy_coef=0.1)
+    arguments = (
+        *(batch.logp, batch.old_logp, batch.advantages, batch.response_mask, None, boundaries),
+        *(batch.ref_logp, batch.entropy, None, None, None, options.as_floats()),
+    )
+    loss, gradient, _, metrics = emulator.policy_loss(*arguments)
+    for shape in SHAPES.values():
+        with emulator.launched_as(shape):
+            again = emulator.policy_loss(*arguments)
+        assert torch.equal(again[0], loss) and torch.equal(again[1], gradient) and torch.equal(again[3], metrics)
+    logp = batch.logp.double().requires_grad_()
+    exact, exact_metrics = policy_reference.policy_loss(logp, *arguments[1:])
+    assert_close(loss, exact, name="loss", floor=4e-6)
+    assert_close(metrics, exact_metrics, name="metrics", floor=4e-6 * exact_metrics.max().item())
+    assert_close(gradient, torch.autograd.grad(exact, logp)[0], name="gradient", floor=1e-8)
 
 
 # ---- hidden states -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -156,17 +157,19 @@ inline PolicyOutput loss_output(const LossTensors& tensors, const OptionalTensor
 template <typename Arguments>
 int resident_blocks(void (*kernel)(Arguments)) {
     constexpr int kMostDevices = 64;
-    static int known[kMostDevices] = {};  // every writer writes the same value
+    static std::atomic<int> known[kMostDevices] = {};
     int device = 0;
     C10_CUDA_CHECK(cudaGetDevice(&device));
     TORCH_CHECK(device < kMostDevices, "more than ", kMostDevices, " devices");
-    if (known[device] == 0) {
+    int blocks = known[device].load(std::memory_order_relaxed);
+    if (blocks == 0) {
         int per_multiprocessor = 0, multiprocessors = 0;
         C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, 0));
         C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-        known[device] = per_multiprocessor * multiprocessors;
+        blocks = per_multiprocessor * multiprocessors;
+        known[device].store(blocks, std::memory_order_relaxed);
     }
-    return known[device];
+    return blocks;
 }
 
 // Launches a kernel on the current stream, cooperatively, with as many blocks as have work and fit at once.

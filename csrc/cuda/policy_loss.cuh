@@ -1,7 +1,8 @@
 // The policy losses with per-token advantages: loss, gradient and metrics (Eq. 11 and the losses it plugs into).
 //
-// A block takes a response; the gradient is written with the loss, in one launch. Per-response partial sums go to the
-// workspace, one block adds them up in a fixed order.
+// A block takes a piece of a response, 2,048 tokens by ordinal, so that long responses spread over the chip as many
+// short ones do; the gradient is written with the loss, in one launch. The sums of a piece go to the workspace and are
+// added up in the order of the pieces.
 //
 // Memory traffic: the mask, logp, old_logp and, where given, advantages, factors, ref_logp, entropy and importance
 // weights in, the gradients out; 4 bytes a token each. Sequence-level losses read logp and old_logp once more.
@@ -140,7 +141,61 @@ __device__ inline TokenLoss token_loss(const PolicyInput& input, int64_t respons
     return result;
 }
 
-// ---- a response -----------------------------------------------------------------------------------------------
+// ---- pieces of responses --------------------------------------------------------------------------------------
+
+constexpr int kPieceTokens = 2048;
+
+constexpr __host__ __device__ int piece_count(int length) { return ceil_div(length, kPieceTokens); }
+
+// The most pieces a batch can have.
+inline int64_t max_pieces(const Layout& layout) {
+    if (layout.cu_seqlens == nullptr) return layout.batch * ceil_div<int64_t>(layout.tokens, kPieceTokens);
+    return layout.tokens / kPieceTokens + layout.batch;
+}
+
+struct LossWorkspace {
+    PolicySums* sums = nullptr;           // [pieces]
+    double* log_ratio_sums = nullptr;     // [pieces] of sequence-level losses
+    double* sequence_slopes = nullptr;    // [pieces] of GSPO
+};
+
+template <typename Arena>
+void bind_loss(LossWorkspace& workspace, Arena& arena, const Layout& layout, const LossOptions& options) {
+    workspace.sums = arena.template take<PolicySums>("policy_sums", max_pieces(layout));
+    if (!options.sequence_level()) return;
+    workspace.log_ratio_sums = arena.template take<double>("log_ratio_sums", max_pieces(layout));
+    workspace.sequence_slopes = arena.template take<double>("sequence_slopes", max_pieces(layout));
+}
+
+// A piece of a response: ordinals [first, last).
+struct Piece {
+    int index;           // among all pieces
+    int response;
+    int first, last;
+    int begin, end;      // the pieces of its response
+    ResponseTokens tokens;
+};
+
+// Calls body(piece) for this block's share of the pieces. Whole blocks call it.
+template <typename Body>
+__device__ void for_each_piece(const Layout& layout, const FocusWorkspace& lists, Body body) {
+    const int32_t* counts = lists.token_count;
+    auto cursor = ragged_cursor(layout.batch, [=](int response) { return piece_count(counts[response]); });
+    for (int item = blockIdx.x; cursor.seek(item); item += gridDim.x) {
+        const ResponseTokens tokens = response_tokens(layout, lists, cursor.response());
+        const int first = (item - cursor.begin()) * kPieceTokens;
+        const int last = first + kPieceTokens < tokens.length ? first + kPieceTokens : tokens.length;
+        const int end = cursor.begin() + piece_count(tokens.length);
+        body(Piece{item, cursor.response(), first, last, cursor.begin(), end, tokens});
+    }
+}
+
+// The sum of a response's pieces, in order.
+__device__ inline double sum_of_pieces(const double* sums, const Piece& piece) {
+    double total = 0.0;
+    for (int i = piece.begin; i < piece.end; ++i) total += sums[i];
+    return total;
+}
 
 // Number of valid tokens of the batch, to every thread of the block.
 __device__ inline int64_t total_tokens(const int32_t* token_count, int64_t batch) {
@@ -149,67 +204,91 @@ __device__ inline int64_t total_tokens(const int32_t* token_count, int64_t batch
     return block_sum(total);
 }
 
-// A block computes the loss and gradient of a response. `factor(ordinal, token)` is the advantage's factor.
-template <typename Factor>
-__device__ void response_loss(const PolicyInput& input, const PolicyOutput& output, const ResponseTokens& tokens,
-                              int64_t response, float num_tokens, Factor factor, PolicySums& result) {
-    const LossOptions& options = input.options;
+// What a token of a response counts in the loss.
+__device__ inline float scale_of(const PolicyInput& input, int length, float num_tokens) {
     const float sequences =
         input.num_sequences == nullptr ? static_cast<float>(input.layout.batch) : *input.num_sequences;
-    const float scale = token_scale(tokens.length, num_tokens, sequences, options);
-    const float length = static_cast<float>(tokens.length);
+    return token_scale(length, num_tokens, sequences, input.options);
+}
+
+// A block computes the loss and gradient of a piece. `factor(ordinal, token)` is the advantage's factor.
+template <typename Factor>
+__device__ void piece_loss(const PolicyInput& input, const PolicyOutput& output, const LossWorkspace& workspace,
+                           const Piece& piece, float num_tokens, Factor factor) {
+    const LossOptions& options = input.options;
+    const float scale = scale_of(input, piece.tokens.length, num_tokens);
     Ratio<float> sequence_ratio{1.0f, 1.0f};
     if (options.sequence_level()) {
-        double log_ratio = 0.0;
-        for (int ordinal = threadIdx.x; ordinal < tokens.length; ordinal += blockDim.x) {
-            const int64_t token = tokens.token(ordinal);
-            log_ratio += input.logp[token] - input.old_logp[token];
-        }
-        const float mean = static_cast<float>(block_sum(log_ratio) / length);
-        sequence_ratio = importance_ratio(mean, options);
+        const double mean = sum_of_pieces(workspace.log_ratio_sums, piece) / piece.tokens.length;
+        sequence_ratio = importance_ratio(static_cast<float>(mean), options);
     }
     PolicySums sums = PolicySums::identity();
     double sequence_slope = 0.0;
-    for (int ordinal = threadIdx.x; ordinal < tokens.length; ordinal += blockDim.x) {
-        const int64_t token = tokens.token(ordinal);
-        const TokenLoss loss = token_loss(input, response, token, factor(ordinal, token), sequence_ratio, sums);
+    for (int ordinal = piece.first + static_cast<int>(threadIdx.x); ordinal < piece.last; ordinal += blockDim.x) {
+        const int64_t token = piece.tokens.token(ordinal);
+        const TokenLoss loss =
+            token_loss(input, piece.response, token, factor(ordinal, token), sequence_ratio, sums);
         sums.loss += static_cast<double>(loss.value) * scale;
         sequence_slope += loss.sequence_slope;
         output.grad_logp[token] = loss.slope * scale;
         if (output.grad_entropy != nullptr) output.grad_entropy[token] = -options.entropy_coef * scale;
     }
-    if (options.loss_type == LossType::kGspo) {
-        // Every token moves the sequence's mean log-ratio by 1 / T.
-        const float shared = static_cast<float>(block_sum(sequence_slope) / length) * scale;
-        for (int ordinal = threadIdx.x; ordinal < tokens.length; ordinal += blockDim.x) {
-            output.grad_logp[tokens.token(ordinal)] += shared;
-        }
-    }
     sums = block_reduce(sums);
-    sums.tokens = tokens.length;
-    if (threadIdx.x == 0) result = sums;
+    sums.tokens = piece.last - piece.first;
+    if (threadIdx.x == 0) workspace.sums[piece.index] = sums;
+    if (options.loss_type == LossType::kGspo) {
+        sequence_slope = block_sum(sequence_slope);
+        if (threadIdx.x == 0) workspace.sequence_slopes[piece.index] = sequence_slope;
+    }
 }
 
-// All responses, a block each, once the tokens are listed. The caller puts a grid barrier before the metrics.
-// `response_factor(response)` is called by whole blocks and gives the `factor` of response_loss.
+// The losses and gradients of the whole batch, once the tokens are listed. The caller puts a grid barrier before the
+// metrics. `response_factor(response)` is called by whole blocks and gives the `factor` of piece_loss.
 template <typename ResponseFactor>
-__device__ void response_losses(const PolicyInput& input, const PolicyOutput& output, const FocusWorkspace& lists,
-                                PolicySums* results, ResponseFactor response_factor) {
+__device__ void batch_loss(const PolicyInput& input, const PolicyOutput& output, const FocusWorkspace& lists,
+                           const LossWorkspace& workspace, ResponseFactor response_factor) {
+    const LossOptions& options = input.options;
+    if (options.sequence_level()) {
+        for_each_piece(input.layout, lists, [&](const Piece& piece) {
+            double sum = 0.0;
+            for (int ordinal = piece.first + static_cast<int>(threadIdx.x); ordinal < piece.last;
+                 ordinal += blockDim.x) {
+                const int64_t token = piece.tokens.token(ordinal);
+                sum += input.logp[token] - input.old_logp[token];
+            }
+            sum = block_sum(sum);
+            if (threadIdx.x == 0) workspace.log_ratio_sums[piece.index] = sum;
+        });
+        grid_sync();
+    }
     const float num_tokens = input.num_tokens != nullptr
                                  ? *input.num_tokens
                                  : static_cast<float>(total_tokens(lists.token_count, input.layout.batch));
-    for (int64_t response = blockIdx.x; response < input.layout.batch; response += gridDim.x) {
-        response_loss(input, output, response_tokens(input.layout, lists, response), response, num_tokens,
-                      response_factor(response), results[response]);
-    }
+    for_each_piece(input.layout, lists, [&](const Piece& piece) {
+        piece_loss(input, output, workspace, piece, num_tokens, response_factor(piece.response));
+    });
+    if (options.loss_type != LossType::kGspo) return;
+    grid_sync();
+    for_each_piece(input.layout, lists, [&](const Piece& piece) {
+        // Every token moves the sequence's mean log-ratio by 1 / T.
+        const double slope = sum_of_pieces(workspace.sequence_slopes, piece) / piece.tokens.length;
+        const float shared = static_cast<float>(slope) * scale_of(input, piece.tokens.length, num_tokens);
+        for (int ordinal = piece.first + static_cast<int>(threadIdx.x); ordinal < piece.last; ordinal += blockDim.x) {
+            output.grad_logp[piece.tokens.token(ordinal)] += shared;
+        }
+    });
 }
 
 // ---- loss and metrics -----------------------------------------------------------------------------------------
 
-// A block adds up the responses and writes the loss and the metrics.
-__device__ inline void write_policy_metrics(const PolicySums* responses, int64_t batch, const PolicyOutput& output) {
+// A block adds up the pieces and writes the loss and the metrics.
+__device__ inline void write_policy_metrics(const PolicySums* pieces, const int32_t* token_count, int64_t batch,
+                                            const PolicyOutput& output) {
+    int count = 0;
+    for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) count += piece_count(token_count[i]);
+    count = block_sum(count);
     PolicySums sums = PolicySums::identity();
-    for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) sums.merge(responses[i]);
+    for (int i = threadIdx.x; i < count; i += blockDim.x) sums.merge(pieces[i]);
     sums = block_reduce(sums);
     if (threadIdx.x != 0) return;
     *output.loss = static_cast<float>(sums.loss);
@@ -241,20 +320,23 @@ struct PolicyLossArguments {
     PolicyInput input;
     const float* factors;   // [tokens], or null: all one
     FocusWorkspace lists;   // of tokens alone
-    PolicySums* responses;  // [B]
+    LossWorkspace workspace;
     PolicyOutput output;
 };
 
 template <typename Arena>
 void bind(PolicyLossArguments& arguments, Arena& arena) {
     bind_tokens(arguments.lists, arena, arguments.input.layout);
-    arguments.responses = arena.template take<PolicySums>("policy_sums", arguments.input.layout.batch);
+    bind_loss(arguments.workspace, arena, arguments.input.layout, arguments.input.options);
 }
 
-inline int64_t useful_blocks(const PolicyLossArguments& arguments) { return arguments.input.layout.batch; }
+inline int64_t useful_blocks(const PolicyLossArguments& arguments) {
+    const int64_t pieces = max_pieces(arguments.input.layout);
+    return pieces > arguments.input.layout.batch ? pieces : arguments.input.layout.batch;
+}
 
 template <int kBlock>
-__global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kBlock, 1)
     policy_loss_kernel(const __grid_constant__ PolicyLossArguments arguments) {
     const PolicyInput& input = arguments.input;
     const PolicyOutput& output = arguments.output;
@@ -264,11 +346,12 @@ __global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
     }
     grid_sync();
     const float* factors = arguments.factors;
-    response_losses(input, output, arguments.lists, arguments.responses, [=](int64_t) {
-        return [=](int64_t, int64_t token) { return factors == nullptr ? 1.0f : factors[token]; };
+    batch_loss(input, output, arguments.lists, arguments.workspace, [=](int) {
+        return [=](int, int64_t token) { return factors == nullptr ? 1.0f : factors[token]; };
     });
     grid_sync();
-    if (blockIdx.x == 0) write_policy_metrics(arguments.responses, input.layout.batch, output);
+    if (blockIdx.x != 0) return;
+    write_policy_metrics(arguments.workspace.sums, arguments.lists.token_count, input.layout.batch, output);
 }
 
 }  // namespace cuda

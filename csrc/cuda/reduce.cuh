@@ -20,10 +20,10 @@ constexpr int kWarpSize = 32;
 constexpr int kMaxWarps = 32;  // of a block
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The shape of every launch. Two blocks of 512 threads leave a thread 64 registers on every architecture from sm_80.
-// Kernels without a type to be templates over are templates over it: a header may not define an ordinary kernel.
+// The shape of every launch. One block of 512 threads a multiprocessor leaves a thread 128 registers: enough to keep
+// eight 16-byte loads on their way, and few blocks make the grid's barriers quick. Kernels without a type to be
+// templates over are templates over it: a header may not define an ordinary kernel.
 constexpr int kThreads = 512;
-constexpr int kBlocksPerMultiprocessor = 2;  // at least: what registers must allow
 
 __device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 __device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
@@ -126,6 +126,26 @@ __device__ inline int block_inclusive_sum(int value) {
     return value;
 }
 
+// ---- loops ----------------------------------------------------------------------------------------------------
+
+// Calls use(i, load(i)) for this thread's share of [0, count), in rising order, with several loads on their way at a
+// time: a block that goes over a long response alone has nothing else to hide their latency.
+template <int kInFlight, typename Load, typename Use>
+__device__ __forceinline__ void for_each_loaded(int count, Load load, Use use) {
+    const int step = static_cast<int>(blockDim.x);
+    for (int base = threadIdx.x; base < count; base += kInFlight * step) {
+        decltype(load(0)) values[kInFlight];
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            if (base + i * step < count) values[i] = load(base + i * step);
+        }
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            if (base + i * step < count) use(base + i * step, values[i]);
+        }
+    }
+}
+
 // ---- the grid -------------------------------------------------------------------------------------------------
 
 // Waits for every block of a cooperative launch; what they wrote is visible after it. Out of line, because inlined
@@ -186,18 +206,19 @@ __device__ RaggedCursor<Size> ragged_cursor(int64_t batch, Size size) {
 // makes padding, packing and holes invisible to everything after it.
 template <typename OffMask>
 __device__ int compact_mask(const bool* mask, int64_t begin, int64_t end, int32_t* index, OffMask off_mask) {
-    constexpr int kLoads = 8;  // mask bytes in flight a thread
+    constexpr int kLoads = 16;  // mask bytes in flight a thread
     __shared__ int before[kLoads * kMaxWarps];  // set entries of the chunk before each warp's piece
     __shared__ int chunk_total;
     const int pieces = kLoads * warps_per_block();
     int total = 0;
-    for (int64_t chunk = begin; chunk < end; chunk += static_cast<int64_t>(kLoads) * blockDim.x) {
+    const int length = static_cast<int>(end - begin);
+    mask += begin;
+    index += begin;
+    for (int chunk = 0; chunk < length; chunk += kLoads * static_cast<int>(blockDim.x)) {
+        const int first = chunk + static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x);
         bool set[kLoads];
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-            const int64_t position = chunk + static_cast<int64_t>(i) * blockDim.x + threadIdx.x;
-            set[i] = position < end && mask[position];
-        }
+        for (int i = 0; i < kLoads; ++i) set[i] = first + i * step < length && mask[first + i * step];
         unsigned votes[kLoads];
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
@@ -207,12 +228,12 @@ __device__ int compact_mask(const bool* mask, int64_t begin, int64_t end, int32_
         __syncthreads();
         if (warp_index() == 0) {
             int own = 0;  // a lane adds up `kLoads` or fewer pieces, then the warp adds up the lanes
-            const int first = lane_index() * kLoads;
-            for (int i = first; i < first + kLoads && i < pieces; ++i) own += before[i];
+            const int own_first = lane_index() * kLoads;
+            for (int i = own_first; i < own_first + kLoads && i < pieces; ++i) own += before[i];
             const int inclusive = warp_inclusive_sum(own);
             if (lane_index() == kWarpSize - 1) chunk_total = inclusive;
             int running = inclusive - own;
-            for (int i = first; i < first + kLoads && i < pieces; ++i) {
+            for (int i = own_first; i < own_first + kLoads && i < pieces; ++i) {
                 const int count = before[i];
                 before[i] = running;
                 running += count;
@@ -222,12 +243,12 @@ __device__ int compact_mask(const bool* mask, int64_t begin, int64_t end, int32_
         const unsigned lower_lanes = (1u << lane_index()) - 1;
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
-            const int64_t position = chunk + static_cast<int64_t>(i) * blockDim.x + threadIdx.x;
-            if (set[i]) {
+            const int position = first + i * step;
+            if ((votes[i] >> lane_index() & 1u) != 0) {
                 const int rank = before[i * warps_per_block() + warp_index()] + __popc(votes[i] & lower_lanes);
-                index[begin + total + rank] = static_cast<int32_t>(position - begin);
-            } else if (position < end) {
-                off_mask(position);
+                index[total + rank] = position;
+            } else if (position < length) {
+                off_mask(begin + position);
             }
         }
         total += chunk_total;

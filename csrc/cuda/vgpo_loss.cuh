@@ -19,9 +19,9 @@ struct VgpoLossArguments {
     WeightsConfig config;
     FocusWorkspace lists;
     WeightsWorkspace weights;
-    float* cos;             // [tokens]
-    PolicySums* responses;  // [B]
-    PolicyOutput output;    // metrics: [kPolicyMetrics + kFocusMetrics]
+    LossWorkspace loss;
+    float* cos;           // [tokens]
+    PolicyOutput output;  // metrics: [kPolicyMetrics + kFocusMetrics]
 };
 
 template <typename T, typename Arena>
@@ -34,7 +34,7 @@ void bind(VgpoLossArguments<T>& arguments, Arena& arena) {
     bind_weights(arguments.weights, arena, focus.layout);
     arguments.weights.scores = arena.template take<float>("scores", focus.layout.batch);
     arguments.cos = arena.template take<float>("cos", focus.layout.num_tokens());
-    arguments.responses = arena.template take<PolicySums>("policy_sums", focus.layout.batch);
+    bind_loss(arguments.loss, arena, focus.layout, arguments.policy.options);
 }
 
 template <typename T>
@@ -43,7 +43,7 @@ int64_t useful_blocks(const VgpoLossArguments<T>& arguments) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, 1)
     vgpo_loss_kernel(const __grid_constant__ VgpoLossArguments<T> arguments) {
     const FocusWorkspace& lists = arguments.lists;
     const WeightsWorkspace& weights = arguments.weights;
@@ -56,17 +56,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     weigh_responses(layout, lists, weights, arguments.cos, config,
                     [&](int64_t response) { return lists.visual_count[response] > 0; });
     grid_sync();
-    response_losses(arguments.policy, output, lists, arguments.responses, [&](int64_t response) {
+    batch_loss(arguments.policy, output, lists, arguments.loss, [&](int response) {
         const float phi = group_weight(weights, arguments.group_ids, layout.batch, response, config);
         const ResponseFocus& focus = weights.responses[response];
         const float* weight = weights.weights + layout.token_begin(response);
-        return [=, &focus, &config](int64_t ordinal, int64_t) {
+        return [=, &focus, &config](int ordinal, int64_t) {
             if (focus.standing != Standing::kWeighted) return 1.0f;
             return advantage_factor(intra_weight(weight[ordinal], focus, config), phi, config);
         };
     });
     grid_sync();
-    if (blockIdx.x == 0) write_policy_metrics(arguments.responses, layout.batch, output);
+    if (blockIdx.x == 0) write_policy_metrics(arguments.loss.sums, lists.token_count, layout.batch, output);
     if (blockIdx.x == gridDim.x - 1) {
         write_focus_metrics(weights.responses, layout.batch, output.metrics + kPolicyMetrics);
     }

@@ -3,7 +3,7 @@
 // Memory traffic: each visual row and each scored response row is read once, 2 D bytes a row in half precision, and
 // nothing else counts. At D = 3584 with 8 responses of 1,024 image and 2,048 response tokens that is 176 MB, 41 us at
 // a copy bandwidth of 4.3 TB/s. A multiprocessor needs some 30 KB in flight to sustain that (bandwidth times latency
-// over 132): 32 warps with four 16-byte loads a lane have 64 KB.
+// over 132): 16 warps with eight 16-byte loads a lane have 64 KB.
 //
 // Masks leave work scattered, so the first phase lists the rows that count and later phases share the lists out over
 // all warps of a persistent grid. Everything downstream sees ordinals, not positions: padding, packing and holes do
@@ -215,7 +215,7 @@ __device__ inline void average_runs(const Layout& layout, int dim, const FocusWo
 
 // ---- phase four: cosines --------------------------------------------------------------------------------------
 
-constexpr int kSharedRows = 4;  // aligned rows that share one pass over the prototype
+constexpr int kSharedRows = 8;  // aligned rows that share one pass over the prototype
 
 template <typename T>
 __device__ void prefetch_response_rows(const FocusInput<T>& input, const FocusWorkspace& workspace) {
@@ -292,7 +292,7 @@ __device__ void score_rows(const FocusInput<T>& input, const FocusWorkspace& wor
 
 template <typename T>
 __device__ void sum_visual_rows(const FocusInput<T>& input, const FocusWorkspace& workspace) {
-    if (input.aligned) sum_runs<true, 4>(input, workspace);
+    if (input.aligned) sum_runs<true, 8>(input, workspace);
     else sum_runs<false, 1>(input, workspace);
 }
 
@@ -343,7 +343,7 @@ int64_t useful_blocks(const VisualPrototypeArguments<T>& arguments) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, 1)
     visual_prototype_kernel(const __grid_constant__ VisualPrototypeArguments<T> arguments) {
     const FocusInput<T>& input = arguments.input;
     for (int64_t response = blockIdx.x; response < input.layout.batch; response += gridDim.x) {
@@ -378,7 +378,7 @@ int64_t useful_blocks(const VisualFocusArguments<T>& arguments) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, 1)
     visual_focus_kernel(const __grid_constant__ VisualFocusArguments<T> arguments) {
     float* cos = arguments.cos;
     focus_cosines(arguments.input, arguments.workspace, cos, [=](int64_t token) { cos[token] = 0.0f; });

@@ -4,8 +4,9 @@
 // threshold are exact, so a response's weights are the same bits whatever surrounds it. The threshold is found by radix
 // selection, three passes over the tail for any length.
 //
-// Memory traffic: a few floats a token, all but the first read from the cache. A response of 2,048 tokens takes a
-// handful of passes of four tokens a thread, bound by latency: microseconds, against 5 for its rows of hidden states.
+// Memory traffic: a few floats a token, all but the first read from the cache. Six passes over a response, bound by
+// latency: with four to eight loads in flight a thread, some microseconds for 2,048 tokens and some tens for 32,768
+// (expected, not measured), of which as many responses as there are resident blocks go on at the same time.
 #pragma once
 
 #include "visual_focus.cuh"
@@ -33,13 +34,15 @@ struct ResponseFocus {
 
 // The lists of tokens come from FocusWorkspace.
 struct WeightsWorkspace {
-    float* weights = nullptr;            // [tokens] w by ordinal: weights[token_begin + ordinal]
+    float* cosines = nullptr;            // [tokens] by ordinal: those of a response from its token_begin on
+    float* weights = nullptr;            // [tokens] w, likewise
     ResponseFocus* responses = nullptr;  // [B]
     float* scores = nullptr;             // [B] s, NaN for a non-finite response
 };
 
 template <typename Arena>
 void bind_weights(WeightsWorkspace& workspace, Arena& arena, const Layout& layout) {
+    workspace.cosines = arena.template take<float>("cosines", layout.num_tokens());
     workspace.weights = arena.template take<float>("weights", layout.num_tokens());
     workspace.responses = arena.template take<ResponseFocus>("responses", layout.batch);
 }
@@ -78,11 +81,11 @@ __device__ float kth_largest(int count, int k, Value value) {
         const int shift = bits_left - digit_bits;
         for (int digit = threadIdx.x; digit < kDigits; digit += blockDim.x) histogram[digit] = 0;
         __syncthreads();
-        for (int i = threadIdx.x; i < count; i += blockDim.x) {
-            const unsigned key = static_cast<unsigned>(order_key(value(i))) ^ 0x80000000u;
+        for_each_loaded<8>(count, value, [&](int, float loaded) {
+            const unsigned key = static_cast<unsigned>(order_key(loaded)) ^ 0x80000000u;
             const bool candidate = bits_left == 32 || (key >> bits_left) == prefix;
             if (candidate) atomicAdd(&histogram[(key >> shift) & ((1u << digit_bits) - 1)], 1);
-        }
+        });
         __syncthreads();
         // A thread looks at a few neighbouring digits, the first thread at the largest.
         const int top = kDigits - 1 - static_cast<int>(threadIdx.x) * per_thread;
@@ -118,15 +121,18 @@ struct CosineScan {
     }
 };
 
-// A block looks whether a response can be weighted, and for its smallest finite cosine.
+// A block lists the cosines of a response by ordinal, looks whether they can be weighted, and for the smallest finite
+// one.
 __device__ inline void inspect_response(const ResponseTokens& tokens, const float* cos, bool has_image,
-                                        ResponseFocus& result) {
+                                        float* cosines, ResponseFocus& result) {
     CosineScan scan = CosineScan::identity();
-    for (int ordinal = threadIdx.x; has_image && ordinal < tokens.length; ordinal += blockDim.x) {
-        const float value = cos[tokens.token(ordinal)];
-        const bool finite = is_finite(value);
-        scan.merge({finite ? value : INFINITY, !finite});
-    }
+    for_each_loaded<8>(
+        has_image ? tokens.length : 0, [&](int ordinal) { return cos[tokens.token(ordinal)]; },
+        [&](int ordinal, float value) {
+            cosines[ordinal] = value;
+            const bool finite = is_finite(value);
+            scan.merge({finite ? value : INFINITY, !finite});
+        });
     scan = block_reduce(scan);
     if (threadIdx.x == 0) {
         result.standing = scan.nonfinite != 0 ? Standing::kNonfinite
@@ -184,51 +190,50 @@ __device__ inline float late_early_ratio(int64_t early_sum, int64_t late_sum, in
     return mean_from_fixed(late_sum, kUnitScale, length - half) / mean_from_fixed(early_sum, kUnitScale, half);
 }
 
-// A block computes w of a response's tokens, their extremes and normalised mean, and the score (Eq. 5-9).
-// `weights` is by ordinal.
-__device__ inline void weigh_response(const ResponseTokens& tokens, const float* cos, float offset,
-                                      const WeightsConfig& config, float* weights, ResponseFocus& result,
-                                      float& score) {
-    if (result.standing != Standing::kWeighted || tokens.length == 0) {
+// A block computes w of a response's tokens, their extremes and normalised mean, and the score (Eq. 5-9). `cosines`
+// and `weights` are by ordinal.
+__device__ inline void weigh_response(int count, const float* cosines, float offset, const WeightsConfig& config,
+                                      float* weights, ResponseFocus& result, float& score) {
+    if (result.standing != Standing::kWeighted || count == 0) {
         if (threadIdx.x == 0) score = result.standing == Standing::kNonfinite ? NAN : 0.0f;
         return;
     }
-    const int first = static_cast<int>(tail_first(tokens.length, config)), tail = tokens.length - first;
+    const int first = static_cast<int>(tail_first(count, config)), tail = count - first;
     const int top = static_cast<int>(tail_top_count(tail, config));
     float threshold = INFINITY;
-    if (config.gate && top > 0) {
-        threshold = kth_largest(tail, top, [&](int i) { return cos[tokens.token(first + i)]; });
-    }
+    if (config.gate && top > 0) threshold = kth_largest(tail, top, [=](int i) { return cosines[first + i]; });
     WeightSums sums = WeightSums::identity();
-    const float length = static_cast<float>(tokens.length);
-    for (int ordinal = threadIdx.x; ordinal < tokens.length; ordinal += blockDim.x) {
-        const float value = cos[tokens.token(ordinal)];
-        const bool open = !config.gate || (ordinal >= first && value >= threshold);
-        const float position = relative_position(static_cast<float>(ordinal), length, config);
-        const float weight = compensated_weight(focus_score(value, offset, config),
-                                                open ? compensation(position, config) : 0.0f);
-        weights[ordinal] = weight;
-        sums.merge({Extremes::of(weight), to_fixed(weight, kWeightScale), open});
-    }
+    const float length = static_cast<float>(count);
+    for_each_loaded<4>(
+        count, [=](int ordinal) { return cosines[ordinal]; },
+        [&](int ordinal, float value) {
+            const bool open = !config.gate || (ordinal >= first && value >= threshold);
+            const float position = relative_position(static_cast<float>(ordinal), length, config);
+            const float weight = compensated_weight(focus_score(value, offset, config),
+                                                    open ? compensation(position, config) : 0.0f);
+            weights[ordinal] = weight;
+            sums.merge({Extremes::of(weight), to_fixed(weight, kWeightScale), open});
+        });
     sums = block_reduce(sums);
     NormalizedSums second = NormalizedSums::identity();
-    const int half = (tokens.length + 1) / 2;
-    for (int ordinal = threadIdx.x; ordinal < tokens.length; ordinal += blockDim.x) {
-        const float value = cos[tokens.token(ordinal)];
-        const float normalized = min_max_normalized(weights[ordinal], sums.weight.low, sums.weight.high);
-        const int64_t focus = to_fixed(focus_score(value, offset, config), kUnitScale);
-        second.merge({to_fixed(normalized, kUnitScale), to_fixed(value, kUnitScale), ordinal < half ? focus : 0,
-                      ordinal < half ? 0 : focus});
-    }
+    const int half = (count + 1) / 2;
+    for_each_loaded<4>(
+        count, [=](int ordinal) { return make_float2(weights[ordinal], cosines[ordinal]); },
+        [&](int ordinal, float2 loaded) {
+            const float normalized = min_max_normalized(loaded.x, sums.weight.low, sums.weight.high);
+            const int64_t focus = to_fixed(focus_score(loaded.y, offset, config), kUnitScale);
+            second.merge({to_fixed(normalized, kUnitScale), to_fixed(loaded.y, kUnitScale),
+                          ordinal < half ? focus : 0, ordinal < half ? 0 : focus});
+        });
     second = block_reduce(second);
     if (threadIdx.x == 0) {
         result.gated = static_cast<int32_t>(sums.gated);
         result.low = sums.weight.low;
         result.high = sums.weight.high;
-        result.mean = mean_from_fixed(second.normalized, kUnitScale, tokens.length);
+        result.mean = mean_from_fixed(second.normalized, kUnitScale, count);
         result.cos_sum = second.cos;
-        result.late_early = late_early_ratio(second.early, second.late, tokens.length);
-        score = accumulated_score(sums.total, second.normalized, tokens.length, config);
+        result.late_early = late_early_ratio(second.early, second.late, count);
+        score = accumulated_score(sums.total, second.normalized, count, config);
     }
 }
 
@@ -243,7 +248,8 @@ template <typename HasImage>
 __device__ void weigh_responses(const Layout& layout, const FocusWorkspace& lists, const WeightsWorkspace& workspace,
                                 const float* cos, const WeightsConfig& config, HasImage has_image) {
     for (int64_t response = blockIdx.x; response < layout.batch; response += gridDim.x) {
-        inspect_response(response_tokens(layout, lists, response), cos, has_image(response),
+        const ResponseTokens tokens = response_tokens(layout, lists, response);
+        inspect_response(tokens, cos, has_image(response), workspace.cosines + tokens.begin,
                          workspace.responses[response]);
     }
     float offset = config.score_offset;
@@ -252,9 +258,9 @@ __device__ void weigh_responses(const Layout& layout, const FocusWorkspace& list
         offset = batch_offset(workspace.responses, layout.batch);
     }
     for (int64_t response = blockIdx.x; response < layout.batch; response += gridDim.x) {
-        const ResponseTokens tokens = response_tokens(layout, lists, response);
-        weigh_response(tokens, cos, offset, config, workspace.weights + tokens.begin, workspace.responses[response],
-                       workspace.scores[response]);
+        const int64_t begin = layout.token_begin(response);
+        weigh_response(lists.token_count[response], workspace.cosines + begin, offset, config,
+                       workspace.weights + begin, workspace.responses[response], workspace.scores[response]);
     }
 }
 
@@ -367,7 +373,7 @@ void bind(VisualWeightsArguments& arguments, Arena& arena) {
 inline int64_t useful_blocks(const VisualWeightsArguments& arguments) { return arguments.layout.batch; }
 
 template <int kBlock>
-__global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kBlock, 1)
     visual_weights_kernel(const __grid_constant__ VisualWeightsArguments arguments) {
     const Layout& layout = arguments.layout;
     const WeightsConfig& config = arguments.config;
@@ -412,7 +418,7 @@ struct GroupWeightsArguments {
 };
 
 template <int kBlock>
-__global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kBlock, 1)
     group_weights_kernel(const __grid_constant__ GroupWeightsArguments arguments) {
     const bool* has_visual = arguments.has_visual;
     for (int64_t response = blockIdx.x; response < arguments.batch; response += gridDim.x) {

@@ -170,7 +170,7 @@ const char* group_weights(const Call* call) {
 
 const char* policy_loss(const Call* call) {
     GuardedArena arena = arena_of(*call);
-    PolicyLossArguments arguments{policy_of(*call), call->factors_in, {}, nullptr, output_of(*call)};
+    PolicyLossArguments arguments{policy_of(*call), call->factors_in, {}, {}, output_of(*call)};
     bind(arguments, arena);
     return run(*call, policy_loss_kernel<kThreads>, arguments);
 }
@@ -180,8 +180,7 @@ const char* vgpo_loss(const Call* call) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
         GuardedArena arena = arena_of(*call);
         VgpoLossArguments<T> arguments{focus_of<T>(*call), policy_of(*call), call->group_ids,
-                                       WeightsConfig::from(call->config), {}, {}, nullptr, nullptr,
-                                       output_of(*call)};
+                                       WeightsConfig::from(call->config), {}, {}, {}, nullptr, output_of(*call)};
         bind(arguments, arena);
         return run(*call, vgpo_loss_kernel<T>, arguments);
     });
