@@ -232,6 +232,27 @@ std::vector<int64_t> by_head_shape(const AttentionInput& input, int64_t length) 
     return {input.batch, input.q.heads, length};
 }
 
+// The mean over heads of [B, Hq, L, ...] or [Hq, L, ...], added up in the order of heads whatever the layout.
+at::Tensor mean_of_heads(const AttentionInput& input, const at::Tensor& by_head) {
+    const bool packed = input.q.boundaries != nullptr;
+    std::vector<int64_t> shape = by_head.sizes().vec();
+    shape.erase(shape.begin() + (packed ? 0 : 1));
+    at::Tensor mean = at::empty(shape, by_head.options());
+    const int64_t batch = packed ? 1 : input.batch, heads = input.q.heads;
+    const int64_t count = by_head.numel() / std::max<int64_t>(batch * heads, 1);  // numbers a head
+    const float* from = by_head.const_data_ptr<float>();
+    float* to = mean.mutable_data_ptr<float>();
+    at::parallel_for(0, batch * count, kItemRows, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const float* first = from + i / count * heads * count + i % count;
+            float total = 0.0f;
+            for (int64_t head = 0; head < heads; ++head) total += first[head * count];
+            to[i] = total / static_cast<float>(heads);
+        }
+    });
+    return mean;
+}
+
 const float* checked_weights(const AttentionInput& input, const at::Tensor& query_weights) {
     if (input.q.boundaries != nullptr) return checked<float>("query_weights", query_weights, {input.q.length});
     return checked<float>("query_weights", query_weights, {input.batch, input.q.length});
@@ -241,12 +262,10 @@ const float* checked_weights(const AttentionInput& input, const at::Tensor& quer
 
 namespace ops {
 
-std::tuple<at::Tensor, at::Tensor> attention_mass(const at::Tensor& q, const at::Tensor& k,
-                                                  const at::Tensor& key_segments,
-                                                  const OptionalTensor& query_positions,
-                                                  const OptionalTensor& cu_seqlens_q,
-                                                  const OptionalTensor& cu_seqlens_k, int64_t num_segments,
-                                                  double scale, int64_t window) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_mass(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments, const OptionalTensor& query_positions,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, int64_t num_segments, double scale,
+    int64_t window, bool per_head) {
     const AttentionInput input = attention_input(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
                                                  num_segments, scale, window);
     std::vector<int64_t> shape = by_head_shape(input, input.q.length);
@@ -272,20 +291,21 @@ std::tuple<at::Tensor, at::Tensor> attention_mass(const at::Tensor& q, const at:
         mass_of_rows(input, b, item % input.k.heads, begin, std::min(begin + pieces.length(), tokens[b]), orders[b],
                      panels[b], mass_data, lse_data);
     });
-    return {mass, lse};
+    if (per_head) return {mass, at::empty({0}, lse.options()), lse};
+    return {mean_of_heads(input, mass), mass, lse};
 }
 
 std::tuple<at::Tensor, at::Tensor> attention_mass_backward(
     const at::Tensor& grad_mass, const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
     const OptionalTensor& query_positions, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    const at::Tensor& mass, const at::Tensor& lse, double scale, int64_t window) {
-    const int64_t segments = mass.size(-1);
+    const at::Tensor& head_mass, const at::Tensor& lse, double scale, int64_t window) {
+    const int64_t segments = head_mass.size(-1);
     const AttentionInput input = attention_input(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
                                                  segments, scale, window);
     std::vector<int64_t> shape = by_head_shape(input, input.q.length);
     checked<float>("lse", lse, shape);
     shape.push_back(segments);
-    const float* masses = checked<float>("mass", mass, shape);
+    const float* masses = checked<float>("head_mass", head_mass, shape);
     const float* grads = checked<float>("grad_mass", grad_mass, shape);
     return backward(input, q, k, lse, [&](int64_t b) {
         return [&, b](const KeyOrder& order, int64_t head, int64_t token, float* row) {
@@ -303,7 +323,7 @@ std::tuple<at::Tensor, at::Tensor> attention_mass_backward(
 at::Tensor attention_heatmap(const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
                              const OptionalTensor& query_positions, const at::Tensor& query_weights,
                              const at::Tensor& lse, const OptionalTensor& cu_seqlens_q,
-                             const OptionalTensor& cu_seqlens_k, double scale, int64_t window) {
+                             const OptionalTensor& cu_seqlens_k, double scale, int64_t window, bool per_head) {
     const AttentionInput input =
         attention_input(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k, kLabels, scale, window);
     const float* lse_data = checked<float>("lse", lse, by_head_shape(input, input.q.length));
@@ -326,7 +346,7 @@ at::Tensor attention_heatmap(const at::Tensor& q, const at::Tensor& k, const at:
         const Item& item = items[index / input.k.heads];
         heat_of_panel(input, item.b, index % input.k.heads, orders[item.b], item.panel, weights, lse_data, heat_data);
     });
-    return heat;
+    return per_head ? heat : mean_of_heads(input, heat);
 }
 
 std::tuple<at::Tensor, at::Tensor> attention_heatmap_backward(

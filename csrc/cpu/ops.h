@@ -38,26 +38,34 @@ LossTensors vgpo_loss(const at::Tensor& hidden, const at::Tensor& logp, const at
                       const OptionalTensor& num_tokens, const OptionalTensor& num_sequences,
                       at::ArrayRef<double> config, at::ArrayRef<double> options);
 
-std::tuple<at::Tensor, at::Tensor> attention_mass(const at::Tensor& q, const at::Tensor& k,
-                                                  const at::Tensor& key_segments,
-                                                  const OptionalTensor& query_positions,
-                                                  const OptionalTensor& cu_seqlens_q,
-                                                  const OptionalTensor& cu_seqlens_k, int64_t num_segments,
-                                                  double scale, int64_t window);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_mass(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments, const OptionalTensor& query_positions,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, int64_t num_segments, double scale,
+    int64_t window, bool per_head);
 
 std::tuple<at::Tensor, at::Tensor> attention_mass_backward(
     const at::Tensor& grad_mass, const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
     const OptionalTensor& query_positions, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    const at::Tensor& mass, const at::Tensor& lse, double scale, int64_t window);
+    const at::Tensor& head_mass, const at::Tensor& lse, double scale, int64_t window);
 
 at::Tensor attention_heatmap(const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
                              const OptionalTensor& query_positions, const at::Tensor& query_weights,
                              const at::Tensor& lse, const OptionalTensor& cu_seqlens_q,
-                             const OptionalTensor& cu_seqlens_k, double scale, int64_t window);
+                             const OptionalTensor& cu_seqlens_k, double scale, int64_t window, bool per_head);
 
 std::tuple<at::Tensor, at::Tensor> attention_heatmap_backward(
     const at::Tensor& grad_heat, const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
     const OptionalTensor& query_positions, const at::Tensor& query_weights, const at::Tensor& lse,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, double scale, int64_t window);
+
+void head_statistics(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
+                     const at::Tensor& targets, int64_t first, double temperature, at::Tensor& statistics,
+                     at::Tensor& logits, bool keep);
+
+void head_gradient(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
+                   const at::Tensor& targets, int64_t first, double temperature, const at::Tensor& coefficients,
+                   at::Tensor& logits, bool recompute);
+
+void head_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& result, bool accumulate);
 
 }  // namespace vgpo::ops

@@ -66,11 +66,10 @@ def attention_mass(
     factor = checks.attention_scale(scale, q.shape[-1])
     width = 0 if window is None else checks.positive_integer("window", window)
     dtype = checks.compute_dtype(q)
-    mass, _ = registry.call(
-        "attention_mass", q.device, dtype, q, k, segments, positions, *boundaries, number, factor, width
+    mass, _, _ = registry.call(
+        "attention_mass", q.device, dtype, q, k, segments, positions, *boundaries, number, factor, width, per_head
     )
-    # Averaging G numbers a head is nothing beside reading its d, so that every kernel returns all heads.
-    return (mass if per_head else mass.mean(-3)).to(dtype)  # type: ignore[no-any-return]
+    return mass.to(dtype)  # type: ignore[no-any-return]
 
 
 def attention_heatmap(
@@ -132,12 +131,11 @@ def attention_heatmap(
     factor = checks.attention_scale(scale, q.shape[-1])
     width = 0 if window is None else checks.positive_integer("window", window)
     dtype = checks.compute_dtype(q)
-    _, lse = registry.call("attention_mass", q.device, dtype, q, k, labels, positions, *boundaries, 2, factor, width)
+    keys, layout = (q, k, labels, positions), (*boundaries, factor, width, per_head)
+    _, _, lse = registry.call("attention_mass", q.device, dtype, *keys, *boundaries, 2, factor, width, True)
     weights = _query_weights(lse, boundaries[0])
-    heat = registry.call(
-        "attention_heatmap", q.device, dtype, q, k, labels, positions, weights, lse, *boundaries, factor, width
-    )
-    return (heat if per_head else heat.mean(-2)).to(dtype)  # type: ignore[no-any-return]
+    heat = registry.call("attention_heatmap", q.device, dtype, *keys, weights, lse, *layout)
+    return heat.to(dtype)  # type: ignore[no-any-return]
 
 
 def _query_weights(lse: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
@@ -162,54 +160,77 @@ def _fake_mass(
     num_segments: int,
     scale: float,
     window: int,
-) -> tuple[Tensor, Tensor]:
-    heads = _by_head(q)
-    return q.new_empty((*heads, num_segments), dtype=torch.float32), q.new_empty(heads, dtype=torch.float32)
+    per_head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *batch, heads, queries = _by_head(q)
+    by_head = q.new_empty((*batch, heads, queries, num_segments), dtype=torch.float32)
+    lse = q.new_empty((*batch, heads, queries), dtype=torch.float32)
+    if per_head:
+        return by_head, lse.new_empty((0,)), lse
+    return lse.new_empty((*batch, queries, num_segments)), by_head, lse
+
+
+def _fake_heatmap(
+    q: Tensor,
+    k: Tensor,
+    key_segments: Tensor,
+    query_positions: Tensor | None,
+    query_weights: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    window: int,
+    per_head: bool,
+) -> Tensor:
+    *batch, heads, _ = _by_head(q)
+    keys = _by_head(k)[-1]
+    return q.new_empty((*batch, heads, keys) if per_head else (*batch, keys), dtype=torch.float32)
 
 
 def _fake_gradients(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def _fake_heatmap(q: Tensor, k: Tensor, *_: Any) -> Tensor:
-    # The heads of q, the positions of k.
-    return q.new_empty((*_by_head(q)[:-1], _by_head(k)[-1]), dtype=torch.float32)
-
-
 def _by_head(tensor: Tensor) -> tuple[int, ...]:
-    """Shape of one number a token and head: ``[B, H, T]``, packed ``[H, N]``."""
+    """Shape of one number a head and token: ``[B, H, T]``, packed ``[H, N]``."""
     shape = tensor.shape[:-1]
     return tuple(shape) if tensor.dim() == 4 else tuple(reversed(shape))
 
 
-def _save_mass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _, ctx.scale, ctx.window = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
+def _save_mass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, _, ctx.scale, ctx.window, ctx.per_head = inputs
+    mass, head_mass, lse = output
+    ctx.save_for_backward(*tensors, mass if ctx.per_head else head_mass, lse)
+    ctx.mark_non_differentiable(head_mass, lse)
     ctx.set_materialize_grads(False)
 
 
-def _backward_mass(ctx: Any, grad_mass: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_mass(ctx: Any, grad_mass: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_mass is None:
-        return (None,) * 9
-    return *_gradients("attention_mass_backward", ctx, grad_mass), *(None,) * 7
+        return (None,) * 10
+    return *_gradients("attention_mass_backward", ctx, grad_mass, -3), *(None,) * 8
 
 
 def _save_heatmap(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scale, ctx.window = inputs
+    *tensors, ctx.scale, ctx.window, ctx.per_head = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
 def _backward_heatmap(ctx: Any, grad_heat: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_heat is None:
-        return (None,) * 10
-    return *_gradients("attention_heatmap_backward", ctx, grad_heat), *(None,) * 8
+        return (None,) * 11
+    return *_gradients("attention_heatmap_backward", ctx, grad_heat, -2), *(None,) * 9
 
 
-def _gradients(name: str, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients by q and k, which are the first two of the saved tensors."""
+def _gradients(name: str, ctx: Any, grad: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Gradients by q and k, which are the first two of the saved tensors, from that of the result."""
     q, k, *_ = saved = ctx.saved_tensors
+    if not ctx.per_head:
+        heads = q.shape[1]
+        grad = (grad / heads).unsqueeze(head_dim)
+        grad = grad.expand(*grad.shape[:head_dim], heads, *grad.shape[head_dim + 1 :])
     arguments = (grad.contiguous(), *saved, ctx.scale, ctx.window)
     grad_q, grad_k = registry.call(name, grad.device, checks.compute_dtype(grad), *arguments)
     return grad_q.to(q.dtype), grad_k.to(k.dtype)
@@ -220,7 +241,8 @@ _LAYOUT = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 
 registry.define(
     reference.attention_mass,
-    f"({_KEYS}, {_LAYOUT}, int num_segments, float scale, int window) -> (Tensor mass, Tensor lse)",
+    f"({_KEYS}, {_LAYOUT}, int num_segments, float scale, int window, bool per_head) "
+    "-> (Tensor mass, Tensor head_mass, Tensor lse)",
     _fake_mass,
     setup_context=_save_mass,
     backward=_backward_mass,
@@ -233,7 +255,7 @@ registry.define(
 )
 registry.define(
     reference.attention_heatmap,
-    f"({_KEYS}, Tensor query_weights, Tensor lse, {_LAYOUT}, float scale, int window) -> Tensor",
+    f"({_KEYS}, Tensor query_weights, Tensor lse, {_LAYOUT}, float scale, int window, bool per_head) -> Tensor",
     _fake_heatmap,
     setup_context=_save_heatmap,
     backward=_backward_heatmap,

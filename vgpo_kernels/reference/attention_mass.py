@@ -19,13 +19,18 @@ def attention_mass(
     query_positions: Tensor | None,  # [B, T], index among the response's keys
     cu_seqlens_q: Tensor | None,  # [B + 1]
     cu_seqlens_k: Tensor | None,  # [B + 1]
-    num_segments: int,
+    num_segments: int,  # G
     scale: float,
     window: int,  # 0: none
+    per_head: bool,
     *,
     dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:  # [B, Hq, T, num_segments], [B, Hq, T]; packed without B
-    """Return the share of each query's attention by segment, and the log-sum-exp of its scores (-inf: sees no key)."""
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, T, G], [B, Hq, T, G], [B, Hq, T]; packed without B
+    """Share of each query's attention by segment, that of each head, and the log-sum-exp of its scores.
+
+    With ``per_head`` the shares of the heads come first, and the second result is empty. A query that sees no key has
+    shares of zero, and -inf.
+    """
     scores, visible = _scores(
         q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k, num_segments, scale, window, dtype
     )
@@ -36,8 +41,9 @@ def attention_mass(
     # The column added changes no sum, and stands for the keys of a response that has none.
     lse = torch.where(sees[..., 0], nn.functional.pad(scores, (0, 1), value=-torch.inf).logsumexp(-1), -torch.inf)
     segments = torch.arange(num_segments, device=k.device)
-    member = (key_segments.reshape(-1, 1, key_segments.shape[-1], 1) == segments).to(dtype)
-    return _unbatch(probability @ member, cu_seqlens_q), _unbatch(lse, cu_seqlens_q)
+    member = (_batch(key_segments, cu_seqlens_k)[:, None, :, None] == segments).to(dtype)
+    head_mass, lse = _unbatch(probability @ member, cu_seqlens_q), _unbatch(lse, cu_seqlens_q)
+    return (head_mass, lse.new_empty(0), lse) if per_head else (head_mass.mean(-3), head_mass, lse)
 
 
 def attention_heatmap(
@@ -51,15 +57,17 @@ def attention_heatmap(
     cu_seqlens_k: Tensor | None,  # [B + 1]
     scale: float,
     window: int,  # 0: none
+    per_head: bool,
     *,
     dtype: torch.dtype = torch.float64,
-) -> Tensor:  # [B, Hq, S]; packed without B
+) -> Tensor:  # [B, S], or [B, Hq, S] per head; packed without B
     """Return the weighted sum over queries of each shown key's attention; 0 for the other keys."""
     scores, visible = _scores(q, k, key_labels, query_positions, cu_seqlens_q, cu_seqlens_k, 2, scale, window, dtype)
-    shown = visible & (key_labels.reshape(-1, 1, 1, key_labels.shape[-1]) == 1)
+    shown = visible & (_batch(key_labels, cu_seqlens_k)[:, None, None] == 1)
     lse, query_weights = (_batch(tensor, cu_seqlens_q).to(dtype) for tensor in (lse, query_weights))
     exponent = torch.where(shown, scores - lse[..., None], -torch.inf)
-    return _unbatch((query_weights[:, None, None] @ exponent.exp())[:, :, 0], cu_seqlens_q)
+    heat = _unbatch((query_weights[:, None, None] @ exponent.exp())[:, :, 0], cu_seqlens_q)
+    return heat if per_head else heat.mean(-2)
 
 
 def attention_mass_backward(
@@ -70,18 +78,18 @@ def attention_mass_backward(
     query_positions: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    mass: Tensor,  # what attention_mass returned, like lse
+    head_mass: Tensor,  # [B, Hq, T, num_segments], what attention_mass returned, like lse
     lse: Tensor,
     scale: float,
     window: int,
     *,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:  # of q's and k's shapes
-    """Gradients of :func:`attention_mass` by q and k."""
+    """Gradients of :func:`attention_mass` per head by q and k."""
     layout = (query_positions, cu_seqlens_q, cu_seqlens_k)
     with torch.enable_grad():
         q, k = (tensor.detach().to(dtype).requires_grad_() for tensor in (q, k))
-        result, _ = attention_mass(q, k, key_segments, *layout, grad_mass.shape[-1], scale, window, dtype=dtype)
+        result, *_ = attention_mass(q, k, key_segments, *layout, grad_mass.shape[-1], scale, window, True, dtype=dtype)
         grad_q, grad_k = torch.autograd.grad(result, (q, k), grad_mass.to(dtype))
     return grad_q, grad_k
 
@@ -101,14 +109,13 @@ def attention_heatmap_backward(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:  # of q's and k's shapes
-    """Gradients of :func:`attention_heatmap` by q and k, through the softmax's denominator ``lse`` as well."""
+    """Gradients of :func:`attention_heatmap` per head by q and k, through the denominator ``lse`` as well."""
     boundaries = (cu_seqlens_q, cu_seqlens_k)
     with torch.enable_grad():
         q, k = (tensor.detach().to(dtype).requires_grad_() for tensor in (q, k))
-        _, lse = attention_mass(q, k, key_labels, query_positions, *boundaries, 2, scale, window, dtype=dtype)
-        result = attention_heatmap(
-            q, k, key_labels, query_positions, query_weights, lse, *boundaries, scale, window, dtype=dtype
-        )
+        keys = (q, k, key_labels, query_positions)
+        _, _, lse = attention_mass(*keys, *boundaries, 2, scale, window, True, dtype=dtype)
+        result = attention_heatmap(*keys, query_weights, lse, *boundaries, scale, window, True, dtype=dtype)
         grad_q, grad_k = torch.autograd.grad(result, (q, k), grad_heat.to(dtype))
     return grad_q, grad_k
 

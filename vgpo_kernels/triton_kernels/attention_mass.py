@@ -17,13 +17,13 @@ from vgpo_kernels.triton_kernels.attention_tiles import (
     LOG2_E,
     SHOWN,
     Tile,
+    by_head,
     key_extent,
     load_keys,
     load_rows,
     of_head,
     of_mass,
     of_response,
-    per_head,
     plan,
     product,
     query_rows,
@@ -40,6 +40,7 @@ from vgpo_kernels.triton_kernels.common import (
 
 # Segments whose sums a program of the forward pass holds; more of them take more programs.
 SEGMENT_BLOCK = 16
+MEAN_BLOCK = 1024
 
 
 def forward_tile(size: int, dtype: torch.dtype) -> Tile:
@@ -194,6 +195,35 @@ def heat_kernel(
     tl.store(heat + key, received, mask=key < key_count)
 
 
+@triton.jit(do_not_specialize=["heads", "count"])
+def head_mean_kernel(
+    values,  # [.., heads, count]
+    mean,  # out: [.., count]
+    heads,
+    count,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = values + tl.program_id(1).to(tl.int64) * heads * count + index
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(heads):
+        total += tl.load(row, mask=index < count, other=0.0)
+        row += count
+    divisor = tl.full((BLOCK,), 1.0, tl.float32) * heads
+    tl.store(mean + tl.program_id(1).to(tl.int64) * count + index, tl.div_rn(total, divisor), mask=index < count)
+
+
+def mean_of_heads(values: Tensor, head_dim: int) -> Tensor:
+    """Return the mean over heads, added up in their order whatever the layout."""
+    shape = values.shape
+    mean = values.new_empty((*shape[:head_dim], *shape[head_dim + 1 :]))
+    heads = shape[head_dim]
+    batch = 1 if values.dim() == -head_dim else shape[0]
+    count = mean.numel() // max(batch, 1)
+    wrap_triton(head_mean_kernel)[(triton.cdiv(count, MEAN_BLOCK), batch)](values, mean, heads, count, BLOCK=MEAN_BLOCK)
+    return mean
+
+
 @operator
 def attention_mass(
     q: Tensor,
@@ -205,10 +235,11 @@ def attention_mass(
     num_segments: int,
     scale: float,
     window: int,
-) -> tuple[Tensor, Tensor]:
-    """Masses ``[B, Hq, T, G]`` and log-sum-exp ``[B, Hq, T]`` of every query and head, fp32; packed without B."""
+    per_head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masses ``[B, T, G]``, by head ``[B, Hq, T, G]``, and log-sum-exp ``[B, Hq, T]``, fp32; packed without B."""
     launch = plan(q, k, cu_seqlens_q, forward_tile(q.shape[-1], q.dtype))
-    shape = per_head(q, q)
+    shape = by_head(q, q)
     mass = q.new_empty((*shape, num_segments), dtype=torch.float32)
     lse = q.new_empty(shape, dtype=torch.float32)
     slots = num_slots(launch.queries, launch.batch, cu_seqlens_q, launch.tile.rows // launch.group)
@@ -233,7 +264,9 @@ def attention_mass(
             SEGMENTS=segments,
             **launch.constants,
         )
-    return mass, lse
+        if per_head:
+            return mass, lse.new_empty((0,)), lse
+        return mean_of_heads(mass, -3), mass, lse
 
 
 @operator
@@ -248,10 +281,11 @@ def attention_heatmap(
     cu_seqlens_k: Tensor | None,
     scale: float,
     window: int,
+    per_head: bool,
 ) -> Tensor:
-    """Weighted sum over queries of the attention of each shown key, fp32 ``[B, Hq, S]``; packed without B."""
+    """Weighted sum over queries of the attention of each shown key, fp32 ``[B, S]`` or by head; packed without B."""
     launch = plan(q, k, cu_seqlens_q, forward_tile(q.shape[-1], q.dtype))
-    heat = q.new_empty(per_head(q, k), dtype=torch.float32)
+    heat = q.new_empty(by_head(q, k), dtype=torch.float32)
     slots = num_slots(launch.keys, launch.batch, cu_seqlens_k, launch.tile.keys)
     with device_guard(q):
         wrap_triton(heat_kernel)[(slots, launch.heads)](
@@ -272,7 +306,7 @@ def attention_heatmap(
             window,
             **launch.constants,
         )
-    return heat
+        return heat if per_head else mean_of_heads(heat, -2)
 
 
 @operator
@@ -284,16 +318,16 @@ def attention_mass_backward(
     query_positions: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    mass: Tensor,
+    head_mass: Tensor,
     lse: Tensor,
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients by q and k, in their dtype."""
     layout = (key_segments, query_positions)
-    means = (grad_mass * mass).sum(-1)
+    means = (grad_mass * head_mass).sum(-1)
     return launch_gradients(
-        grad_mass, q, k, *layout, None, means, lse, cu_seqlens_q, cu_seqlens_k, mass.shape[-1], scale, window
+        grad_mass, q, k, *layout, None, means, lse, cu_seqlens_q, cu_seqlens_k, head_mass.shape[-1], scale, window
     )
 
 

@@ -188,8 +188,8 @@ def plan(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, tile: Tile) -> Launc
     )
 
 
-def per_head(q: Tensor, heads_of: Tensor) -> tuple[int, ...]:
-    """Shape of one number a head of q and token of ``heads_of``: ``[B, H, L]``, packed ``[H, L]``."""
+def by_head(q: Tensor, tokens_of: Tensor) -> tuple[int, ...]:
+    """Shape of one number a head of q and token of ``tokens_of``: ``[B, H, L]``, packed ``[H, L]``."""
     if q.dim() == 4:
-        return q.shape[0], q.shape[1], heads_of.shape[2]
-    return q.shape[1], heads_of.shape[0]
+        return q.shape[0], q.shape[1], tokens_of.shape[2]
+    return q.shape[1], tokens_of.shape[0]
