@@ -86,6 +86,6 @@ def implementation(name: str, backend: str) -> Callable[..., Any]:
 
 
 # Triton is imported when it is first needed. A traced function cannot import, so tracing takes this as done.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _import_triton(stem: str) -> None:
     import_module(f"vgpo_kernels.triton_kernels.{stem}")

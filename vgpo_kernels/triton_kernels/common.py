@@ -151,7 +151,7 @@ def num_slots(tokens: int, batch: int, cu_seqlens: Tensor | None, block: int) ->
 
     """
     if cu_seqlens is None:
-        return batch * max(triton.cdiv(tokens, block), 1)
+        return batch * max(-(-tokens // block), 1)
     return tokens // block + batch
 
 
@@ -178,7 +178,7 @@ def operator(launcher: Callable[..., Any]) -> Any:
     kernels compute on the host and cannot be traced: there the operator is opaque.
     """
     definition = registry.OPERATORS[launcher.__name__]
-    make = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+    make: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
     registered = make(f"vgpo_kernels_triton::{launcher.__name__}", launcher, mutates_args=())
     registered.register_fake(definition.fake)
     if definition.backward is not None:

@@ -540,6 +540,7 @@ def launch_loss(
             ADVANTAGE_PER_RESPONSE=is_per_response(arguments.advantages, batch),
             IMPORTANCE_PER_RESPONSE=weights is not None and is_per_response(weights, batch),
             BLOCK=TOKEN_BLOCK,
+            num_warps=8,
         )
         wrap_triton(reduce_kernel)[(1,)](partials, statistics, loss, metrics, slots, batch)
     return loss, grad_logp, grad_entropy, metrics

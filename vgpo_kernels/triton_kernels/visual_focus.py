@@ -53,8 +53,8 @@ class TileShape(NamedTuple):
 
 # Enough bytes in flight on a multiprocessor to cover the latency of its memory, without spilling registers.
 TILES = {
-    "sm80": TileShape(4096, 512, 4, 64, 8),
-    "sm90": TileShape(8192, 512, 8, 64, 8),
+    "sm80": TileShape(4096, 512, 8, 64, 8),
+    "sm90": TileShape(4096, 512, 8, 64, 8),
     "sm100": TileShape(8192, 512, 8, 64, 8),
     "gfx9": TileShape(4096, 512, 4, 64, 4),
 }

@@ -70,6 +70,12 @@ def order_key(value):
 
 
 @triton.jit
+def focus_score(cos, offset, SCORE_KIND: tl.constexpr):
+    """rho_t: (1 + cos) / 2, or cos - offset."""
+    return (1.0 + cos) * 0.5 if SCORE_KIND == "affine" else cos - offset
+
+
+@triton.jit
 def compensation(
     ordinal,  # 0-based, among the `length` valid tokens of its response
     length,
@@ -117,6 +123,52 @@ def lowest_cosine_kernel(
     tl.store(minima + slot, tl.min(tl.where(is_finite(value), tl.minimum(value, 0.0), 0.0)))
 
 
+@triton.jit
+def find_gate(cos, mask, size, length, head_bits, top_bits, BLOCK: tl.constexpr):
+    """Gate of a response of ``size`` positions and ``length`` valid tokens (Eq. 6).
+
+    Returns the position at which the tail begins, the key of its k-th largest cosine (found digit by digit, so that
+    it is exact), and how many tokens reach it.
+    """
+    lane = tl.arange(0, BLOCK)
+    first = (length.to(tl.float64) * double_from_bits(head_bits)).to(tl.int32)
+    count = tl.zeros((), tl.int32)
+    located = tl.zeros((BLOCK,), tl.int32) + size
+    for start in range(0, size, BLOCK):
+        token = start + lane
+        valid = (tl.load(mask + token, mask=token < size, other=0) != 0).to(tl.int32)
+        ordinal = count + tl.cumsum(valid, 0) - 1
+        located = tl.where((valid != 0) & (ordinal >= first), tl.minimum(located, token), located)
+        count += tl.sum(valid)
+    tail_begin = tl.min(located)
+
+    wanted = ((length - first).to(tl.float64) * double_from_bits(top_bits)).to(tl.int32)
+    wanted = tl.maximum(wanted, 1)
+    larger = tl.zeros((), tl.int32)
+    equal = tl.zeros((), tl.int32)
+    threshold = tl.zeros((), tl.uint32)
+    known = tl.zeros((), tl.uint32)  # the bits of the threshold that are found already
+    digit = tl.arange(0, 256)
+    for step in range(4):
+        shift = tl.zeros((), tl.uint32) + (24 - 8 * step)
+        histogram = tl.zeros((256,), tl.int32)
+        for start in range(tail_begin, size, BLOCK):
+            token = start + lane
+            valid = tl.load(mask + token, mask=token < size, other=0) != 0
+            key = order_key(tl.load(cos + token, mask=valid, other=0.0))
+            valid = valid & ((key & known) == threshold)
+            histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=valid)
+        at_least = tl.sum(histogram) - tl.cumsum(histogram, 0) + histogram
+        chosen = tl.maximum(tl.sum((at_least >= wanted).to(tl.int32)) - 1, 0)
+        above = tl.sum(tl.where(digit > chosen, histogram, 0))
+        wanted -= above
+        larger += above
+        equal = tl.sum(tl.where(digit == chosen, histogram, 0))
+        threshold |= chosen.to(tl.uint32) << shift
+        known |= tl.full((), 255, tl.uint32) << shift
+    return tail_begin, threshold, larger + equal
+
+
 @triton.jit(do_not_specialize=["tokens", "num_minima", "head_bits", "top_bits"])
 def response_kernel(
     cos,  # [B, T] or [N]
@@ -155,12 +207,14 @@ def response_kernel(
     # How long the response is, and whether its cosines are finite.
     valid_count = tl.zeros((BLOCK,), tl.int32)
     bad_count = tl.zeros((BLOCK,), tl.int32)
+    cos_sum = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         token = start + lane
         valid = tl.load(mask + token, mask=token < size, other=0) != 0
         value = tl.load(cos + token, mask=valid, other=0.0)
         valid_count += valid.to(tl.int32)
         bad_count += tl.where(is_finite(value), 0, 1)
+        cos_sum += value
     length = tl.sum(valid_count)
     finite = tl.sum(bad_count) == 0
     pictured = length >= 0
@@ -177,38 +231,11 @@ def response_kernel(
             lowest = tl.minimum(lowest, tl.load(minima + start + lane, mask=start + lane < num_minima, other=0.0))
         offset = tl.min(lowest)
 
-    # The gate (Eq. 6): the k-th largest cosine of the tail, found digit by digit of its ordered key.
     tail_begin = size
     threshold = tl.zeros((), tl.uint32)
+    open_count = tl.where(weighted, length, 0)
     if GATE:
-        first = (length.to(tl.float64) * double_from_bits(head_bits)).to(tl.int32)
-        count = tl.zeros((), tl.int32)
-        located = tl.zeros((BLOCK,), tl.int32) + size
-        for start in range(0, active_size, BLOCK):
-            token = start + lane
-            valid = (tl.load(mask + token, mask=token < size, other=0) != 0).to(tl.int32)
-            ordinal = count + tl.cumsum(valid, 0) - 1
-            located = tl.where((valid != 0) & (ordinal >= first), tl.minimum(located, token), located)
-            count += tl.sum(valid)
-        tail_begin = tl.min(located)
-        wanted = ((length - first).to(tl.float64) * double_from_bits(top_bits)).to(tl.int32)
-        wanted = tl.maximum(wanted, 1)
-        digit = tl.arange(0, 256)
-        known = tl.zeros((), tl.uint32)  # the bits of `threshold` that are found already
-        for step in range(4):
-            shift = tl.zeros((), tl.uint32) + (24 - 8 * step)
-            histogram = tl.zeros((256,), tl.int32)
-            for start in range(tail_begin, active_size, BLOCK):
-                token = start + lane
-                valid = tl.load(mask + token, mask=token < size, other=0) != 0
-                key = order_key(tl.load(cos + token, mask=valid, other=0.0))
-                valid = valid & ((key & known) == threshold)
-                histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=valid)
-            at_least = tl.sum(histogram) - tl.cumsum(histogram, 0) + histogram
-            chosen = tl.maximum(tl.sum((at_least >= wanted).to(tl.int32)) - 1, 0)
-            wanted -= tl.sum(tl.where(digit > chosen, histogram, 0))
-            threshold |= chosen.to(tl.uint32) << shift
-            known |= tl.full((), 255, tl.uint32) << shift
+        tail_begin, threshold, open_count = find_gate(cos, mask, active_size, length, head_bits, top_bits, BLOCK)
 
     # Compensated weights (Eq. 5), and what the normalisations and the metrics need of them.
     count = tl.zeros((), tl.int32)
@@ -216,17 +243,14 @@ def response_kernel(
     low = tl.full((BLOCK,), float("inf"), tl.float32)
     high = tl.full((BLOCK,), -float("inf"), tl.float32)
     weight_sum = tl.zeros((BLOCK,), tl.int64)
-    cos_sum = tl.zeros((BLOCK,), tl.float32)
     early_sum = tl.zeros((BLOCK,), tl.float32)
-    late_sum = tl.zeros((BLOCK,), tl.float32)
-    gate_count = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, size, BLOCK):
         token = start + lane
         active = tl.load(mask + token, mask=token < active_size, other=0) != 0
         value = tl.load(cos + token, mask=active, other=0.0)
         ordinal = count + tl.cumsum(active.to(tl.int32), 0) - 1
         count += tl.sum(active.to(tl.int32))
-        focus = (1.0 + value) * 0.5 if SCORE_KIND == "affine" else value - offset
+        focus = focus_score(value, offset, SCORE_KIND)
         compensated = compensation(ordinal, length, beta, start_ratio, exponent, step_ratio, SCHEDULE, POSITION)
         open_gate = active
         if GATE:
@@ -236,10 +260,7 @@ def response_kernel(
         low = tl.minimum(low, tl.where(active, weight, float("inf")))
         high = tl.maximum(high, tl.where(active, weight, -float("inf")))
         weight_sum += to_fixed(weight, WEIGHT_SCALE)
-        cos_sum += value
-        gate_count += open_gate.to(tl.int32)
-        early_sum += tl.where(active & (ordinal < half), focus, 0.0)
-        late_sum += tl.where(active & (ordinal >= half), focus, 0.0)
+        early_sum += tl.where(ordinal < half, value, 0.0)
     takes_part = weighted & (length > 0)
     lowest_weight = tl.where(takes_part, tl.min(low), 0.0)
     spread = tl.where(takes_part, tl.max(high) - lowest_weight, 0.0) + RANGE_FLOOR
@@ -264,8 +285,12 @@ def response_kernel(
         score = mean_from_fixed(weight_total, WEIGHT_SCALE, nonzero_length)
     score = tl.where(finite, tl.where(pictured, score, 0.0), float("nan"))
 
-    early = tl.div_rn(tl.sum(early_sum), tl.maximum(half, 1).to(tl.float32))
-    late = tl.div_rn(tl.sum(late_sum), tl.maximum(length - half, 1).to(tl.float32))
+    # The score is affine in the cosine, so that the score of a mean is the mean of scores.
+    cos_total = tl.where(weighted, tl.sum(cos_sum), 0.0)
+    early_total = tl.sum(early_sum)
+    early = focus_score(tl.div_rn(early_total, tl.maximum(half, 1).to(tl.float32)), offset, SCORE_KIND)
+    late_mean = tl.div_rn(cos_total - early_total, tl.maximum(length - half, 1).to(tl.float32))
+    late = focus_score(late_mean, offset, SCORE_KIND)
     has_ratio = weighted & (length >= 2) & (early > 0.0)
     row = statistics + response.to(tl.int64) * STATISTICS
     tl.store(row + LOW, lowest_weight)
@@ -273,8 +298,8 @@ def response_kernel(
     tl.store(row + MEAN, mean_from_fixed(unit_total, UNIT_SCALE, nonzero_length))
     tl.store(row + SCORE, score)
     tl.store(row + WEIGHTED, tl.where(weighted, 1.0, 0.0))
-    tl.store(row + COS_SUM, tl.sum(cos_sum))
-    tl.store(row + GATE_COUNT, tl.sum(gate_count).to(tl.float32))
+    tl.store(row + COS_SUM, cos_total)
+    tl.store(row + GATE_COUNT, open_count.to(tl.float32))
     tl.store(row + LATE_EARLY, tl.where(has_ratio, tl.div_rn(late, tl.where(has_ratio, early, 1.0)), 0.0))
     tl.store(row + HAS_RATIO, tl.where(has_ratio, 1.0, 0.0))
     tl.store(row + TOKENS, tl.where(weighted, length, 0).to(tl.float32))
