@@ -148,6 +148,7 @@ __device__ void sum_runs(const FocusInput<T>& input, const FocusWorkspace& works
     for (int item = grid_warp(); cursor.seek(item / strips); item += grid_warps()) {
         const int slot = item / strips, count = counts[cursor.response()], length = run_rows(count);
         const int column = (item % strips) * kWarpColumns<T> + lane_index() * kWidth;
+        const int read_column = column < input.dim ? column : 0;  // idle lanes read along
         const int first = (slot - cursor.begin()) * length;
         const int last = first + length < count ? first + length : count;
         const int64_t row_begin = input.layout.row_begin(cursor.response());
@@ -158,24 +159,27 @@ __device__ void sum_runs(const FocusInput<T>& input, const FocusWorkspace& works
             const int own = strip + lane_index();
             const int32_t listed = index[own < last ? own : last - 1];
             const int rows_left = last - strip < kWarpSize ? last - strip : kWarpSize;
-            for (int base = 0; base < rows_left; base += kInFlight) {
+            const auto load = [&](int i) {
+                const int64_t relative = __shfl_sync(kAllLanes, listed, i);
+                return load_vector<kAligned>(rows + relative * input.strides.row, read_column, input.dim);
+            };
+            const auto add = [&](uint4 vector) {
+                float values[kWidth];
+                unpack(vector, input.hidden, values);
+#pragma unroll
+                for (int j = 0; j < kWidth; ++j) sums[j] += values[j];
+            };
+            // Nothing but loads between loads: a condition there, and the compiler waits for each before the next.
+            int i = 0;
+            for (; i + kInFlight <= rows_left; i += kInFlight) {
                 uint4 vectors[kInFlight];
 #pragma unroll
-                for (int i = 0; i < kInFlight; ++i) {
-                    const int64_t relative = __shfl_sync(kAllLanes, listed, base + i);
-                    vectors[i] = make_uint4(0, 0, 0, 0);
-                    if (base + i < rows_left && column < input.dim) {
-                        vectors[i] = load_vector<kAligned>(rows + relative * input.strides.row, column, input.dim);
-                    }
-                }
+                for (int j = 0; j < kInFlight; ++j) vectors[j] = load(i + j);
 #pragma unroll
-                for (int i = 0; i < kInFlight; ++i) {
-                    float values[kWidth];
-                    unpack(vectors[i], input.hidden, values);
-#pragma unroll
-                    for (int j = 0; j < kWidth; ++j) sums[j] += values[j];
-                }
+                for (int j = 0; j < kInFlight; ++j) add(vectors[j]);
             }
+#pragma unroll 1
+            for (; i < rows_left; ++i) add(load(i));
         }
         if (column < input.dim) {
             float* slot_sums = workspace.row_sums + static_cast<int64_t>(slot) * input.dim;
