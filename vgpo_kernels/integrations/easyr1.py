@@ -113,7 +113,7 @@ def patch_easyr1(
 
 def _original(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return what an earlier patch wrapped, so that patches never pile up."""
-    return function.__wrapped__ if getattr(function, "patched_by_vgpo", False) else function  # type: ignore[attr-defined,no-any-return]
+    return function.__wrapped__ if getattr(function, "patched_by_vgpo", False) else function  # type: ignore[attr-defined]
 
 
 def _patch(original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

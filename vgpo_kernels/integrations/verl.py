@@ -116,7 +116,7 @@ def compute_policy_loss(
     return loss * batch.get("dp_size", 1), reported
 
 
-def focus_of_packed(hidden: Tensor, input_ids: Tensor, model: Any) -> Tensor:
+def focus_of_packed(hidden: Tensor, input_ids: Any, model: Any) -> Tensor:
     """Score the tokens of a nested batch of sequences, each the prompt with its response.
 
     Args:
