@@ -51,15 +51,15 @@ struct LossSums {
 struct Kernels {
     const char* name;
 
-    // total[c] = the sum over rows of hidden[offsets[r] + c], c < columns. Rows are added in order, in blocks of a
-    // fixed length, with `room` for 2 * columns floats: how columns are split over calls does not change a bit.
-    void (*sum_rows[kHiddenTypes])(const void* hidden, const int64_t* offsets, int64_t rows, int64_t columns,
-                                   float* room, float* total);
+    // total[c] = the sum over rows of hidden[positions[r] * stride + c], c < columns, with `room` for 2 * columns
+    // floats. The order of additions depends on `rows` alone: how columns are split over calls does not change a bit.
+    void (*sum_rows[kHiddenTypes])(const void* hidden, const int64_t* positions, int64_t rows, int64_t stride,
+                                   int64_t columns, float* room, float* total);
     // A prototype in the order in which `cosines` reads the columns of a hidden type.
     void (*arrange[kHiddenTypes])(const float* prototype, int64_t columns, float* arranged);
     // Cosine of each row with an arranged prototype of the given norm. Every row is summed in the same fixed order.
-    void (*cosines[kHiddenTypes])(const void* hidden, const int64_t* offsets, int64_t rows, int64_t columns,
-                                  const float* prototype, float prototype_norm, float* cos);
+    void (*cosines[kHiddenTypes])(const void* hidden, const int64_t* positions, int64_t rows, int64_t stride,
+                                  int64_t columns, const float* prototype, float prototype_norm, float* cos);
     float (*norm)(const float* values, int64_t length);
 
     // The smallest finite value; infinity if there is none.

@@ -34,6 +34,16 @@ inline ValidSpan span_of(const bool* mask, int64_t length) {
     return span;
 }
 
+// Writes where the mask is set to `positions`, which has room for `length`, and returns how often.
+inline int64_t select_positions(const bool* mask, int64_t length, int64_t* positions) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < length; ++i) {
+        positions[count] = i;
+        count += mask[i];
+    }
+    return count;
+}
+
 // Moves the values where the mask is set to the front of `to`, which has room for `length`.
 inline void compact(const float* from, const bool* mask, int64_t length, float* to) {
     int64_t count = 0;

@@ -49,8 +49,8 @@ struct Streams {
 
     const T* rows[R];
 
-    inline Streams(const T* hidden, const int64_t* offsets, int64_t row, int64_t step) {
-        for (int r = 0; r < R; ++r) rows[r] = hidden + offsets[row + r * step];
+    inline Streams(const T* hidden, const int64_t* positions, int64_t stride, int64_t step) {
+        for (int r = 0; r < R; ++r) rows[r] = hidden + positions[r * step] * stride;
     }
     inline void prefetch(int64_t column) const {
         if (kPair < kLine && column % kLine != 0) return;
@@ -87,7 +87,8 @@ inline void add_rows(const Streams<T, R>& streams, int64_t columns, float* block
 
 // The order of additions depends on the number of rows alone, and is the same for every instruction set.
 template <typename T>
-void sum_rows(const void* hidden, const int64_t* offsets, int64_t rows, int64_t columns, float* room, float* total) {
+void sum_rows(const void* hidden, const int64_t* positions, int64_t rows, int64_t stride, int64_t columns, float* room,
+              float* total) {
     const T* base = static_cast<const T*>(hidden);
     float *block = room, *arranged = room + columns;
     for (int64_t column = 0; column < columns; ++column) arranged[column] = 0.0f;
@@ -96,10 +97,10 @@ void sum_rows(const void* hidden, const int64_t* offsets, int64_t rows, int64_t 
         const int64_t step = (end - begin) / kBlockStreams;
         for (int64_t column = 0; column < columns; ++column) block[column] = 0.0f;
         for (int64_t row = begin; row < begin + step; ++row) {
-            add_rows(Streams<T, kBlockStreams>(base, offsets, row, step), columns, block);
+            add_rows(Streams<T, kBlockStreams>(base, positions + row, stride, step), columns, block);
         }
         for (int64_t row = begin + step * kBlockStreams; row < end; ++row) {
-            add_rows(Streams<T, 1>(base, offsets, row, 1), columns, block);
+            add_rows(Streams<T, 1>(base, positions + row, stride, 1), columns, block);
         }
         for (int64_t column = 0; column < columns; ++column) arranged[column] += block[column];
     }
@@ -137,16 +138,17 @@ inline void row_cosines(const Streams<T, R>& streams, int64_t columns, const flo
 }
 
 template <typename T>
-void cosines(const void* hidden, const int64_t* offsets, int64_t rows, int64_t columns, const float* prototype,
-             float prototype_norm, float* cos) {
+void cosines(const void* hidden, const int64_t* positions, int64_t rows, int64_t stride, int64_t columns,
+             const float* prototype, float prototype_norm, float* cos) {
     const T* base = static_cast<const T*>(hidden);
     const int64_t step = rows / kStreams;
     for (int64_t row = 0; row < step; ++row) {
-        const Streams<T, kStreams> streams(base, offsets, row, step);
+        const Streams<T, kStreams> streams(base, positions + row, stride, step);
         row_cosines(streams, columns, prototype, prototype_norm, cos + row, step);
     }
     for (int64_t row = step * kStreams; row < rows; ++row) {
-        row_cosines(Streams<T, 1>(base, offsets, row, 1), columns, prototype, prototype_norm, cos + row, 1);
+        const Streams<T, 1> stream(base, positions + row, stride, 1);
+        row_cosines(stream, columns, prototype, prototype_norm, cos + row, 1);
     }
 }
 
