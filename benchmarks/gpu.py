@@ -1,4 +1,4 @@
-"""Measure the CUDA operators at the shapes of a 7B model, and append rows to benchmarks/results/gpu.csv.
+"""Measure the operators on every GPU backend at shapes of a 7B model, and append rows to benchmarks/results/gpu.csv.
 
     python benchmarks/gpu.py [--quick]
 
@@ -34,7 +34,7 @@ import peers  # noqa: E402
 from tolerance import assert_close  # noqa: E402
 
 import vgpo_kernels  # noqa: E402
-from vgpo_kernels import VGPOConfig, backend  # noqa: E402
+from vgpo_kernels import VGPOConfig, backend, backends  # noqa: E402
 from vgpo_kernels.config import PolicyLossOptions  # noqa: E402
 from vgpo_kernels.reference import policy_loss as policy_reference  # noqa: E402
 from vgpo_kernels.reference import vgpo_loss as whole_reference  # noqa: E402
@@ -45,6 +45,7 @@ TABLE = ROOT / "benchmarks" / "results" / "gpu.csv"
 CONFIG = VGPOConfig.paper()
 OPTIONS = PolicyLossOptions()
 GPU = torch.device("cuda")
+BACKENDS = tuple(name for name in ("cuda", "triton") if backends.describe()["built"][name])
 
 
 @dataclass(frozen=True)
@@ -336,12 +337,13 @@ class Bench:
                 return False
             return True
 
-        with backend("cuda"):
-            if right(case.call):
-                self.add_call(case, "cuda", shape, graph_ms(case.call, sets, self.repeats), case.call, sets[0])
-                in_turn = rotating(sets)
-                host = median_ms(lambda: case.call(next(in_turn)), self.repeats)
-                self.add_call(case, "cuda, host", shape, host, case.call, sets[0])
+        in_turn = rotating(sets)
+        for name in BACKENDS:
+            with backend(name):
+                if right(case.call):
+                    self.add_call(case, name, shape, graph_ms(case.call, sets, self.repeats), case.call, sets[0])
+                    host = median_ms(lambda: case.call(next(in_turn)), self.repeats)
+                    self.add_call(case, f"{name}, host", shape, host, case.call, sets[0])
         if not with_peers:
             return
         for name, peer in (("eager", case.peer), ("torch.compile", torch.compile(case.peer, dynamic=False))):
@@ -388,7 +390,7 @@ def main() -> None:
     shapes = [small] if quick else [usual, Shape(32, 1024, 2048, 3584), Shape(2, 1024, 32768, 3584)]
     for shape in shapes:
         # Together several times the cache, so that a replay finds nothing of the one before.
-        with backend("cuda"):
+        with backend(BACKENDS[0]):
             sets = [draw(shape, seed) for seed in range(3)]
         for case in CASES:
             bench.run(case, shape, sets, with_peers=shape is usual)

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Everything that a GPU is needed for, in one go and without a network: build in place, test, sanitize, measure.
 #
-#   scripts/gpu_check.sh [stage...]     stages: build test sanitize bench; all of them by default
+#   scripts/gpu_check.sh [stage...]     stages: build test triton sanitize bench; all of them by default
 #
-# Runs under nine minutes on a machine with 16 cores. PYTHON names the interpreter that has torch for CUDA. Benchmarks
+# A stage takes minutes at most and can be run alone. PYTHON names the interpreter that has torch for CUDA. Benchmarks
 # append rows to benchmarks/results/gpu.csv. A stage that fails does not stop the next, except the build.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 stages=("$@")
-((${#stages[@]})) || stages=(build test sanitize bench)
+((${#stages[@]})) || stages=(build test triton sanitize bench)
 summary=()
 status=0
+operator_tests=(tests/test_visual_focus.py tests/test_visual_weights.py tests/test_policy_loss.py
+    tests/test_vgpo_loss.py tests/test_operators.py)
 
 wanted() { [[ " ${stages[*]} " == *" $1 "* ]]; }
 
@@ -68,9 +70,14 @@ fi
 
 if wanted test; then
     # Tests of the operators on the GPU's backends; what needs no GPU is left to `make test`.
-    VGPO_TEST_BACKENDS=reference,cuda,triton stage test 180 "$PYTHON" -m pytest -q --maxfail=20 \
-        -p no:cacheprovider tests/test_cuda_gpu.py tests/test_visual_focus.py tests/test_visual_weights.py \
-        tests/test_policy_loss.py tests/test_vgpo_loss.py tests/test_operators.py
+    VGPO_TEST_BACKENDS=reference,cuda stage test 180 "$PYTHON" -m pytest -q --maxfail=20 \
+        -p no:cacheprovider tests/test_cuda_gpu.py "${operator_tests[@]}"
+fi
+
+if wanted triton; then
+    # The same tests. Every combination of options is a kernel of its own, some 200 to compile the first time.
+    VGPO_TEST_BACKENDS=triton stage triton 300 "$PYTHON" -m pytest -q --maxfail=20 \
+        -p no:cacheprovider "${operator_tests[@]}"
 fi
 
 if wanted sanitize; then
