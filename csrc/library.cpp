@@ -24,6 +24,9 @@ TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
     library.impl("attention_mass_backward", &vgpo::ops::attention_mass_backward);
     library.impl("attention_heatmap", &vgpo::ops::attention_heatmap);
     library.impl("attention_heatmap_backward", &vgpo::ops::attention_heatmap_backward);
+    library.impl("head_statistics", &vgpo::ops::head_statistics);
+    library.impl("head_gradient", &vgpo::ops::head_gradient);
+    library.impl("head_product", &vgpo::ops::head_product);
 }
 
 namespace {

@@ -11,6 +11,8 @@ from vgpo_kernels import backends
 from vgpo_kernels.backends import backend
 from vgpo_kernels.config import PolicyLossOptions, VGPOConfig
 from vgpo_kernels.ops.attention_mass import attention_heatmap, attention_mass
+from vgpo_kernels.ops.linear_logprob import combine_slices, linear_logprob, linear_logprob_slice
+from vgpo_kernels.ops.linear_vgpo_loss import linear_policy_loss, linear_vgpo_loss
 from vgpo_kernels.ops.policy_loss import PolicyLoss, policy_loss
 from vgpo_kernels.ops.vgpo_loss import vgpo_loss
 from vgpo_kernels.ops.visual_focus import visual_focus, visual_prototype
@@ -27,7 +29,12 @@ __all__ = [
     "attention_mass",
     "backend",
     "backends",
+    "combine_slices",
     "group_weights",
+    "linear_logprob",
+    "linear_logprob_slice",
+    "linear_policy_loss",
+    "linear_vgpo_loss",
     "policy_loss",
     "vgpo_loss",
     "visual_focus",

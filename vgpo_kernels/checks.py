@@ -354,6 +354,100 @@ def attention_scale(value: object, head_size: int) -> float:
     return float(value)
 
 
+def head(hidden: object, weight: object, bias: object) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check hidden states ``[..., D]`` and an LM head, weight ``[V, D]`` and bias ``[V]``.
+
+    Returns:
+        Hidden states in autocast's dtype where it is on, the weight with its last dimension contiguous, and the bias in
+        fp32 (or fp64 if it is).
+
+    """
+    states, rows = require_floating("hidden", hidden), require_floating("weight", weight)
+    if states.dim() < 2:
+        raise ValueError(f"hidden must have shape [N, D] or [..., D], got {describe(states)}")
+    if rows.dim() != 2 or rows.shape[0] == 0:
+        raise ValueError(f"weight must have shape [V, D] with V > 0, got {describe(rows)}")
+    if rows.shape[1] != states.shape[-1] or rows.shape[1] == 0:
+        raise ValueError(
+            f"weight must have shape [V, {states.shape[-1]}], a column a feature of hidden {describe(states)}, "
+            f"got {describe(rows)}"
+        )
+    require_device("weight", rows, states.device, "hidden")
+    if bias is not None:
+        offsets = require_floating("bias", bias)
+        require_shape("bias", offsets, rows.shape[:1], "one entry a row of weight")
+        require_device("bias", offsets, states.device, "hidden")
+        bias = _computable(offsets, detach=False)
+    kind = states.device.type
+    if torch.is_autocast_enabled(kind) and states.dtype != torch.float64:
+        states = states.to(torch.get_autocast_dtype(kind))
+    return states, rows if rows.stride(-1) == 1 else rows.contiguous(), bias
+
+
+def targets(value: object, shape: Sequence[int], meaning: str, device: torch.device) -> Tensor:
+    """Return target ids of ``shape`` as int64."""
+    ids = require_tensor("targets", value)
+    if ids.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"targets must be an integer tensor, got {describe(ids)}")
+    require_shape("targets", ids, shape, meaning)
+    require_device("targets", ids, device, "hidden")
+    return ids.to(torch.int64).contiguous()
+
+
+def target_values(ids: Tensor, read: Tensor, vocabulary: int | None) -> None:
+    """Raise ValueError unless the ids where ``read`` are rows of a weight with ``vocabulary`` rows (``None``: any)."""
+    if not values_are_free(ids) or not bool(read.any()):
+        return
+    low, high = (int(bound) for bound in ids[read].aminmax())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        bound = "" if vocabulary is None else f" and below {vocabulary}, the rows of weight"
+        raise ValueError(f"targets must be at least 0{bound}, got {low} to {high}")
+
+
+def ignore_index(value: object) -> int | None:
+    """Return ``value`` if it is an integer or ``None``."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"ignore_index must be an integer or None, got {type(value).__name__}")
+    return value
+
+
+def temperature(value: object) -> float:
+    """Return ``value`` as a float if it is finite and above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"temperature must be a number, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature must be finite and above 0, got {value}")
+    return float(value)
+
+
+def chunk_bytes(value: object) -> int:
+    """Return the size of a workspace in bytes, 0 for ``None``: the default."""
+    return 0 if value is None else positive_integer("chunk_bytes", value)
+
+
+def not_negative_integer(name: str, value: object) -> int:
+    """Return ``value`` if it is an integer, zero or above."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value
+
+
+def predicted_tokens(response_mask: Tensor, first_tokens: Tensor) -> None:
+    """Raise ValueError if a scored token is the first of its sequence, where no hidden state predicts it.
+
+    It reads one flag from the device, so it is called where the host waits for the number of tokens anyway.
+    """
+    if bool((response_mask & first_tokens).any()):
+        raise ValueError(
+            "response_mask must be False at the first token of a sequence, which no hidden state predicts, "
+            f"got True at {int((response_mask & first_tokens).sum())} of them"
+        )
+
+
 def positive_integer(name: str, value: object) -> int:
     """Return ``value`` if it is an integer above zero."""
     if isinstance(value, bool) or not isinstance(value, int):

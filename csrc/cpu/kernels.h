@@ -48,6 +48,34 @@ struct LossSums {
     int64_t tokens = 0;
 };
 
+// Running statistics of a row of logits z, as head_statistics keeps them.
+struct LogitStatistics {
+    float maximum = -std::numeric_limits<float>::infinity();
+    float total = 0.0f;     // of e^(z - maximum)
+    float weighted = 0.0f;  // of e^(z - maximum) (z - maximum)
+
+    // Takes in statistics of other logits, of which one at least is not minus infinity.
+    VGPO_HD inline void merge(const LogitStatistics& other) {
+        const float largest = vgpo::maximum(other.maximum, maximum);
+        const LogitStatistics mine = moved_to(largest), theirs = other.moved_to(largest);
+        *this = {largest, mine.total + theirs.total, mine.weighted + theirs.weighted};
+    }
+
+    // The same, measured from a larger logit.
+    VGPO_HD inline LogitStatistics moved_to(float largest) const {
+        if (maximum == largest) return *this;
+        if (maximum == -std::numeric_limits<float>::infinity()) return {largest, 0.0f, 0.0f};
+        const float drop = maximum - largest, factor = expf(drop);
+        return {largest, total * factor, (weighted + total * drop) * factor};
+    }
+};
+
+// What turns a row of logits into their gradient, as head_gradient defines it.
+struct LogitGradient {
+    float maximum, log_sum, scale, slope, at_target;
+    int64_t target;  // its column; outside [0, columns): none
+};
+
 struct Kernels {
     const char* name;
 
@@ -91,6 +119,13 @@ struct Kernels {
     void (*probabilities)(float* scores, int64_t begin, int64_t end, float lse);
     void (*add_probabilities)(const float* scores, int64_t begin, int64_t end, float lse, float weight,
                               float* totals);
+
+    // Takes logits, (products + bias) * factor, into a row's statistics. `bias` may be null.
+    void (*logit_statistics)(const float* products, const float* bias, int64_t columns, float factor,
+                             LogitStatistics& statistics);
+    // Gradient by the logits, in float or bfloat16 (kFloat, kBFloat16); it may take the products' place.
+    void (*logit_gradient[2])(const float* products, const float* bias, int64_t columns, float factor,
+                              const LogitGradient& row, void* gradient);
 
     // Reads memory as fast as the processor can: the ceiling that benchmarks compare with.
     float (*read)(const float* values, int64_t length);

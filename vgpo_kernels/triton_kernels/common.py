@@ -180,6 +180,20 @@ def operator(launcher: Callable[..., Any]) -> Any:
     definition = registry.OPERATORS[launcher.__name__]
     make: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
     registered = make(f"vgpo_kernels_triton::{launcher.__name__}", launcher, mutates_args=())
+    return _completed(registered, definition)
+
+
+def opaque_operator(name: str, implementation: Callable[..., Any]) -> Any:
+    """Make Python that drives kernels the operator ``torch.ops.vgpo_kernels_triton.<name>``, not to be traced into."""
+    definition = registry.OPERATORS[name]
+    schema = str(definition.compiled._schema)  # type: ignore[attr-defined]
+    schema = schema.removeprefix(f"{registry.NAMESPACE}::{name}")
+    registered = torch.library.custom_op(f"vgpo_kernels_triton::{name}", implementation, mutates_args=(), schema=schema)
+    return _completed(registered, definition)
+
+
+def _completed(registered: Any, definition: registry.Operator) -> Any:
+    """Give an operator the fake kernel and the gradients of its definition."""
     registered.register_fake(definition.fake)
     if definition.backward is not None:
         registered.register_autograd(definition.backward, setup_context=definition.setup_context)

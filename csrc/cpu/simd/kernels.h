@@ -8,6 +8,7 @@
 #include "weights_kernels.h"
 
 #include "attention_kernels.h"
+#include "logit_kernels.h"
 #include "loss_kernels.h"
 
 const Kernels kTable = {
@@ -27,5 +28,7 @@ const Kernels kTable = {
     softmax_update,
     probabilities,
     add_probabilities,
+    logit_statistics,
+    {logit_gradient<float>, logit_gradient<BFloat16>},
     read,
 };

@@ -1,0 +1,242 @@
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "bf16_product.h"
+#include "kernels.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace vgpo {
+namespace {
+
+// Columns whose statistics are summed on their own, and then merged in order: the same for any number of threads.
+constexpr int64_t kGroupColumns = 4 * kTileColumns;
+// Rows of one item of work where the products are there already.
+constexpr int64_t kStripRows = 16;
+
+// Some rows before some entries of the vocabulary.
+struct Chunk {
+    const at::Tensor& hidden;  // [n, D]
+    const at::Tensor& weight;  // [v, D]
+    const float* bias;         // [v], or null
+    const int64_t* targets;    // [n]
+    int64_t first;
+    float factor;  // one over the temperature
+
+    int64_t rows() const { return hidden.size(0); }
+    int64_t columns() const { return weight.size(0); }
+};
+
+// Rows of fp32, each contiguous.
+struct Rows {
+    float* data;
+    int64_t stride;
+
+    float* at(int64_t row, int64_t column) const { return data + row * stride + column; }
+};
+
+// Products of rows [row, row + rows) and columns [column, column + columns); columns begin and end with a group, or
+// lie in one.
+struct Tile {
+    Rows products;
+    int64_t row, rows, column, columns;
+};
+
+bool in_bf16(const at::Tensor& left, const at::Tensor& right) {
+    return left.scalar_type() == at::kBFloat16 && right.scalar_type() == at::kBFloat16 && has_bf16_products();
+}
+
+BFloat16Matrix matrix_of(const at::Tensor& tensor) {
+    return {static_cast<const BFloat16*>(tensor.const_data_ptr()), tensor.size(0), tensor.size(1), tensor.stride(0),
+            tensor.stride(1)};
+}
+
+Rows rows_of(const char* name, const at::Tensor& tensor, int64_t rows, int64_t columns) {
+    TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.scalar_type() == at::kFloat && tensor.dim() == 2 &&
+                          tensor.size(0) == rows && tensor.size(1) == columns && tensor.stride(1) == 1,
+                      name, " must be fp32 [", rows, ", ", columns, "] with contiguous rows on the CPU, got ",
+                      tensor.scalar_type(), " ", tensor.sizes());
+    return {tensor.mutable_data_ptr<float>(), tensor.stride(0)};
+}
+
+Chunk chunk_of(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
+               const at::Tensor& targets, int64_t first, double temperature) {
+    for (const at::Tensor* tensor : {&hidden, &weight}) {
+        TORCH_CHECK_VALUE(tensor->device().is_cpu() && tensor->dim() == 2 && tensor->stride(1) == 1 &&
+                              (tensor->scalar_type() == at::kFloat || tensor->scalar_type() == at::kBFloat16),
+                          "hidden and weight must be fp32 or bf16 matrices with contiguous rows on the CPU, got ",
+                          tensor->scalar_type(), " ", tensor->sizes());
+    }
+    TORCH_CHECK_VALUE(hidden.size(1) == weight.size(1) && hidden.scalar_type() == weight.scalar_type(),
+                      "hidden and weight must have one dtype and as many columns, got ", hidden.sizes(), " and ",
+                      weight.sizes());
+    return {hidden,
+            weight,
+            checked<float>("bias", bias, {weight.size(0)}),
+            checked<int64_t>("targets", targets, {hidden.size(0)}),
+            first,
+            static_cast<float>(1.0 / temperature)};
+}
+
+// Writes left @ right to `result`, or adds it, where the processor has no units for it that torch opens to us.
+void torch_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& result, bool accumulate) {
+    const at::Tensor wide_left = left.to(at::kFloat), wide_right = right.to(at::kFloat);
+    if (accumulate) {
+        at::addmm_out(result, result, wide_left, wide_right);
+    } else {
+        at::mm_out(result, wide_left, wide_right);
+    }
+}
+
+int64_t groups_of(int64_t columns) { return (columns + kGroupColumns - 1) / kGroupColumns; }
+
+// Calls work(tile) for tiles that cover products already there: whole groups of a few rows.
+template <typename Work>
+void for_each_strip(const Chunk& chunk, const Rows& products, const Work& work) {
+    parallel_items((chunk.rows() + kStripRows - 1) / kStripRows, [&](int64_t strip) {
+        const int64_t row = strip * kStripRows, rows = std::min(kStripRows, chunk.rows() - row);
+        for (int64_t column = 0; column < chunk.columns(); column += kGroupColumns) {
+            const int64_t columns = std::min(kGroupColumns, chunk.columns() - column);
+            work(Tile{{products.at(row, column), products.stride}, row, rows, column, columns});
+        }
+    });
+}
+
+// Calls work(tile) for tiles of products as they are computed, while they are in the cache. They are written to
+// `kept`, or to the thread's own memory if that is null.
+template <typename Work>
+void for_each_product(const Chunk& chunk, const Rows& kept, const Work& work) {
+    const PackedColumns right(matrix_of(chunk.weight.t()));
+    const BFloat16Matrix left = matrix_of(chunk.hidden);
+    const int64_t blocks = (chunk.rows() + kTileRows - 1) / kTileRows, groups = groups_of(chunk.columns());
+    // Columns are shared out only where there are too few rows for all threads.
+    const int64_t wanted = 4 * static_cast<int64_t>(at::get_num_threads());
+    const int64_t parts = std::clamp<int64_t>(wanted / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(groups, 1));
+    const int64_t groups_of_part = (groups + parts - 1) / parts;
+    parallel_items(blocks * parts, [&](int64_t item) {
+        const int64_t row = item / parts * kTileRows, rows = std::min(kTileRows, chunk.rows() - row);
+        const int64_t begin = item % parts * groups_of_part * kGroupColumns;
+        const int64_t end = std::min(begin + groups_of_part * kGroupColumns, chunk.columns());
+        if (begin >= end) return;
+        const LeftRows states(left, row, rows);
+        const LineAligned<float> own(kept.data == nullptr ? kTileRows * kTileColumns : 0);
+        for (int64_t column = begin; column < end; column += kTileColumns) {
+            const int64_t columns = std::min(kTileColumns, end - column);
+            const Rows products = kept.data == nullptr ? Rows{own.data(), kTileColumns}
+                                                       : Rows{kept.at(row, column), kept.stride};
+            multiply(states, right, column, columns, products.data, products.stride, false);
+            work(Tile{products, row, rows, column, columns});
+        }
+        release_products();
+    });
+}
+
+}  // namespace
+
+namespace ops {
+
+void head_statistics(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
+                     const at::Tensor& targets, int64_t first, double temperature, at::Tensor& statistics,
+                     at::Tensor& logits, bool keep) {
+    const Chunk chunk = chunk_of(hidden, weight, bias, targets, first, temperature);
+    const int64_t rows = chunk.rows(), groups = groups_of(chunk.columns());
+    const Rows running = rows_of("statistics", statistics, 4, rows);
+    const Rows products = rows_of("logits", logits, rows, chunk.columns());
+    const Kernels& simd = kernels();
+    std::vector<LogitStatistics> partial(static_cast<size_t>(groups * rows));
+    const auto take = [&](const Tile& tile) {
+        const float* offsets = chunk.bias == nullptr ? nullptr : chunk.bias + tile.column;
+        for (int64_t r = 0; r < tile.rows; ++r) {
+            const int64_t row = tile.row + r, target = chunk.targets[row] - chunk.first - tile.column;
+            const float* values = tile.products.at(r, 0);
+            simd.logit_statistics(values, offsets, tile.columns, chunk.factor,
+                                  partial[tile.column / kGroupColumns * rows + row]);
+            if (0 <= target && target < tile.columns) {
+                const float offset = offsets == nullptr ? 0.0f : offsets[target];
+                *running.at(3, row) = (values[target] + offset) * chunk.factor;
+            }
+        }
+    };
+    if (in_bf16(hidden, weight)) {
+        for_each_product(chunk, keep ? products : Rows{nullptr, 0}, take);
+    } else {
+        torch_product(hidden, weight.t(), logits, false);
+        for_each_strip(chunk, products, take);
+    }
+    at::parallel_for(0, rows, 1024, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            LogitStatistics total = {*running.at(0, row), *running.at(1, row), *running.at(2, row)};
+            for (int64_t group = 0; group < groups; ++group) {
+                const LogitStatistics& other = partial[group * rows + row];
+                if (other.maximum != -std::numeric_limits<float>::infinity()) total.merge(other);
+            }
+            *running.at(0, row) = total.maximum;
+            *running.at(1, row) = total.total;
+            *running.at(2, row) = total.weighted;
+        }
+    });
+}
+
+void head_gradient(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
+                   const at::Tensor& targets, int64_t first, double temperature, const at::Tensor& coefficients,
+                   at::Tensor& logits, bool recompute) {
+    const Chunk chunk = chunk_of(hidden, weight, bias, targets, first, temperature);
+    const Rows of_row = rows_of("coefficients", coefficients, 5, chunk.rows());
+    const Rows products = rows_of("logits", logits, chunk.rows(), chunk.columns());
+    const bool narrow = hidden.scalar_type() == at::kBFloat16;
+    const auto gradient = kernels().logit_gradient[narrow ? 1 : 0];
+    const auto turn = [&](const Tile& tile) {
+        const float* offsets = chunk.bias == nullptr ? nullptr : chunk.bias + tile.column;
+        for (int64_t r = 0; r < tile.rows; ++r) {
+            const int64_t row = tile.row + r;
+            const LogitGradient coefficient = {
+                *of_row.at(0, row), *of_row.at(1, row), *of_row.at(2, row), *of_row.at(3, row), *of_row.at(4, row),
+                chunk.targets[row] - chunk.first - tile.column,
+            };
+            float* const begin = products.at(row, 0);
+            void* const to = narrow ? static_cast<void*>(reinterpret_cast<BFloat16*>(begin) + tile.column)
+                                    : static_cast<void*>(begin + tile.column);
+            gradient(tile.products.at(r, 0), offsets, tile.columns, chunk.factor, coefficient, to);
+        }
+    };
+    if (recompute && in_bf16(hidden, weight)) {
+        for_each_product(chunk, {nullptr, 0}, turn);
+        return;
+    }
+    if (recompute) torch_product(hidden, weight.t(), logits, false);
+    // A row's narrow gradient overtakes none of its products as long as one thread goes through it in order.
+    for_each_strip(chunk, products, turn);
+}
+
+void head_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& result, bool accumulate) {
+    TORCH_CHECK_VALUE(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0),
+                      "left and right must be matrices that can be multiplied, got ", left.sizes(), " and ",
+                      right.sizes());
+    const Rows products = rows_of("result", result, left.size(0), right.size(1));
+    const auto usable = [](const at::Tensor& matrix) { return matrix.stride(0) == 1 || matrix.stride(1) == 1; };
+    if (!in_bf16(left, right) || !usable(left) || !usable(right)) {
+        torch_product(left, right, result, accumulate);
+        return;
+    }
+    const PackedColumns packed_right(matrix_of(right));
+    const BFloat16Matrix matrix = matrix_of(left);
+    const int64_t blocks = (left.size(0) + kTileRows - 1) / kTileRows;
+    const int64_t panels = (right.size(1) + kTileColumns - 1) / kTileColumns;
+    const int64_t wanted = 4 * static_cast<int64_t>(at::get_num_threads());
+    const int64_t parts = std::clamp<int64_t>(wanted / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(panels, 1));
+    const int64_t columns_of_part = (panels + parts - 1) / parts * kTileColumns;
+    parallel_items(blocks * parts, [&](int64_t item) {
+        const int64_t row = item / parts * kTileRows, rows = std::min(kTileRows, left.size(0) - row);
+        const int64_t begin = item % parts * columns_of_part;
+        const int64_t columns = std::min(columns_of_part, right.size(1) - begin);
+        if (columns <= 0) return;
+        multiply(LeftRows(matrix, row, rows), packed_right, begin, columns, products.at(row, begin), products.stride, accumulate);
+        release_products();
+    });
+}
+
+}  // namespace ops
+}  // namespace vgpo

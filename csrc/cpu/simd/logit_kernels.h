@@ -1,0 +1,91 @@
+// Statistics of logits and their gradients, a row at a time. Include after vector_math.h, inside the vector's
+// namespace.
+
+// Logits whose lane sums are folded at a time, and that a row's gradient is computed in before it is stored.
+constexpr int64_t kLogitBlock = 256;
+// Behind this, e^x is zero. A finite bound keeps zero times the distance from being NaN.
+constexpr float kFarthestLogit = -128.0f;
+
+// Calls visit(column, logits, lanes) over [begin, end), where logits are (products + bias) * factor. The last ones may be
+// fewer than a register holds: the lanes behind them are undefined.
+template <typename Visit>
+inline void for_logits(const float* products, const float* bias, int64_t begin, int64_t end, Vector factor,
+                       const Visit& visit) {
+    int64_t column = begin;
+    if (bias == nullptr) {
+        for (; column + Vector::kWidth <= end; column += Vector::kWidth) {
+            visit(column, load(products + column) * factor, Vector::kWidth);
+        }
+    } else {
+        for (; column + Vector::kWidth <= end; column += Vector::kWidth) {
+            visit(column, (load(products + column) + load(bias + column)) * factor, Vector::kWidth);
+        }
+    }
+    if (column < end) {
+        const int lanes = lanes_of(column, end);
+        const Vector product = load_first(products + column, lanes);
+        visit(column, (bias == nullptr ? product : product + load_first(bias + column, lanes)) * factor, lanes);
+    }
+}
+
+inline void logit_statistics(const float* products, const float* bias, int64_t columns, float factor,
+                             LogitStatistics& statistics) {
+    const Vector scale(factor), farthest(kFarthestLogit);
+    const Vector nothing(-std::numeric_limits<float>::infinity());
+    for (int64_t begin = 0; begin < columns; begin += kLogitBlock) {
+        const int64_t end = begin + kLogitBlock < columns ? begin + kLogitBlock : columns;
+        Vector largest = nothing;
+        for_logits(products, bias, begin, end, scale, [&](int64_t, Vector logits, int lanes) {
+            if (lanes < Vector::kWidth) logits = select(first_lanes(lanes), logits, nothing);
+            largest = maximum(logits, largest);
+        });
+        const float shift = maximum(highest(largest), statistics.maximum);
+        // A bias may forbid every entry seen so far: there is nothing to measure distances from.
+        if (shift == -std::numeric_limits<float>::infinity()) continue;
+        const Vector origin(shift);
+        Vector total(0.0f), weighted(0.0f);
+        for_logits(products, bias, begin, end, scale, [&](int64_t, Vector logits, int lanes) {
+            const Vector distance = logits - origin;
+            Vector share = exponential(distance);
+            if (lanes < Vector::kWidth) share = select(first_lanes(lanes), share, Vector(0.0f));
+            total = total + share;
+            weighted = multiply_add(share, maximum(distance, farthest), weighted);
+        });
+        statistics.merge({shift, sum(total), sum(weighted)});
+    }
+}
+
+inline void store_gradient(const float* values, int64_t count, float* gradient) {
+    std::memcpy(gradient, values, static_cast<size_t>(count) * sizeof(float));
+}
+
+// Rounds to nearest even. The compiler makes vector code of it.
+inline void store_gradient(const float* values, int64_t count, BFloat16* gradient) {
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, values + i, sizeof bits);
+        const uint32_t rounded_bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        // Rounding would carry the payload of a NaN into the sign.
+        gradient[i].bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded_bits);
+    }
+}
+
+template <typename T>
+void logit_gradient(const float* products, const float* bias, int64_t columns, float factor, const LogitGradient& row,
+                    void* gradient) {
+    const Vector scale(factor), farthest(kFarthestLogit);
+    const Vector origin(row.maximum), log_sum(row.log_sum), level(row.scale), slope(row.slope);
+    T* const out = static_cast<T*>(gradient);
+    // `gradient` may be the products' own memory: a block is stored when all of it has been read, and never past it.
+    float block[kLogitBlock];
+    for (int64_t begin = 0; begin < columns; begin += kLogitBlock) {
+        const int64_t end = begin + kLogitBlock < columns ? begin + kLogitBlock : columns;
+        for_logits(products, bias, begin, end, scale, [&](int64_t column, Vector logits, int) {
+            const Vector log_probability = logits - origin - log_sum;
+            const Vector level_and_slope = multiply_add(slope, maximum(log_probability, farthest), level);
+            store(block + (column - begin), exponential(log_probability) * level_and_slope);
+        });
+        if (begin <= row.target && row.target < end) block[row.target - begin] += row.at_target;
+        store_gradient(block, end - begin, out + begin);
+    }
+}

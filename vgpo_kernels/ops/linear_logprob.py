@@ -1,0 +1,336 @@
+"""Log-probabilities and entropies straight from hidden states and an LM head, without an ``[N, V]`` tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels import checks
+from vgpo_kernels.ops import registry
+from vgpo_kernels.ops.lm_head import Head, HeadKernels, chunk_elements, compiled_kernels, without_autocast
+from vgpo_kernels.reference import linear_logprob as reference
+from vgpo_kernels.reference.linear_logprob import IGNORED, logp_and_entropy
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    ignore_index: int | None = IGNORED,
+    chunk_bytes: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probabilities of targets under ``softmax((hidden @ weight.T + bias) / temperature)``, and their entropies.
+
+    The logits are computed a chunk at a time and dropped: the backward pass computes each chunk again and turns it in
+    place into its gradient. Logits, log-sum-exp and entropy are fp32 whatever the inputs' dtype, and so is the sum over
+    tokens that makes the weight's gradient. Differentiable in hidden, weight and bias, through both results; an input
+    that needs no gradient costs none.
+
+    Products run in hidden's dtype (under autocast, in autocast's), to which the weight is converted a slice at a time:
+    a weight in fp32 needs no copy in bf16. A weight tied to an embedding is passed as it is. A head adapted by LoRA
+    without dropout is the weight ``base + scale * B @ A``, through which autograd passes the gradient on.
+
+    Args:
+        hidden: The hidden state that predicts each target, ``[N, D]`` or ``[..., D]``: that of the token **before** it.
+            float32, bfloat16 or float16.
+        weight: The LM head, ``[V, D]``, in any of these dtypes.
+        targets: Token ids, integer ``[N]`` or ``[...]``.
+        bias: The head's bias ``[V]``.
+        temperature: What logits are divided by, > 0.
+        return_entropy: Return the entropies as well.
+        ignore_index: Targets of this value are skipped: their rows are not computed, may hold anything, and yield zeros
+            without a gradient. On a GPU the host waits for their number. ``None``: every row counts, and it does not.
+        chunk_bytes: Size of the workspace that a chunk's logits in fp32 pass through; by default a sixteenth of all
+            logits, in bounds. More is faster only where a chunk has few tokens.
+
+    Returns:
+        Log-probabilities (natural logarithm) in targets' shape, float32; with ``return_entropy`` a pair, with the
+        entropies in nats.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or settings do not fit together, or a target is no row of the weight.
+
+    """
+    logp, entropy = logp_and_entropy(
+        _statistics(hidden, weight, targets, bias, 0, temperature, ignore_index, chunk_bytes, whole=True)
+    )
+    return (logp, entropy) if return_entropy else logp
+
+
+def linear_logprob_slice(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    first: int,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int | None = IGNORED,
+    chunk_bytes: int | None = None,
+) -> Tensor:
+    """Return what a slice of the vocabulary contributes to log-probabilities and entropies, for tensor parallelism.
+
+    Each rank calls this with its rows of the weight, all ranks gather the results, and :func:`combine_slices` makes
+    log-probabilities of them. Differentiable like :func:`linear_logprob`: the gradient by the weight's rows is
+    complete, that by hidden is this slice's share, to be summed over ranks.
+    :func:`vgpo_kernels.integrations.tensor_parallel.parallel_logprob` does all of this in a process group.
+
+    Args:
+        hidden: As in :func:`linear_logprob`, the same on every rank.
+        weight: Rows ``first`` to ``first + v`` of the head's weight, ``[v, D]``.
+        targets: Token ids in the whole vocabulary.
+        first: Where the slice begins in the vocabulary.
+        bias: The bias of these rows, ``[v]``.
+        temperature: What logits are divided by, > 0.
+        ignore_index: As in :func:`linear_logprob`.
+        chunk_bytes: As in :func:`linear_logprob`.
+
+    Returns:
+        float32 ``[4, ...]`` for targets ``[...]``: largest logit of the slice m, log of the sum of exp(z - m), z - m of
+        the target (-infinity if it is not in the slice), and the mean of z - m under the slice's softmax.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or settings do not fit together.
+
+    """
+    return _statistics(hidden, weight, targets, bias, first, temperature, ignore_index, chunk_bytes, whole=False)
+
+
+def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None = IGNORED) -> tuple[Tensor, Tensor]:
+    """Make log-probabilities and entropies of what :func:`linear_logprob_slice` returned for every slice.
+
+    Args:
+        slices: Results of all slices of the vocabulary, ``[R, 4, ...]``, in any order. Differentiable.
+        targets: The targets, ``[...]``.
+        ignore_index: As given for the slices.
+
+    Returns:
+        Log-probabilities and entropies, float32 in targets' shape; 0 where the target is ``ignore_index``.
+
+    """
+    maximum, log_sum, target, mean = slices.unbind(1)
+    # The maxima are constants to autograd: what depends on them cancels.
+    shift = (maximum - maximum.amax(0)).detach()
+    total = (shift + log_sum).logsumexp(0)
+    share = (shift + log_sum - total).exp()
+    logp = (target + shift).amax(0) - total
+    entropy = total - (share * (shift + mean)).sum(0)
+    if ignore_index is not None:
+        kept = targets != ignore_index
+        logp, entropy = torch.where(kept, logp, 0.0), torch.where(kept, entropy, 0.0)
+    return logp, entropy
+
+
+def _statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    first: int,
+    temperature: float,
+    ignore_index: int | None,
+    chunk_bytes: int | None,
+    *,
+    whole: bool,
+) -> Tensor:
+    """Check arguments and compute the statistics ``[4, ...]`` in targets' shape."""
+    hidden, weight, bias = checks.head(hidden, weight, bias)
+    begin = checks.not_negative_integer("first", first)
+    skipped = checks.ignore_index(ignore_index)
+    ids = checks.targets(targets, hidden.shape[:-1], "hidden's without its last dimension", hidden.device)
+    read = torch.ones_like(ids, dtype=torch.bool) if skipped is None else ids != skipped
+    checks.target_values(ids, read, weight.shape[0] if whole else None)
+    divisor = checks.temperature(temperature)
+    size = checks.chunk_bytes(chunk_bytes)
+    dtype = checks.compute_dtype(hidden, weight, bias)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    statistics = registry.call(
+        "linear_logprob", hidden.device, dtype, rows, weight, bias, ids.reshape(-1), begin, divisor, skipped, size
+    )
+    return statistics.to(dtype).reshape(4, *ids.shape)  # type: ignore[no-any-return]
+
+
+def compute(
+    kernels: HeadKernels,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    first: int,
+    temperature: float,
+    ignore_index: int | None,
+    chunk_bytes: int,
+) -> Tensor:
+    """Implement the operator ``linear_logprob`` by a backend's kernels."""
+    index = _kept(targets, ignore_index)
+    rows, ids = (hidden, targets) if index is None else (hidden[index], targets[index])
+    elements = chunk_elements(chunk_bytes, rows.shape[0], weight)
+    with without_autocast(hidden):
+        statistics = Head(kernels, rows, weight, bias, ids, first, temperature, elements).statistics()
+    if index is None:
+        return statistics
+    everything = statistics.new_zeros((4, targets.shape[0]))
+    everything[:, index] = statistics
+    return everything
+
+
+def compute_backward(
+    kernels: HeadKernels,
+    grad_statistics: Tensor,
+    statistics: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    first: int,
+    temperature: float,
+    ignore_index: int | None,
+    gradients: list[bool],
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Implement the operator ``linear_logprob_backward`` by a backend's kernels."""
+    index = _kept(targets, ignore_index)
+    rows = hidden if index is None else hidden[index]
+    if index is not None:
+        targets, statistics, grad_statistics = targets[index], statistics[:, index], grad_statistics[:, index]
+    elements = chunk_elements(chunk_bytes, rows.shape[0], weight)
+    head = Head(kernels, rows, weight, bias, targets, first, temperature, elements)
+    with without_autocast(hidden):
+        by_hidden, by_weight, by_bias = head.gradients(statistics, grad_statistics, gradients, weight.dtype)
+    if by_hidden is not None:
+        by_hidden = by_hidden.to(hidden.dtype)
+        if index is not None:
+            by_hidden = torch.zeros_like(hidden).index_copy_(0, index, by_hidden)
+    by_hidden, by_weight, by_bias = (
+        hidden.new_empty(0) if gradient is None else gradient for gradient in (by_hidden, by_weight, by_bias)
+    )
+    return by_hidden, by_weight, by_bias
+
+
+def _kept(targets: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Return the indices of rows to compute, or ``None``: all."""
+    if ignore_index is None:
+        return None
+    index = (targets != ignore_index).nonzero().squeeze(-1)
+    return None if index.shape == targets.shape else index
+
+
+def _compiled(hidden: Tensor, *arguments: Any) -> Tensor:
+    return compute(compiled_kernels(hidden.device), hidden, *arguments)
+
+
+def _compiled_backward(grad_statistics: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return compute_backward(compiled_kernels(grad_statistics.device), grad_statistics, *arguments)
+
+
+def _fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    first: int,
+    temperature: float,
+    ignore_index: int | None,
+    chunk_bytes: int,
+) -> Tensor:
+    return hidden.new_empty((4, hidden.shape[0]), dtype=torch.float32)
+
+
+def _fake_backward(
+    grad_statistics: Tensor,
+    statistics: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    first: int,
+    temperature: float,
+    ignore_index: int | None,
+    gradients: list[bool],
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = hidden.new_empty(0)
+    return (
+        hidden.new_empty(hidden.shape) if gradients[0] else nothing,
+        weight.new_empty(weight.shape) if gradients[1] else hidden.new_empty(0),
+        hidden.new_empty(weight.shape[0], dtype=torch.float32) if gradients[2] else hidden.new_empty(0),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, weight, bias, targets, ctx.first, ctx.temperature, ctx.ignore_index, ctx.chunk_bytes = inputs
+    ctx.save_for_backward(output, hidden, weight, bias, targets)
+
+
+def _backward(ctx: Any, grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
+    statistics, hidden, weight, bias, targets = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[:3])
+    found = registry.call(
+        "linear_logprob_backward",
+        hidden.device,
+        checks.compute_dtype(hidden, weight),
+        grad_statistics,
+        statistics,
+        hidden,
+        weight,
+        bias,
+        targets,
+        ctx.first,
+        ctx.temperature,
+        ctx.ignore_index,
+        needed,
+        ctx.chunk_bytes,
+    )
+    inputs = (hidden, weight, bias)
+    by_input = (
+        gradient.to(tensor.dtype) if wanted else None
+        for gradient, tensor, wanted in zip(found, inputs, needed, strict=True)
+    )
+    return *by_input, *(None,) * 5
+
+
+def _fake_nothing(*_: Any) -> None:
+    return None
+
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int first, float temperature"
+
+registry.define(
+    reference.linear_logprob,
+    f"({_HEAD}, int? ignore_index, int chunk_bytes) -> Tensor",
+    _fake,
+    setup_context=_save,
+    backward=_backward,
+    implementation=_compiled,
+)
+registry.define(
+    reference.linear_logprob_backward,
+    f"(Tensor grad_statistics, Tensor statistics, {_HEAD}, int? ignore_index, bool[3] gradients, int chunk_bytes) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    _fake_backward,
+    implementation=_compiled_backward,
+)
+# What a backend brings: the arithmetic of one chunk.
+registry.define(
+    reference.head_statistics,
+    f"({_HEAD}, Tensor(a!) statistics, Tensor(b!) logits, bool keep) -> ()",
+    _fake_nothing,
+)
+registry.define(
+    reference.head_gradient,
+    f"({_HEAD}, Tensor coefficients, Tensor(a!) logits, bool recompute) -> ()",
+    _fake_nothing,
+)
+registry.define(
+    reference.head_product,
+    "(Tensor left, Tensor right, Tensor(a!) result, bool accumulate) -> ()",
+    _fake_nothing,
+)

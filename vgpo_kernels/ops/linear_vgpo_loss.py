@@ -1,0 +1,390 @@
+"""From hidden states and an LM head to the policy loss and all its gradients, without an ``[N, V]`` tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels import checks
+from vgpo_kernels.config import CHOICES, VGPOConfig
+from vgpo_kernels.ops import registry
+from vgpo_kernels.ops.lm_head import (
+    Head,
+    HeadKernels,
+    chunk_elements,
+    compiled_kernels,
+    gradient_by_statistics,
+    without_autocast,
+)
+from vgpo_kernels.ops.policy_loss import POLICY_METRICS, PolicyLoss, loss_arguments, unpack
+from vgpo_kernels.ops.visual_focus import visual_focus
+from vgpo_kernels.ops.visual_weights import visual_weights
+from vgpo_kernels.reference import linear_logprob as reference
+from vgpo_kernels.reference.linear_logprob import first_tokens, logp_and_entropy, predicting_rows
+from vgpo_kernels.reference.policy_loss import SEQUENCE_LEVEL
+from vgpo_kernels.reference.vgpo_loss import images_of
+
+
+def linear_vgpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    visual_mask: Tensor | None,
+    response_mask: Tensor,
+    group_ids: Tensor,
+    config: VGPOConfig,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    prototype: Tensor | None = None,
+    prototype_index: Tensor | None = None,
+    chunk_bytes: int | None = None,
+    **policy_loss_options: Any,
+) -> PolicyLoss:
+    """Visual focus, factors, log-probabilities and policy loss of whole groups, from one tensor of hidden states.
+
+    Equal to :func:`visual_focus` and :func:`visual_weights` of ``hidden``, then :func:`linear_policy_loss`. The hidden
+    state **at** a token says how visual it is, that **before** it predicts it: so ``hidden`` is that of all positions,
+    differentiable through the log-probabilities, while the visual signal is detached. Every group must be whole: where
+    groups straddle micro-batches or ranks, compute the factors in two phases and call :func:`linear_policy_loss`.
+
+    Args:
+        hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed; float32,
+            bfloat16 or float16. Row (b, S - T + t - 1) predicts token (b, t) of the response arrays, and row (b, S - T
+            + t) is that token's own; packed, row n - 1 predicts token n, and row n is its own.
+        weight: The LM head, ``[V, D]``.
+        targets: Ids of the tokens, integer, in response_mask's shape. Values off the mask are not read.
+        old_logp: As in :func:`linear_policy_loss`.
+        advantages: Per response ``[B]`` or per token.
+        visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``; may be ``None`` where ``prototype``
+            is given.
+        response_mask: True at scored response tokens, bool or integer, ``[B, T]`` with T <= S (the last T positions) or
+            ``[N]``. Never at the first token of a sequence, which nothing predicts.
+        group_ids: Responses to one prompt share an id, integer ``[B]``.
+        config: The settings of the factors.
+        bias: The head's bias ``[V]``.
+        temperature: What logits are divided by, > 0.
+        cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
+        prototype: Prototypes ``[P, D]``, as in :func:`visual_focus`; a row of zeros means no image.
+        prototype_index: Row of ``prototype`` for each response, integer ``[B]``, -1 for no image.
+        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`.
+        **policy_loss_options: Every keyword of :func:`policy_loss` but ``factors`` and ``entropy``.
+
+    Returns:
+        A :class:`PolicyLoss`, differentiable in hidden, weight and bias, with the metrics of :func:`vgpo_loss`.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype, or an option is unknown.
+        ValueError: Shapes, devices, boundaries or options do not fit together, a target is no row of the weight, or a
+            scored token has nothing that predicts it.
+
+    """
+    cos = visual_focus(
+        hidden,
+        visual_mask,
+        response_mask,
+        cu_seqlens=cu_seqlens,
+        prototype=prototype,
+        prototype_index=prototype_index,
+    )
+    states, boundaries = checks.hidden_states(hidden, cu_seqlens)
+    mask, _ = checks.response_layout(response_mask, boundaries, states.device)
+    visible, means, rows = checks.image(visual_mask, prototype, prototype_index, states, mask, boundaries)
+    has_visual = images_of(states, visible, boundaries, means, rows)
+    weights = visual_weights(cos, mask, group_ids, config, cu_seqlens=boundaries, has_visual=has_visual)
+    loss, metrics = linear_policy_loss(
+        hidden,
+        weight,
+        targets,
+        old_logp,
+        advantages,
+        mask,
+        factors=weights.factors,
+        bias=bias,
+        temperature=temperature,
+        cu_seqlens=boundaries,
+        chunk_bytes=chunk_bytes,
+        **policy_loss_options,
+    )
+    return PolicyLoss(loss, metrics | weights.metrics)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    factors: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    chunk_bytes: int | None = None,
+    ref_logp: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    num_tokens: int | float | Tensor | None = None,
+    num_sequences: int | float | Tensor | None = None,
+    **options: Any,
+) -> PolicyLoss:
+    """:func:`policy_loss` of :func:`linear_logprob`, with every gradient computed in the forward pass.
+
+    Only rows that predict a scored token are computed. Losses of single tokens know the gradient of a chunk's logits
+    when the chunk is there, so that three matrix products suffice instead of four; those of whole sequences
+    (``"gspo"``, ``"gspo_token"``) go over the vocabulary twice. Backward only scales what forward left: gradients in
+    the dtypes of hidden and weight (fp32 for fp16). Without gradients, in ``torch.no_grad()`` say, one product remains.
+
+    The host waits for the number of scored tokens, on a GPU: shapes depend on it.
+
+    Args:
+        hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
+            differentiable. Rows align with tokens as in :func:`linear_vgpo_loss`: a token is predicted by the row
+            before its own.
+        weight: The LM head, ``[V, D]``; differentiable, as in :func:`linear_logprob`.
+        targets: Ids of the tokens, integer, in response_mask's shape. Values off the mask are not read.
+        old_logp: Log-probabilities under the policy that generated the tokens, in response_mask's shape. ``None``: the
+            policy as it is now, so that every ratio is 1 (the gradient is not zero).
+        advantages: Per response ``[B]`` or per token.
+        response_mask: True at scored tokens, ``[B, T]`` with T <= S (the last T positions) or ``[N]``; not at the first
+            token of a sequence.
+        factors: Factor of each token's advantage, from :func:`visual_weights`.
+        bias: The head's bias ``[V]``; differentiable.
+        temperature: What logits are divided by, > 0.
+        cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
+        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`.
+        ref_logp: As in :func:`policy_loss`, like all that follow.
+        importance_weights: Off-policy correction of the surrogate.
+        num_tokens: Denominator of ``"token-mean"``.
+        num_sequences: Denominator over responses of the other aggregations.
+        **options: Fields of :class:`PolicyLossOptions`. ``entropy_coef`` works: entropies come with the logits.
+
+    Returns:
+        A :class:`PolicyLoss`, differentiable in hidden, weight and bias.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype, or an option is unknown.
+        ValueError: Shapes, devices, boundaries or options do not fit together, a target is no row of the weight, or a
+            scored token has nothing that predicts it.
+
+    """
+    states, rows, offsets = checks.head(hidden, weight, bias)
+    mask, boundaries = checks.response_layout(response_mask, cu_seqlens, states.device)
+    checks.hidden_states(states, boundaries)
+    checks.response_rows(mask, states)
+    ids = checks.targets(targets, mask.shape, "response_mask's", mask.device)
+    checks.target_values(ids, mask, rows.shape[0])
+    if checks.values_are_free(mask):
+        checks.predicted_tokens(mask, first_tokens(mask, states, boundaries))
+    divisor = checks.temperature(temperature)
+    size = checks.chunk_bytes(chunk_bytes)
+    scale = checks.optional_per_token("factors", factors, mask)
+    old = checks.optional_per_token("old_logp", old_logp, mask)
+    # The shape is right for every argument that stands in for the log-probabilities and entropies to come.
+    standin = scale if scale is not None else torch.zeros(mask.shape, device=mask.device)
+    arguments, floats = loss_arguments(
+        mask,
+        boundaries,
+        standin,
+        advantages,
+        ref_logp=ref_logp,
+        entropy=standin,
+        importance_weights=importance_weights,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        **options,
+    )
+    dtype = checks.compute_dtype(states, rows, offsets, scale, old, *arguments)
+    differentiable = torch.is_grad_enabled()
+    gradients = [tensor is not None and tensor.requires_grad and differentiable for tensor in (states, rows, offsets)]
+    result = registry.call(
+        "linear_policy_loss",
+        mask.device,
+        dtype,
+        states,
+        rows,
+        offsets,
+        ids,
+        old,
+        arguments.advantages,
+        mask,
+        scale,
+        boundaries,
+        arguments.ref_logp,
+        arguments.importance_weights,
+        arguments.num_tokens,
+        arguments.num_sequences,
+        divisor,
+        floats,
+        gradients,
+        size,
+    )
+    return unpack(result, POLICY_METRICS, dtype)
+
+
+def compute(
+    kernels: HeadKernels,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    response_mask: Tensor,
+    factors: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ref_logp: Tensor | None,
+    importance_weights: Tensor | None,
+    num_tokens: Tensor | None,
+    num_sequences: Tensor | None,
+    temperature: float,
+    options: list[float],
+    gradients: list[bool],
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Implement the operator ``linear_policy_loss`` by a backend's kernels."""
+    checks.predicted_tokens(response_mask, first_tokens(response_mask, hidden, cu_seqlens))
+    index = response_mask.reshape(-1).nonzero().squeeze(-1)
+    rows = predicting_rows(response_mask, hidden)[index]
+    place = (rows,) if hidden.dim() == 2 else (rows // hidden.shape[1], rows % hidden.shape[1])
+    logp = torch.zeros(response_mask.shape, device=hidden.device)
+    if old_logp is not None:
+        # Tokens whose chunk is still to come stand at a ratio of 1 meanwhile.
+        logp.copy_(old_logp)
+    entropy = torch.zeros_like(logp)
+
+    def loss(part: slice, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Take a chunk's log-probabilities in; return loss, its gradients by those and by entropies, and metrics."""
+        for values, of_chunk in zip((logp, entropy), logp_and_entropy(statistics), strict=True):
+            values.view(-1)[index[part]] = of_chunk
+        value, by_logp, by_entropy, metrics = kernels.policy_loss(
+            logp,
+            logp if old_logp is None else old_logp,
+            advantages,
+            response_mask,
+            factors,
+            cu_seqlens,
+            ref_logp,
+            entropy,
+            importance_weights,
+            num_tokens,
+            num_sequences,
+            options,
+        )
+        return value, by_logp, by_entropy, metrics
+
+    result: Any = None
+
+    def gradient(part: slice, statistics: Tensor) -> Tensor:
+        nonlocal result
+        result = loss(part, statistics)
+        by_logp, by_entropy = (values.view(-1)[index[part]] for values in result[1:3])
+        return gradient_by_statistics(by_logp, by_entropy)
+
+    everything = slice(0, index.shape[0])
+    elements = chunk_elements(chunk_bytes, index.shape[0], weight)
+    one_sweep = any(gradients) and CHOICES["loss_type"][int(options[0])] not in SEQUENCE_LEVEL
+    # A scale that keeps fp16 gradients from vanishing can only be chosen once all of them are known.
+    one_sweep = one_sweep and hidden.dtype != torch.float16 and index.shape[0] > 0
+    head = Head(
+        kernels, hidden[place], weight, bias, targets.view(-1)[index], 0, temperature, elements, whole_rows=one_sweep
+    )
+    found: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    with without_autocast(hidden):
+        if one_sweep:
+            found = head.sweep(gradient, gradients)
+        else:
+            statistics = head.statistics()
+            grad_statistics = gradient(everything, statistics)
+            if any(gradients):
+                found = head.gradients(statistics, grad_statistics, gradients, saved_dtype(weight))
+    by_rows, by_weight, by_bias = found
+    value, _, _, metrics = result
+    by_hidden = None
+    if by_rows is not None:
+        by_hidden = hidden.new_zeros(hidden.shape, dtype=saved_dtype(hidden))
+        by_hidden[place] = by_rows.to(by_hidden.dtype)
+    return (
+        value,
+        hidden.new_empty(0) if by_hidden is None else by_hidden,
+        hidden.new_empty(0) if by_weight is None else by_weight.to(saved_dtype(weight)),
+        hidden.new_empty(0) if by_bias is None else by_bias,
+        metrics,
+    )
+
+
+def saved_dtype(tensor: Tensor) -> torch.dtype:
+    """Dtype of a gradient that waits for the backward pass: fp16 is too narrow before the loss is scaled."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
+def _compiled(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return compute(compiled_kernels(hidden.device), hidden, *arguments)
+
+
+def _fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    response_mask: Tensor,
+    factors: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ref_logp: Tensor | None,
+    importance_weights: Tensor | None,
+    num_tokens: Tensor | None,
+    num_sequences: Tensor | None,
+    temperature: float,
+    options: list[float],
+    gradients: list[bool],
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def gradient(tensor: Tensor, shape: torch.Size, needed: bool, dtype: torch.dtype) -> Tensor:
+        return tensor.new_empty(shape, dtype=dtype) if needed else hidden.new_empty(0)
+
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        gradient(hidden, hidden.shape, gradients[0], saved_dtype(hidden)),
+        gradient(weight, weight.shape, gradients[1], saved_dtype(weight)),
+        gradient(weight, weight.shape[:1], gradients[2], torch.float32),
+        hidden.new_empty(len(POLICY_METRICS), dtype=torch.float32),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *gradients, metrics = output
+    ctx.save_for_backward(*gradients)
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
+    ctx.mark_non_differentiable(*gradients, metrics)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 17
+    scaled = (
+        (grad_loss * gradient).to(dtype) if needed else None
+        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+    )
+    # One gradient an argument: hidden, weight and bias are the first three of seventeen.
+    return *scaled, *(None,) * 14
+
+
+registry.define(
+    reference.linear_policy_loss,
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? old_logp, Tensor advantages, "
+    "Tensor response_mask, Tensor? factors, Tensor? cu_seqlens, Tensor? ref_logp, Tensor? importance_weights, "
+    "Tensor? num_tokens, Tensor? num_sequences, float temperature, float[] options, bool[3] gradients, "
+    "int chunk_bytes) -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor metrics)",
+    _fake,
+    setup_context=_save,
+    backward=_backward,
+    implementation=_compiled,
+)

@@ -1,0 +1,311 @@
+"""The LM head in chunks: log-probabilities, entropies and gradients of logits that are never there all at once.
+
+A chunk is some tokens by some entries of the vocabulary, and its logits fit a workspace of ``chunk_bytes``. The loops
+run over the vocabulary outside and over tokens inside: so the gradient of a slice of the weight is accumulated over
+all tokens in fp32 before it is rounded, with no second copy of the weight's size, whatever the weight's dtype.
+
+The backends bring the arithmetic of one chunk (:class:`HeadKernels`); everything here is the same for all of them, and
+runs inside opaque operators, where shapes may depend on data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels.reference.linear_logprob import gradient_of
+
+# Bounds of the default workspace, which is a sixteenth of the fp32 logits.
+LEAST_CHUNK = 4 * 2**20
+MOST_CHUNK = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}
+# Entries of the vocabulary that a chunk should have at least: what amortises reading its tokens.
+CHUNK_COLUMNS = 1024
+# Widths that suit every matrix unit.
+COLUMN_MULTIPLE = 64
+
+# With fp16 the coefficients of a gradient are scaled to this magnitude: probabilities below 1e-10 still count then,
+# and sums of thousands of rows do not overflow.
+HALF_MAGNITUDE = 2.0**10
+
+
+class HeadKernels(NamedTuple):
+    """The arithmetic of a chunk, as a backend implements the operators of the same names.
+
+    Attributes:
+        statistics: ``head_statistics``.
+        gradient: ``head_gradient``.
+        product: ``head_product``.
+        policy_loss: ``policy_loss``.
+        half: Whether ``product`` multiplies fp16 as it is; otherwise hidden states in fp16 are computed in fp32.
+
+    """
+
+    statistics: Callable[..., None]
+    gradient: Callable[..., None]
+    product: Callable[..., None]
+    policy_loss: Callable[..., Any]
+    half: bool
+
+
+def compiled_kernels(device: torch.device) -> HeadKernels:
+    """Return the kernels of the extension: C++ on the CPU, CUDA on a GPU."""
+    ops = torch.ops.vgpo_kernels
+    return HeadKernels(
+        ops.head_statistics.default,
+        ops.head_gradient.default,
+        ops.head_product.default,
+        ops.policy_loss.default,
+        half=device.type != "cpu",
+    )
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Leave dtypes to this module: the public functions have taken autocast's into account."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def chunk_elements(chunk_bytes: int, rows: int, weight: Tensor) -> int:
+    """Return how many fp32 logits a workspace holds; ``chunk_bytes`` 0 takes the default size."""
+    if chunk_bytes == 0:
+        logits = 4 * rows * weight.shape[0]
+        chunk_bytes = min(max(logits // 16, LEAST_CHUNK), MOST_CHUNK.get(weight.device.type, LEAST_CHUNK))
+    return max(chunk_bytes // 4, 1)
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Cut ``[0, length)`` into slices of at most ``size``."""
+    for begin in range(0, length, size):
+        yield slice(begin, min(begin + size, length))
+
+
+def rounded_down(value: int, multiple: int) -> int:
+    """Round down to a multiple, or leave a value below it as it is."""
+    return value // multiple * multiple if value >= multiple else max(value, 1)
+
+
+class Head:
+    """The rows of one call before an LM head, and the workspace that their logits pass through.
+
+    Args:
+        kernels: The backend's arithmetic.
+        hidden: Rows to compute, ``[N, D]``.
+        weight: Rows ``first`` to ``first + V`` of the head's weight, ``[V, D]``, in any floating dtype: converted to
+            hidden's, a slice at a time.
+        bias: ``[V]`` fp32 or ``None``.
+        targets: Ids in the whole vocabulary, int64 ``[N]``.
+        first: Where the weight's rows begin in the vocabulary.
+        temperature: What logits are divided by.
+        elements: fp32 numbers that the workspace may hold.
+        whole_rows: Make the workspace hold rows of V logits, at least one, for :meth:`sweep`.
+
+    """
+
+    def __init__(
+        self,
+        kernels: HeadKernels,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        first: int,
+        temperature: float,
+        elements: int,
+        *,
+        whole_rows: bool = False,
+    ) -> None:
+        self.kernels = kernels
+        computed = torch.float32 if hidden.dtype == torch.float16 and not kernels.half else hidden.dtype
+        self.hidden = hidden.to(computed)
+        self.weight = weight
+        self.bias = bias
+        self.targets = targets
+        self.first = first
+        self.temperature = temperature
+        rows, size = hidden.shape
+        vocabulary = max(weight.shape[0], 1)
+        # A converted slice of the weight must fit a workspace, too.
+        columns = max(elements // max(size, 1), CHUNK_COLUMNS)
+        if not whole_rows:
+            columns = min(max(elements // max(rows, 1), CHUNK_COLUMNS), columns, elements)
+        self.columns = min(rounded_down(columns, COLUMN_MULTIPLE), vocabulary)
+        width = vocabulary if whole_rows else self.columns
+        self.rows = max(min(elements // width, rows), 1)
+        self.workspace = hidden.new_empty(self.rows * width, dtype=torch.float32)
+
+    def weight_slices(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Yield the columns of each slice of the vocabulary, its weight in hidden's dtype, and its bias."""
+        for columns in slices(self.weight.shape[0], self.columns):
+            weight = self.weight[columns].to(self.hidden.dtype)
+            yield columns, weight, None if self.bias is None else self.bias[columns]
+
+    def logits(self, rows: int, columns: int) -> Tensor:
+        """Return the workspace as fp32 logits ``[rows, columns]``."""
+        return self.workspace[: rows * columns].view(rows, columns)
+
+    def statistics(self) -> Tensor:
+        """Maximum, log-sum, target and mean of every row, ``[4, N]``, as ``linear_logprob`` defines them."""
+        running = new_statistics(self.hidden)
+        for columns, weight, bias in self.weight_slices():
+            for rows in slices(self.hidden.shape[0], self.rows):
+                hidden = self.hidden[rows]
+                logits = self.logits(hidden.shape[0], weight.shape[0])
+                begin = self.first + columns.start
+                self.kernels.statistics(
+                    hidden, weight, bias, self.targets[rows], begin, self.temperature, running[:, rows], logits, False
+                )
+        return finished(running)
+
+    def gradients(
+        self, statistics: Tensor, grad_statistics: Tensor, gradients: list[bool], weight_dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients by the rows (fp32), the weight (``weight_dtype``) and the bias (fp32), those that are asked for."""
+        by_hidden, by_weight, by_bias = new_gradients(self.hidden, self.weight, gradients, weight_dtype)
+        if not self.hidden.shape[0]:
+            return by_hidden, by_weight, by_bias
+        coefficients, unscale = gradient_coefficients(statistics, grad_statistics, self.temperature, self.hidden.dtype)
+        for columns, weight, bias in self.weight_slices():
+            of_slice = None
+            if by_weight is not None:
+                exact = by_weight.dtype == torch.float32
+                of_slice = by_weight[columns] if exact else torch.empty_like(weight, dtype=torch.float32)
+            for rows in slices(self.hidden.shape[0], self.rows):
+                logits = self.logits(rows.stop - rows.start, weight.shape[0])
+                self._gradient(rows, columns, weight, bias, coefficients[:, rows], logits, recompute=True)
+                gradient = gradient_of(logits, self.hidden.dtype)
+                self._products(rows, columns, weight, gradient, by_hidden, of_slice, by_bias)
+            if of_slice is not None and unscale is not None:
+                of_slice *= unscale
+            if by_weight is not None and of_slice is not None and of_slice.dtype != by_weight.dtype:
+                by_weight[columns] = of_slice
+        for scaled in (by_hidden, by_bias):
+            if scaled is not None and unscale is not None:
+                scaled *= unscale
+        return by_hidden, by_weight, by_bias
+
+    def sweep(
+        self, loss_gradient: Callable[[slice, Tensor], Tensor], gradients: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients, all in fp32, of a loss whose gradient at a row needs no other row's statistics.
+
+        Every logit is computed once: the rows of a chunk stay until their gradient takes their place. The price is a
+        gradient of the whole weight in fp32.
+
+        Args:
+            loss_gradient: Gives the gradient by the statistics ``[4, n]`` of the rows of a slice.
+            gradients: Which of hidden's, the weight's and the bias's gradient to compute.
+
+        """
+        by_hidden, by_weight, by_bias = new_gradients(self.hidden, self.weight, gradients, torch.float32)
+        for rows in slices(self.hidden.shape[0], self.rows):
+            hidden, targets = self.hidden[rows], self.targets[rows]
+            logits = self.logits(hidden.shape[0], self.weight.shape[0])
+            running = new_statistics(hidden)
+            for columns, weight, bias in self.weight_slices():
+                begin = self.first + columns.start
+                self.kernels.statistics(
+                    hidden, weight, bias, targets, begin, self.temperature, running, logits[:, columns], True
+                )
+            statistics = finished(running)
+            grad_statistics = loss_gradient(rows, statistics)
+            coefficients, _ = gradient_coefficients(statistics, grad_statistics, self.temperature, hidden.dtype)
+            for columns, weight, bias in self.weight_slices():
+                part = logits[:, columns]
+                self._gradient(rows, columns, weight, bias, coefficients, part, recompute=False)
+                of_slice = None if by_weight is None else by_weight[columns]
+                self._products(rows, columns, weight, gradient_of(part, hidden.dtype), by_hidden, of_slice, by_bias)
+        return by_hidden, by_weight, by_bias
+
+    def _gradient(
+        self,
+        rows: slice,
+        columns: slice,
+        weight: Tensor,
+        bias: Tensor | None,
+        coefficients: Tensor,
+        logits: Tensor,
+        *,
+        recompute: bool,
+    ) -> None:
+        begin = self.first + columns.start
+        hidden, targets = self.hidden[rows], self.targets[rows]
+        self.kernels.gradient(hidden, weight, bias, targets, begin, self.temperature, coefficients, logits, recompute)
+
+    def _products(
+        self,
+        rows: slice,
+        columns: slice,
+        weight: Tensor,
+        gradient: Tensor,
+        by_hidden: Tensor | None,
+        of_slice: Tensor | None,
+        by_bias: Tensor | None,
+    ) -> None:
+        """Add what a chunk's gradient by its logits contributes; the first contribution overwrites."""
+        if by_hidden is not None:
+            self.kernels.product(gradient, weight, by_hidden[rows], columns.start > 0)
+        if of_slice is not None:
+            self.kernels.product(gradient.T, self.hidden[rows], of_slice, rows.start > 0)
+        if by_bias is not None:
+            by_bias[columns] += gradient.sum(0, dtype=torch.float32)
+
+
+def new_statistics(hidden: Tensor) -> Tensor:
+    """Return running statistics ``[4, N]`` before the first entry of the vocabulary."""
+    running = hidden.new_zeros((4, hidden.shape[0]), dtype=torch.float32)
+    running[0::3] = -torch.inf
+    return running
+
+
+def finished(running: Tensor) -> Tensor:
+    """Turn running statistics into what ``linear_logprob`` returns: relative to the maximum, which keeps digits."""
+    maximum, total, weighted, target = running
+    return torch.stack([maximum, total.log(), target - maximum, weighted / total])
+
+
+def new_gradients(
+    hidden: Tensor, weight: Tensor, gradients: list[bool], weight_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Allocate the gradients that are asked for; those that no chunk writes, because there is none, are zero."""
+    empty = hidden.shape[0] == 0 or weight.shape[0] == 0
+    allocate = torch.zeros if empty else torch.empty
+    device = hidden.device
+    by_hidden = allocate(hidden.shape, dtype=torch.float32, device=device) if gradients[0] else None
+    by_weight = allocate(weight.shape, dtype=weight_dtype, device=device) if gradients[1] else None
+    by_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=device) if gradients[2] else None
+    return by_hidden, by_weight, by_bias
+
+
+def gradient_coefficients(
+    statistics: Tensor,  # [4, N]
+    grad_statistics: Tensor,  # [4, N]
+    temperature: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``head_gradient``'s coefficients ``[5, N]``, and what its results are to be multiplied by, if anything.
+
+    With p the probabilities and z - m the logits' distance from their maximum, a chunk's gradient by the logits is
+    ``p grad_log_sum + p (1 + z - m - mean) grad_mean``, plus ``grad_target`` at the target. Written in the
+    log-probability ``x = z - m - log_sum``, it is ``exp(x) (scale + slope x)``.
+    """
+    maximum, log_sum, target, mean = statistics
+    _, grad_log_sum, grad_target, grad_mean = grad_statistics
+    # A target in another slice of the vocabulary has no column here, and its gradient may be anything.
+    at_target = torch.where(target == -torch.inf, 0.0, grad_target) / temperature
+    slope = grad_mean / temperature
+    scale = grad_log_sum / temperature + slope * (1 + log_sum - mean)
+    unscale = None
+    if dtype == torch.float16:
+        largest = torch.stack([scale, slope, at_target]).nan_to_num(0, 0, 0).abs().amax(-1).amax()
+        exponent = torch.where(largest > 0, (HALF_MAGNITUDE / largest).log2().floor(), 0.0).clamp(-100, 100)
+        factor, unscale = exponent.exp2(), (-exponent).exp2()
+        scale, slope, at_target = scale * factor, slope * factor, at_target * factor
+    return torch.stack([maximum, log_sum, scale, slope, at_target]), unscale
+
+
+def gradient_by_statistics(grad_logp: Tensor, grad_entropy: Tensor) -> Tensor:
+    """Gradient by ``linear_logprob``'s statistics of ``logp = target - log_sum`` and ``entropy = log_sum - mean``."""
+    return torch.stack([torch.zeros_like(grad_logp), grad_entropy - grad_logp, grad_logp, -grad_entropy])

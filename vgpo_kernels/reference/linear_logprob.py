@@ -1,0 +1,243 @@
+"""Log-probabilities of an LM head, and losses made of them, in plain PyTorch: every logit at once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels.reference.policy_loss import policy_loss
+
+IGNORED = -100  # what marks a row without a target, as in torch's cross-entropy
+
+# Behind this, exp() is zero in every precision. A finite bound keeps zero times the distance from being NaN.
+FARTHEST = -1e4
+
+
+def linear_logprob(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D], rows first .. first + V of the vocabulary
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N], ids in the whole vocabulary
+    first: int,
+    temperature: float,
+    ignore_index: int | None,
+    chunk_bytes: int = 0,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Return what log-probability and entropy are made of, ``[4, N]``; zeros where the target is ``ignore_index``.
+
+    With z the logits of a row and m the largest: m (a constant to autograd), log sum exp(z - m), z_target - m
+    (-infinity if the target is not in these rows of the vocabulary), and the mean of z - m under softmax(z).
+    ``chunk_bytes`` is no part of the definition.
+    """
+    kept = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
+    # An ignored row may be NaN, and NaN times zero is NaN: replace it, do not scale it away.
+    rows = torch.where(kept[:, None], hidden.to(dtype), torch.zeros((), dtype=dtype, device=hidden.device))
+    logits = rows @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    logits = logits / temperature
+    maximum = logits.detach().amax(-1)
+    distance = logits - maximum[:, None]
+    log_sum = distance.exp().sum(-1).log()
+    mean = ((distance - log_sum[:, None]).exp() * distance.clamp(min=FARTHEST)).sum(-1)
+    column = targets - first
+    own = (column >= 0) & (column < weight.shape[0])
+    target = distance.gather(-1, torch.where(own, column, 0)[:, None]).squeeze(-1)
+    target = torch.where(own, target, torch.full_like(target, -math.inf))
+    statistics = torch.stack([maximum, log_sum, target, mean])
+    return torch.where(kept, statistics, torch.zeros_like(statistics))
+
+
+def linear_logprob_backward(
+    grad_statistics: Tensor,  # [4, N]
+    statistics: Tensor,  # [4, N]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    first: int,
+    temperature: float,
+    ignore_index: int | None,
+    gradients: list[bool],
+    chunk_bytes: int = 0,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`linear_logprob` by hidden, weight and bias; no elements where ``gradients`` is false."""
+    inputs = [
+        None if tensor is None else tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight, bias)
+    ]
+    wide_hidden, wide_weight, wide_bias = inputs
+    assert wide_hidden is not None and wide_weight is not None
+    with torch.enable_grad():
+        output = linear_logprob(
+            wide_hidden, wide_weight, wide_bias, targets, first, temperature, ignore_index, dtype=dtype
+        )
+    wanted = [tensor for tensor, needed in zip(inputs, gradients, strict=True) if needed and tensor is not None]
+    found = iter(torch.autograd.grad(output, wanted, grad_statistics.to(dtype)) if wanted else ())
+    by_hidden, by_weight, by_bias = (next(found) if needed else hidden.new_empty(0) for needed in gradients)
+    return by_hidden, by_weight, by_bias
+
+
+def head_statistics(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N]
+    first: int,
+    temperature: float,
+    statistics: Tensor,  # [4, N], updated
+    logits: Tensor,  # [N, V], scratch
+    keep: bool,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Take these rows of the vocabulary into the running statistics of a chunk.
+
+    They are the largest logit m so far, the sums of e and of e (z - m) with e = exp(z - m), and the target's logit;
+    minus infinity, 0, 0 and minus infinity to begin with. With ``keep``, ``logits`` is hidden @ weight.T afterwards.
+    """
+    products = hidden.to(dtype) @ weight.to(dtype).T
+    if keep:
+        logits.copy_(products)
+    scaled = (products if bias is None else products + bias.to(dtype)) / temperature
+    maximum, total, weighted, target = (row.to(dtype) for row in statistics)
+    largest = torch.maximum(maximum, scaled.amax(-1))
+    # Before the first vocabulary entry there is nothing to rescale, and its maximum is infinitely far away.
+    drop = torch.where(total > 0, maximum - largest, torch.zeros_like(largest))
+    # A bias may forbid every entry seen so far.
+    nothing = largest == -math.inf
+    distance = torch.where(nothing[:, None], scaled, scaled - largest[:, None])
+    exponentials = distance.exp()
+    weighted = (weighted + total * drop) * drop.exp()
+    weighted = weighted + (exponentials * distance.clamp(min=FARTHEST)).sum(-1)
+    total = total * drop.exp() + exponentials.sum(-1)
+    column = targets - first
+    own = (column >= 0) & (column < weight.shape[0])
+    target = torch.where(own, scaled.gather(-1, torch.where(own, column, 0)[:, None]).squeeze(-1), target)
+    statistics.copy_(torch.stack([largest, total, weighted, target]))
+
+
+def head_gradient(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N]
+    first: int,
+    temperature: float,
+    coefficients: Tensor,  # [5, N]: maximum, log_sum, scale, slope, at_target
+    logits: Tensor,  # [N, V]
+    recompute: bool,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Turn logits into their gradient, ``exp(x) (scale + slope x) + at_target [v = target]``.
+
+    x is the log-probability of vocabulary entry v. Without ``recompute``, ``logits`` holds hidden @ weight.T. The
+    gradient takes its place in hidden's dtype: the first V elements of each row.
+    """
+    products = hidden.to(dtype) @ weight.to(dtype).T if recompute else logits.to(dtype)
+    scaled = (products if bias is None else products + bias.to(dtype)) / temperature
+    maximum, log_sum, scale, slope, at_target = (row.to(dtype)[:, None] for row in coefficients)
+    log_probability = scaled - maximum - log_sum
+    gradient = log_probability.exp() * (scale + slope * log_probability.clamp(min=FARTHEST))
+    columns = torch.arange(first, first + weight.shape[0], device=targets.device)
+    gradient = gradient + at_target * (targets[:, None] == columns)
+    gradient_of(logits, hidden.dtype).copy_(gradient)
+
+
+def gradient_of(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """View the part of fp32 ``logits [N, V]`` in which their gradient lies after :func:`head_gradient`."""
+    return logits if dtype == logits.dtype else logits.view(dtype)[:, : logits.shape[1]]
+
+
+def head_product(
+    left: Tensor,  # [M, K]
+    right: Tensor,  # [K, N]
+    result: Tensor,  # [M, N]
+    accumulate: bool,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Write ``left @ right`` to ``result``, or add it."""
+    product = left.to(dtype) @ right.to(dtype)
+    result.copy_(result.to(dtype) + product if accumulate else product)
+
+
+def predicting_rows(response_mask: Tensor, hidden: Tensor) -> Tensor:
+    """Row of ``hidden``, flattened, that predicts each token of ``response_mask``, flattened: the one before its own.
+
+    The first token of a sequence has none: what stands there belongs to another sequence, or is -1.
+    """
+    token = torch.arange(response_mask.numel(), device=response_mask.device)
+    if hidden.dim() == 2:
+        return token - 1
+    width = max(response_mask.shape[1], 1)
+    return token + (token // width + 1) * (hidden.shape[1] - response_mask.shape[1]) - 1
+
+
+def linear_policy_loss(
+    hidden: Tensor,  # [B, S, D] or [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [B, T] or [N], as every per-token tensor
+    old_logp: Tensor | None,
+    advantages: Tensor,  # [B] or per token
+    response_mask: Tensor,
+    factors: Tensor | None,  # per token
+    cu_seqlens: Tensor | None,  # [B + 1]
+    ref_logp: Tensor | None,  # per token
+    importance_weights: Tensor | None,  # [B] or per token
+    num_tokens: Tensor | None,  # []
+    num_sequences: Tensor | None,  # []
+    temperature: float,
+    options: list[float],
+    gradients: list[bool] | None = None,
+    chunk_bytes: int = 0,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and the policy metrics ``[15]``; without ``old_logp`` the policy is its own predecessor.
+
+    ``gradients`` and ``chunk_bytes`` are no part of the definition, which autograd differentiates.
+    """
+    valid = response_mask.reshape(-1)
+    # What lies off the mask has no row, or one that nobody looks at.
+    rows = hidden.reshape(-1, hidden.shape[-1])[predicting_rows(response_mask, hidden).clamp(min=0)]
+    scored = torch.where(valid, targets.reshape(-1), IGNORED)
+    statistics = linear_logprob(rows, weight, bias, scored, 0, temperature, IGNORED, dtype=dtype)
+    logp, entropy = (values.reshape(response_mask.shape) for values in logp_and_entropy(statistics))
+    return policy_loss(
+        logp,
+        logp.detach() if old_logp is None else old_logp,
+        advantages,
+        response_mask,
+        factors,
+        cu_seqlens,
+        ref_logp,
+        entropy,
+        importance_weights,
+        num_tokens,
+        num_sequences,
+        options,
+        dtype=dtype,
+    )
+
+
+def logp_and_entropy(statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of the target and entropy, ``[N]`` each, from :func:`linear_logprob`'s ``[4, N]``."""
+    _, log_sum, target, mean = statistics
+    return target - log_sum, log_sum - mean
+
+
+def first_tokens(response_mask: Tensor, hidden: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Whether a token of ``response_mask`` is the first of its sequence, so that no row predicts it."""
+    if cu_seqlens is None:
+        column = torch.arange(response_mask.shape[1], device=response_mask.device)
+        return (column == 0).expand(response_mask.shape) & (response_mask.shape[1] == hidden.shape[1])
+    # An empty sequence begins where the next one does, and then that is a first token all the same.
+    return torch.isin(torch.arange(response_mask.shape[0], device=response_mask.device), cu_seqlens[:-1])

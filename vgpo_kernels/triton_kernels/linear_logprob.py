@@ -1,0 +1,204 @@
+"""Epilogues of an LM head's matrix products in Triton: statistics of a chunk's logits, and their gradient in place.
+
+The products are torch's (cuBLAS, hipBLASLt), fp32 out of 16-bit inputs. A program goes over a row of the chunk once, in
+blocks, keeping the running maximum and the sums beside it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vgpo_kernels.ops import linear_logprob as head_ops
+from vgpo_kernels.ops import linear_vgpo_loss as loss_ops
+from vgpo_kernels.ops.lm_head import HeadKernels
+from vgpo_kernels.reference.linear_logprob import gradient_of
+from vgpo_kernels.triton_kernels.common import device_guard, opaque_operator
+from vgpo_kernels.triton_kernels.policy_loss import policy_loss
+
+# Logits of a block, and warps that share it: 16 registers a thread, and enough loads on their way.
+BLOCK = 4096
+WARPS = 8
+
+# Behind this, exp() is zero. A finite bound keeps zero times the distance from being NaN.
+FARTHEST = tl.constexpr(-128.0)
+
+# Releases from which addmm takes an fp32 accumulator with 16-bit matrices.
+ACCUMULATES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+
+
+@triton.jit
+def logits_of(products, bias, columns, inside, factor):
+    """Logits of a block's columns: (product + bias) / temperature."""
+    logits = tl.load(products + columns, mask=inside, other=0.0)
+    if bias is not None:
+        logits += tl.load(bias + columns, mask=inside, other=0.0)
+    return logits * factor
+
+
+@triton.jit(do_not_specialize=["columns", "first", "row_stride", "statistics_stride"])
+def head_statistics_kernel(
+    logits,  # [N, V] fp32: hidden @ weight.T
+    bias,  # [V] or None
+    targets,  # [N]
+    statistics,  # [4, N], updated
+    columns,
+    first,
+    factor,  # one over the temperature
+    row_stride,
+    statistics_stride,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    products = logits + row * row_stride
+    maximum = tl.load(statistics + row)
+    total = tl.load(statistics + statistics_stride + row)
+    weighted = tl.load(statistics + 2 * statistics_stride + row)
+    lanes = tl.arange(0, BLOCK)
+    for begin in range(0, columns, BLOCK):
+        column = begin + lanes
+        inside = column < columns
+        block = tl.where(inside, logits_of(products, bias, column, inside, factor), -float("inf"))
+        largest = tl.maximum(maximum, tl.max(block, 0))
+        # A bias may forbid every entry seen so far: there is nothing to measure distances from.
+        origin = tl.where(largest == -float("inf"), 0.0, largest)
+        drop = tl.where(total > 0.0, maximum - origin, 0.0)
+        distance = block - origin
+        share = tl.exp(distance)
+        scale = tl.exp(drop)
+        weighted = (weighted + total * drop) * scale + tl.sum(share * tl.maximum(distance, FARTHEST), 0)
+        total = total * scale + tl.sum(share, 0)
+        maximum = largest
+    tl.store(statistics + row, maximum)
+    tl.store(statistics + statistics_stride + row, total)
+    tl.store(statistics + 2 * statistics_stride + row, weighted)
+    target = tl.load(targets + row) - first
+    own = (target >= 0) & (target < columns)
+    logit = logits_of(products, bias, target, own, factor)
+    tl.store(statistics + 3 * statistics_stride + row, logit, mask=own)
+
+
+@triton.jit(do_not_specialize=["columns", "first", "row_stride", "gradient_stride", "coefficients_stride"])
+def head_gradient_kernel(
+    logits,  # [N, V] fp32: hidden @ weight.T
+    gradient,  # [N, V], each row at the beginning of the logits' row
+    bias,  # [V] or None
+    targets,  # [N]
+    coefficients,  # [5, N]: maximum, log_sum, scale, slope, at_target
+    columns,
+    first,
+    factor,  # one over the temperature
+    row_stride,
+    gradient_stride,
+    coefficients_stride,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    products = logits + row * row_stride
+    maximum = tl.load(coefficients + row)
+    log_sum = tl.load(coefficients + coefficients_stride + row)
+    level = tl.load(coefficients + 2 * coefficients_stride + row)
+    slope = tl.load(coefficients + 3 * coefficients_stride + row)
+    at_target = tl.load(coefficients + 4 * coefficients_stride + row)
+    target = tl.load(targets + row) - first
+    lanes = tl.arange(0, BLOCK)
+    for begin in range(0, columns, BLOCK):
+        column = begin + lanes
+        inside = column < columns
+        log_probability = logits_of(products, bias, column, inside, factor) - maximum - log_sum
+        value = tl.exp(log_probability) * (level + slope * tl.maximum(log_probability, FARTHEST))
+        value += tl.where(column == target, at_target, 0.0)
+        # Narrow numbers take the place of wide ones that other threads have still to read, but only within a block:
+        # the ones behind it are never reached.
+        tl.debug_barrier()
+        tl.store(gradient + row * gradient_stride + column, value.to(gradient.dtype.element_ty), mask=inside)
+
+
+def head_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    first: int,
+    temperature: float,
+    statistics: Tensor,
+    logits: Tensor,
+    keep: bool,
+) -> None:
+    """Launch the product of a chunk and the statistics of its logits, which are there to stay whatever ``keep`` is."""
+    head_product(hidden, weight.T, logits, False)
+    rows, columns = logits.shape
+    with device_guard(logits):
+        head_statistics_kernel[(rows,)](
+            logits,
+            bias,
+            targets,
+            statistics,
+            columns,
+            first,
+            1.0 / temperature,
+            logits.stride(0),
+            statistics.stride(0),
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+
+
+def head_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    first: int,
+    temperature: float,
+    coefficients: Tensor,
+    logits: Tensor,
+    recompute: bool,
+) -> None:
+    """Launch the product of a chunk, unless it is there, and its gradient, which takes its place."""
+    if recompute:
+        head_product(hidden, weight.T, logits, False)
+    gradient = gradient_of(logits, hidden.dtype)
+    rows, columns = logits.shape
+    with device_guard(logits):
+        head_gradient_kernel[(rows,)](
+            logits,
+            gradient,
+            bias,
+            targets,
+            coefficients,
+            columns,
+            first,
+            1.0 / temperature,
+            logits.stride(0),
+            gradient.stride(0),
+            coefficients.stride(0),
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+
+
+def head_product(left: Tensor, right: Tensor, result: Tensor, accumulate: bool) -> None:
+    """Write ``left @ right`` to ``result`` in fp32, or add it."""
+    if left.device.type == "cpu":  # interpreted: torch multiplies 16-bit numbers into 16 bits there
+        left, right = left.float(), right.float()
+    if left.dtype == torch.float32:
+        result.addmm_(left, right, beta=float(accumulate))
+    elif not accumulate:
+        torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=result)
+    elif ACCUMULATES:
+        torch.ops.aten.addmm.dtype_out(result, left, right, torch.float32, out=result)
+    else:
+        result += torch.mm(left, right, out_dtype=torch.float32)
+
+
+KERNELS = HeadKernels(head_statistics, head_gradient, head_product, policy_loss, half=True)
+
+
+linear_logprob = opaque_operator("linear_logprob", partial(head_ops.compute, KERNELS))
+linear_logprob_backward = opaque_operator("linear_logprob_backward", partial(head_ops.compute_backward, KERNELS))
+linear_policy_loss = opaque_operator("linear_policy_loss", partial(loss_ops.compute, KERNELS))
