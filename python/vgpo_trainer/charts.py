@@ -50,11 +50,11 @@ class Axis:
     high: float
     percent: bool = False
 
-    def ticks(self, about: int = 5) -> list[float]:
-        """Round numbers inside the range, about as many as asked for."""
+    def ticks(self, most: int = 7) -> list[float]:
+        """Round numbers inside the range, no more than that."""
         span = self.high - self.low
-        power = 10.0 ** math.floor(math.log10(span / about))
-        step = next(power * digit for digit in (1, 2, 5, 10) if span <= about * power * digit)
+        power = 10.0 ** math.floor(math.log10(span / (most - 1)))
+        step = next(power * digit for digit in (1, 2, 5, 10) if span <= (most - 1) * power * digit)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [index * step for index in range(first, last + 1)]
@@ -141,7 +141,7 @@ def histogram(groups: Sequence[tuple[str, Sequence[float]]], x_label: str, title
         marks.append(f'<path class="line thin series-{index}" d="{_path(outline)}"/>')
     names = []
     for index, (name, values) in enumerate(finite):
-        names.append(f"{name}: {len(values):,}" + (f", median {_signed(median(values))}" if values else ""))
+        names.append(f"{name}: {len(values):,}" + (f", median {_median(values)}" if values else ""))
         if values:
             x = place_x(median(values))
             marks.append(
@@ -205,7 +205,7 @@ def _chart(
         parts.append(
             f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{y_axis.write(value)}</text>'
         )
-    for value in x_axis.ticks(7):
+    for value in x_axis.ticks(8):
         x = place_x(value)
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 4}"/>')
         parts.append(
@@ -234,5 +234,7 @@ def _precise(value: float, axis: Axis) -> str:
     return f"{100 * value:.1f}%" if axis.percent else f"{value:.4g}"
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", MINUS) if abs(value) < 1 else f"{value:.2f}"
+def _median(values: Sequence[float]) -> str:
+    """The median for a legend, with its sign where the values have two."""
+    sign = "+" if min(values) < 0 < max(values) else ""
+    return f"{median(values):{sign}.2f}".replace("-", MINUS)

@@ -71,7 +71,10 @@ class DemoCallback(TrainerCallback):  # type: ignore[misc]
             self.folder.append_rollouts(stored_rollouts(self.trainer.rollout_samples, self.folder))
         if measures:
             self.latest = evaluate(self.trainer.model, self.trainer.processing_class, self.problems)
+            # Any record ends the turn to log; the step's own is still to come.
+            should_log = control.should_log
             self._log_evaluation()
+            control.should_log = should_log
             self.display.evaluated(state.global_step, self.latest)
 
     def on_log(

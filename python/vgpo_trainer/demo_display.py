@@ -73,7 +73,7 @@ class DemoDisplay:
         """Say what starts now."""
         self._stage = name
         if not self.console.is_terminal:
-            self.console.print(name)
+            self.console.print(name, soft_wrap=True)
 
     def imitated(self, progress: WarmStartProgress) -> None:
         """Show a step of the warm start, whose number of steps is not known beforehand."""
@@ -82,7 +82,9 @@ class DemoDisplay:
         self._progress.update(self._imitation, completed=progress.step)
         self._latest = {"loss": progress.loss}
         if progress.accuracy is not None and not self.console.is_terminal:
-            self.console.print(f"  step {progress.step}: loss {progress.loss:.3f}, solves {progress.accuracy:.0%}")
+            self.console.print(
+                f"  step {progress.step}: loss {progress.loss:.3f}, solves {progress.accuracy:.0%}", soft_wrap=True
+            )
 
     def stepped(self, step: int, record: Mapping[str, Any]) -> None:
         """Show the record of a step of reinforcement."""
@@ -97,7 +99,9 @@ class DemoDisplay:
         self._evaluations.append((step, evaluation))
         if not self.console.is_terminal:
             reward = f", reward {self._rewards[-1]:.2f}" if self._rewards else ""
-            self.console.print(f"  step {step}: held-out accuracy {describe_accuracy(evaluation)}{reward}")
+            self.console.print(
+                f"  step {step}: held-out accuracy {describe_accuracy(evaluation)}{reward}", soft_wrap=True
+            )
 
     def summary(self, result: DemoResult) -> None:
         """Say what came out and where it is."""

@@ -1,6 +1,6 @@
 """The demo task: read handwritten digits from an image and add them up, one at a time.
 
-An image is a 3 x 3 grid of 16-pixel cells. Three to five cells hold a digit from scikit-learn's ``load_digits`` (8 x 8
+An image is a 3 x 3 grid of 16-pixel cells. Two to four cells hold a digit from scikit-learn's ``load_digits`` (8 x 8
 scans of real handwriting); the rest are empty. In reading order the digits 3, 8, 4 call for the response
 ``0+3=3, 3+8=11, 11+4=15. 15``, and the reward is 1 when the number after the full stop is the right one. Every step of
 the response has to look at the image again, which is what a visually-guided objective is about.
@@ -24,10 +24,10 @@ from vgpo_trainer.rewards import completion_text
 GRID = 3  # cells a side
 CELL = 16  # pixels a side of a cell: one patch of the vision tower
 IMAGE_SIZE = GRID * CELL
-MIN_DIGITS, MAX_DIGITS = 3, 5
+MIN_DIGITS, MAX_DIGITS = 2, 4
 PROMPT = "Add the digits."
 HELD_OUT_SHARE = 1 / 3
-MAX_RESPONSE_TOKENS = 56  # the longest solution has 44 characters and an end
+MAX_RESPONSE_TOKENS = 40  # the longest solution has 35 characters and an end
 
 Split = Literal["train", "held_out"]
 

@@ -21,9 +21,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ class RunFolder:
 
         The pixels are decoded and encoded again, so that nothing but a picture reaches the page.
         """
+        from PIL import Image
+
         if not name or Path(name).name != name:
             return None
         try:
