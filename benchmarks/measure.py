@@ -314,7 +314,9 @@ def print_table(rows: Iterable[Row], console: Console | None = None) -> None:
             style="green" if ours else None,
         )
     console = console or Console()
-    console.print(table, width=None if console.is_terminal else 140)
+    if not console.is_terminal:
+        console.width = 140  # a log has no width of its own
+    console.print(table)
 
 
 def append_csv(rows: Iterable[Row], path: Path) -> None:

@@ -116,8 +116,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("simd_levels", &simd_levels, "SIMD levels that this processor runs, the simplest first.");
     module.def("simd", [] { return std::string(vgpo::kernels().name); }, "The SIMD level in use.");
     module.def("set_simd", &set_simd, pybind11::arg("name"), "Use a SIMD level, in the whole process.");
-    module.def("read_memory", &read_memory, pybind11::arg("tensor"), pybind11::call_guard<pybind11::gil_scoped_release>(),
-               "Read a contiguous CPU tensor with all threads.");
+    module.def("read_memory", &read_memory, pybind11::arg("tensor"),
+               pybind11::call_guard<pybind11::gil_scoped_release>(), "Read a contiguous CPU tensor with all threads.");
     module.def("copy_memory", &copy_memory, pybind11::arg("source"), pybind11::arg("target"),
                pybind11::call_guard<pybind11::gil_scoped_release>(), "Copy a contiguous CPU tensor with all threads.");
 }
