@@ -55,7 +55,7 @@ class DemoSettings:
     out: Path
     algo: str = "vgpo"
     seed: int = 0
-    steps: int = 80
+    steps: int = 120
     warm_start: str = "shipped"
     minutes: float = 6.0
     prompts: int = 64

@@ -1,7 +1,7 @@
 """A vision-language model small enough to train on a laptop: LLaVA with 1.3 million parameters.
 
 A two-layer CLIP tower sees the image as a 3 x 3 grid of patches, a projector carries the patches into a four-layer
-Qwen2 decoder, and the decoder writes one character at a time. Everything is assembled from transformers' own classes and
+Qwen2 decoder, which writes one character at a time. Everything is assembled from transformers' own classes and
 needs no download: checkpoints save and load in the usual Hugging Face format.
 """
 
