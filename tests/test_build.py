@@ -110,6 +110,9 @@ def test_without_an_extension_the_reference_serves_after_one_warning(project: Pa
     )
     assert build(project, "none")[0] == 0
     program = """
+import sys
+# An editable installation would find the extension of the source tree.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
 import warnings, torch, vgpo_kernels
 hidden = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]])
 mask = torch.tensor([[True, False]])
@@ -289,3 +292,15 @@ def test_metadata(project: Path) -> None:
     assert "vgpo = vgpo_trainer.cli:main" in (info / "entry_points.txt").read_text()
     assert (info / "top_level.txt").read_text().split() == ["vgpo_kernels", "vgpo_trainer"]
     assert "Version: 0.0\n" in (info / "PKG-INFO").read_text()
+
+
+def test_the_command_names_the_extra_it_lacks() -> None:
+    program = """
+import sys
+sys.modules.update(dict.fromkeys(("PIL", "rich", "trl", "transformers", "datasets", "sklearn")))
+from vgpo_trainer.cli import main
+raise SystemExit(main(["demo"]))
+"""
+    result = run([sys.executable, "-c", program], ROOT, PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "python"))))
+    assert result.returncode == 2
+    assert "pip install 'vgpo-kernels[train]'" in result.stderr and "Traceback" not in result.stderr
