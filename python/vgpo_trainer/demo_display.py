@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -81,10 +80,11 @@ class DemoDisplay:
             self._imitation = self._progress.add_task("imitation", total=None)
         self._progress.update(self._imitation, completed=progress.step)
         self._latest = {"loss": progress.loss}
-        if progress.accuracy is not None and not self.console.is_terminal:
-            self.console.print(
-                f"  step {progress.step}: loss {progress.loss:.3f}, solves {progress.accuracy:.0%}", soft_wrap=True
+        if progress.agreement is not None and not self.console.is_terminal:
+            line = (
+                f"  step {progress.step}: loss {progress.loss:.3f}, answers like its teacher {progress.agreement:.0%}"
             )
+            self.console.print(line, soft_wrap=True)
 
     def stepped(self, step: int, record: Mapping[str, Any]) -> None:
         """Show the record of a step of reinforcement."""
@@ -106,15 +106,18 @@ class DemoDisplay:
     def summary(self, result: DemoResult) -> None:
         """Say what came out and where it is."""
         before, after = result.before, result.after
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        table.add_row("held-out accuracy before", Text(describe_accuracy(before)))
-        table.add_row("held-out accuracy after", Text(describe_accuracy(after), style="bold"))
-        table.add_row("steps, time", f"{result.steps}, {result.seconds / 60:.1f} min")
-        table.add_row("report", Text(str(result.folder.report)))
-        table.add_row("model", Text(str(result.folder.model)))
-        table.add_row("metrics", Text(str(result.folder.metrics)))
+        rows = {
+            "held-out accuracy before": describe_accuracy(before),
+            "held-out accuracy after": describe_accuracy(after),
+            "steps, time": f"{result.steps}, {result.seconds / 60:.1f} min",
+            "report": str(result.folder.report),
+            "model": str(result.folder.model),
+            "metrics": str(result.folder.metrics),
+        }
         self.console.print()
-        self.console.print(table, soft_wrap=True)
+        for name, value in rows.items():
+            # Not a table: a path is to be copied whole, however narrow the terminal is.
+            self.console.print(Text(f"{name:<26}{value}"), soft_wrap=True)
 
     def _render(self) -> Group:
         lines: list[Any] = [Text(f"  {self._stage}", style="dim"), self._progress]
