@@ -80,9 +80,9 @@ class DemoDisplay:
             self._imitation = self._progress.add_task("imitation", total=None)
         self._progress.update(self._imitation, completed=progress.step)
         self._latest = {"loss": progress.loss}
-        if progress.agreement is not None and not self.console.is_terminal:
+        if progress.accuracy is not None and not self.console.is_terminal:
             line = (
-                f"  step {progress.step}: loss {progress.loss:.3f}, answers like its teacher {progress.agreement:.0%}"
+                f"  step {progress.step}: loss {progress.loss:.3f}, solves {progress.accuracy:.0%}"
             )
             self.console.print(line, soft_wrap=True)
 

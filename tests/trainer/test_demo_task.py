@@ -146,22 +146,24 @@ def test_weights_depend_on_the_seed_alone(processor):
 
 def test_warm_start_imitates_and_stops_at_its_target(processor):
     steps = []
-    settings = WarmStartSettings(max_steps=12, batch_size=8, check_every=6, check_problems=4)
+    settings = WarmStartSettings(max_steps=12, settle_steps=0, batch_size=8, check_every=6, check_problems=4)
     warm_start(build_model(processor, 0), processor, 0, settings, steps.append)
     assert [progress.step for progress in steps] == list(range(1, 13))
     assert steps[-1].loss < steps[0].loss - 0.3
     assert [progress.step for progress in steps if progress.accuracy is not None] == [6, 12]
     steps.clear()
-    satisfied = WarmStartSettings(target=0.0, max_steps=12, batch_size=8, check_every=2, check_problems=4)
+    satisfied = WarmStartSettings(
+        target=0.0, max_steps=12, settle_steps=0, batch_size=8, check_every=2, check_problems=4
+    )
     warm_start(build_model(processor, 0), processor, 0, satisfied, steps.append)
     assert len(steps) == 2
 
 
-def test_shipped_checkpoint_solves_about_half():
+def test_shipped_checkpoint_solves_some_and_leaves_most_to_learn():
     model, processor = load_checkpoint(SHIPPED)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     evaluation = evaluate(model, processor, make_problems(160, "held_out", 11))
-    assert 0.3 < evaluation.accuracy < 0.7
+    assert 0.15 < evaluation.accuracy < 0.55
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 6 * 1024**2
     assert not [file for file in SHIPPED.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
 
