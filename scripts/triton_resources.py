@@ -35,6 +35,7 @@ from vgpo_kernels import PolicyLossOptions, VGPOConfig  # noqa: E402
 from vgpo_kernels.config import CHOICES  # noqa: E402
 from vgpo_kernels.triton_kernels import (  # noqa: E402
     attention_mass,
+    linear_logprob,
     policy_loss,
     vgpo_loss,
     visual_focus,
@@ -152,6 +153,7 @@ def calls(loss_types: Iterable[str]) -> dict[str, Callable[[], Any]]:
         "group_weights": lambda: visual_weights.group_weights(per_response, groups, None, paper),
         **{f"policy_loss, {name}": policy(name) for name in loss_types},
         **attention_calls(),
+        **head_calls(),
     }
 
 
@@ -177,6 +179,18 @@ def attention_calls() -> dict[str, Callable[[], Any]]:
         "attention_heatmap_backward, bfloat16": lambda: module.attention_heatmap_backward(
             heat, *image, weights, lse, *layout, scale, window
         ),
+    }
+
+
+def head_calls() -> dict[str, Callable[[], Any]]:
+    """Return calls of the LM head's two epilogues, on the logits of a chunk."""
+    rows, columns = 4, 64
+    hidden, weight = torch.zeros(rows, 16, dtype=torch.bfloat16), torch.zeros(columns, 16, dtype=torch.bfloat16)
+    targets, logits = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, columns)
+    chunk = (hidden, weight, torch.zeros(columns), targets, 0, 1.0)
+    return {
+        "head_statistics": lambda: linear_logprob.head_statistics(*chunk, torch.zeros(4, rows), logits, True),
+        "head_gradient, bfloat16": lambda: linear_logprob.head_gradient(*chunk, torch.zeros(5, rows), logits, False),
     }
 
 
