@@ -19,12 +19,13 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+# Other packages install a top-level `scripts`, so ours is searched as a folder.
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
 from cases import Batch, Response, make_batch  # noqa: E402
+from triton_resources import TARGETS, recording  # noqa: E402
 
 import vgpo_kernels  # noqa: E402
-from scripts.triton_resources import TARGETS, recording  # noqa: E402
 from vgpo_kernels import VGPOConfig, backends  # noqa: E402
 
 # (responses, visual tokens, response tokens) of ten rollouts, with the sizes that Triton likes to specialise on.
