@@ -81,9 +81,7 @@ class DemoDisplay:
         self._progress.update(self._imitation, completed=progress.step)
         self._latest = {"loss": progress.loss}
         if progress.accuracy is not None and not self.console.is_terminal:
-            line = (
-                f"  step {progress.step}: loss {progress.loss:.3f}, solves {progress.accuracy:.0%}"
-            )
+            line = f"  step {progress.step}: loss {progress.loss:.3f}, solves {progress.accuracy:.0%}"
             self.console.print(line, soft_wrap=True)
 
     def stepped(self, step: int, record: Mapping[str, Any]) -> None:
