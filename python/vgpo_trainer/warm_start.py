@@ -36,16 +36,16 @@ class WarmStartSettings:
     Attributes:
         target: Settle when this share of training problems is solved, 0 to 1.
         max_steps: Settle here even if the target was not reached.
-        settle_steps: Steps at the end over which the learning rate falls to zero.
+        settle_steps: Steps at the end over which the learning rate falls to zero; 0 stops at once.
         batch_size: Worked solutions a step.
         learning_rate: AdamW's, after a short linear rise.
         check_every: Steps between two looks at the target.
         check_problems: Training problems a look.
     """
 
-    target: float = 0.3
+    target: float = 0.4
     max_steps: int = 800
-    settle_steps: int = 30
+    settle_steps: int = 0
     batch_size: int = 64
     learning_rate: float = 1e-3
     check_every: int = 20
