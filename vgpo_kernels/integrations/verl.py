@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from verl.trainer.ppo import core_algos
 from verl.utils import tensordict_utils
+from verl.utils.ulysses import gather_outputs_and_unpad
 from verl.workers.engine.fsdp import transformer_impl
 
 from vgpo_kernels import policy_loss, visual_focus
@@ -155,7 +156,7 @@ def score_focus(engine: type) -> None:
             loss, output = forward_step(self, micro_batch, loss_function, forward_only)
         hidden = captured.hidden
         if getattr(self, "use_ulysses_sp", False):
-            hidden = transformer_impl.gather_outputs_and_unpad(hidden, gather_dim=1, unpad_dim=1, padding_size=0)
+            hidden = gather_outputs_and_unpad(hidden, gather_dim=1, unpad_dim=1, padding_size=0)
         input_ids = micro_batch["input_ids"]
         cos = focus_of_packed(hidden, input_ids, self.module)
         nested = torch.nested.nested_tensor_from_jagged(cos, input_ids.offsets().to(cos.device))
