@@ -36,8 +36,13 @@ inline ValidSpan span_of(const bool* mask, int64_t length) {
 
 // Writes where the mask is set to `positions`, which has room for `length`, and returns how often.
 inline int64_t select_positions(const bool* mask, int64_t length, int64_t* positions) {
+    const ValidSpan span = span_of(mask, length);
+    if (!span.has_holes()) {
+        for (int64_t i = 0; i < span.count; ++i) positions[i] = span.first + i;
+        return span.count;
+    }
     int64_t count = 0;
-    for (int64_t i = 0; i < length; ++i) {
+    for (int64_t i = span.first; i < span.first + span.extent; ++i) {
         positions[count] = i;
         count += mask[i];
     }

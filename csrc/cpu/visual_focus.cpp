@@ -14,7 +14,7 @@ namespace {
 // Columns of a prototype that one item of work sums: whole rows where there are responses enough for every thread,
 // slices otherwise, never narrower than a few cache lines. Columns are independent, so the width changes no bit.
 constexpr int64_t kNarrowestSlice = 256;
-constexpr int64_t kItemsPerThread = 8;
+constexpr int64_t kItemsPerThread = 4;
 // Bytes of hidden states in one item of work for cosines: enough to hide the cost of taking it.
 constexpr int64_t kItemBytes = 512 * 1024;
 
@@ -75,13 +75,13 @@ void visual_prototype(const FocusInput& input, float* means, int64_t* visual_cou
         const int64_t columns = std::min(width, input.columns - column);
         if (columns <= 0) return;
         const int64_t begin = layout.row_begin(b), length = layout.row_end(b) - begin;
-        std::vector<int64_t> visual(length);
-        const int64_t count = select_positions(input.visual_mask + begin, length, visual.data());
+        std::unique_ptr<int64_t[]> visual(new int64_t[length]);
+        const int64_t count = select_positions(input.visual_mask + begin, length, visual.get());
         if (column == 0) visual_counts[b] = count;
         const void* first = address_of(input, input.strides.offset(layout, b, begin) + column);
         float* mean = means + b * input.columns + column;
         std::vector<float> room(2 * columns);
-        sum_rows(first, visual.data(), count, input.strides.row, columns, room.data(), mean);
+        sum_rows(first, visual.get(), count, input.strides.row, columns, room.data(), mean);
         for (int64_t c = 0; count > 0 && c < columns; ++c) mean[c] /= static_cast<float>(count);
     });
 }

@@ -41,23 +41,24 @@ inline void put_back(const float* arranged, int64_t columns, float* values) {
 
 // Rows read side by side: row, row + step, row + 2 * step, ... of a list. Streams that each run through neighbouring
 // rows keep more of the memory system busy than one does. The hardware's prefetcher stops at the end of a page, so
-// lines are asked for a fixed distance ahead; past the end of a row they are mostly those of the stream's next one.
+// lines are asked for a fixed distance ahead; past the last column they are those of the row below, mostly the next.
 template <typename T, int R>
 struct Streams {
     static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
     static constexpr int64_t kAhead = 8 * kLine;
 
     const T* rows[R];
+    int64_t stride;
 
-    inline Streams(const T* hidden, const int64_t* positions, int64_t stride, int64_t step) {
+    inline Streams(const T* hidden, const int64_t* positions, int64_t row_stride, int64_t step) : stride(row_stride) {
         for (int r = 0; r < R; ++r) rows[r] = hidden + positions[r * step] * stride;
     }
-    inline void prefetch(int64_t column) const {
+    inline void prefetch(int64_t column, int64_t columns) const {
         if (kPair < kLine && column % kLine != 0) return;
+        const int64_t ahead = column + kAhead;
+        const int64_t target = ahead < columns ? ahead : ahead - columns + stride;
         for (int r = 0; r < R; ++r) {
-            for (int64_t line = 0; line < kPair; line += kLine) {
-                __builtin_prefetch(rows[r] + column + kAhead + line, 0, 2);
-            }
+            for (int64_t line = 0; line < kPair; line += kLine) __builtin_prefetch(rows[r] + target + line);
         }
     }
 };
@@ -67,7 +68,7 @@ template <typename T, int R>
 inline void add_rows(const Streams<T, R>& streams, int64_t columns, float* block) {
     int64_t column = 0;
     for (; column + kPair <= columns; column += kPair) {
-        streams.prefetch(column);
+        streams.prefetch(column, columns);
         Vector first = load(block + column), second = load(block + column + Vector::kWidth);
         for (int r = 0; r < R; ++r) {
             const Pair states = load_pair(streams.rows[r] + column);
@@ -115,7 +116,7 @@ inline void row_cosines(const Streams<T, R>& streams, int64_t columns, const flo
     for (int r = 0; r < R; ++r) dot[r] = square[r] = Vector(0.0f);
     int64_t column = 0;
     for (; column + kPair <= columns; column += kPair) {
-        streams.prefetch(column);
+        streams.prefetch(column, columns);
         const Vector first = load(prototype + column), second = load(prototype + column + Vector::kWidth);
         for (int r = 0; r < R; ++r) {
             const Pair states = load_pair(streams.rows[r] + column);
