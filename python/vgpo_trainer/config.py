@@ -10,7 +10,8 @@ from trl import GRPOConfig
 from vgpo_kernels import VGPOConfig
 
 PRESETS = ("paper", "released")
-SIGNALS = ("auto", "scoring", "loss")
+SOURCES = ("auto", "scoring", "loss")
+SIGNALS = ("focus", "attention")
 
 
 @dataclass
@@ -23,7 +24,10 @@ class VGPOTrainingConfig(GRPOConfig):
     Args:
         vgpo: Preset of :class:`vgpo_kernels.VGPOConfig`: ``"paper"``, ``"released"``, or ``None`` (``"none"``), which
             trains without the visual signal and gives TRL's own loss.
-        vgpo_signal: Where the hidden states of the visual signal come from.
+        signal: What the factors follow from: ``"focus"``, the cosine of a token's hidden state to its image prototype,
+            or ``"attention"``, its query's share of attention on the image, which takes the place of the focus score.
+        signal_layers: Decoder layers whose attention is averaged, negative ones counted from the last; default: all.
+        vgpo_signal: Which forward pass the visual signal is read from.
 
             - ``"loss"``: the forward pass of the loss. Costs nothing, but trajectory factors compare the responses
               of a prompt, so all of them must be in the same micro-batch, on whatever processes: it needs
@@ -40,14 +44,17 @@ class VGPOTrainingConfig(GRPOConfig):
         vgpo_intra_clamp: A pair ``[low, high]``; an empty list removes the preset's clamp. ``vgpo_inter_clamp`` alike.
 
     Raises:
-        ValueError: An unknown preset or signal, a setting out of range, or a setting of VGPO beside ``vgpo=None``.
+        ValueError: An unknown preset, signal or source, a setting out of range, or a setting of VGPO beside
+            ``vgpo=None``.
 
     """
 
     logging_steps: float = field(default=1, metadata={"help": "Log every this many optimisation steps."})
 
     vgpo: str | None = field(default="paper", metadata={"help": "Preset: paper, released or none."})
-    vgpo_signal: str = field(default="auto", metadata={"help": "Source of hidden states: auto, scoring or loss."})
+    signal: str = field(default="focus", metadata={"help": "What the factors follow from: focus or attention."})
+    signal_layers: list[int] | None = field(default=None, metadata={"help": "Layers whose attention counts."})
+    vgpo_signal: str = field(default="auto", metadata={"help": "Pass the signal is read from: auto, scoring or loss."})
     vgpo_diagnostics: bool = field(
         default=False, metadata={"help": "Log the visual signal even without VGPO; the loss does not change."}
     )
@@ -78,8 +85,9 @@ class VGPOTrainingConfig(GRPOConfig):
             self.vgpo = None
         if self.vgpo is not None and self.vgpo not in PRESETS:
             raise ValueError(f"vgpo must be one of {', '.join(PRESETS)} or None, got {self.vgpo!r}")
-        if self.vgpo_signal not in SIGNALS:
-            raise ValueError(f"vgpo_signal must be one of {', '.join(SIGNALS)}, got {self.vgpo_signal!r}")
+        if self.vgpo_signal not in SOURCES:
+            raise ValueError(f"vgpo_signal must be one of {', '.join(SOURCES)}, got {self.vgpo_signal!r}")
+        self.check_signal()
         if self.rollout_samples < 0:
             raise ValueError(f"rollout_samples must not be negative, got {self.rollout_samples}")
         changes = self._changes()
@@ -93,6 +101,13 @@ class VGPOTrainingConfig(GRPOConfig):
                 f"steps_per_generation=1 and num_iterations=1, got {self.steps_per_generation} and "
                 f"{self.num_iterations}; vgpo_signal='auto' pays for a pass of its own only where it has to"
             )
+
+    def check_signal(self) -> None:
+        """Raise ValueError for a signal that does not exist, or layers that it does not read."""
+        if self.signal not in SIGNALS:
+            raise ValueError(f"signal must be one of {', '.join(SIGNALS)}, got {self.signal!r}")
+        if self.signal_layers is not None and self.signal != "attention":
+            raise ValueError(f"signal_layers has no effect with signal={self.signal!r}; it belongs to 'attention'")
 
     def vgpo_config(self) -> VGPOConfig | None:
         """Return the settings of the visual signal: the preset with the changes made to it; ``None`` without VGPO."""

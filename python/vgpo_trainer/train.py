@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vgpo", choices=("paper", "released", "none"), default="paper", help="preset of the visual signal"
     )
+    parser.add_argument(
+        "--signal",
+        choices=("focus", "attention"),
+        default="focus",
+        help="weigh tokens by visual focus, or by their attention on the image (default: %(default)s)",
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_positive, help="optimisation steps")
     length.add_argument("--epochs", type=float, default=1.0, help="passes over the dataset (default: %(default)s)")
@@ -165,6 +171,7 @@ def training_config(arguments: argparse.Namespace) -> VGPOTrainingConfig:
     settings: dict[str, Any] = {
         "output_dir": str(arguments.out),
         "vgpo": arguments.vgpo,
+        "signal": arguments.signal,
         "num_train_epochs": arguments.epochs,
         "per_device_train_batch_size": arguments.batch_size,
         "per_device_eval_batch_size": arguments.batch_size,
@@ -266,6 +273,7 @@ def run_identity(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model,
         "dataset": str(arguments.dataset.resolve()),
         "vgpo": arguments.vgpo,
+        "signal": arguments.signal,
         "lora_rank": arguments.lora_rank,
     }
 
@@ -277,7 +285,7 @@ def refuse_another_run(arguments: argparse.Namespace) -> None:
         return
     earlier = json.loads(path.read_text())["run"]
     for name, value in run_identity(arguments).items():
-        if earlier[name] != value:
+        if earlier.get(name, value) != value:
             option = f"--{name.replace('_', '-')}"
             raise RunError(
                 f"{arguments.out} holds a run with {option} {earlier[name]}, not {value}; choose another --out"

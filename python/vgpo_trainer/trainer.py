@@ -14,9 +14,10 @@ training) added. TRL's keys keep their names: ``loss``, ``reward``, ``reward_std
 with TRL's ``log_metric("accuracy", value)``. Ours:
 
 =========================  ==================================================================================
-``vgpo/visual_focus``      mean cosine of response tokens to their image prototype
+``vgpo/visual_focus``      mean cosine of response tokens to their image prototype; with ``signal="attention"``
+                           their mean share of attention on the image
 ``vgpo/gate_rate``         share of those tokens that the gate lets through
-``vgpo/late_early_ratio``  visual focus of a response's second half over its first
+``vgpo/late_early_ratio``  focus score (attention share) of a response's second half over its first
 ``vgpo/psi_std``           standard deviation of the token weights psi
 ``vgpo/phi_std``           standard deviation of the trajectory weights phi
 ``vgpo/weighted_share``    share of responses that have an image (and finite hidden states)
@@ -39,6 +40,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,7 +53,8 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from vgpo_kernels import VGPOConfig, policy_loss
-from vgpo_kernels.integrations.transformers import capture_hidden_states, final_norm, visual_token_ids
+from vgpo_kernels.integrations.transformers import final_norm, visual_token_ids
+from vgpo_trainer.attention_signal import AttentionPass, check_attention
 from vgpo_trainer.callbacks import MetricsFile
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.rollouts import (
@@ -75,6 +79,7 @@ from vgpo_trainer.trl_surface import (
 )
 from vgpo_trainer.visual_signal import FocusPass, VisualSignal, compute_signal, image_positions
 
+SignalPass = FocusPass | AttentionPass
 POLICY_RECORD = {  # metric of policy_loss: key of the log
     "clip_fraction_low": "clip_ratio/low_mean",
     "clip_fraction_high": "clip_ratio/high_mean",
@@ -95,6 +100,7 @@ class VGPOTrainer(GRPOTrainer):
         train_dataset: As TRL's. Rows that share prompt and images (or a ``prompt_id`` column) form a group.
         eval_dataset: As TRL's.
         processing_class: As TRL's.
+        signal: ``"focus"`` or ``"attention"``, in place of ``args.signal``.
         **others: The rest of TRL's arguments, by name.
 
     Raises:
@@ -117,6 +123,8 @@ class VGPOTrainer(GRPOTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        *,
+        signal: str | None = None,
         **others: Any,
     ) -> None:
         if args is None:
@@ -124,18 +132,24 @@ class VGPOTrainer(GRPOTrainer):
             args = VGPOTrainingConfig(f"{Path(name).name}-VGPO")
         if not isinstance(args, VGPOTrainingConfig):
             raise TypeError(f"args must be a VGPOTrainingConfig, got {type(args).__name__}")
+        if signal is not None:
+            args = copy(args)
+            args.signal = signal
+            args.check_signal()
         check_surface()
         refuse_unsupported(args)
         self._vgpo = args.vgpo_config()
         # What the signal is computed with; diagnostics without VGPO look at a run through the paper's eyes.
         self._signal_config = self._vgpo or (VGPOConfig.paper() if args.vgpo_diagnostics else None)
         self._scoring = False
-        self._scored: list[tuple[Tensor, FocusPass]] = []
+        self._scored: list[tuple[Tensor, SignalPass]] = []
         self._rewards: Tensor | None = None
         self._correct: list[Any] = []
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **others)
         if self._signal_config is not None:
             final_norm(self.model)
+            if args.signal == "attention":
+                check_attention(self.model, args.signal_layers)
             try:
                 self._visual_tokens = visual_token_ids(self.model)
             except ValueError as error:
@@ -217,16 +231,20 @@ class VGPOTrainer(GRPOTrainer):
         if not self._scoring or model is not self.model:
             return super()._get_per_token_logps_and_entropies(*arguments, **named)
         focus = self._focus_pass(input_ids, attention_mask, attention_mask[:, -logits_to_keep:])
-        with capture_hidden_states(model, focus):
+        with focus.capture(model):
             result = super()._get_per_token_logps_and_entropies(*arguments, **named)
         self._scored.append((result[0], focus))
         return result
 
-    def _focus_pass(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> FocusPass:
+    def _focus_pass(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> SignalPass:
         images = image_positions(input_ids, attention_mask, response_mask, self._visual_tokens)
+        if self.args.signal == "attention":
+            assert self._signal_config is not None
+            layers = self.args.signal_layers
+            return AttentionPass(images, response_mask, attention_mask, self._signal_config, layers)
         return FocusPass(images, response_mask)
 
-    def _focus_of_old_policy(self, batch: Mapping[str, Any]) -> FocusPass | None:
+    def _focus_of_old_policy(self, batch: Mapping[str, Any]) -> SignalPass | None:
         """Focus that was scored on the way to the old log-probabilities, if TRL computed any.
 
         That pass does not know which completion tokens are tool output, hence which images a tool showed.
@@ -237,13 +255,13 @@ class VGPOTrainer(GRPOTrainer):
         # The reference's pass of a PEFT model goes through the same model, with its adapter off.
         return next(focus for logps, focus in self._scored if logps is old)
 
-    def _scoring_pass(self, batch: Mapping[str, Any], mode: str) -> FocusPass:
+    def _scoring_pass(self, batch: Mapping[str, Any], mode: str) -> SignalPass:
         """Score the policy's hidden states of a whole generation batch: one forward pass without its LM head."""
         sequence = Sequences.of(batch)
         focus = self._focus_pass(sequence.input_ids, sequence.attention_mask, sequence.response_mask)
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), checkpointing, capture_hidden_states(self.model, focus):
+        with torch.no_grad(), checkpointing, focus.capture(self.model):
             super()._get_per_token_logps_and_entropies(
                 WithoutHead(self.model),
                 sequence.input_ids,
@@ -254,7 +272,7 @@ class VGPOTrainer(GRPOTrainer):
             )
         return focus
 
-    def _visual_signal(self, batch: Mapping[str, Any], focus: FocusPass, mode: str) -> VisualSignal:
+    def _visual_signal(self, batch: Mapping[str, Any], focus: SignalPass, mode: str) -> VisualSignal:
         assert self._signal_config is not None
         response_mask = Sequences.of(batch).response_mask
         signal = compute_signal(
@@ -266,6 +284,7 @@ class VGPOTrainer(GRPOTrainer):
             gather=self.accelerator.gather,
             process_index=self.accelerator.process_index,
         )
+        signal = replace(signal, cos=focus.shown)
         self._record(batch, signal, mode)
         self._log_signal(signal, response_mask, mode)
         return signal
@@ -298,7 +317,7 @@ class VGPOTrainer(GRPOTrainer):
         focus = None
         if self._signal_config is not None and "visual_factors" not in inputs:
             focus = self._focus_pass(sequence.input_ids, sequence.attention_mask, mask)
-        with nullcontext() if focus is None else capture_hidden_states(model, focus):
+        with nullcontext() if focus is None else focus.capture(model):
             logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
                 model,
                 sequence.input_ids,

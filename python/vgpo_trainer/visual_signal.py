@@ -9,13 +9,14 @@ split into micro-batches and spread over processes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vgpo_kernels import VGPOConfig, group_weights, visual_focus, visual_weights
-from vgpo_kernels.integrations.transformers import visual_mask
+from vgpo_kernels.integrations.transformers import capture_hidden_states, visual_mask
 
 
 class FocusPass:
@@ -32,6 +33,10 @@ class FocusPass:
         self.response_mask = response_mask
         self._slices: list[Tensor] = []
         self._rows = 0
+
+    def capture(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Take the hidden states of every forward pass in the block."""
+        return capture_hidden_states(model, self)
 
     def __call__(self, hidden: Tensor) -> None:
         """Take the hidden states ``[b, S, D]`` of the next b rows."""
@@ -61,13 +66,19 @@ class FocusPass:
             )
         return torch.cat(self._slices).to(self.response_mask.device)
 
+    @property
+    def shown(self) -> Tensor:
+        """What logs and rollouts show of the signal, ``[B, T]``: the cosines."""
+        return self.cos
+
 
 @dataclass(frozen=True)
 class VisualSignal:
     """The signal of B responses, detached, fp32.
 
     Attributes:
-        cos: Cosine of each response token to its prototype, ``[B, T]``.
+        cos: Cosine of each response token to its prototype, ``[B, T]``; with ``signal="attention"`` its share of
+            attention on the image.
         psi: Intra-trajectory weights, ``[B, T]``.
         phi: Inter-trajectory weights, ``[B]``.
         factors: What advantages are multiplied by, ``[B, T]``; 1 off the mask and for unweighted responses.
