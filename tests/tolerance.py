@@ -1,7 +1,8 @@
 """The one tolerance policy: how far a fast result may lie from the fp64 definition.
 
 A result computed in fp32 is right if its error is at most twice that of the definition run in fp32 on the same
-input, plus a floor of a few units in the last place of the values at hand.
+input, plus a floor of a few units in the last place of the values at hand: more for long sums, and for results
+that are rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,17 @@ import torch
 from torch import Tensor
 
 FLOOR = 8 * torch.finfo(torch.float32).eps
+# Terms of a sum whose rounding FLOOR covers. Errors of longer ones grow as a random walk does, with their square root.
+COVERED_TERMS = 1024
+
+
+def floor_of(dtype: torch.dtype = torch.float32, terms: int = 1) -> float:
+    """Floor of a sum of ``terms`` products in fp32 in any order, each term and then the sum rounded to ``dtype``.
+
+    Rounding to nearest is off by half a unit in the last place; Triton's interpreter truncates bfloat16, off by one.
+    """
+    rounding = 0.0 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    return FLOOR * max(1.0, (terms / COVERED_TERMS) ** 0.5) + rounding
 
 
 def assert_close(

@@ -32,9 +32,10 @@ def linear_logprob(
     tokens that makes the weight's gradient. Differentiable in hidden, weight and bias, through both results; an input
     that needs no gradient costs none.
 
-    Products run in hidden's dtype (under autocast, in autocast's), to which the weight is converted a slice at a time:
-    a weight in fp32 needs no copy in bf16. A weight tied to an embedding is passed as it is. A head adapted by LoRA
-    without dropout is the weight ``base + scale * B @ A``, through which autograd passes the gradient on.
+    Products run in hidden's dtype (under autocast, in autocast's; instead of fp16, CPUs take fp32), to which the weight
+    is converted a slice at a time: a weight in fp32 needs no copy in bf16. A weight tied to an embedding is passed as
+    it is. A head adapted by LoRA without dropout is the weight ``base + scale * B @ A``, through which autograd passes
+    the gradient on.
 
     Args:
         hidden: The hidden state that predicts each target, ``[N, D]`` or ``[..., D]``: that of the token **before** it.
