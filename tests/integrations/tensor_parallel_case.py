@@ -1,0 +1,49 @@
+"""One rank of heads that are split over a process group: ``tensor_parallel_case.py RANK WORLD FOLDER``.
+
+Reads the heads from FOLDER, and writes what this rank computes there.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+FIRST = (0, 77, 200)  # where each of two ranks' rows begin in the vocabulary, and its end
+TEMPERATURE = 1.3
+
+
+def objective(logp: Tensor, entropy: Tensor) -> Tensor:
+    """A number that depends on every log-probability and entropy in its own way."""
+    weights = torch.linspace(-1, 2, logp.numel(), dtype=logp.dtype).view_as(logp)
+    return (weights * logp).sum() + (weights.square() * entropy).sum()
+
+
+def run_rank(rank: int, backend: str, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> list[Tensor]:
+    """Log-probabilities, entropies, and gradients by hidden and by this rank's rows of weight and bias."""
+    from vgpo_kernels import backends
+    from vgpo_kernels.integrations.tensor_parallel import parallel_logprob
+
+    own = slice(FIRST[rank], FIRST[rank + 1])
+    leaves = [part.clone().requires_grad_() for part in (hidden, weight[own], bias[own])]
+    settings: dict[str, Any] = {"temperature": TEMPERATURE, "return_entropy": True, "chunk_bytes": 4 * 1000}
+    with backends.backend(backend):
+        logp, entropy = parallel_logprob(*leaves[:2], targets, first=own.start, bias=leaves[2], **settings)
+        return [logp.detach(), entropy.detach(), *torch.autograd.grad(objective(logp, entropy), leaves)]
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    cases = torch.load(folder / "cases.pt")
+    results = {key: run_rank(rank, key[0], *tensors) for key, tensors in cases.items()}
+    torch.save(results, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

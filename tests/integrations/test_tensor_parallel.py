@@ -1,0 +1,75 @@
+"""A vocabulary split over two processes of a gloo group: the results and gradients of one process with all of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from integrations.tensor_parallel_case import FIRST, TEMPERATURE, objective
+from linear_cases import DTYPES, Head, make_head
+from tolerance import assert_close, floor_of
+from torch import Tensor
+
+from vgpo_kernels import backend, backends, linear_logprob
+
+ROOT = Path(__file__).resolve().parents[2]
+WORLD = 2
+BACKENDS = ["reference", *(["cpp"] if backends.describe()["built"]["cpp"] else [])]
+CASES = [(name, dtype) for name in BACKENDS for dtype in ("float32", "bfloat16")]
+
+
+def head_of(dtype: str) -> Head:
+    return make_head(23, 16, FIRST[-1], dtype=DTYPES[dtype], bias=True, ignored=0.2)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], list[Tensor]]]:
+    """What each of two processes computes for every case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.save(
+        {(name, dtype): (*head_of(dtype).tensors(), head_of(dtype).targets) for name, dtype in CASES},
+        folder / "cases.pt",
+    )
+    script = Path(__file__).with_name("tensor_parallel_case.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(WORLD), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        complaints = [process.communicate(timeout=180)[1] for process in processes]
+    finally:
+        for process in processes:  # one may wait for another that failed
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(complaints)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_two_ranks_are_one_head(ranks: list[dict[tuple[str, str], list[Tensor]]], case: tuple[str, str]) -> None:
+    head = head_of(case[1])
+    hidden, weight, bias = head.double().leaves()
+    with backend("reference"):
+        values = linear_logprob(hidden, weight, head.targets, bias=bias, temperature=TEMPERATURE, return_entropy=True)
+    by_hidden, by_weight, by_bias = torch.autograd.grad(objective(*values), (hidden, weight, bias))
+    floor = floor_of(head.hidden.dtype, FIRST[-1])
+    for rank, results in enumerate(ranks):
+        rows = slice(FIRST[rank], FIRST[rank + 1])
+        logp, entropy, *gradients = results[case]
+        assert_close(logp, values[0], name=f"logp of rank {rank}")
+        assert_close(entropy, values[1], name=f"entropy of rank {rank}")
+        assert_close(gradients[0], by_hidden, name=f"gradient by hidden of rank {rank}", floor=floor)
+        assert_close(gradients[1], by_weight[rows], name=f"gradient by the rows of rank {rank}", floor=floor)
+        assert_close(gradients[2], by_bias[rows], name=f"gradient by the bias of rank {rank}", floor=floor)
+    # Ranks that differ in a bit would drift apart.
+    one, other = (results[case][:3] for results in ranks)
+    assert all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
