@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vgpo_trainer import demo, doctor, train
+from vgpo_trainer import ablate, demo, doctor, train
 
 DESCRIPTION = """\
 Visually-guided reinforcement learning of vision-language models.
@@ -15,6 +15,7 @@ Visually-guided reinforcement learning of vision-language models.
   vgpo demo                             train a small model on a laptop and see what it learns
   vgpo train --model M --dataset D --out R   train any Hugging Face vision-language model
   vgpo report RUN                       make the report of a run again
+  vgpo ablate --out DIR                 compare DAPO, VGPO and its parts on the demo's task, over seeds
   vgpo doctor                           what is installed, what is built, does it work
 """
 
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module, summary in (
         ("demo", demo, "train a small model on a laptop and see what it learns"),
         ("train", train, "train any Hugging Face vision-language model"),
+        ("ablate", ablate, "compare DAPO, VGPO and its parts over seeds"),
         ("doctor", doctor, "what is installed, what is built, does it work"),
     ):
         command = commands.add_parser(name, help=summary, description=module.DESCRIPTION)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from vgpo_trainer.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from vgpo_trainer.demo_display import DemoDisplay
+    from vgpo_trainer.demo_display import Listener
+    from vgpo_trainer.digits import Problem
     from vgpo_trainer.evaluation import Evaluation
     from vgpo_trainer.trainer import VGPOTrainer
 
@@ -50,6 +51,7 @@ class DemoSettings:
         evaluate_every: Steps between two measurements of held-out accuracy.
         evaluation_problems: Held-out problems of a measurement.
         warm_start_steps: At most this many steps of a fresh warm start.
+        changes: Fields of :class:`~vgpo_kernels.VGPOConfig` that are not to be the paper's.
     """
 
     out: Path
@@ -65,6 +67,17 @@ class DemoSettings:
     evaluate_every: int = 20
     evaluation_problems: int = 400
     warm_start_steps: int = 800
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reinforcement:
+    """A run of reinforcement that has ended: its trainer, the held-out problems, and the answers to them."""
+
+    trainer: VGPOTrainer
+    problems: list[Problem]
+    before: Evaluation
+    after: Evaluation
 
 
 @dataclass(frozen=True)
@@ -143,7 +156,7 @@ def check(settings: DemoSettings) -> None:
         raise ValueError(f"--minutes must be positive, got {settings.minutes}")
 
 
-def run_demo(settings: DemoSettings, display: DemoDisplay) -> DemoResult:
+def run_demo(settings: DemoSettings, display: Listener) -> DemoResult:
     """Run the demo into a folder that exists, and return what it showed.
 
     Args:
@@ -152,12 +165,40 @@ def run_demo(settings: DemoSettings, display: DemoDisplay) -> DemoResult:
     """
     start = time.monotonic()
     display.stage("loading PyTorch, transformers and TRL")
+    run = reinforce(settings, display, start)
+    trainer, folder = run.trainer, RunFolder(settings.out)
+
+    display.stage("writing the checkpoint and the report")
+    from vgpo_trainer.report import write_report
+
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder.model)
+    trainer.processing_class.save_pretrained(folder.model)
+    store_evaluation(folder, run.problems, run.before, run.after)
+    seconds = time.monotonic() - start
+    record = config_record(settings)
+    record["result"] = {"seconds": round(seconds, 1), "steps": trainer.state.global_step}
+    folder.write_config(record)
+    write_report(folder)
+    return DemoResult(run.before, run.after, folder, trainer.state.global_step, time.monotonic() - start)
+
+
+def reinforce(
+    settings: DemoSettings, display: Listener, start: float | None = None, before: Evaluation | None = None
+) -> Reinforcement:
+    """Train into a folder that exists, with settings, metrics and rollouts as its files, and measure before and after.
+
+    Args:
+        settings: What to run.
+        display: What is told as it happens.
+        start: When the time of ``settings.minutes`` began, on :func:`time.monotonic`; default: now.
+        before: The evaluation of the starting point, where it is known already.
+    """
+    start = time.monotonic() if start is None else start
     import torch
 
     from vgpo_trainer.demo_callback import DemoCallback
     from vgpo_trainer.digits import make_problems
     from vgpo_trainer.evaluation import evaluate
-    from vgpo_trainer.report import write_report
 
     silence_libraries()
     # The matrices are small: past a few threads, waiting for each other costs more than they gain.
@@ -167,8 +208,9 @@ def run_demo(settings: DemoSettings, display: DemoDisplay) -> DemoResult:
 
     model, processor = starting_point(settings, display)
     held_out = make_problems(settings.evaluation_problems, "held_out", EVALUATION_SEED)
-    display.stage(f"measuring accuracy on {len(held_out)} held-out problems")
-    before = evaluate(model, processor, held_out)
+    if before is None:
+        display.stage(f"measuring accuracy on {len(held_out)} held-out problems")
+        before = evaluate(model, processor, held_out)
     display.evaluated(0, before)
 
     trainer = build_trainer(settings, model, processor)
@@ -178,21 +220,10 @@ def run_demo(settings: DemoSettings, display: DemoDisplay) -> DemoResult:
     trainer.add_callback(callback)
     display.stage(f"training with {settings.algo.upper()}")
     trainer.train()
-    after = callback.latest
-
-    display.stage("writing the checkpoint and the report")
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder.model)
-    processor.save_pretrained(folder.model)
-    store_evaluation(folder, held_out, before, after)
-    seconds = time.monotonic() - start
-    record = config_record(settings)
-    record["result"] = {"seconds": round(seconds, 1), "steps": trainer.state.global_step}
-    folder.write_config(record)
-    write_report(folder)
-    return DemoResult(before, after, folder, trainer.state.global_step, time.monotonic() - start)
+    return Reinforcement(trainer, held_out, before, callback.latest)
 
 
-def starting_point(settings: DemoSettings, display: DemoDisplay) -> tuple[Any, Any]:
+def starting_point(settings: DemoSettings, display: Listener) -> tuple[Any, Any]:
     """The model and processor that reinforcement starts from: shipped, or made now."""
     from vgpo_trainer.tiny_vlm import build_model, build_processor
     from vgpo_trainer.warm_start import SHIPPED, WarmStartSettings, load_checkpoint, warm_start
@@ -223,6 +254,7 @@ def build_trainer(settings: DemoSettings, model: Any, processor: Any) -> VGPOTra
         output_dir=str(settings.out),
         vgpo="paper" if settings.algo == "vgpo" else None,
         vgpo_diagnostics=settings.algo != "vgpo",
+        **{f"vgpo_{name}": value for name, value in settings.changes.items()},
         rollout_samples=responses,
         loss_type="dapo",
         epsilon_high=0.28,
@@ -286,7 +318,7 @@ def config_record(settings: DemoSettings) -> dict[str, Any]:
     return {
         "command": "demo",
         "settings": asdict(settings),
-        "vgpo": asdict(VGPOConfig.paper()) if settings.algo == "vgpo" else None,
+        "vgpo": asdict(VGPOConfig.paper(**settings.changes)) if settings.algo == "vgpo" else None,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
         "backend": backends.describe()["serves"],
     }

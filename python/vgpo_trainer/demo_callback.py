@@ -14,7 +14,7 @@ from vgpo_trainer.rollouts import RolloutSample
 from vgpo_trainer.run_folder import RunFolder, StoredRollout
 
 if TYPE_CHECKING:
-    from vgpo_trainer.demo_display import DemoDisplay
+    from vgpo_trainer.demo_display import Listener
     from vgpo_trainer.trainer import VGPOTrainer
 
 KEPT_GROUPS = 8  # problems of a step whose responses go to rollouts.jsonl
@@ -41,7 +41,7 @@ class DemoCallback(TrainerCallback):  # type: ignore[misc]
         before: Evaluation,
         every: int,
         deadline: float,
-        display: DemoDisplay,
+        display: Listener,
     ) -> None:
         self.trainer = trainer
         self.folder = folder

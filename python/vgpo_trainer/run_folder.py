@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -61,6 +62,20 @@ class HeldOutExample:
     after: str
     right_before: bool
     right_after: bool
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that whoever reads it finds the old content or the new, whatever happens meanwhile."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 class RunFolderError(ValueError):
