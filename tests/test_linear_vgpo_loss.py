@@ -1,0 +1,221 @@
+"""linear_vgpo_loss and linear_policy_loss on every backend: one call equals logits, then the losses made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cases import EDGES, Batch, Response, make_batch
+from linear_cases import Head, with_predicting_rows
+from tolerance import assert_close, floor_of
+from torch import Tensor
+
+from vgpo_kernels import PolicyLoss, VGPOConfig, linear_vgpo_loss, visual_focus, visual_weights
+from vgpo_kernels.config import CHOICES, PolicyLossOptions
+from vgpo_kernels.ops import registry
+from vgpo_kernels.ops.linear_vgpo_loss import linear_policy_loss
+from vgpo_kernels.ops.vgpo_loss import METRICS
+from vgpo_kernels.reference.linear_logprob import linear_policy_loss as definition
+
+VOCABULARY = 90
+# Several chunks, the last of them short.
+CHUNK_BYTES = 4 * 20 * VOCABULARY
+FEW = (
+    Response(length=9, holes=True),
+    Response(length=12, holes=True),
+    Response(visual=0, length=5),
+    Response(length=0),
+)
+
+
+def in_one_call(batch: Batch, head: Head, leaves: list[Tensor], **options: Any) -> PolicyLoss:
+    hidden, weight, bias = leaves
+    return linear_vgpo_loss(
+        hidden,
+        weight,
+        head.targets,
+        options.pop("old_logp", batch.old_logp),
+        batch.advantages,
+        batch.visual_mask,
+        batch.response_mask,
+        batch.group_ids,
+        options.pop("config", VGPOConfig.paper()),
+        bias=bias,
+        temperature=0.9,
+        cu_seqlens=batch.cu_seqlens,
+        chunk_bytes=CHUNK_BYTES,
+        **options,
+    )
+
+
+def by_definition(batch: Batch, head: Head, leaves: list[Tensor], **options: Any) -> PolicyLoss:
+    """Focus and factors of the backend in force, then every logit in fp64 (or fp32), and autograd."""
+    packed = {"cu_seqlens": batch.cu_seqlens}
+    cos = visual_focus(batch.hidden, batch.visual_mask, batch.response_mask, **packed)
+    config = options.pop("config", VGPOConfig.paper())
+    weights = visual_weights(cos, batch.response_mask, batch.group_ids, config, has_visual=batch.has_visual, **packed)
+    boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.long()
+    given = {name: options.pop(name, None) for name in ("ref_logp", "importance_weights")}
+    hidden, weight, bias = leaves
+    loss, _ = definition(
+        hidden,
+        weight,
+        bias,
+        head.targets,
+        options.pop("old_logp", batch.old_logp),
+        batch.advantages,
+        batch.response_mask,
+        weights.factors,
+        boundaries,
+        *given.values(),
+        None,
+        None,
+        0.9,
+        PolicyLossOptions(**options).as_floats(),
+        dtype=hidden.dtype,
+    )
+    return PolicyLoss(loss, {})
+
+
+def loss_and_gradients(call: Callable[..., PolicyLoss], leaves: list[Tensor], *arguments: Any, **options: Any) -> Any:
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    result = call(*arguments, leaves, **options)
+    # A factor: what forward left for backward is scaled.
+    return [result.loss, *torch.autograd.grad(3 * result.loss, leaves)]
+
+
+def check(batch: Batch, head: Head, **options: Any) -> None:
+    actual = loss_and_gradients(in_one_call, head.tensors(), batch, head, **options)
+    exact, narrow = (
+        loss_and_gradients(by_definition, [leaf.to(dtype) for leaf in head.tensors()], batch, head, **options)
+        for dtype in (torch.float64, torch.float32)
+    )
+    dtype = head.hidden.dtype
+    for name, one, *expected in zip(("loss", "by hidden", "by weight", "by bias"), actual, exact, narrow, strict=True):
+        floor = floor_of() if name == "loss" else floor_of(dtype, int(batch.response_mask.sum()))
+        assert_close(one, *(value.detach() for value in expected), name=name, floor=floor)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("edge", [edge for edge in EDGES if edge != "long"])
+def test_one_call_equals_logits_and_their_loss(
+    backend_name: str, device: torch.device, edge: str, packed: bool
+) -> None:
+    batch, head = with_predicting_rows(make_batch(EDGES[edge], packed=packed), VOCABULARY)
+    check(batch.to(device), head.to(device), max_length=32)
+
+
+@pytest.mark.parametrize("loss_type", CHOICES["loss_type"])
+def test_every_loss(backend_name: str, device: torch.device, loss_type: str) -> None:
+    """The losses of tokens in one sweep, those of sequences in two, with every gradient that a loss may have."""
+    batch, head = with_predicting_rows(make_batch(FEW), VOCABULARY)
+    batch, head = batch.to(device), head.to(device)
+    check(batch, head, loss_type=loss_type, ref_logp=batch.ref_logp, kl_coef=0.1, entropy_coef=0.05, max_length=32)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes(backend_name: str, device: torch.device, dtype: torch.dtype, loss_type: str) -> None:
+    batch, head = with_predicting_rows(make_batch(FEW, dtype=dtype), VOCABULARY)
+    check(batch.to(device), head.to(device), loss_type=loss_type)
+
+
+def test_without_old_logp_every_ratio_is_one(backend_name: str, device: torch.device) -> None:
+    batch, head = with_predicting_rows(make_batch(EDGES["plain"]), VOCABULARY)
+    batch, head = batch.to(device), head.to(device)
+    check(batch, head, old_logp=None)
+    metrics = in_one_call(batch, head, head.tensors(), old_logp=None).metrics
+    assert metrics["ratio_min"] == metrics["ratio_max"] == 1 and metrics["approx_kl"] == 0
+
+
+def test_the_metrics_are_those_of_vgpo_loss(backend_name: str, device: torch.device) -> None:
+    batch, head = with_predicting_rows(make_batch(EDGES["no image"]), VOCABULARY)
+    batch, head = batch.to(device), head.to(device)
+    metrics = in_one_call(batch, head, head.tensors()).metrics
+    assert tuple(metrics) == METRICS
+    assert metrics["weighted_responses"] == 2
+    assert metrics["num_tokens"] == batch.response_mask.sum()
+    assert 0 < metrics["entropy"] < torch.tensor(VOCABULARY).log()
+
+
+def test_what_is_frozen_has_no_gradient(backend_name: str, device: torch.device) -> None:
+    batch, head = with_predicting_rows(make_batch(EDGES["plain"]), VOCABULARY)
+    batch, head = batch.to(device), head.to(device)
+    expected = loss_and_gradients(in_one_call, head.tensors(), batch, head)
+    weight = head.weight.clone().requires_grad_()
+    in_one_call(batch, head, [head.hidden, weight, head.bias]).loss.backward()
+    assert weight.grad is not None and batch.hidden.grad is None
+    assert_close(3 * weight.grad, expected[2].double(), name="gradient by weight")
+    with torch.no_grad():
+        loss = in_one_call(batch, head, head.tensors()).loss
+    assert not loss.requires_grad
+    assert_close(loss, expected[0].double(), name="loss without gradients")
+
+
+def test_a_broken_response_does_not_reach_the_others(backend_name: str, device: torch.device) -> None:
+    batch, head = with_predicting_rows(make_batch(EDGES["plain"]), VOCABULARY)
+    batch, head = batch.to(device), head.to(device)
+    hidden = head.hidden.clone()
+    start = hidden.shape[1] - batch.response_mask.shape[1]
+    hidden[1, start + 2] = float("nan")
+    found = loss_and_gradients(in_one_call, [hidden, head.weight, head.bias], batch, replace(head, hidden=hidden))
+    assert found[0].isnan()
+    rows = torch.tensor([0, 2, 3], device=device)
+    assert found[1][rows].isfinite().all()
+
+
+def test_a_token_that_nothing_predicts_is_refused(backend_name: str, device: torch.device) -> None:
+    batch, head = with_predicting_rows(make_batch((Response(length=4),)), VOCABULARY)
+    width = batch.hidden.shape[1]
+    everything = torch.ones(1, width, dtype=torch.bool)
+    with pytest.raises(ValueError, match="predict"):
+        linear_policy_loss(
+            batch.hidden.nan_to_num().to(device),
+            head.weight.to(device),
+            torch.zeros(1, width, dtype=torch.int64, device=device),
+            None,
+            batch.advantages.to(device),
+            everything.to(device),
+        )
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_opcheck(exact_backend: str, device: torch.device, packed: bool) -> None:
+    batch, head = with_predicting_rows(make_batch(FEW, packed=packed), VOCABULARY)
+    batch, head = batch.to(device), head.to(device)
+    arguments = (
+        head.hidden.nan_to_num().requires_grad_(),
+        head.weight.clone().requires_grad_(),
+        head.bias,
+        head.targets,
+        batch.old_logp,
+        batch.advantages,
+        batch.response_mask,
+        None,
+        None if batch.cu_seqlens is None else batch.cu_seqlens.long(),
+        *(None,) * 4,
+        0.9,
+        PolicyLossOptions().as_floats(),
+        [True, True, False],
+        CHUNK_BYTES,
+    )
+    torch.library.opcheck(registry.implementation("linear_policy_loss", exact_backend), arguments)
+
+
+def test_traces_into_one_graph(backend_name: str, device: torch.device) -> None:
+    batch, head = with_predicting_rows(make_batch(EDGES["shuffled groups"]), VOCABULARY)
+    batch, head = batch.to(device), head.to(device)
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return in_one_call(batch, head, [hidden, weight, bias]).loss
+
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = head.leaves()
+        value = function(*leaves)
+        found.append([value, *torch.autograd.grad(value, leaves)])
+    for one, other in zip(*found, strict=True):
+        assert_close(other, one.detach().double(), name="traced")
