@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vgpo_trainer import ablate, demo, doctor, train
+from vgpo_trainer import ablate, demo, doctor, inspect, train
 
 DESCRIPTION = """\
 Visually-guided reinforcement learning of vision-language models.
@@ -16,8 +16,14 @@ Visually-guided reinforcement learning of vision-language models.
   vgpo train --model M --dataset D --out R   train any Hugging Face vision-language model
   vgpo report RUN                       make the report of a run again
   vgpo ablate --out DIR                 compare DAPO, VGPO and its parts on the demo's task, over seeds
+  vgpo inspect --model M --image F --prompt T   see what each token of an answer looks at
   vgpo doctor                           what is installed, what is built, does it work
 """
+
+# Modules that the extra "train" brings, by itself or by what it depends on.
+TRAIN_EXTRA = frozenset(
+    "accelerate datasets huggingface_hub matplotlib peft PIL rich safetensors scipy sklearn tokenizers transformers trl".split()
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module, summary in (
         ("demo", demo, "train a small model on a laptop and see what it learns"),
         ("train", train, "train any Hugging Face vision-language model"),
+        ("inspect", inspect, "see what each token of an answer looks at"),
         ("ablate", ablate, "compare DAPO, VGPO and its parts over seeds"),
         ("doctor", doctor, "what is installed, what is built, does it work"),
     ):
@@ -63,10 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Ours missing is a defect and keeps its traceback; a dependency missing is an installation without an extra.
         if error.name is None or error.name.startswith("vgpo"):
             raise
-        print(
-            f"vgpo {arguments.command}: {error.name} is not installed; pip install 'vgpo-kernels[train]' brings it",
-            file=sys.stderr,
-        )
+        package = error.name.partition(".")[0]
+        remedy = "; pip install 'vgpo-kernels[train]' brings it" if package in TRAIN_EXTRA else ""
+        print(f"vgpo {arguments.command}: {package} is not installed{remedy}", file=sys.stderr)
         return 2
     return status
 
