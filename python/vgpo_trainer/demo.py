@@ -169,11 +169,14 @@ def run_demo(settings: DemoSettings, display: Listener) -> DemoResult:
     trainer, folder = run.trainer, RunFolder(settings.out)
 
     display.stage("writing the checkpoint and the report")
+    from vgpo_trainer.demo_pages import write_inspections
     from vgpo_trainer.report import write_report
 
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder.model)
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy.save_pretrained(folder.model)
     trainer.processing_class.save_pretrained(folder.model)
     store_evaluation(folder, run.problems, run.before, run.after)
+    write_inspections(folder, policy, trainer.processing_class, f"model trained with {settings.algo.upper()}")
     seconds = time.monotonic() - start
     record = config_record(settings)
     record["result"] = {"seconds": round(seconds, 1), "steps": trainer.state.global_step}

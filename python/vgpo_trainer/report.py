@@ -1,4 +1,5 @@
-"""The report of a run: one HTML file that needs nothing beside it and nothing from the network.
+"""The report of a run: one HTML file that needs nothing beside it and nothing from the network. It links the pages of
+``vgpo inspect`` that lie in the run's folder.
 
 It is made from the files of the run folder alone, so it can be made again at any time. Everything that a model, a
 dataset or a file said passes through :func:`html.escape`, images are decoded and encoded again, and there is no script.
@@ -254,9 +255,11 @@ def _held_out(evaluation: dict[str, Any] | None, folder: RunFolder) -> str:
                 ("after", example["after"], "right" if example["right_after"] else "wrong"),
             )
         )
+        address = folder.inspection_address(str(example["image"]))
+        link = "" if address is None else f'<div><a href="{escape(address)}">what it looks at</a></div>'
         cards.append(
             f'<div class="card example"><div>{picture}<div class="truth">sum {escape(str(example["answer"]))}</div>'
-            f"</div><div>{lines}</div></div>"
+            f"</div><div>{lines}{link}</div></div>"
         )
     return (
         '<section><h2>Held-out problems, before and after</h2><p class="soft">The first problems that training '

@@ -7,6 +7,7 @@
 ``rollouts.jsonl``      sampled responses with their visual signal, one a line
 ``images/``             the images of the rollouts and of the held-out examples, PNG
 ``model/``              the trained model and its processor, as Hugging Face saves them
+``inspect/``            pages of what the trained model looks at, of some held-out examples
 ``report.html``         everything above to look at
 ======================  ================================================================================
 """
@@ -23,6 +24,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -97,6 +99,7 @@ class RunFolder:
         self.rollouts = self.path / "rollouts.jsonl"
         self.images = self.path / "images"
         self.model = self.path / "model"
+        self.inspections = self.path / "inspect"
         self.report = self.path / "report.html"
 
     def create(self) -> None:
@@ -184,6 +187,16 @@ class RunFolder:
         except (OSError, ValueError):
             return None
         return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+    def inspection(self, image: str) -> Path:
+        """The page of what the model looks at in an image of this folder, whether it exists or not."""
+        return self.inspections / f"{Path(image).stem}.html"
+
+    def inspection_address(self, image: str) -> str | None:
+        """Where the report finds the page of an image; None without one."""
+        if Path(image).name != image or not self.inspection(image).is_file():
+            return None
+        return quote(f"{self.inspections.name}/{self.inspection(image).name}")
 
     def _read_object(self, path: Path) -> dict[str, Any]:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -95,6 +96,18 @@ def test_report_tells_the_evaluation(run):
     assert f"{evaluation['before']['accuracy']:.1%} → {evaluation['after']['accuracy']:.1%}" in text
     assert text.count("<svg") == 6
     assert "<script" not in text
+
+
+def test_report_links_pages_of_what_the_model_looks_at(run):
+    pages = sorted(path.name for path in run.inspections.iterdir())
+    assert pages == sorted(set(re.findall(r'href="inspect/([0-9a-f]+\.html)"', run.report.read_text())))
+    assert 1 <= len(pages) <= 4
+    answers = {example["image"]: example["after"] for example in run.read_evaluation()["examples"]}
+    for image, answer in answers.items():
+        if run.inspection(image).is_file():
+            data = json.loads(re.search(r'id="data">(.*?)</script>', run.inspection(image).read_text()).group(1))
+            tokens = [token for token in data["tokens"] if not token.startswith("<")]
+            assert "".join(tokens).replace(" ", "") == answer.replace(" ", "")
 
 
 def test_checkpoint_loads_again_and_answers_as_it_did(run):

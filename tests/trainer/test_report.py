@@ -148,6 +148,18 @@ def test_report_needs_nothing_but_itself(folder):
     assert policy.startswith("default-src 'none'")
 
 
+def test_report_links_pages_that_lie_in_its_folder(folder, tmp_path):
+    (image,) = (path.name for path in folder.images.iterdir())
+    (tmp_path / "secret.html").write_text("")
+    assert folder.inspection_address(image) is None and folder.inspection_address("../../secret.png") is None
+    assert "href" not in write_report(folder).read_text()
+    folder.inspections.mkdir()
+    folder.inspection(image).write_text("")
+    page = Page(write_report(folder).read_text())
+    links = [value for name, value in page.attributes if name == "href"]
+    assert links == [f"inspect/{image.removesuffix('png')}html"] and (folder.path / links[0]).is_file()
+
+
 def test_images_outside_the_folder_stay_outside(folder, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
     assert folder.image_data("../../secret.png") is None
