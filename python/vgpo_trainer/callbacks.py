@@ -10,6 +10,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vgpo_trainer.run_folder import write_atomically
+from vgpo_trainer.storage import writing
+
 
 class MetricsFile(TrainerCallback):
     """Appends TRL's log record of every optimisation step to a file, one JSON object a line.
@@ -20,6 +23,9 @@ class MetricsFile(TrainerCallback):
 
     Args:
         path: The file; its folder is made.
+
+    Raises:
+        RunFailure: It cannot be written.
 
     """
 
@@ -36,7 +42,8 @@ class MetricsFile(TrainerCallback):
             return
         kept = [record for record in read_metrics(self.path) if record["step"] <= state.global_step]
         self._earlier_seconds = max((record["seconds"] for record in kept), default=0.0)
-        self.path.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
+        with writing(self.path):
+            write_atomically(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
         self._written = True
 
     def on_log(
@@ -55,9 +62,10 @@ class MetricsFile(TrainerCallback):
         seconds = round(self._earlier_seconds + time.perf_counter() - self._start, 3)
         record = {"step": state.global_step, "seconds": seconds}
         record.update((name, _finite(value)) for name, value in logs.items())
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a" if self._written else "w") as file:
-            file.write(f"{json.dumps(record)}\n")
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a" if self._written else "w") as file:
+                file.write(f"{json.dumps(record)}\n")
         self._written = True
 
 

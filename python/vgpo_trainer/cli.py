@@ -21,9 +21,8 @@ Visually-guided reinforcement learning of vision-language models.
 """
 
 # Modules that the extra "train" brings, by itself or by what it depends on.
-TRAIN_EXTRA = frozenset(
-    "accelerate datasets huggingface_hub matplotlib peft PIL rich safetensors scipy sklearn tokenizers transformers trl".split()
-)
+TRAIN_EXTRA = ("accelerate", "datasets", "huggingface_hub", "matplotlib", "peft", "PIL", "rich", "safetensors", "scipy")
+TRAIN_EXTRA += ("sklearn", "tokenizers", "transformers", "trl")
 
 
 def build_parser() -> argparse.ArgumentParser:

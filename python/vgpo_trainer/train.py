@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vgpo_trainer.run_folder import write_atomically
+from vgpo_trainer.storage import CheckpointError, RunFailure, check_checkpoint, checkpoints, writing
+
 if TYPE_CHECKING:
     from vgpo_trainer.config import VGPOTrainingConfig
     from vgpo_trainer.trainer import VGPOTrainer
@@ -99,7 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train as ``arguments`` say: 0 when done, 2 for a run that cannot start, 130 when interrupted."""
+    """Train as ``arguments`` say.
+
+    Returns:
+        0 when done, 1 for a run that broke off, 2 for one that cannot start, 130 when interrupted.
+
+    """
+    from safetensors import SafetensorError
+
     from vgpo_kernels.integrations.surface import UnknownSurfaceError
 
     try:
@@ -111,17 +121,24 @@ def run(arguments: argparse.Namespace) -> int:
             write_run_config(arguments, trainer.args)
             if checkpoint is not None:
                 print(f"resuming from {checkpoint}", flush=True)
-    except (OSError, ValueError, ImportError, UnknownSurfaceError) as error:
+    except ModuleNotFoundError:
+        raise  # told by the vgpo command, with the extra that brings it
+    except (OSError, ValueError, ImportError, UnknownSurfaceError, RunFailure) as error:
         print(f"vgpo train: {error}", file=sys.stderr)
+        return 2
+    except SafetensorError as error:
+        print(f"vgpo train: the weights of {arguments.model} are damaged: {error}", file=sys.stderr)
         return 2
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except KeyboardInterrupt:
+        with writing(arguments.out / MODEL_FOLDER):
+            trainer.save_model(str(arguments.out / MODEL_FOLDER))
+    except (KeyboardInterrupt, RunFailure) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
         last = last_checkpoint(arguments.out)
-        ending = "nothing was saved" if last is None else f"the same command goes on from {last.name}"
-        print(f"vgpo train: interrupted; {ending}", file=sys.stderr)
-        return 130
-    trainer.save_model(str(arguments.out / MODEL_FOLDER))
+        ending = "no checkpoint was saved" if last is None else f"the same command goes on from {last.name}"
+        print(f"vgpo train: {'interrupted' if interrupted else error}; {ending}", file=sys.stderr)
+        return 130 if interrupted else 1
     if trainer.is_world_process_zero():
         print(f"model: {arguments.out / MODEL_FOLDER}\nmetrics: {arguments.out / 'metrics.jsonl'}", flush=True)
     return 0
@@ -243,20 +260,16 @@ def lora_config(arguments: argparse.Namespace) -> Any:
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """Return the last complete checkpoint in a run folder; one cut short while it was written has no trainer state."""
-    steps = {
-        int(folder.name.removeprefix("checkpoint-")): folder
-        for folder in out.glob("checkpoint-*")
-        if folder.name.removeprefix("checkpoint-").isdigit() and (folder / "trainer_state.json").is_file()
-    }
-    return steps[max(steps)] if steps else None
+    """Return the last complete checkpoint in a run folder."""
+    complete = checkpoints(out)
+    return complete[-1] if complete else None
 
 
 def checkpoint_to_resume(out: Path, resume: bool | None) -> Path | None:
     """Return where a run starts: at a checkpoint, or (``None``) at the beginning.
 
     Raises:
-        RunError: ``--resume`` without a checkpoint, or ``--no-resume`` where there are some.
+        RunError: ``--resume`` without a checkpoint, ``--no-resume`` where there are some, or a damaged one.
 
     """
     last = last_checkpoint(out)
@@ -264,6 +277,13 @@ def checkpoint_to_resume(out: Path, resume: bool | None) -> Path | None:
         raise RunError(f"--resume: {out} has no checkpoint")
     if resume is False and last is not None:
         raise RunError(f"--no-resume: {out} already has {last.name}; choose another --out")
+    if last is not None:
+        try:
+            check_checkpoint(last)
+        except CheckpointError as error:
+            earlier = checkpoints(out)[:-1]
+            start = f"from {earlier[-1].name}" if earlier else "from the beginning"
+            raise RunError(f"{error}; delete {last} to go on {start}") from error
     return last
 
 
@@ -283,7 +303,10 @@ def refuse_another_run(arguments: argparse.Namespace) -> None:
     path = arguments.out / RUN_CONFIG
     if not path.is_file():
         return
-    earlier = json.loads(path.read_text())["run"]
+    try:
+        earlier = json.loads(path.read_text())["run"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"{path} does not say which run it belongs to; choose another --out") from error
     for name, value in run_identity(arguments).items():
         if earlier.get(name, value) != value:
             option = f"--{name.replace('_', '-')}"
@@ -305,8 +328,9 @@ def write_run_config(arguments: argparse.Namespace, training: VGPOTrainingConfig
         "training": training.to_dict(),
         "versions": {package: version(package) for package in ("torch", "transformers", "trl")},
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / RUN_CONFIG).write_text(json.dumps(content, indent=2, default=str) + "\n")
+    with writing(arguments.out / RUN_CONFIG):
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(arguments.out / RUN_CONFIG, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def _positive(text: str) -> int:

@@ -38,6 +38,7 @@ and with ``"scoring"`` their factors are known before TRL shuffles; with ``"loss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
@@ -65,6 +66,7 @@ from vgpo_trainer.rollouts import (
     prompt_text,
     row_images,
 )
+from vgpo_trainer.storage import RunFailure, store_batch, writing
 from vgpo_trainer.trl_surface import (
     AGGREGATIONS,
     CLIPPED,
@@ -145,6 +147,7 @@ class VGPOTrainer(GRPOTrainer):
         self._scored: list[tuple[Tensor, SignalPass]] = []
         self._rewards: Tensor | None = None
         self._correct: list[Any] = []
+        self._loss_inputs: dict[str, Any] = {}
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **others)
         if self._signal_config is not None:
             final_norm(self.model)
@@ -362,7 +365,31 @@ class VGPOTrainer(GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulated
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         self._log_policy(metrics, mode)
+        if mode == "train":
+            self._loss_inputs = {**inputs, "logp": logp.detach(), "loss": loss.detach()}
+            if not loss.isfinite():
+                self._break_off(self.state.global_step + 1, f"loss is {loss.item()}")
         return loss
+
+    # A run stops at a number that is not finite, before it is in a checkpoint, and leaves the batch that made it.
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's; after the record is written, a gradient that is not finite ends the run.
+
+        Raises:
+            RunFailure: The norm of the gradient is not finite, where no loss scale is to be found by trying.
+
+        """
+        super().log(logs, start_time)
+        norm = float(logs.get("grad_norm", 0.0))
+        if not math.isfinite(norm) and not self.args.fp16 and not self.is_deepspeed_enabled:
+            self._break_off(self.state.global_step, f"gradient's norm is {norm}")
+
+    def _break_off(self, step: int, what: str) -> None:
+        process = f"-{self.accelerator.process_index}" if self.accelerator.num_processes > 1 else ""
+        path = Path(self.args.output_dir) / f"nonfinite-step-{step}{process}.safetensors"
+        store_batch(path, self._loss_inputs, f"step {step}: {what}")
+        raise RunFailure(f"step {step}: the {what}; its batch is in {path}")
 
     def _loss_options(self) -> dict[str, Any]:
         """Options of policy_loss that spell TRL's loss."""
@@ -418,8 +445,14 @@ class VGPOTrainer(GRPOTrainer):
                 weights = factor.float() if weights is None else weights * factor.float()
         return None if weights is None else weights.expand(mask.shape)
 
-    # Checkpoints. save_pretrained may write weights by other names than the module's (LLaVA keeps those of its first
-    # release), which from_pretrained maps back; Trainer would load them by name, find none and go on without.
+    # Checkpoints.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with writing(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
+    # save_pretrained may write weights by other names than the module's (LLaVA keeps those of its first release),
+    # which from_pretrained maps back; Trainer would load them by name, find none and go on without.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
