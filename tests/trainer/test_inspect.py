@@ -174,7 +174,7 @@ def shipped_page(tmp_path_factory) -> Path:
     from vgpo_trainer.digits import PROMPT, make_problems
 
     folder = tmp_path_factory.mktemp("inspect")
-    make_problems(4, "held_out", 5)[3].image.save(folder / "digits.png")
+    make_problems(7, "held_out", 5)[6].image.save(folder / "digits.png")
     arguments = ["--image", str(folder / "digits.png"), "--prompt", PROMPT, "--out", str(folder / "page.html")]
     assert main(["inspect", "--model", str(SHIPPED), *arguments]) == 0
     return folder / "page.html"
@@ -185,20 +185,20 @@ def test_a_browser_shows_the_page(browse, shipped_page):
     data = json.loads(
         re.search(r'id="data">(.*?)</script>', shipped_page.read_text(encoding="utf-8"), re.DOTALL).group(1)
     )
-    dom = browse(f"{shipped_page.as_uri()}#token=3", "--dump-dom")
-    assert words(dom, "what").startswith(f"3 of {len(data['tokens'])}:")
+    dom = browse(f"{shipped_page.as_uri()}#token=2", "--dump-dom")
+    assert words(dom, "what").startswith(f"2 of {len(data['tokens'])}:")
     for index, name in enumerate(("image", "question", "generated")):
-        assert words(dom, name) == f"{100 * data['shares'][2][index]:.1f}%"
-    assert words(dom, "factor") == f"{data['factors'][2]:.2f}"
-    assert words(dom, "peak") == f"{100 * data['peaks'][2]:.1f}%"
+        assert words(dom, name) == f"{100 * data['shares'][1][index]:.1f}%"
+    assert words(dom, "factor") == f"{data['factors'][1]:.2f}"
+    assert words(dom, "peak") == f"{100 * data['peaks'][1]:.1f}%"
     colours = re.findall(r'<rect [^>]*style="fill: (rgb\([^)]*\))', dom)
     assert len(colours) == 9 and len(set(colours)) > 1
-    assert "held" in re.findall(r'<span class="(token[^"]*)"', dom)[2]
+    assert "held" in re.findall(r'<span class="(token[^"]*)"', dom)[1]
 
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     shot = SCREENSHOTS / "inspect.png"
     shot.unlink(missing_ok=True)
-    browse(f"{shipped_page.as_uri()}#token=3", "--window-size=1200,1440", f"--screenshot={shot}")
+    browse(f"{shipped_page.as_uri()}#token=2", "--window-size=1200,1440", f"--screenshot={shot}")
     with Image.open(shot) as image:
         assert image.size == (1200, 1440)
         # Ink, the curves' colours and the map, not a blank page.
