@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from vgpo_trainer.ablation_report import ARMS, Run, write_ablation
 from vgpo_trainer.demo import DemoSettings, check, reinforce
 from vgpo_trainer.run_folder import RunFolder, write_atomically
+from vgpo_trainer.storage import writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -174,7 +175,9 @@ class AblationFolder:
 
     def store(self, run: Run) -> None:
         """Keep a finished run."""
-        write_atomically(self.results / f"{run.arm}-{run.seed}.json", json.dumps(asdict(run)) + "\n")
+        path = self.results / f"{run.arm}-{run.seed}.json"
+        with writing(path):
+            write_atomically(path, json.dumps(asdict(run)) + "\n")
 
     def _check_same(self, budget: dict[str, Any]) -> None:
         for name, value in self.read_budget().items():

@@ -14,6 +14,7 @@ from textwrap import fill
 from typing import Any
 
 from vgpo_trainer.run_folder import write_atomically
+from vgpo_trainer.storage import writing
 
 BASELINE = "dapo"
 LEVEL = 0.95
@@ -152,7 +153,15 @@ def write_ablation(folder: Path, report: Path, budget: Mapping[str, Any], runs: 
 
     Returns:
         The path of ``ablation.md``.
+
+    Raises:
+        RunFailure: A file cannot be written.
     """
+    with writing(report):
+        return _write(folder, report, budget, runs)
+
+
+def _write(folder: Path, report: Path, budget: Mapping[str, Any], runs: Sequence[Run]) -> Path:
     summary = summarise(runs)
     columns = [field.name for field in fields(Run) if field.name not in ("versions", "rewards")]
     buffer = io.StringIO()

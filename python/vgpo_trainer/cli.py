@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vgpo_trainer import ablate, demo, doctor, inspect, train
+from vgpo_trainer.storage import RunFailure
 
 DESCRIPTION = """\
 Visually-guided reinforcement learning of vision-language models.
@@ -49,7 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0 done, 2 for what the user can put right, 130 interrupted."""
+    """Run the command and return its exit status.
+
+    Returns:
+        0 done, 1 for a run that broke off, 2 for what the user can put right, 130 interrupted.
+    """
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.version:
@@ -65,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vgpo: interrupted", file=sys.stderr)
         return 130
+    except RunFailure as error:
+        print(f"vgpo {arguments.command}: {error}", file=sys.stderr)
+        return 1
     except ModuleNotFoundError as error:
         # Ours missing is a defect and keeps its traceback; a dependency missing is an installation without an extra.
         if error.name is None or error.name.startswith("vgpo"):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgpo_trainer.run_folder import RunFolder
+from vgpo_trainer.storage import writing
 
 if TYPE_CHECKING:
     from vgpo_trainer.demo_display import Listener
@@ -173,8 +174,9 @@ def run_demo(settings: DemoSettings, display: Listener) -> DemoResult:
     from vgpo_trainer.report import write_report
 
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    policy.save_pretrained(folder.model)
-    trainer.processing_class.save_pretrained(folder.model)
+    with writing(folder.model):
+        policy.save_pretrained(folder.model)
+        trainer.processing_class.save_pretrained(folder.model)
     store_evaluation(folder, run.problems, run.before, run.after)
     write_inspections(folder, policy, trainer.processing_class, f"model trained with {settings.algo.upper()}")
     seconds = time.monotonic() - start

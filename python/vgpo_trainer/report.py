@@ -15,7 +15,8 @@ from typing import Any
 
 from vgpo_trainer.callbacks import read_metrics
 from vgpo_trainer.charts import Axis, Series, axis_around, histogram, line_chart
-from vgpo_trainer.run_folder import RunFolder, RunFolderError, StoredRollout
+from vgpo_trainer.run_folder import RunFolder, RunFolderError, StoredRollout, write_atomically
+from vgpo_trainer.storage import writing
 
 STYLE = Path(__file__).parent / "assets" / "report.css"
 SHOWN_GROUPS = 6
@@ -57,7 +58,8 @@ def write_report(folder: RunFolder) -> Path:
         + "\n".join(section for section in sections if section)
         + "\n</main>\n</body>\n</html>\n"
     )
-    folder.report.write_text(page, encoding="utf-8")
+    with writing(folder.report):
+        write_atomically(folder.report, page)
     return folder.report
 
 

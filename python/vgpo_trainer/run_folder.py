@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from vgpo_trainer.storage import writing
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -85,7 +87,7 @@ class RunFolderError(ValueError):
 
 
 class RunFolder:
-    """The folder of one run.
+    """The folder of one run. What writes to it raises :class:`~vgpo_trainer.storage.RunFailure` where it cannot.
 
     Args:
         path: It need not exist yet.
@@ -117,7 +119,8 @@ class RunFolder:
 
     def write_config(self, content: dict[str, Any]) -> None:
         """Write ``config.json``."""
-        self.config.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        with writing(self.config):
+            write_atomically(self.config, json.dumps(content, indent=2, default=str) + "\n")
 
     def read_config(self) -> dict[str, Any]:
         """Read ``config.json``.
@@ -131,12 +134,13 @@ class RunFolder:
         """Write an image once and return its file name."""
         name = f"{hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest()}.png"
         if not (self.images / name).exists():
-            image.convert("RGB").save(self.images / name)
+            with writing(self.images / name):
+                image.convert("RGB").save(self.images / name)
         return name
 
     def append_rollouts(self, rollouts: Iterable[StoredRollout]) -> None:
         """Append to ``rollouts.jsonl``; numbers that are not finite become null."""
-        with self.rollouts.open("a", encoding="utf-8") as file:
+        with writing(self.rollouts), self.rollouts.open("a", encoding="utf-8") as file:
             for rollout in rollouts:
                 record = {name: _finite(value) for name, value in asdict(rollout).items()}
                 file.write(json.dumps(record) + "\n")
@@ -161,7 +165,8 @@ class RunFolder:
 
     def write_evaluation(self, content: dict[str, Any]) -> None:
         """Write ``evaluation.json``."""
-        self.evaluation.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with writing(self.evaluation):
+            write_atomically(self.evaluation, json.dumps(content, indent=2) + "\n")
 
     def read_evaluation(self) -> dict[str, Any] | None:
         """Read ``evaluation.json``; None if there is no such file.

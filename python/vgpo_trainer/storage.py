@@ -27,16 +27,14 @@ def writing(path: str | Path) -> Iterator[None]:
     A full disk shows in as many ways as there are libraries that write: an OSError without a name, safetensors' own
     error, and from PyTorch's archives a RuntimeError about a position.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
     except OSError as error:
         raise RunFailure(f"cannot write {error.filename or path}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise RunFailure(f"cannot write {path}: {error}") from error
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:
+        reason = _first_line(error)
+        if type(error).__name__ == "SafetensorError":  # by its name, so that writing text waits for no library
+            raise RunFailure(f"cannot write {path}: {reason}") from error
         if "inline_container" not in reason and "PytorchStreamWriter" not in reason:
             raise
         raise RunFailure(f"cannot write {path}, is the disk full? {reason}") from error

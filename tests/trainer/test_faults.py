@@ -21,6 +21,7 @@ from trainer.tiny_runs import picture, save_model
 from transformers import AutoModelForImageTextToText
 from vgpo_trainer import cli, train
 from vgpo_trainer.callbacks import read_metrics
+from vgpo_trainer.run_folder import RunFolder
 from vgpo_trainer.storage import CheckpointError, RunFailure, check_checkpoint, checkpoints, writing
 
 from vgpo_kernels.integrations.transformers import final_norm
@@ -142,6 +143,22 @@ def test_no_room_for_a_checkpoint(command, tmp_path, capsys):
     assert error.endswith("; the same command goes on from checkpoint-2")
     assert cli.main(command(out, "--steps", 6)) == 0
     assert [record["step"] for record in read_metrics(out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+@pytest.mark.parametrize("name", ["rollouts.jsonl", "metrics.jsonl"])
+def test_a_full_disk_under_a_demo(tmp_path, capsys, name, monkeypatch):
+    out = tmp_path / "run"
+    create = RunFolder.create
+
+    def create_on_a_full_disk(folder):
+        create(folder)
+        (folder.path / name).symlink_to("/dev/full")
+
+    monkeypatch.setattr(RunFolder, "create", create_on_a_full_disk)
+    sizes = ["--steps", "1", "--prompts", "2", "--evaluation-problems", "4"]
+    assert cli.main(["demo", "--out", str(out), *sizes]) == 1
+    assert one_line(capsys) == f"vgpo demo: cannot write {out}/{name}: No space left on device"
 
 
 @pytest.mark.parametrize(
