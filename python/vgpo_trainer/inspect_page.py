@@ -78,6 +78,7 @@ def _headline(inspection: Inspection) -> str:
 
 
 def _gaze(inspection: Inspection) -> str:
+    ratio = inspection.picture.width / inspection.picture.height
     small = ' class="small"' if max(inspection.picture.size) <= SMALL else ""
     picture = (
         f'<img{small} src="{image_data(inspection.picture)}" alt="the image asked about" '
@@ -108,7 +109,8 @@ def _gaze(inspection: Inspection) -> str:
         "arrow keys; click to hold one. What is shown is the query at the token, the one that predicts the next. A "
         "token's colour is the factor its advantage would be multiplied by: orange "
         'strengthens, blue weakens.</p><div class="gaze"><div class="card view">'
-        f'<div class="picture" id="picture">{picture}{overlay}</div>{legend}</div>'
+        f'<div class="picture" id="picture" style="max-width:calc(72vh * {ratio:.4f})">{picture}{overlay}</div>'
+        f"{legend}</div>"
         f'<div class="card"><div class="tokens answer" id="tokens">{tokens}</div>'
         '<div class="scale"><span>factor 0</span><span class="ramp"></span><span>2 and more</span></div>'
         '<dl class="readout" id="readout" aria-live="polite">'

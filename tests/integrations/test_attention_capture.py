@@ -237,6 +237,20 @@ def test_captures_nest_and_end_with_their_blocks() -> None:
     assert seen[0].query_positions.tolist() == [list(range(6))] and seen[0].window is None
 
 
+def test_eager_attention_of_a_module_whose_class_was_wrapped() -> None:
+    """FSDP2 gives a module a class of its own, which stands in no model's file."""
+    model, ids = sliding_model(window=8), torch.arange(20, 26)[None]
+    model.set_attn_implementation("eager")
+    segments = torch.zeros(1, 6, dtype=torch.int64)
+    with torch.no_grad():
+        plain = model(ids).logits
+        attention = model.model.layers[0].self_attn
+        attention.__class__ = type("WrappedAttention", (type(attention),), {})
+        with capture_attention_mass(model, segments) as captured:
+            assert torch.equal(model(ids).logits, plain)
+    assert captured.layers == (0, 1)
+
+
 def test_an_error_inside_leaves_no_trace() -> None:
     model = sliding_model(window=8)
     before = dict(transformers.AttentionInterface())

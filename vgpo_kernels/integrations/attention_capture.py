@@ -312,8 +312,12 @@ def _attention_modules(decoder: Any) -> list[nn.Module]:
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
-    """Return the eager attention of a model, which stands beside its layers."""
-    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+    """Return the eager attention of a model, which stands beside its layers; a wrapper's class stands elsewhere."""
+    modules = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+    found: Iterator[Callable[..., Any] | None] = (
+        getattr(beside, "eager_attention_forward", None) for beside in modules
+    )
+    return next(function for function in found if function is not None)
 
 
 def _call(layer: int, q: Tensor, k: Tensor, seen: int, options: dict[str, Any]) -> AttentionCall:
