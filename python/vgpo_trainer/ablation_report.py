@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from html import escape
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -196,7 +197,7 @@ def markdown(summary: Sequence[ArmStatistics], runs: Sequence[Run], budget: Mapp
         ]
         lines.append(f"| {' | '.join(cells)} |")
     before = statistics.fmean(run.accuracy_before for run in runs)
-    versions = sorted({f"{name} {number}" for run in runs for name, number in run.versions.items()})
+    versions = sorted({escape(f"{name} {number}") for run in runs for name, number in run.versions.items()})
     threads = sorted({run.threads for run in runs})
     shapes = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in budget.items())
     measured = (

@@ -117,8 +117,10 @@ def load_model(path: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(path, local_files_only=True)
-    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", local_files_only=True)
+    processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        path, dtype="auto", local_files_only=True, trust_remote_code=False
+    )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 

@@ -108,6 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
         0 when done, 1 for a run that broke off, 2 for one that cannot start, 130 when interrupted.
 
     """
+    from pickle import UnpicklingError
+
     from safetensors import SafetensorError
 
     from vgpo_kernels.integrations.surface import UnknownSurfaceError
@@ -126,8 +128,9 @@ def run(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError, ImportError, UnknownSurfaceError, RunFailure) as error:
         print(f"vgpo train: {error}", file=sys.stderr)
         return 2
-    except SafetensorError as error:
-        print(f"vgpo train: the weights of {arguments.model} are damaged: {error}", file=sys.stderr)
+    except (SafetensorError, UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        print(f"vgpo train: the weights of {arguments.model} are damaged: {reason}", file=sys.stderr)
         return 2
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

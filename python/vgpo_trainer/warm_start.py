@@ -140,8 +140,9 @@ def load_checkpoint(folder: str | Path) -> tuple[Any, Any]:
 
     if not (Path(folder) / "config.json").is_file():
         raise OSError(f"no checkpoint in {folder}")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model, AutoProcessor.from_pretrained(folder, local_files_only=True)
+    local = {"local_files_only": True, "trust_remote_code": False}
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **local)
+    return model, AutoProcessor.from_pretrained(folder, **local)
 
 
 def main() -> None:
