@@ -38,6 +38,12 @@ def backward_tile(size: int, dtype: torch.dtype) -> Tile:
     return Tile(64, 32, 8, 2) if size <= 128 else Tile(32, 32, 8, 1)
 
 
+def query_gradient_tile(size: int, dtype: torch.dtype) -> Tile:
+    """Return that of the kernel for q's gradient, which holds a tile of sums more: half the rows for half the warps."""
+    tile = backward_tile(size, dtype)
+    return Tile(32, 32, 4, 2) if tile.rows > 32 else tile
+
+
 @triton.jit
 def probability_slopes(
     grad,  # of the masses [.., G] or of the heat map, from the response's first on
@@ -370,14 +376,14 @@ def launch_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients by q and k: of the masses, or with ``query_weights`` of the heat map."""
     launch = plan(q, k, cu_seqlens_q, backward_tile(q.shape[-1], q.dtype))
+    query_launch = plan(q, k, cu_seqlens_q, query_gradient_tile(q.shape[-1], q.dtype))
     grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
-    group, rows, keys = launch.group, launch.tile.rows, launch.tile.keys
+    query_slots = num_slots(launch.queries, launch.batch, cu_seqlens_q, query_launch.tile.rows // launch.group)
+    key_slots = num_slots(launch.keys, launch.batch, cu_seqlens_k, launch.tile.keys)
     heatmap = query_weights is not None
     counts = (launch.batch, launch.queries, launch.keys, num_segments, scale, window)
     with device_guard(q):
-        wrap_triton(query_gradient_kernel)[
-            (num_slots(launch.queries, launch.batch, cu_seqlens_q, rows // group), launch.key_heads)
-        ](
+        wrap_triton(query_gradient_kernel)[(query_slots, launch.key_heads)](
             grad,
             q,
             k,
@@ -393,9 +399,9 @@ def launch_gradients(
             *strides_of(grad_q),
             *counts,
             HEATMAP=heatmap,
-            **launch.constants,
+            **query_launch.constants,
         )
-        wrap_triton(key_gradient_kernel)[(num_slots(launch.keys, launch.batch, cu_seqlens_k, keys), launch.key_heads)](
+        wrap_triton(key_gradient_kernel)[(key_slots, launch.key_heads)](
             grad,
             q,
             k,
