@@ -132,6 +132,7 @@ class Case:
     ceilings: tuple[Ceiling, ...]
     flops: int = 0
     peers: dict[str, Run] = field(default_factory=dict)
+    least_rounds: int = 11  # fewer only where a round takes seconds
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Stopwatch:
     def others(self) -> None:
         """Time a round of everything but the op: peers first, so that the ceiling stands right before the op."""
         for name, run in self.case.peers.items():
-            if len(self.peers[name]) < self.PEER_ROUNDS:
+            if len(self.peers[name]) < min(self.PEER_ROUNDS, self.case.least_rounds):
                 self.peers[name].append(self.time(run))
         for ceiling in self.case.ceilings:
             self.ceilings[ceiling.name].append(self.time(ceiling.run))
@@ -217,12 +218,12 @@ class Stopwatch:
 
 
 def rounds_for(case: Case, seconds: float = 3.0) -> int:
-    """How many rounds of ceilings and op fit into a time, at least 11."""
+    """How many rounds of ceilings and op fit into a time, at least the case's least."""
     begin = time.perf_counter()
     for run in (case.run, *(ceiling.run for ceiling in case.ceilings)):
         run()
     synchronize(case.device)
-    return max(11, min(301, int(seconds / (time.perf_counter() - begin))))
+    return max(case.least_rounds, min(301, int(seconds / (time.perf_counter() - begin))))
 
 
 def measure(case: Case) -> list[Row]:

@@ -47,8 +47,8 @@ def linear_logprob(
         return_entropy: Return the entropies as well.
         ignore_index: Targets of this value are skipped: their rows are not computed, may hold anything, and yield zeros
             without a gradient. On a GPU the host waits for their number. ``None``: every row counts, and it does not.
-        chunk_bytes: Size of the workspace that a chunk's logits in fp32 pass through; by default a sixteenth of all
-            logits, in bounds. More is faster only where a chunk has few tokens.
+        chunk_bytes: Size of the workspace that a chunk's logits in fp32 pass through; by default 1/24 of all logits,
+            in bounds. More is faster only where a chunk has few tokens.
 
     Returns:
         Log-probabilities (natural logarithm) in targets' shape, float32; with ``return_entropy`` a pair, with the

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from vgpo_kernels.reference.linear_logprob import gradient_of
 
-# Bounds of the default workspace, which is a sixteenth of the fp32 logits.
+# The default workspace is this share of the fp32 logits, in bounds. With what 16-bit gradients need beside it (their
+# sums in fp32, and packed copies) peak memory stays below an eighth of the logits.
+LOGITS_SHARE = 24
 LEAST_CHUNK = 4 * 2**20
 MOST_CHUNK = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}
 # Entries of the vocabulary that a chunk should have at least: what amortises reading its tokens.
@@ -72,7 +74,7 @@ def chunk_elements(chunk_bytes: int, rows: int, weight: Tensor) -> int:
     """Return how many fp32 logits a workspace holds; ``chunk_bytes`` 0 takes the default size."""
     if chunk_bytes == 0:
         logits = 4 * rows * weight.shape[0]
-        chunk_bytes = min(max(logits // 16, LEAST_CHUNK), MOST_CHUNK.get(weight.device.type, LEAST_CHUNK))
+        chunk_bytes = min(max(logits // LOGITS_SHARE, LEAST_CHUNK), MOST_CHUNK.get(weight.device.type, LEAST_CHUNK))
     return max(chunk_bytes // 4, 1)
 
 
