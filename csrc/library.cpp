@@ -115,6 +115,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("build_info", &build_info, "What was built, and the SIMD level in use.");
     module.def("simd_levels", &simd_levels, "SIMD levels that this processor runs, the simplest first.");
     module.def("simd", [] { return std::string(vgpo::kernels().name); }, "The SIMD level in use.");
+    module.def("threads_used", [] { return vgpo::threads_used.load(); }, "Whether work has run on several threads.");
     module.def("set_simd", &set_simd, pybind11::arg("name"), "Use a SIMD level, in the whole process.");
     module.def("read_memory", &read_memory, pybind11::arg("tensor"),
                pybind11::call_guard<pybind11::gil_scoped_release>(), "Read a contiguous CPU tensor with all threads.");

@@ -8,6 +8,10 @@ cpp       C++ with vector code, from the extension              CPU
 cuda      CUDA C++, from an extension built with nvcc           NVIDIA GPUs
 triton    Triton kernels                                        GPUs; CPU, interpreted
 ========= ===================================================== =======================
+
+A process that is forked after the extension has computed on several threads computes on one, as PyTorch's data loaders
+do: OpenMP's threads do not survive a fork, and the first parallel operator of torch would wait for them forever. The
+start methods ``spawn`` and ``forkserver`` keep all threads.
 """
 
 from __future__ import annotations
@@ -34,6 +38,15 @@ except ImportError as error:
 _BUILT_CPP = _C is not None
 _BUILT_CUDA = _BUILT_CPP and bool(_C.has_cuda())
 _HAS_TRITON = find_spec("triton") is not None
+
+
+def _forget_threads() -> None:
+    if _C.threads_used():
+        torch.set_num_threads(1)
+
+
+if _BUILT_CPP and hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
 
 # Process-wide like torch.backends' flags, and a plain global so that torch.compile guards on it.
 _forced: str | None = None

@@ -10,11 +10,15 @@
 
 namespace vgpo {
 
+// Whether this process has run work on several threads. A forked child has none of them, and would wait for them.
+inline std::atomic<bool> threads_used{false};
+
 // Calls work(item) for every item in [0, count). Each thread takes the next item when it is done with one, so that
 // uneven items and busy cores do not hold up the rest; no result may depend on who takes what.
 template <typename Work>
 void parallel_items(int64_t count, const Work& work) {
     const int64_t threads = std::min<int64_t>(count, at::get_num_threads());
+    if (threads > 1) threads_used.store(true, std::memory_order_relaxed);
     std::atomic<int64_t> next{0};
     at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
         for (int64_t item = next++; item < count; item = next++) work(item);
