@@ -112,6 +112,10 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 def select(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """Return the name of the backend that serves tensors on ``device`` with compute dtype ``dtype``.
 
+    Args:
+        device: Where the tensors are.
+        dtype: float32, or float64 where an input is.
+
     Raises:
         RuntimeError: A backend was forced that cannot serve them.
 

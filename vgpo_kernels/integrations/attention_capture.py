@@ -260,6 +260,9 @@ def attention_segments(
     Returns:
         int64 ``[B, S]``.
 
+    Raises:
+        ValueError: As ``visual_mask``, where the ids are not given.
+
     """
     segments = torch.where(visual_mask(input_ids, visual_tokens), IMAGE, QUESTION)
     if response_mask is not None:

@@ -221,7 +221,11 @@ def compute_policy_loss(
         loss_avg_mode: ``"token"`` or ``"seq"``.
 
     Returns:
-        The loss and EasyR1's metrics as numbers.
+        The loss, 0-dimensional, and EasyR1's metrics as numbers.
+
+    Raises:
+        KeyError: ``loss_avg_mode`` is neither.
+        ValueError: ``loss_type`` or a number is one that :func:`vgpo_kernels.policy_loss` refuses.
 
     """
     mask = response_mask.bool()

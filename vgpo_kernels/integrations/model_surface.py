@@ -21,6 +21,9 @@ VISUAL_TOKEN_NAMES = ("image_token_id", "image_token_index", "video_token_id", "
 def final_norm(model: nn.Module) -> nn.Module:
     """Return the norm after the last decoder layer.
 
+    Args:
+        model: A model of transformers, wrapped or not.
+
     Raises:
         TypeError: The model has no decoder with one of the names in ``NORM_NAMES``.
 
@@ -45,7 +48,12 @@ def final_norm(model: nn.Module) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
+    """Return the model inside DistributedDataParallel, FSDP, DeepSpeed, torch.compile and PEFT wrappers.
+
+    Args:
+        model: Any model; one without such a wrapper is returned as it is.
+
+    """
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
             model = model._orig_mod  # type: ignore[assignment]
@@ -96,6 +104,9 @@ def visual_mask(input_ids: Tensor, visual_tokens: Any) -> Tensor:
 
     Returns:
         Bool of the shape of ``input_ids``.
+
+    Raises:
+        ValueError: As :func:`visual_token_ids`, where the ids are not given.
 
     """
     ids = visual_tokens if isinstance(visual_tokens, (tuple, list)) else visual_token_ids(visual_tokens)

@@ -74,7 +74,10 @@ def compute_policy_loss(
         loss_mode: A key of ``LOSS_MODES``.
 
     Returns:
-        The loss, scaled by the data-parallel size as verl's are, and verl's metrics as numbers.
+        The loss, 0-dimensional and scaled by the data-parallel size as verl's are, and verl's metrics as numbers.
+
+    Raises:
+        ValueError: verl's configuration has a value that :func:`vgpo_kernels.policy_loss` refuses.
 
     """
     batch = dict(config.global_batch_info)
@@ -130,6 +133,9 @@ def focus_of_packed(hidden: Tensor, input_ids: Any, model: Any) -> Tensor:
         fp32 ``[N]``: cosines **shifted one place to the left**, as verl keeps log-probs, so that its own slicing
         finds the focus of token t where it finds the log-prob of token t.
 
+    Raises:
+        ValueError: The model's configuration names no visual token.
+
     """
     ids, offsets = input_ids.values().to(hidden.device), input_ids.offsets().to(hidden.device)
     visual = visual_mask(ids, model)
@@ -143,7 +149,15 @@ def focus_of_packed(hidden: Tensor, input_ids: Any, model: Any) -> Tensor:
 
 
 def score_focus(engine: type) -> None:
-    """Let an FSDP engine of verl answer ``calculate_visual_focus`` in its forward pass."""
+    """Let an FSDP engine of verl answer ``calculate_visual_focus`` in its forward pass.
+
+    Args:
+        engine: The class, whose ``forward_step`` is replaced, once.
+
+    Raises:
+        UnknownSurfaceError: The engine has another surface than those of the versions known.
+
+    """
     forward_step = require(engine, "forward_step", ("self", "micro_batch", "loss_function", "forward_only"), KNOWN)
     if hasattr(forward_step, "__wrapped__") and getattr(forward_step, "scores_visual_focus", False):
         return
@@ -173,6 +187,13 @@ def visually_guided(trainer: type) -> type:
     Register it for another way of running than verl's synchronous one::
 
         register_trainer("vgpo_async")(visually_guided(PPOTrainerSeparateAsync))
+
+    Args:
+        trainer: A trainer that computes old log-probabilities and advantages as verl's synchronous one does.
+
+    Raises:
+        UnknownSurfaceError: The trainer has another surface than those of the versions known.
+
     """
     require(trainer, "_compute_old_log_prob", ("self", "batch", "metrics"), KNOWN)
     require(trainer, "_compute_advantage", ("self", "batch", "metrics"), KNOWN)

@@ -86,7 +86,7 @@ def linear_logprob_slice(
     Args:
         hidden: As in :func:`linear_logprob`, the same on every rank.
         weight: Rows ``first`` to ``first + v`` of the head's weight, ``[v, D]``.
-        targets: Token ids in the whole vocabulary.
+        targets: Token ids in the whole vocabulary, integer ``[...]``.
         first: Where the slice begins in the vocabulary.
         bias: The bias of these rows, ``[v]``.
         temperature: What logits are divided by, > 0.

@@ -46,7 +46,8 @@ def linear_vgpo_loss(
     chunk_bytes: int | None = None,
     **policy_loss_options: Any,
 ) -> PolicyLoss:
-    """Visual focus, factors, log-probabilities and policy loss of whole groups, from one tensor of hidden states.
+    """Visual focus, factors, log-probabilities and policy loss of whole groups, from one tensor of hidden states
+    (paper, Eq. 3-11).
 
     Equal to :func:`visual_focus` and :func:`visual_weights` of ``hidden``, then :func:`linear_policy_loss`. The hidden
     state **at** a token says how visual it is, that **before** it predicts it: so ``hidden`` is that of all positions,
@@ -133,7 +134,7 @@ def linear_policy_loss(
     num_sequences: int | float | Tensor | None = None,
     **options: Any,
 ) -> PolicyLoss:
-    """:func:`policy_loss` of :func:`linear_logprob`, with every gradient computed in the forward pass.
+    """:func:`policy_loss` (paper, Eq. 11) of :func:`linear_logprob`, with every gradient computed in the forward pass.
 
     Only rows that predict a scored token are computed. Losses of single tokens know the gradient of a chunk's logits
     when the chunk is there, so that three matrix products suffice instead of four; those of whole sequences
@@ -153,7 +154,7 @@ def linear_policy_loss(
         advantages: Per response ``[B]`` or per token.
         response_mask: True at scored tokens, ``[B, T]`` with T <= S (the last T positions) or ``[N]``; not at the first
             token of a sequence.
-        factors: Factor of each token's advantage, from :func:`visual_weights`.
+        factors: Factor of each token's advantage, in response_mask's shape, from :func:`visual_weights`.
         bias: The head's bias ``[V]``; differentiable.
         temperature: What logits are divided by, > 0.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.

@@ -49,7 +49,7 @@ def vgpo_loss(
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
             float32, bfloat16 or float16. Detached: the loss is differentiable in ``logp``, not in the signal.
         logp: Log-probabilities (natural logarithm) under the policy, ``[B, T]`` or ``[N]``; differentiable.
-        old_logp: The same under the policy that generated the responses.
+        old_logp: The same under the policy that generated the responses, in ``logp``'s shape.
         advantages: Per response ``[B]`` or per token.
         visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``; may be ``None`` where
             ``prototype`` is given.
