@@ -38,6 +38,8 @@ class VGPOTrainingConfig(GRPOConfig):
               1``, generations kept for several optimisation steps); otherwise it is one forward pass of the decoder
               more, about a third of the cost of the loss and its gradient, and no generation.
             - ``"auto"`` (default): ``"loss"`` where that is exact, else ``"scoring"``.
+        fused_head: Compute log-probabilities and entropies by :func:`vgpo_kernels.linear_logprob`, from hidden states
+            and the LM head without all logits. A model that transforms its logits keeps TRL's own head, with a warning.
         vgpo_diagnostics: Compute and log the visual signal although ``vgpo`` is ``None``; the loss does not change.
         rollout_samples: How many of the latest responses ``VGPOTrainer.rollout_samples`` keeps; 0 keeps none.
         vgpo_beta: As in :class:`vgpo_kernels.VGPOConfig`, like the fields that follow. ``None`` keeps the preset's.
@@ -55,6 +57,7 @@ class VGPOTrainingConfig(GRPOConfig):
     signal: str = field(default="focus", metadata={"help": "What the factors follow from: focus or attention."})
     signal_layers: list[int] | None = field(default=None, metadata={"help": "Layers whose attention counts."})
     vgpo_signal: str = field(default="auto", metadata={"help": "Pass the signal is read from: auto, scoring or loss."})
+    fused_head: bool = field(default=True, metadata={"help": "Log-probabilities by linear_logprob, without logits."})
     vgpo_diagnostics: bool = field(
         default=False, metadata={"help": "Log the visual signal even without VGPO; the loss does not change."}
     )

@@ -58,6 +58,7 @@ from vgpo_kernels.integrations.transformers import final_norm, visual_token_ids
 from vgpo_trainer.attention_signal import AttentionPass, check_attention
 from vgpo_trainer.callbacks import MetricsFile
 from vgpo_trainer.config import VGPOTrainingConfig
+from vgpo_trainer.fused_head import fuse_heads
 from vgpo_trainer.rollouts import (
     PendingRollout,
     RolloutRecorder,
@@ -149,6 +150,8 @@ class VGPOTrainer(GRPOTrainer):
         self._correct: list[Any] = []
         self._loss_inputs: dict[str, Any] = {}
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **others)
+        if args.fused_head:
+            fuse_heads((self.model, self.ref_model), self.temperature, fp32=args.cast_lm_head_to_fp32)
         if self._signal_config is not None:
             final_norm(self.model)
             if args.signal == "attention":
