@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Iterator
-from types import ModuleType
 
 import pytest
 import test_policy_loss
@@ -15,10 +12,11 @@ import test_visual_weights
 import torch
 from cases import EDGES, Batch, Response, make_batch
 from emulation.harness import EmulationError, Emulator, Shape, compiler
+from emulation.serving import adopt, serving
 from tolerance import assert_close, assert_matches
 from torch import Tensor
 
-from vgpo_kernels import VGPOConfig, backend, backends
+from vgpo_kernels import VGPOConfig
 from vgpo_kernels.config import PolicyLossOptions
 from vgpo_kernels.reference import policy_loss as policy_reference
 from vgpo_kernels.reference import visual_focus as reference
@@ -36,16 +34,8 @@ def emulator() -> Emulator:
 
 @pytest.fixture
 def backend_name(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Serve CPU tensors by the emulated GPU, in place of whatever C++ backend is built."""
-    library = torch.library.Library("vgpo_kernels", "IMPL")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators")
-        for name in OPERATORS:
-            library.impl(name, getattr(emulator, name), "CPU")
-    monkeypatch.setattr(backends, "_BUILT_CPP", True)
-    with backend("cpp"):
-        yield "cuda"
-    library._destroy()
+    with serving(emulator, OPERATORS, monkeypatch) as name:
+        yield name
 
 
 @pytest.fixture
@@ -58,17 +48,10 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def adopt(module: ModuleType) -> None:
-    """Take over the tests of a module that run once a backend; here they run on the emulated GPU."""
-    for name, function in vars(module).items():
-        if name.startswith("test_") and {"backend_name", "exact_backend"} & set(inspect.signature(function).parameters):
-            globals()[f"{module.__name__}_{name.removeprefix('test_')}"] = function
-
-
-adopt(test_visual_focus)
-adopt(test_visual_weights)
-adopt(test_policy_loss)
-adopt(test_vgpo_loss)
+adopt(globals(), test_visual_focus)
+adopt(globals(), test_visual_weights)
+adopt(globals(), test_policy_loss)
+adopt(globals(), test_vgpo_loss)
 
 
 # ---- schedules ---------------------------------------------------------------------------------------------------

@@ -195,14 +195,29 @@ void launch_with_workspace(void (*kernel)(Arguments), Arguments& arguments, c10:
     launch(kernel, arguments, useful_blocks(arguments), device);
 }
 
-// Calls `body` with a null pointer of hidden's element type.
+// Launches a kernel of independent blocks on the current stream; none if the grid is empty.
+template <typename Arguments>
+void launch_blocks(void (*kernel)(Arguments), const Arguments& arguments, dim3 grid, int threads, int shared_bytes,
+                   c10::Device device) {
+    constexpr int kFreeSharedBytes = 48 * 1024;  // a kernel must ask for more
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    const void* function = reinterpret_cast<const void*>(kernel);
+    if (shared_bytes > kFreeSharedBytes) {
+        C10_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    }
+    void* parameters[] = {const_cast<Arguments*>(&arguments)};
+    C10_CUDA_CHECK(cudaLaunchKernel(function, grid, dim3(static_cast<unsigned>(threads)), parameters,
+                                    static_cast<size_t>(shared_bytes), c10::cuda::getCurrentCUDAStream(device.index())));
+}
+
+// Calls `body` with a null pointer of the tensor's element type.
 template <typename Body>
-auto by_dtype(const at::Tensor& hidden, Body body) {
-    switch (hidden.scalar_type()) {
+auto by_dtype(const at::Tensor& tensor, Body body, const char* name = "hidden") {
+    switch (tensor.scalar_type()) {
         case at::kFloat: return body(static_cast<float*>(nullptr));
         case at::kHalf: return body(static_cast<__half*>(nullptr));
         case at::kBFloat16: return body(static_cast<__nv_bfloat16*>(nullptr));
-        default: TORCH_CHECK_TYPE(false, "hidden must be float32, bfloat16 or float16, got ", hidden.scalar_type());
+        default: TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16 or float16, got ", tensor.scalar_type());
     }
 }
 

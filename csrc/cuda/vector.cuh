@@ -67,6 +67,28 @@ __device__ __forceinline__ void unpack(uint4 vector, const __half*, float (&valu
     }
 }
 
+// Two floats rounded to 16-bit numbers, the first in the lower half of the word.
+__device__ __forceinline__ unsigned pack(float first, float second, const __nv_bfloat16*) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    unsigned word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+}
+__device__ __forceinline__ unsigned pack(float first, float second, const __half*) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    unsigned word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+}
+
+// Stores a float, rounded to T.
+__device__ __forceinline__ void store_float(float* to, float value) { *to = value; }
+template <typename T>
+__device__ __forceinline__ void store_float(T* to, float value) {
+    const unsigned word = pack(value, 0.0f, to);
+    memcpy(to, &word, sizeof(T));
+}
+
 // kWidth floats from column `column` of a row of fp32, zero beyond the end. Written by this kernel's other blocks,
 // perhaps: an ordinary load.
 template <bool kAligned, int kWidth>

@@ -102,8 +102,7 @@ __device__ float kth_largest(int count, int k, Value value) {
         __syncthreads();
         prefix = prefix << digit_bits | found_digit;
         wanted -= above_digit;
-        bits_left = shift;
-        __syncthreads();  // the next pass writes what this one has just read
+        bits_left = shift;  // the next pass writes what this one has read only after its own barriers
     }
     return order_key_value(static_cast<int32_t>(prefix ^ 0x80000000u));
 }

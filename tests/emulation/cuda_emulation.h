@@ -229,6 +229,28 @@ inline unsigned __float_as_uint(float value) {
     return bits;
 }
 
+// ---- asynchronous copies to shared memory ---------------------------------------------------------------------
+
+// A copy takes place when its thread waits for it, and no sooner: until then the memory is poisoned.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, EMULATION_SITE) {
+    if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0) {
+        emulation::machine().fail("misaligned asynchronous copy", {file, line});
+    }
+    emulation::Fiber& self = emulation::machine().current();
+    std::memset(to, 0xff, bytes);
+    self.copies.push_back({to, from, bytes, self.committed});
+}
+inline void __pipeline_commit() { ++emulation::machine().current().committed; }
+inline void __pipeline_wait_prior(size_t prior) {
+    emulation::Fiber& self = emulation::machine().current();
+    size_t left = 0;
+    for (const emulation::AsyncCopy& copy : self.copies) {
+        if (copy.group + prior < self.committed) std::memcpy(copy.to, copy.from, copy.bytes);
+        else self.copies[left++] = copy;
+    }
+    self.copies.resize(left);
+}
+
 // ---- half precision -------------------------------------------------------------------------------------------
 
 struct __half {
@@ -251,3 +273,29 @@ inline float __half2float(__half value) {
 }
 inline float2 __half22float2(__half2 value) { return {__half2float(value.x), __half2float(value.y)}; }
 inline float __bfloat162float(__nv_bfloat16 value) { return __uint_as_float(static_cast<unsigned>(value.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+    const unsigned bits = __float_as_uint(value);
+    if (value != value) return {0x7fff};
+    return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+inline __half __float2half_rn(float value) {
+    const auto sign = static_cast<uint16_t>(__float_as_uint(value) >> 16 & 0x8000u);
+    const float magnitude = std::fabs(value);
+    if (value != value) return {0x7fff};
+    if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00u)};
+    int exponent = 0;
+    std::frexp(magnitude, &exponent);
+    // The last place that fp16 keeps of this number; nearbyint rounds ties to even.
+    const int last = (exponent < -13 ? -13 : exponent) - 11;
+    const auto units = static_cast<unsigned>(std::nearbyint(std::ldexp(magnitude, -last)));
+    // In units of the last place, 1024 of them are the implicit bit: a carry moves on to the exponent by itself.
+    const unsigned bits = magnitude == 0.0f ? 0u : units + (static_cast<unsigned>(last + 24) << 10);
+    return {static_cast<uint16_t>(sign | bits)};
+}
+struct alignas(4) __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+
+#include "matrices.h"

@@ -1,13 +1,21 @@
 // Every kernel with every element type, for nvcc alone: scripts/cuda_resources.py compiles this for each architecture.
+#include "../../csrc/cuda/attention_gradients.cuh"
+#include "../../csrc/cuda/linear_logprob.cuh"
 #include "../../csrc/cuda/vgpo_loss.cuh"
 
 namespace vgpo {
 namespace cuda {
 
-#define EVERY_ELEMENT_TYPE(T)                                                                                \
+#define EVERY_ELEMENT_TYPE(T) \
     template __global__ void visual_prototype_kernel<T>(const __grid_constant__ VisualPrototypeArguments<T>); \
-    template __global__ void visual_focus_kernel<T>(const __grid_constant__ VisualFocusArguments<T>);         \
-    template __global__ void vgpo_loss_kernel<T>(const __grid_constant__ VgpoLossArguments<T>);
+    template __global__ void visual_focus_kernel<T>(const __grid_constant__ VisualFocusArguments<T>); \
+    template __global__ void vgpo_loss_kernel<T>(const __grid_constant__ VgpoLossArguments<T>); \
+    template __global__ void attention_mass_kernel<T>(const __grid_constant__ AttentionMassArguments<T>); \
+    template __global__ void attention_heatmap_kernel<T>(const __grid_constant__ AttentionHeatmapArguments<T>); \
+    template __global__ void attention_query_gradient_kernel<T>( \
+        const __grid_constant__ AttentionGradientArguments<T>); \
+    template __global__ void attention_key_gradient_kernel<T>(const __grid_constant__ AttentionGradientArguments<T>); \
+    template __global__ void head_gradient_kernel<T>(const __grid_constant__ HeadGradientArguments);
 
 EVERY_ELEMENT_TYPE(float)
 EVERY_ELEMENT_TYPE(__half)
@@ -16,6 +24,8 @@ EVERY_ELEMENT_TYPE(__nv_bfloat16)
 template __global__ void visual_weights_kernel<kThreads>(const __grid_constant__ VisualWeightsArguments);
 template __global__ void group_weights_kernel<kThreads>(const __grid_constant__ GroupWeightsArguments);
 template __global__ void policy_loss_kernel<kThreads>(const __grid_constant__ PolicyLossArguments);
+template __global__ void head_mean_kernel<kAttentionThreads>(const __grid_constant__ HeadMeanArguments);
+template __global__ void head_statistics_kernel<kHeadThreads>(const __grid_constant__ HeadStatisticsArguments);
 
 }  // namespace cuda
 }  // namespace vgpo

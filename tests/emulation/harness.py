@@ -134,7 +134,7 @@ class Buffers:
         self.handles.append(self.library.buffer_new(name.encode(), size, self.guard))
         return self.library.buffer_data(self.handles[-1])
 
-    def put(self, name: str, tensor: Tensor | None) -> int | None:
+    def put(self, name: str, tensor: Tensor | None, *, writable: bool = False) -> int | None:
         """Return the address of a copy, a strided tensor's with everything between its elements."""
         if tensor is None:
             return None
@@ -144,15 +144,16 @@ class Buffers:
         address = self.allocate(name, size)
         if size:
             ctypes.memmove(address, flat.data_ptr(), size)
-        self.library.buffer_protect(self.handles[-1])
+        if not writable:
+            self.library.buffer_protect(self.handles[-1])
         return address
 
 
-def fetch(address: int, shape: tuple[int, ...]) -> Tensor:
-    """Copy fp32 values out of a buffer."""
-    result = torch.empty(shape, dtype=torch.float32)
+def fetch(address: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Copy values out of a buffer."""
+    result = torch.empty(shape, dtype=dtype)
     if result.numel():
-        ctypes.memmove(result.data_ptr(), address, 4 * result.numel())
+        ctypes.memmove(result.data_ptr(), address, result.nbytes)
     return result
 
 

@@ -3,6 +3,7 @@
 
 #include "../../csrc/cuda/vgpo_loss.cuh"
 #include "exports.h"
+#include "launch.h"
 
 using namespace vgpo;
 using namespace vgpo::cuda;
@@ -106,25 +107,13 @@ PolicyOutput output_of(const Call& call) { return {call.loss, call.grad_logp, ca
 
 template <typename Kernel, typename Arguments>
 const char* run(const Call& call, Kernel kernel, const Arguments& arguments, bool cooperative = true) {
-    static std::string error;
     emulation::Launch launch;
     launch.grid.x = static_cast<unsigned>(call.blocks);
     launch.block.x = static_cast<unsigned>(call.threads);
     launch.cooperative = cooperative;
     launch.order = static_cast<emulation::Order>(call.order);
     launch.seed = static_cast<uint64_t>(call.seed);
-    error = emulation::launch(launch, [&] { kernel(arguments); });
-    return error.c_str();
-}
-
-// Calls `body` with a null pointer of hidden's element type.
-template <typename Body>
-const char* by_dtype(const Call& call, Body body) {
-    switch (call.dtype) {
-        case 0: return body(static_cast<const float*>(nullptr));
-        case 1: return body(static_cast<const __half*>(nullptr));
-        default: return body(static_cast<const __nv_bfloat16*>(nullptr));
-    }
+    return run_launch(launch, kernel, arguments);
 }
 
 }  // namespace
@@ -132,8 +121,8 @@ const char* by_dtype(const Call& call, Body body) {
 extern "C" {
 
 const char* visual_prototype(const Call* call) {
-    return by_dtype(*call, [&](auto* type) {
-        using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    return by_dtype(call->dtype, [&](auto* type) {
+        using T = element_of<decltype(type)>;
         GuardedArena arena = arena_of(*call);
         VisualPrototypeArguments<T> arguments{focus_of<T>(*call), {}};
         bind(arguments, arena);
@@ -143,8 +132,8 @@ const char* visual_prototype(const Call* call) {
 }
 
 const char* visual_focus(const Call* call) {
-    return by_dtype(*call, [&](auto* type) {
-        using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    return by_dtype(call->dtype, [&](auto* type) {
+        using T = element_of<decltype(type)>;
         GuardedArena arena = arena_of(*call);
         VisualFocusArguments<T> arguments{focus_of<T>(*call), {}, call->cos_out};
         bind(arguments, arena);
@@ -176,8 +165,8 @@ const char* policy_loss(const Call* call) {
 }
 
 const char* vgpo_loss(const Call* call) {
-    return by_dtype(*call, [&](auto* type) {
-        using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    return by_dtype(call->dtype, [&](auto* type) {
+        using T = element_of<decltype(type)>;
         GuardedArena arena = arena_of(*call);
         VgpoLossArguments<T> arguments{focus_of<T>(*call), policy_of(*call), call->group_ids,
                                        WeightsConfig::from(call->config), {}, {}, {}, nullptr, output_of(*call)};

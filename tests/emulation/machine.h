@@ -55,6 +55,14 @@ constexpr int kWarp = 32;
 
 struct Block;
 
+// An asynchronous copy to shared memory that a thread has started, and may not have waited for.
+struct AsyncCopy {
+    void* to;
+    const void* from;
+    size_t bytes;
+    size_t group;  // committed by the thread's call of this number
+};
+
 struct Fiber {
     Context context;
     State state = State::kReady;
@@ -68,6 +76,8 @@ struct Fiber {
     int source = 0;
     uint64_t payload = 0;
     uint64_t result = 0;
+    std::vector<AsyncCopy> copies;
+    size_t committed = 0;  // groups of them
 };
 
 struct Block {
@@ -160,6 +170,9 @@ class Machine {
         else hand_over();
         return self.result;
     }
+
+    // The lanes of the running thread's warp.
+    Fiber* warp_lanes() { return &current_->block->fibers[lane_zero(*current_)]; }
 
     void grid_barrier(Site site) {
         if (!launch_.cooperative) fail("grid synchronisation in a launch that is not cooperative", site);

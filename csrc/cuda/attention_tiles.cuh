@@ -1,0 +1,405 @@
+// What the attention kernels share: queries and keys as rows, tiles of them in shared memory, and the scores of a tile.
+//
+// A block holds a tile of rows (of queries, or of keys) and streams tiles of the others past it; scores never leave
+// registers. The query heads that share a key head are rows of one tile: a key is read once for all of them and never
+// repeated. What a row needs besides its components is listed three tiles deep, rows are copied asynchronously two tiles
+// deep, so that a warp has nothing to wait for but its products.
+//
+// Rows are counted within a response, in 32 bits; where a response begins is a 64-bit offset.
+#pragma once
+
+#include <cuda_pipeline.h>
+
+#include "mma.cuh"
+
+namespace vgpo {
+namespace cuda {
+
+constexpr int kAttentionWarps = 4;
+constexpr int kAttentionThreads = kAttentionWarps * kWarpSize;
+// Of a multiprocessor: two leave a thread 255 registers, and a third would send sums to memory.
+constexpr int kAttentionBlocks = 2;
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// What attention_heatmap calls its keys.
+constexpr int kLabels = 2, kShown = 1;
+
+// Rows of a streamed tile; and, where a warp keeps no more than scores, how many times 16 rows it holds.
+template <typename T>
+constexpr int kStreamRows = sizeof(T) == 2 ? 64 : 32;
+template <typename T>
+constexpr int kForwardTiles = sizeof(T) == 2 ? 2 : 1;
+
+// Rows of a block whose warps hold `tiles` times 16.
+constexpr __host__ __device__ int block_rows(int tiles) { return tiles * 16 * kAttentionWarps; }
+
+// ---- input ------------------------------------------------------------------------------------------------------------
+
+// q or k: [B, H, L, d] padded, [L, H, d] packed; strides in elements.
+template <typename T>
+struct HeadTensor {
+    T* data;
+    int64_t batch_stride, head_stride, token_stride;
+
+    // The first token of a response and head. `begin` is the token's index in a packed batch.
+    __device__ T* at(bool packed, int64_t response, int64_t begin, int head) const {
+        return data + (packed ? begin * token_stride : response * batch_stride) + head * head_stride;
+    }
+};
+
+template <typename T>
+struct AttentionInput {
+    HeadTensor<const T> q, k;
+    bool aligned;                   // rows are whole, aligned 16-byte vectors
+    int size;                       // d
+    int heads, key_heads;           // Hq, Hk
+    int64_t batch;                  // B
+    int64_t queries, keys;          // T and S of a padded batch, N and M of a packed one
+    const int64_t* query_boundaries;  // [B + 1], or null for a padded batch
+    const int64_t* key_boundaries;
+    const int32_t* segments;        // [B, S] or [M]
+    const int64_t* positions;       // [B, T] or [N]; null: queries are the last ones
+    int num_segments;               // G
+    float scale;
+    int window;                     // 0: none
+
+    __host__ __device__ int group() const { return heads / key_heads; }
+    __device__ bool packed() const { return query_boundaries != nullptr; }
+    // Index of a head's first number in an array of one entry a query head and token: [B, Hq, L], packed [Hq, L].
+    __device__ int64_t head_index(int64_t response, int64_t begin, int head, int64_t length) const {
+        return packed() ? head * length + begin : (response * heads + head) * length;
+    }
+};
+
+// Whether every row consists of whole 16-byte vectors at aligned addresses.
+template <typename T>
+bool heads_are_aligned(const HeadTensor<const T>& tensor, int64_t size) {
+    const auto whole = [](int64_t elements) { return elements % kVectorWidth<T> == 0; };
+    return whole(size) && whole(tensor.batch_stride) && whole(tensor.head_stride) && whole(tensor.token_stride) &&
+           reinterpret_cast<uintptr_t>(tensor.data) % sizeof(uint4) == 0;
+}
+
+// The tokens of a response; boundaries that lie do not lead outside.
+struct Span {
+    int64_t begin;
+    int count;
+};
+
+__device__ inline Span token_span(const int64_t* boundaries, int64_t response, int64_t tokens) {
+    if (boundaries == nullptr) return {response * tokens, static_cast<int>(tokens)};
+    const Layout layout{boundaries, 0, tokens, tokens};
+    const int64_t begin = layout.boundary(response), end = layout.boundary(response + 1);
+    return {begin, static_cast<int>(end > begin ? end - begin : 0)};
+}
+
+// ---- blocks of a batch --------------------------------------------------------------------------------------------------
+//
+// A block has rows of one response. The host knows how many blocks that takes without the boundaries: response i of a
+// packed batch owns those from floor(its first row / rows of a block) + i on, enough for its rows and at least one.
+
+inline int64_t count_blocks(const int64_t* boundaries, int64_t batch, int64_t rows, int tile) {
+    if (boundaries != nullptr) return batch == 0 ? 0 : rows / tile + batch;
+    return batch * (rows < tile ? 1 : ceil_div<int64_t>(rows, tile));
+}
+
+struct BlockRows {
+    int64_t response;
+    int first;  // row of the response
+};
+
+// `tokens` has `rows_per_token` rows a token. All threads of a warp call this together.
+__device__ inline BlockRows find_rows(const int64_t* boundaries, int64_t batch, int64_t tokens, int rows_per_token,
+                                      int tile, int64_t block) {
+    if (boundaries == nullptr) {
+        const int64_t rows = tokens * rows_per_token, each = rows < tile ? 1 : ceil_div<int64_t>(rows, tile);
+        return {block / each, static_cast<int>(block % each) * tile};
+    }
+    const Layout layout{boundaries, batch, tokens, tokens};
+    const auto first_block = [&](int64_t response) {
+        return layout.boundary(response) * rows_per_token / tile + response;
+    };
+    int before = 0;  // responses that begin at or before the block, but for the first
+    for (int64_t other = 1 + lane_index(); other < batch; other += kWarpSize) before += first_block(other) <= block;
+    const int64_t response = warp_reduce(Sum<int>{before}).value;
+    const int64_t skipped = block - first_block(response);
+    return {response, static_cast<int>(skipped < 0 ? 0 : skipped) * tile};
+}
+
+// ---- rows ---------------------------------------------------------------------------------------------------------------
+
+// Queries of a response in `group` neighbouring heads: row r is query r / group in the head r % group of these.
+template <typename T>
+struct QueryRows {
+    const T* data;  // of the first query and head
+    int64_t token_stride, head_stride;
+    const int64_t* positions;  // of the response, or null
+    int count;                 // of rows
+    int group;
+    int first_position;  // of the first query where there are no positions
+    int64_t token_begin;  // flat index of the first query
+    int64_t head_begin;   // index of the first query and head among all heads
+    int64_t head_length;  // distance of heads there
+
+    __device__ int token(int row) const { return row / group; }
+    __device__ int64_t offset(int row) const { return token(row) * token_stride + row % group * head_stride; }
+    __device__ int64_t head_token(int row) const { return head_begin + row % group * head_length + token(row); }
+    // -1: sees nothing, or is no row at all.
+    __device__ int position(int row) const {
+        if (row >= count) return -1;
+        const int64_t given = positions == nullptr ? first_position + token(row) : positions[token(row)];
+        return static_cast<int>(given < -1 ? -1 : (given > INT32_MAX ? INT32_MAX : given));
+    }
+};
+
+template <typename T>
+struct KeyRows {
+    const T* data;  // of the first key
+    int64_t token_stride;
+    const int32_t* segments;
+    int count;
+    int num_segments;
+    int64_t token_begin;
+
+    __device__ int64_t offset(int key) const { return key * token_stride; }
+    // -1: ignored, or no key at all.
+    __device__ int segment(int key) const {
+        const int value = key < count ? segments[key] : -1;
+        return value < num_segments ? value : -1;
+    }
+};
+
+template <typename T>
+__device__ KeyRows<T> key_rows(const AttentionInput<T>& input, int64_t response, int key_head) {
+    const Span span = token_span(input.key_boundaries, response, input.keys);
+    return {input.k.at(input.packed(), response, span.begin, key_head), input.k.token_stride,
+            input.segments + span.begin, span.count, input.num_segments, span.begin};
+}
+
+// Rows of the heads [head, head + group).
+template <typename T>
+__device__ QueryRows<T> query_rows(const AttentionInput<T>& input, int64_t response, int key_count, int head,
+                                   int group) {
+    const Span span = token_span(input.query_boundaries, response, input.queries);
+    return {input.q.at(input.packed(), response, span.begin, head),
+            input.q.token_stride,
+            input.q.head_stride,
+            input.positions == nullptr ? nullptr : input.positions + span.begin,
+            span.count * group,
+            group,
+            key_count - span.count,
+            span.begin,
+            input.head_index(response, span.begin, head, input.queries),
+            input.queries};
+}
+
+__device__ __forceinline__ bool sees(int position, int key, int window) {
+    return position >= key && (window == 0 || position - key < window);
+}
+
+// ---- tiles --------------------------------------------------------------------------------------------------------------
+
+// The shape of every tile in shared memory.
+template <typename T>
+struct TileShape {
+    int size;  // d
+    int pitch;  // bytes from row to row
+    int steps;  // of a product over all components
+
+    __host__ __device__ explicit TileShape(int components) : size(components) {
+        const int padded = ceil_div(components, 16) * 16;
+        pitch = padded * static_cast<int>(sizeof(T)) + 16;
+        steps = padded / kStepSize<T>;
+    }
+    __device__ int vectors() const { return steps * kStepBytes / static_cast<int>(sizeof(uint4)); }
+};
+
+// Starts to copy `count` rows to a tile: row i from offset(i) of `source`, zeros where that is negative and behind the
+// last component. The rows are there after wait_for_copies() and a barrier.
+template <typename T, typename Offset>
+__device__ void copy_rows(const T* source, bool aligned, const TileShape<T>& shape, int count, Offset offset,
+                          unsigned char* tile) {
+    // Neighbouring lanes take neighbouring vectors, as many lanes a row as it has vectors: a power of two.
+    int lanes = 1, shift = 0;
+    while (lanes < shape.vectors() && lanes < kWarpSize) {
+        lanes *= 2;
+        ++shift;
+    }
+    const int own = static_cast<int>(threadIdx.x) & (lanes - 1), rows_at_once = kAttentionThreads >> shift;
+    for (int row = static_cast<int>(threadIdx.x) >> shift; row < count; row += rows_at_once) {
+        const int64_t begin = offset(row);
+        for (int vector = own; vector < shape.vectors(); vector += lanes) {
+            const int first = vector * kVectorWidth<T>;
+            unsigned char* to = tile + row * shape.pitch + vector * static_cast<int>(sizeof(uint4));
+            const bool inside = begin >= 0 && first < shape.size;
+            if (aligned && inside) {
+                __pipeline_memcpy_async(to, source + begin + first, sizeof(uint4));
+            } else {
+                uint4 values = {};
+                if (inside) values = load_vector<false>(source + begin, first, shape.size);
+                *reinterpret_cast<uint4*>(to) = values;
+            }
+        }
+    }
+    __pipeline_commit();
+}
+
+// For the copies that this thread has started.
+__device__ __forceinline__ void wait_for_copies() { __pipeline_wait_prior(0); }
+
+__device__ inline unsigned char* dynamic_shared_memory() {
+#ifdef VGPO_EMULATION
+    EMULATED_DYNAMIC_SHARED(unsigned char, memory);
+#else
+    extern __shared__ __align__(16) unsigned char memory[];
+#endif
+    return memory;
+}
+
+// What is said of a streamed row, besides its components.
+struct KeyInfo {
+    int64_t offset;  // of its components; -1: zeros
+    int segment;     // -1: ignored
+};
+
+struct RowInfo {
+    int64_t offset;
+    int64_t grad;     // index of its first gradient
+    int position;     // -1: sees nothing
+    float logarithm;  // of its sum of exponentials, base 2
+    float mean;       // <p, g>
+    float weight;     // in a heat map
+};
+
+constexpr int kInfoTiles = 3;
+
+// Shared memory of a block: its own rows, streamed tiles, and what is said of them.
+template <typename T, typename Info>
+struct SharedTiles {
+    unsigned char* rows;
+    unsigned char* streamed;
+    Info* infos;
+
+    static constexpr int bytes(int block_rows, int pitch) {
+        return (block_rows + 2 * kStreamRows<T>)*pitch + kInfoTiles * kStreamRows<T> * static_cast<int>(sizeof(Info));
+    }
+
+    __device__ SharedTiles(int block_rows, int pitch) {
+        rows = dynamic_shared_memory();
+        streamed = rows + block_rows * pitch;
+        infos = reinterpret_cast<Info*>(streamed + 2 * kStreamRows<T> * pitch);
+    }
+};
+
+// Streams rows [first, end) past the block, `first` being a multiple of a tile's rows. describe(row) says what there is
+// to say of a row, use(tile, infos, first) is called with each tile. Nothing of what the block wrote to its own rows
+// needs a barrier before.
+template <typename T, typename Info, typename Describe, typename Use>
+__device__ __forceinline__ void stream_rows(const T* source, bool aligned, const TileShape<T>& shape,
+                                            const SharedTiles<T, Info>& shared, int first, int end, Describe describe,
+                                            Use use) {
+    constexpr int kRows = kStreamRows<T>;
+    if (first >= end) return;
+    const int thread = static_cast<int>(threadIdx.x);
+    const auto copy = [&](int tile, const Info* infos) {
+        copy_rows<T>(
+            source, aligned, shape, kRows, [&](int row) { return infos[row].offset; },
+            shared.streamed + tile % 2 * kRows * shape.pitch);
+    };
+    const int tiles = ceil_div(end - first, kRows);
+    __syncthreads();  // the last tile of an earlier stream may still be in use
+    for (int tile = 0; tile < 2 && thread < kRows; ++tile) {
+        shared.infos[tile * kRows + thread] = describe(first + tile * kRows + thread);
+    }
+    __syncthreads();
+    copy(0, shared.infos);
+    for (int tile = 0; tile < tiles; ++tile) {
+        wait_for_copies();
+        // The tile has arrived, and everyone is done with the one before, whose place the next one takes.
+        __syncthreads();
+        if (tile + 1 < tiles) copy(tile + 1, shared.infos + (tile + 1) % kInfoTiles * kRows);
+        Info after_next = {};
+        const bool describes = tile + 2 < tiles && thread < kRows;
+        if (describes) after_next = describe(first + (tile + 2) * kRows + thread);
+        use(shared.streamed + tile % 2 * kRows * shape.pitch, shared.infos + tile % kInfoTiles * kRows,
+            first + tile * kRows);
+        if (describes) shared.infos[(tile + 2) % kInfoTiles * kRows + thread] = after_next;
+    }
+}
+
+// How a kernel is launched: blocks along the rows, a head each, and parts of the result that a block cannot keep together.
+struct LaunchShape {
+    int64_t blocks;
+    int heads, parts;
+    int shared_bytes;
+};
+
+// Scores, unscaled: 16 kTiles rows of this warp by a streamed tile.
+template <typename T, int kTiles>
+using Scores = float[kTiles][kStreamRows<T> / 8][4];
+
+template <typename T, int kTiles>
+__device__ __forceinline__ void multiply_tiles(const unsigned char* rows, const unsigned char* streamed,
+                                               const TileShape<T>& shape, Scores<T, kTiles>& scores) {
+    constexpr int kBlocks = kStreamRows<T> / 8;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) scores[i][j][c] = 0.0f;
+        }
+    }
+#pragma unroll 2
+    for (int step = 0; step < shape.steps; ++step) {
+        Left<T> left[kTiles];
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) load_left<T>(left[i], rows + i * 16 * shape.pitch, shape.pitch, step);
+#pragma unroll
+        for (int j = 0; j < kBlocks; j += 2) {
+            Right<T> right[2];
+            load_right<T>(right, streamed + j * 8 * shape.pitch, shape.pitch, step);
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+                multiply_add<T>(scores[i][j], left[i], right[0]);
+                multiply_add<T>(scores[i][j + 1], left[i], right[1]);
+            }
+        }
+    }
+}
+
+// ---- reductions ---------------------------------------------------------------------------------------------------------
+
+// Over the four lanes that share a row of scores.
+__device__ __forceinline__ float quad_sum(float value) {
+    value += __shfl_xor_sync(kAllLanes, value, 1);
+    return value + __shfl_xor_sync(kAllLanes, value, 2);
+}
+__device__ __forceinline__ float quad_max(float value) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
+    return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
+}
+
+// The positions that a set of rows spans, those that see nothing left out.
+struct Positions {
+    int lowest, highest;
+
+    __device__ static Positions identity() { return {INT32_MAX, -1}; }
+    __device__ static Positions of(int position) { return {position < 0 ? INT32_MAX : position, position}; }
+    __device__ void merge(const Positions& other) {
+        lowest = lowest < other.lowest ? lowest : other.lowest;
+        highest = highest > other.highest ? highest : other.highest;
+    }
+    // Whether any key of [first, first + count) may be seen.
+    __device__ bool reach(int first, int count, int window) const {
+        return highest >= first && (window == 0 || lowest - window < first + count - 1);
+    }
+    // The first key that may be seen.
+    __device__ int oldest(int window) const {
+        return window == 0 || lowest == INT32_MAX || lowest < window ? 0 : lowest - window + 1;
+    }
+};
+
+}  // namespace cuda
+}  // namespace vgpo

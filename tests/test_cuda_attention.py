@@ -1,0 +1,164 @@
+"""The attention kernels for CUDA on the emulated GPU: tests of the operators, and every order of threads and blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import test_attention_mass
+import torch
+from emulation.attention import AttentionEmulator
+from emulation.harness import EmulationError, Shape, compiler
+from emulation.serving import adopt, serving
+from test_attention_mass import RAGGED, Attention, draw
+from tolerance import assert_matches
+from torch import Tensor
+
+from vgpo_kernels.reference import attention_mass as reference
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ to build kernels for emulation")
+
+OPERATORS = ("attention_mass", "attention_mass_backward", "attention_heatmap", "attention_heatmap_backward")
+SCALE = 0.2
+SHAPES = {
+    "reverse": Shape(order="reverse"),
+    "shuffled": Shape(order="shuffled", seed=1),
+    "interleaved": Shape(order="interleaved"),
+    "guards before": Shape(order="shuffled", seed=2, guard="before"),
+}
+
+
+@pytest.fixture(scope="session")
+def emulator() -> AttentionEmulator:
+    return AttentionEmulator()
+
+
+@pytest.fixture
+def backend_name(emulator: AttentionEmulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with serving(emulator, OPERATORS, monkeypatch) as name:
+        yield name
+
+
+@pytest.fixture
+def exact_backend(backend_name: str) -> str:
+    return backend_name
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu")
+
+
+adopt(globals(), test_attention_mass)
+
+
+def arguments(case: Attention) -> tuple[Tensor | None, ...]:
+    """Return the tensors that every operator takes."""
+    boundaries = (None if tensor is None else tensor.long() for tensor in (case.cu_seqlens_q, case.cu_seqlens_k))
+    return case.q, case.k, case.segments.int(), case.positions, *boundaries
+
+
+def call_everything(emulator: AttentionEmulator, case: Attention, window: int = 0) -> list[Tensor]:
+    """Every kernel on one batch; the results of all, flat."""
+    q, k, segments, positions, *boundaries = arguments(case)
+    count = int(segments.max()) + 1
+    mass = emulator.attention_mass(q, k, segments, positions, *boundaries, count, SCALE, window, False)
+    _, head_mass, lse = mass
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.rand(lse.select(-2, 0).shape, generator=generator)
+    labels = segments.clamp(max=1)
+    heat = (q, k, labels, positions, weights, lse, *boundaries, SCALE, window)
+    by_head = emulator.attention_heatmap(*heat, True)
+    mean = emulator.attention_heatmap(*heat, False)
+    grads = [torch.randn(tensor.shape, generator=generator) for tensor in (head_mass, by_head)]
+    layout = (q, k, segments, positions, *boundaries)
+    by_mass = emulator.attention_mass_backward(grads[0], *layout, head_mass, lse, SCALE, window)
+    return [*mass, by_head, mean, *by_mass, *emulator.attention_heatmap_backward(grads[1], *heat)]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_order_of_threads_or_blocks_changes_a_bit(
+    emulator: AttentionEmulator, dtype: torch.dtype, packed: bool
+) -> None:
+    """What a missing barrier, a copy not waited for, or an index out of range would break."""
+    lengths = ((5, 170), (30, 30)) if packed else ((21, 140),)
+    case = draw(lengths, heads=6, key_heads=1, size=32, packed=packed, mixed=packed, dtype=dtype)
+    expected = call_everything(emulator, case)
+    for name, shape in SHAPES.items():
+        with emulator.launched_as(shape):
+            for actual, wanted in zip(call_everything(emulator, case), expected, strict=True):
+                assert torch.equal(actual, wanted), name
+
+
+@pytest.mark.parametrize("size", [1, 8, 19, 64, 72])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unaligned_rows_give_the_same_bits(emulator: AttentionEmulator, dtype: torch.dtype, size: int) -> None:
+    """Rows that are copied as whole vectors, and the same rows where they must be read element by element."""
+    case = draw(((7, 40),), size=size, dtype=dtype)
+    expected = call_everything(emulator, case, window=9)
+    wide = []
+    for tensor in (case.q, case.k):
+        room = torch.full((*tensor.shape[:-1], size + 3), float("nan"), dtype=dtype)
+        room[..., 1:-2] = tensor
+        wide.append(room[..., 1:-2])
+    for guard in ("after", "before"):
+        with emulator.launched_as(Shape(guard=guard)):
+            found = call_everything(emulator, replace(case, q=wide[0], k=wide[1]), window=9)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("size", [128, 136, 256])
+def test_long_heads_take_several_blocks_for_their_gradients(emulator: AttentionEmulator, size: int) -> None:
+    case = draw(((3, 70),), heads=2, key_heads=1, size=size, dtype=torch.bfloat16)
+    layout = arguments(case)
+    mass = emulator.attention_mass(*layout, 3, SCALE, 0, True)
+    wanted = reference.attention_mass(*layout, 3, SCALE, 0, True, dtype=torch.float32)
+    torch.testing.assert_close(mass[0], wanted[0], rtol=0, atol=2e-6)
+    given = (torch.ones_like(mass[0]).cumsum(-1), *layout, mass[0], mass[2], SCALE, 0)
+    exact = reference.attention_mass_backward(*given)
+    for found, wide in zip(emulator.attention_mass_backward(*given), exact, strict=True):
+        assert (found.double() - wide).abs().max() <= 0.01 * wide.abs().max()
+
+
+def test_a_batch_of_many_responses_finds_its_blocks(emulator: AttentionEmulator) -> None:
+    """Blocks of a packed batch look for their response among more of them than a warp has lanes."""
+    lengths = tuple((index % 3, 2 + index % 5) for index in range(70))
+    case = draw(lengths, heads=2, key_heads=1, size=8, packed=True)
+    layout = (*arguments(case), 3, SCALE, 0, True)
+    mass, _, lse = emulator.attention_mass(*layout)
+    exact, _, exact_lse = reference.attention_mass(*layout)
+    torch.testing.assert_close(mass.double(), exact, rtol=0, atol=1e-6)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
+
+
+def test_products_of_floats_keep_their_digits(emulator: AttentionEmulator) -> None:
+    """TF32 alone would be off by 5e-4 of a score; its two parts are as exact as fp32."""
+    case = draw(((20, 60),), heads=2, key_heads=2, size=128)
+    layout = (*arguments(case), 3, SCALE, 0, True)
+    assert_matches(emulator.attention_mass(*layout), reference.attention_mass, layout, ("mass", "none", "lse"))
+
+
+def test_boundaries_that_lie_cannot_lead_outside(emulator: AttentionEmulator) -> None:
+    """No value on the device is checked before a launch: kernels clamp, and a wrong call stays inside its arrays."""
+    case = draw(RAGGED, packed=True)
+    queries, keys = len(case.q), len(case.k)
+    labels = torch.where(torch.arange(keys) % 3 == 0, 10**6, case.segments.int()).int()
+    for wrong in ([-5, 10, 20, 10**12, 3], [keys, 0, keys, 3, 0], [0, 0, 0, 0, 2 * keys]):
+        starts = torch.tensor(wrong)
+        positions = torch.full((queries,), 2**40)
+        q, k = case.q, case.k.nan_to_num()
+        layout = (q, k, labels, positions, starts, starts.flip(0))
+        mass, _, lse = emulator.attention_mass(*layout, 3, SCALE, 2**31 - 1, True)
+        weights = torch.ones(queries)
+        emulator.attention_heatmap(*layout[:4], weights, lse, *layout[4:], SCALE, 5, True)
+        emulator.attention_mass_backward(torch.ones_like(mass), *layout, mass, lse, SCALE, 0)
+
+
+def test_a_kernel_that_strays_is_caught(emulator: AttentionEmulator) -> None:
+    """The harness looks at these kernels, too: fewer segments than keys are read past their end."""
+    case = draw(((9, 40),))
+    q, k, segments, *rest = arguments(case)
+    with pytest.raises(EmulationError, match="past the end of segments"):
+        emulator.attention_mass(q, k, segments[:, :-2].contiguous(), *rest, 3, SCALE, 0, True)
