@@ -1,9 +1,11 @@
 // The kernels compiled for AVX512, by pragma instead of by compiler flag: one build serves every processor.
 #if defined(__x86_64__) && defined(__GNUC__)
 
+#ifndef __clang__
 // GCC's own header declares its undefined registers in a way that GCC 12 then warns about.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 // Standard headers come before the pragma, so that no shared function is compiled for this instruction set.
 #include <immintrin.h>

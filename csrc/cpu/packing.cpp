@@ -7,9 +7,11 @@
 #include "packing.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
+#ifndef __clang__
 // GCC's own header declares its undefined registers in a way that GCC 12 then warns about.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl"))), apply_to = function)
