@@ -167,6 +167,31 @@ def test_a_broken_response_does_not_reach_the_others(backend_name: str, device: 
     assert found[1][rows].isfinite().all()
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_token_is_predicted_by_the_row_before_its_own(backend_name: str, device: torch.device, packed: bool) -> None:
+    """Every row is sure of the token after its own: with that row, and no other, all ratios to certainty are 1."""
+    ids = torch.arange(10).view(2, 5)
+    hidden = 80.0 * torch.eye(11)[(ids + 1)]
+    targets, mask = ids[:, 2:], torch.ones(2, 3, dtype=torch.bool)
+    boundaries = None
+    if packed:
+        hidden, targets = hidden.view(10, 11), ids.view(-1)
+        mask = torch.tensor([False, True, True, True, True]).repeat(2)
+        boundaries = torch.tensor([0, 5, 10], device=device)
+    hidden, targets, mask = (tensor.to(device) for tensor in (hidden, targets, mask))
+    metrics = linear_policy_loss(
+        hidden,
+        torch.eye(11, device=device),
+        targets,
+        torch.zeros(targets.shape, device=device),
+        torch.ones(2, device=device),
+        mask,
+        cu_seqlens=boundaries,
+    ).metrics
+    assert metrics["num_tokens"] == mask.sum()
+    assert metrics["ratio_min"] == metrics["ratio_max"] == 1
+
+
 def test_a_token_that_nothing_predicts_is_refused(backend_name: str, device: torch.device) -> None:
     batch, head = with_predicting_rows(make_batch((Response(length=4),)), VOCABULARY)
     width = batch.hidden.shape[1]
