@@ -19,6 +19,7 @@ from vgpo_trainer.storage import writing
 
 BASELINE = "dapo"
 LEVEL = 0.95
+FEWEST_PAIRS = 3  # for a difference to be spoken of
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class ArmStatistics:
     Attributes:
         arm: Its name.
         seeds: Of the finished runs.
+        pairs: How many of them have a run of DAPO beside them.
         accuracy: Held-out.
         difference: Of accuracy to DAPO's with the same seed.
         late_early_ratio: As in :class:`Run`.
@@ -116,6 +118,7 @@ class ArmStatistics:
 
     arm: str
     seeds: list[int]
+    pairs: int
     accuracy: Interval
     difference: Interval
     late_early_ratio: Interval
@@ -134,6 +137,7 @@ def summarise(runs: Sequence[Run]) -> list[ArmStatistics]:
                 ArmStatistics(
                     arm=arm,
                     seeds=[run.seed for run in own],
+                    pairs=len(pairs),
                     accuracy=Interval.of([run.accuracy for run in own]),
                     difference=Interval.of([run.accuracy - other.accuracy for run, other in pairs]),
                     late_early_ratio=Interval.of([run.late_early_ratio for run in own]),
@@ -229,7 +233,8 @@ def markdown(summary: Sequence[ArmStatistics], runs: Sequence[Run], budget: Mapp
 
 def verdict(summary: Sequence[ArmStatistics]) -> str:
     """What the intervals say, in words."""
-    compared = [arm for arm in summary if arm.arm != BASELINE and math.isfinite(arm.difference.low)]
+    # Of two values even Student's interval is a guess: they may agree by chance.
+    compared = [arm for arm in summary if arm.arm != BASELINE and arm.pairs >= FEWEST_PAIRS]
     counts = sorted({len(arm.seeds) for arm in summary})
     seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     if not compared:
@@ -288,7 +293,7 @@ def plot(summary: Sequence[ArmStatistics], runs: Sequence[Run]) -> str:
             for row, name in enumerate(order):
                 colour = "#7a7a7a" if name == BASELINE else "#c8501e"
                 interval, dots = intervals[name], [scale * value for value in values[name]]
-                axis.plot(dots, [row] * len(dots), "o", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
+                axis.plot(dots, [row] * len(dots), "o", color=colour, alpha=0.5, markersize=4, markeredgewidth=0)
                 axis.plot([scale * interval.low, scale * interval.high], [row, row], color=colour, linewidth=1.8)
                 axis.plot([scale * interval.mean], [row], "D", color=colour, markersize=5)
             axis.set_xlabel(label)

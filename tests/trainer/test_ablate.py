@@ -191,6 +191,12 @@ def test_a_difference_that_shows_is_said_with_its_caution():
     assert "Of 2 such intervals" in text and "10%" in text
 
 
+def test_two_seeds_that_agree_by_chance_are_not_spoken_of():
+    runs = [result(arm, seed, 0.4 + (arm == "intra") * 0.1) for arm in ("dapo", "intra") for seed in range(2)]
+    assert summarise(runs)[1].difference.excludes_zero
+    assert "too few finished runs" in verdict(summarise(runs))
+
+
 @pytest.mark.parametrize("values", [[], [0.5]])
 def test_too_few_values_have_no_interval(values):
     interval = Interval.of(values)
