@@ -2,7 +2,8 @@
 
 The run folder gets ``config.json`` (every setting), ``metrics.jsonl`` (a record a step), ``checkpoint-<step>`` folders
 to resume from, and ``model``, a Hugging Face checkpoint of the result. A run whose folder already has checkpoints goes
-on from the last one.
+on from the last one. A loss or gradient that is not finite ends a run before it reaches a checkpoint, and leaves the
+batch that made it in ``nonfinite-step-<step>.safetensors``.
 """
 
 from __future__ import annotations
