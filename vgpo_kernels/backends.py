@@ -76,7 +76,7 @@ def backend(name: str) -> Iterator[None]:
 
     """
     global _forced
-    previous, _forced = _forced, _validate_name(name, "backend")
+    previous, _forced = _forced, _validate_name(name, "the name of a backend")
     try:
         yield
     finally:

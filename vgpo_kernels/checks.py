@@ -19,6 +19,10 @@ HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 INDEX_DTYPES = (torch.int64, torch.int32)
 
+# What operators take for an integer, and what the segment of a key fits into.
+_LARGEST = 2**63 - 1
+MOST_SEGMENTS = 2**31 - 1
+
 
 def describe(tensor: Tensor) -> str:
     """Spell a tensor's dtype, shape and device for an error message."""
@@ -26,9 +30,12 @@ def describe(tensor: Tensor) -> str:
 
 
 def require_tensor(name: str, value: object) -> Tensor:
-    """Return ``value`` if it is a tensor, else raise TypeError."""
+    """Return ``value`` if it is a dense tensor, else raise TypeError."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense torch.Tensor, got {kind}")
     return value
 
 
@@ -52,7 +59,13 @@ def require_device(name: str, tensor: Tensor, device: torch.device, other: str) 
         raise ValueError(f"{name} must be on {device} like {other}, got {describe(tensor)}")
 
 
-def mask(name: str, value: object, shape: Sequence[int], meaning: str, device: torch.device) -> Tensor:
+def rows_apart(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` if the step along its last dimension is 1, else a copy."""
+    # contiguous() would leave a tensor with no elements, or with one, as it is.
+    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def mask(name: str, value: object, shape: Sequence[int], meaning: str, device: torch.device, other: str) -> Tensor:
     """Return a boolean mask as contiguous bool; integer masks of 0 and 1 are converted.
 
     Raises:
@@ -66,29 +79,30 @@ def mask(name: str, value: object, shape: Sequence[int], meaning: str, device: t
             raise TypeError(f"{name} must be bool or an integer mask, got {describe(tensor)}; use {name}.bool()")
         tensor = tensor != 0
     require_shape(name, tensor, shape, meaning)
-    require_device(name, tensor, device, "the other arguments")
+    require_device(name, tensor, device, other)
     return tensor.contiguous()
 
 
-def cu_seqlens(value: object, total: int, device: torch.device, name: str = "cu_seqlens") -> Tensor:
-    """Return packed boundaries ``[B + 1]`` as int64.
+def cu_seqlens(value: object, packed: Tensor, other: str, name: str = "cu_seqlens") -> Tensor:
+    """Return the boundaries ``[B + 1]`` of ``packed``, which messages call ``other``, as int64.
 
     Raises:
         TypeError: Not an int32 or int64 tensor.
-        ValueError: Not 1-D, empty, on another device, or (CPU tensors) not rising from 0 to ``total``.
+        ValueError: Not 1-D, empty, on another device, or (CPU tensors) not rising from 0 to the packed length.
 
     """
+    total = packed.shape[0]
     boundaries = require_tensor(name, value)
     if boundaries.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name} must be int32 or int64, got {describe(boundaries)}")
     if boundaries.dim() != 1 or boundaries.shape[0] < 1:
         raise ValueError(f"{name} must have shape [B + 1], got {describe(boundaries)}")
-    require_device(name, boundaries, device, "the other arguments")
+    require_device(name, boundaries, packed.device, other)
     if values_are_free(boundaries):
         steps = boundaries.diff()
         if boundaries[0] != 0 or boundaries[-1] != total or bool((steps < 0).any()):
             raise ValueError(
-                f"{name} must rise from 0 to {total} (the packed length) without decreasing, "
+                f"{name} must rise from 0 to {total} (the packed length of {other}) without decreasing, "
                 f"got {_summarise(boundaries)}"
             )
     return boundaries.to(torch.int64).contiguous()
@@ -118,10 +132,10 @@ def response_layout(
     if tensor.dim() != expected:
         layout = "[B, T] without cu_seqlens" if boundaries is None else "[N] with cu_seqlens"
         raise ValueError(f"response_mask must have shape {layout}, got {describe(tensor)}")
-    checked = mask("response_mask", tensor, tensor.shape, "", device or tensor.device)
+    checked = mask("response_mask", tensor, tensor.shape, "", device or tensor.device, "hidden")
     if boundaries is None:
         return checked, None
-    return checked, cu_seqlens(boundaries, checked.shape[0], checked.device)
+    return checked, cu_seqlens(boundaries, checked, "response_mask")
 
 
 def hidden_states(hidden: object, boundaries: object) -> tuple[Tensor, Tensor | None]:
@@ -138,17 +152,16 @@ def hidden_states(hidden: object, boundaries: object) -> tuple[Tensor, Tensor | 
         raise ValueError(f"hidden must have shape {layout}, got {describe(tensor)}")
     if tensor.shape[-1] == 0:
         raise ValueError(f"hidden must have at least one feature, got {describe(tensor)}")
-    if tensor.stride(-1) != 1:
-        tensor = tensor.contiguous()
+    tensor = rows_apart(tensor)
     if boundaries is None:
         return tensor, None
-    return tensor, cu_seqlens(boundaries, tensor.shape[0], tensor.device)
+    return tensor, cu_seqlens(boundaries, tensor, "hidden")
 
 
 def visual_mask(value: object, hidden: Tensor) -> Tensor:
     """Return ``visual_mask`` as bool in the shape of ``hidden`` without its features."""
     meaning = "hidden's without its last dimension"
-    return mask("visual_mask", value, hidden.shape[:-1], meaning, hidden.device)
+    return mask("visual_mask", value, hidden.shape[:-1], meaning, hidden.device, "hidden")
 
 
 def response_rows(response_mask: Tensor, hidden: Tensor) -> None:
@@ -172,15 +185,24 @@ def prototype(value: object, index: object, hidden: Tensor, batch: int) -> tuple
     means = require_floating("prototype", value).detach()
     require_device("prototype", means, hidden.device, "hidden")
     if means.dim() != 2 or means.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"prototype must have shape [P, {hidden.shape[-1]}], got {describe(means)}")
+        raise ValueError(
+            f"prototype must have shape [P, {hidden.shape[-1]}], a column a feature of hidden {describe(hidden)}, "
+            f"got {describe(means)}"
+        )
     if means.dtype != torch.float64:
         means = means.float()
     if index is None:
         require_shape("prototype", means, (batch, hidden.shape[-1]), "a row a response without prototype_index")
         return means.contiguous(), None
-    rows = per_response_integers("prototype_index", index, batch, hidden.device)
+    rows = per_response_integers("prototype_index", index, batch, hidden.device, "hidden")
     if values_are_free(rows) and rows.numel() and (rows.min() < -1 or rows.max() >= means.shape[0]):
-        raise ValueError(f"prototype_index must lie in [-1, {means.shape[0]}) (-1: no image), got {_summarise(rows)}")
+        raise ValueError(
+            f"prototype_index must lie in [-1, {means.shape[0]}) (-1: no image), the rows of prototype "
+            f"{describe(means)}, got {_summarise(rows)}"
+        )
+    if means.shape[0] == 0:
+        # No response has an image. A row of zeros says the same, and gives kernels something to point at.
+        means = means.new_zeros(1, means.shape[1])
     return means.contiguous(), rows
 
 
@@ -199,19 +221,20 @@ def image(
     return None if visual is None else visual_mask(visual, hidden), *rows
 
 
-def per_response_integers(name: str, value: object, batch: int, device: torch.device) -> Tensor:
+def per_response_integers(name: str, value: object, batch: int, device: torch.device, other: str) -> Tensor:
     """Return integers ``[B]`` as int64."""
     tensor = require_tensor(name, value)
     if tensor.dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name} must be an integer tensor, got {describe(tensor)}")
-    require_shape(name, tensor, (batch,), "one entry a response")
-    require_device(name, tensor, device, "the other arguments")
+    require_shape(name, tensor, (batch,), f"one entry a response of {other}")
+    require_device(name, tensor, device, other)
     return tensor.to(torch.int64).contiguous()
 
 
-def has_visual(value: object, batch: int, device: torch.device) -> Tensor | None:
+def has_visual(value: object, batch: int, device: torch.device, other: str) -> Tensor | None:
     """Return ``has_visual`` as bool ``[B]``, or ``None``, which means that every response has an image."""
-    return None if value is None else mask("has_visual", value, (batch,), "one entry a response", device)
+    meaning = f"one entry a response of {other}"
+    return None if value is None else mask("has_visual", value, (batch,), meaning, device, other)
 
 
 def per_token(name: str, value: object, like: Tensor, *, detach: bool = True) -> Tensor:
@@ -254,9 +277,12 @@ def count(name: str, value: object, device: torch.device) -> Tensor | None:
     if value is None:
         return None
     if isinstance(value, Tensor):
+        require_tensor(name, value)
         if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
             raise ValueError(f"{name} must be a number or a tensor of one number, got {describe(value)}")
         require_device(name, value, device, "the other arguments")
+        if values_are_free(value) and not 0 <= value.item() < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value.item()}")
         return value.detach().reshape(()).to(torch.float32)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, a tensor of one number or None, got {type(value).__name__}")
@@ -291,11 +317,11 @@ def queries_and_keys(
         raise ValueError(
             f"q must have a multiple of k's heads, got {q.shape[1]} heads {describe(q)} and {k.shape[1]} {describe(k)}"
         )
-    q, k = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k))
+    q, k = rows_apart(q), rows_apart(k)
     if not packed:
         return q, k, (None, None)
-    begins = cu_seqlens(cu_seqlens_q, q.shape[0], q.device, "cu_seqlens_q")
-    begins_k = cu_seqlens(cu_seqlens_k, k.shape[0], q.device, "cu_seqlens_k")
+    begins = cu_seqlens(cu_seqlens_q, q, "q", "cu_seqlens_q")
+    begins_k = cu_seqlens(cu_seqlens_k, k, "k", "cu_seqlens_k")
     require_shape("cu_seqlens_k", begins_k, begins.shape, "cu_seqlens_q's")
     return q, k, (begins, begins_k)
 
@@ -310,13 +336,14 @@ def key_segments(value: object, k: Tensor, num_segments: int) -> Tensor:
     segments = require_tensor("key_segments", value)
     if segments.dtype not in INTEGER_DTYPES:
         raise TypeError(f"key_segments must be an integer tensor, got {describe(segments)}")
-    require_shape("key_segments", segments, token_shape(k), "one entry a key")
-    require_device("key_segments", segments, k.device, "the other arguments")
+    require_shape("key_segments", segments, token_shape(k), "one entry a key of k")
+    require_device("key_segments", segments, k.device, "k")
     if values_are_free(segments) and segments.numel() and segments.max() >= num_segments:
         raise ValueError(
             f"key_segments must be below num_segments={num_segments} (negative: ignored), got {int(segments.max())}"
         )
-    return segments.clamp(-1, num_segments).to(torch.int32).contiguous()
+    # Bounds need not fit the dtype that the segments came in: widen before clamping.
+    return segments.to(torch.int64).clamp(-1, num_segments).to(torch.int32).contiguous()
 
 
 def query_positions(
@@ -327,9 +354,9 @@ def query_positions(
         positions = require_tensor("query_positions", value)
         if positions.dtype not in INTEGER_DTYPES:
             raise TypeError(f"query_positions must be an integer tensor, got {describe(positions)}")
-        require_shape("query_positions", positions, token_shape(q), "one entry a query")
+        require_shape("query_positions", positions, token_shape(q), "one entry a query of q")
         require_device("query_positions", positions, q.device, "q")
-        return positions.to(torch.int64).contiguous()
+        return positions.to(torch.int64).clamp(min=-1).contiguous()
     begins_q, begins_k = boundaries
     if begins_q is None or begins_k is None:
         fits = q.shape[2] <= k.shape[2]
@@ -381,16 +408,16 @@ def head(hidden: object, weight: object, bias: object) -> tuple[Tensor, Tensor, 
     kind = states.device.type
     if torch.is_autocast_enabled(kind) and states.dtype != torch.float64:
         states = states.to(torch.get_autocast_dtype(kind))
-    return states, rows if rows.stride(-1) == 1 else rows.contiguous(), bias
+    return states, rows_apart(rows), bias
 
 
-def targets(value: object, shape: Sequence[int], meaning: str, device: torch.device) -> Tensor:
+def targets(value: object, shape: Sequence[int], meaning: str, device: torch.device, other: str = "hidden") -> Tensor:
     """Return target ids of ``shape`` as int64."""
     ids = require_tensor("targets", value)
     if ids.dtype not in INTEGER_DTYPES:
         raise TypeError(f"targets must be an integer tensor, got {describe(ids)}")
     require_shape("targets", ids, shape, meaning)
-    require_device("targets", ids, device, "hidden")
+    require_device("targets", ids, device, other)
     return ids.to(torch.int64).contiguous()
 
 
@@ -404,13 +431,22 @@ def target_values(ids: Tensor, read: Tensor, vocabulary: int | None) -> None:
         raise ValueError(f"targets must be at least 0{bound}, got {low} to {high}")
 
 
+def vocabulary_slices(value: object, ids: object) -> tuple[Tensor, Tensor]:
+    """Check what slices of the vocabulary gave, ``[R, 4, ...]``, and the targets ``[...]`` that it is about."""
+    slices = require_floating("slices", value)
+    if slices.dim() < 2 or slices.shape[0] == 0 or slices.shape[1] != 4:
+        raise ValueError(f"slices must have shape [R, 4, ...] with R > 0, got {describe(slices)}")
+    meaning = f"what follows [R, 4] in the shape of slices {describe(slices)}"
+    return slices, targets(ids, slices.shape[2:], meaning, slices.device, "slices")
+
+
 def ignore_index(value: object) -> int | None:
     """Return ``value`` if it is an integer or ``None``."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"ignore_index must be an integer or None, got {type(value).__name__}")
-    return value
+    return _bounded_integer("ignore_index", value, -_LARGEST, _LARGEST)
 
 
 def temperature(value: object) -> float:
@@ -428,12 +464,8 @@ def chunk_bytes(value: object) -> int:
 
 
 def not_negative_integer(name: str, value: object) -> int:
-    """Return ``value`` if it is an integer, zero or above."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
-    return value
+    """Return ``value`` if it is an integer, zero or above, of 64 bits."""
+    return _bounded_integer(name, value, 0, _LARGEST)
 
 
 def predicted_tokens(response_mask: Tensor, first_tokens: Tensor) -> None:
@@ -448,12 +480,15 @@ def predicted_tokens(response_mask: Tensor, first_tokens: Tensor) -> None:
         )
 
 
-def positive_integer(name: str, value: object) -> int:
-    """Return ``value`` if it is an integer above zero."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+def positive_integer(name: str, value: object, most: int = _LARGEST) -> int:
+    """Return ``value`` if it is an integer above zero, at most ``most``."""
+    return _bounded_integer(name, value, 1, most)
+
+
+def flag(name: str, value: object) -> bool:
+    """Return ``value`` if it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
     return value
 
 
@@ -468,6 +503,17 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return fp64 if any tensor is fp64 (then the reference serves the call), else fp32."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
+
+
+def _bounded_integer(name: str, value: object, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        bound = "must not be negative" if least == 0 else f"must be at least {least}"
+        raise ValueError(f"{name} {bound}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
+    return value
 
 
 def _computable(tensor: Tensor, detach: bool) -> Tensor:

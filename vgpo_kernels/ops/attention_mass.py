@@ -60,14 +60,15 @@ def attention_mass(
 
     """
     q, k, boundaries = checks.queries_and_keys(q, k, cu_seqlens_q, cu_seqlens_k)
-    number = checks.positive_integer("num_segments", num_segments)
+    number = checks.positive_integer("num_segments", num_segments, checks.MOST_SEGMENTS)
     segments = checks.key_segments(key_segments, k, number)
     positions = checks.query_positions(query_positions, q, k, boundaries)
     factor = checks.attention_scale(scale, q.shape[-1])
     width = 0 if window is None else checks.positive_integer("window", window)
+    by_head = checks.flag("per_head", per_head)
     dtype = checks.compute_dtype(q)
     mass, _, _ = registry.call(
-        "attention_mass", q.device, dtype, q, k, segments, positions, *boundaries, number, factor, width, per_head
+        "attention_mass", q.device, dtype, q, k, segments, positions, *boundaries, number, factor, width, by_head
     )
     return mass.to(dtype)  # type: ignore[no-any-return]
 
@@ -116,22 +117,23 @@ def attention_heatmap(
 
     """
     q, k, boundaries = checks.queries_and_keys(q, k, cu_seqlens_q, cu_seqlens_k)
-    shown = checks.mask("key_mask", key_mask, checks.token_shape(k), "one entry a key", q.device)
+    shown = checks.mask("key_mask", key_mask, checks.token_shape(k), "one entry a key of k", q.device, "q")
     labels = torch.where(shown, SHOWN, SEEN).to(torch.int32)
     if attention_mask is not None:
-        seen = checks.mask("attention_mask", attention_mask, shown.shape, "one entry a key", q.device)
+        seen = checks.mask("attention_mask", attention_mask, shown.shape, "one entry a key of k", q.device, "q")
         labels = labels.masked_fill(~seen, IGNORED)
     positions = checks.query_positions(query_positions, q, k, boundaries)
     if query_mask is not None:
-        chosen = checks.mask("query_mask", query_mask, checks.token_shape(q), "one entry a query", q.device)
+        chosen = checks.mask("query_mask", query_mask, checks.token_shape(q), "one entry a query of q", q.device, "q")
         if positions is None:
             positions = reference.default_positions(chosen.shape[-1], shown.shape[-1], *boundaries, q.device)
         # A query at a negative position sees nothing, so kernels skip it.
         positions = torch.where(chosen, positions, -1).contiguous()
     factor = checks.attention_scale(scale, q.shape[-1])
     width = 0 if window is None else checks.positive_integer("window", window)
+    by_head = checks.flag("per_head", per_head)
     dtype = checks.compute_dtype(q)
-    keys, layout = (q, k, labels, positions), (*boundaries, factor, width, per_head)
+    keys, layout = (q, k, labels, positions), (*boundaries, factor, width, by_head)
     _, _, lse = registry.call("attention_mass", q.device, dtype, *keys, *boundaries, 2, factor, width, True)
     weights = _query_weights(lse, boundaries[0])
     heat = registry.call("attention_heatmap", q.device, dtype, *keys, weights, lse, *layout)

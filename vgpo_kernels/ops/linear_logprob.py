@@ -59,10 +59,11 @@ def linear_logprob(
         ValueError: Shapes, devices or settings do not fit together, or a target is no row of the weight.
 
     """
+    both = checks.flag("return_entropy", return_entropy)
     logp, entropy = logp_and_entropy(
         _statistics(hidden, weight, targets, bias, 0, temperature, ignore_index, chunk_bytes, whole=True)
     )
-    return (logp, entropy) if return_entropy else logp
+    return (logp, entropy) if both else logp
 
 
 def linear_logprob_slice(
@@ -116,7 +117,13 @@ def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None 
     Returns:
         Log-probabilities and entropies, float32 in targets' shape; 0 where the target is ``ignore_index``.
 
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes or devices do not fit together.
+
     """
+    slices, targets = checks.vocabulary_slices(slices, targets)
+    skipped = checks.ignore_index(ignore_index)
     maximum, log_sum, target, mean = slices.unbind(1)
     # The maxima are constants to autograd: what depends on them cancels.
     shift = (maximum - maximum.amax(0)).detach()
@@ -124,8 +131,8 @@ def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None 
     share = (shift + log_sum - total).exp()
     logp = (target + shift).amax(0) - total
     entropy = total - (share * (shift + mean)).sum(0)
-    if ignore_index is not None:
-        kept = targets != ignore_index
+    if skipped is not None:
+        kept = targets != skipped
         logp, entropy = torch.where(kept, logp, 0.0), torch.where(kept, entropy, 0.0)
     return logp, entropy
 

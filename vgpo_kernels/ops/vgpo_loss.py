@@ -75,7 +75,7 @@ def vgpo_loss(
     checks.response_rows(mask, hidden)
     visible, means, rows = checks.image(visual_mask, prototype, prototype_index, hidden, mask, boundaries)
     batch = checks.batch_size(mask, boundaries)
-    groups = checks.per_response_integers("group_ids", group_ids, batch, mask.device)
+    groups = checks.per_response_integers("group_ids", group_ids, batch, mask.device, "hidden")
     floats = checks.settings("config", config, VGPOConfig).as_floats()
     current = checks.per_token("logp", logp, mask, detach=False)
     arguments, options = loss_arguments(mask, boundaries, old_logp, advantages, **policy_loss_options)
