@@ -25,9 +25,10 @@ Layout layout_of(const at::Tensor& response_mask, const OptionalTensor& cu_seqle
 FocusInput focus_input(const at::Tensor& hidden, const OptionalTensor& visual_mask, Layout& layout,
                        const OptionalTensor& prototype, const OptionalTensor& prototype_index) {
     const bool packed = layout.cu_seqlens != nullptr;
-    TORCH_CHECK_VALUE(hidden.device().is_cpu() && hidden.dim() == (packed ? 2 : 3) && hidden.stride(-1) == 1,
+    TORCH_CHECK_VALUE(hidden.device().is_cpu() && hidden.dim() == (packed ? 2 : 3) && hidden.stride(-1) == 1 &&
+                          hidden.size(-1) > 0,
                       "hidden must be a CPU tensor of shape ", packed ? "[N, D]" : "[B, S, D]",
-                      " with a contiguous last dimension, got ", hidden.sizes());
+                      " with a contiguous last dimension, D > 0, got ", hidden.sizes());
     FocusInput input = {};
     switch (hidden.scalar_type()) {
         case at::kFloat: input.type = HiddenType::kFloat; break;
@@ -51,6 +52,8 @@ FocusInput focus_input(const at::Tensor& hidden, const OptionalTensor& visual_ma
     TORCH_CHECK_VALUE(visual_mask.has_value() || prototype.has_value(), "visual_mask is None, which needs prototype");
     if (prototype.has_value()) {
         const int64_t given = prototype_index.has_value() ? prototype->size(0) : layout.batch;
+        // Without a row there is no memory to point at, and a null pointer stands for prototypes to be computed.
+        TORCH_CHECK_VALUE(given > 0 || layout.batch == 0, "prototype must have a row, got ", prototype->sizes());
         input.prototype = checked<float>("prototype", *prototype, {given, input.columns});
         input.prototype_index = checked<int64_t>("prototype_index", prototype_index, {layout.batch});
         for (int64_t b = 0; input.prototype_index != nullptr && b < layout.batch; ++b) {
@@ -61,15 +64,38 @@ FocusInput focus_input(const at::Tensor& hidden, const OptionalTensor& visual_ma
     return input;
 }
 
+namespace {
+
+// Codes become enumerators, and ratios indices: neither may be anything else, NaN included.
+void check_code(const char* name, double code, int choices) {
+    TORCH_CHECK_VALUE(0.0 <= code && code < choices, name, " must be a code in [0, ", choices, "), got ", code);
+}
+
+void check_ratio(const char* name, double ratio) {
+    TORCH_CHECK_VALUE(0.0 <= ratio && ratio <= 1.0, name, " must be in [0, 1], got ", ratio);
+}
+
+}  // namespace
+
 WeightsConfig config_of(at::ArrayRef<double> fields) {
     TORCH_CHECK_VALUE(fields.size() == kConfigFields, "config must have ", kConfigFields, " numbers, got ",
                       fields.size());
+    check_code("schedule", fields[0], 3);
+    check_ratio("tail_ratio", fields[2]);
+    check_ratio("top_ratio", fields[3]);
+    check_code("score", fields[10], 2);
+    check_code("position", fields[12], 2);
+    check_code("accumulation", fields[13], 3);
     return WeightsConfig::from(fields.data());
 }
 
 LossOptions options_of(at::ArrayRef<double> fields) {
     TORCH_CHECK_VALUE(fields.size() == kOptionFields, "options must have ", kOptionFields, " numbers, got ",
                       fields.size());
+    check_code("loss_type", fields[0], 8);
+    check_code("aggregation", fields[1], 4);
+    check_code("kl_estimator", fields[6], 4);
+    check_code("importance_mode", fields[15], 2);
     return LossOptions::from(fields.data());
 }
 

@@ -48,8 +48,8 @@ AttentionInput attention_input(const at::Tensor& q, const at::Tensor& k, const a
     input.size = q.size(-1);
     const bool packed = cu_seqlens_q.has_value();
     input.batch = packed ? cu_seqlens_q->size(0) - 1 : q.size(0);
-    TORCH_CHECK_VALUE(k.scalar_type() == q.scalar_type() && k.size(-1) == input.size && input.k.heads > 0 &&
-                          input.q.heads % input.k.heads == 0 &&
+    TORCH_CHECK_VALUE(k.scalar_type() == q.scalar_type() && k.size(-1) == input.size && input.size > 0 &&
+                          input.k.heads > 0 && input.q.heads > 0 && input.q.heads % input.k.heads == 0 &&
                           input.batch == (packed ? cu_seqlens_k->size(0) - 1 : k.size(0)),
                       "k must have q's dtype, batch and head size and a divisor of its heads, got ", k.scalar_type(), " ",
                       k.sizes(), " and q ", q.scalar_type(), " ", q.sizes());

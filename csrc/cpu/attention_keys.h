@@ -43,8 +43,10 @@ struct AttentionInput {
     // Index of a query or a key in arrays of one entry a query head and token: [B, Hq, L] padded, [Hq, L] packed.
     int64_t query_index(int64_t b, int64_t head, int64_t token) const { return by_head(q, b, head) + token; }
     int64_t key_index(int64_t b, int64_t head, int64_t token) const { return by_head(k, b, head) + token; }
+    // Negative: sees no key, and how negative makes no difference, so that no arithmetic on it overflows.
     int64_t position(int64_t b, int64_t token) const {
-        return positions == nullptr ? k.tokens(b) - q.tokens(b) + token : positions[q.first(b) + token];
+        const int64_t given = positions == nullptr ? k.tokens(b) - q.tokens(b) + token : positions[q.first(b) + token];
+        return std::max<int64_t>(given, -1);
     }
 
 private:

@@ -70,9 +70,10 @@ Chunk chunk_of(const at::Tensor& hidden, const at::Tensor& weight, const Optiona
                           "hidden and weight must be fp32 or bf16 matrices with contiguous rows on the CPU, got ",
                           tensor->scalar_type(), " ", tensor->sizes());
     }
-    TORCH_CHECK_VALUE(hidden.size(1) == weight.size(1) && hidden.scalar_type() == weight.scalar_type(),
-                      "hidden and weight must have one dtype and as many columns, got ", hidden.sizes(), " and ",
-                      weight.sizes());
+    TORCH_CHECK_VALUE(hidden.size(1) == weight.size(1) && hidden.size(1) > 0 &&
+                          hidden.scalar_type() == weight.scalar_type(),
+                      "hidden and weight must have one dtype and as many columns, at least one, got ", hidden.sizes(),
+                      " and ", weight.sizes());
     return {hidden,
             weight,
             checked<float>("bias", bias, {weight.size(0)}),
@@ -217,7 +218,7 @@ void head_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& r
                       right.sizes());
     const Rows products = rows_of("result", result, left.size(0), right.size(1));
     const auto usable = [](const at::Tensor& matrix) { return matrix.stride(0) == 1 || matrix.stride(1) == 1; };
-    if (!in_bf16(left, right) || !usable(left) || !usable(right)) {
+    if (!in_bf16(left, right) || !usable(left) || !usable(right) || left.size(1) == 0) {
         torch_product(left, right, result, accumulate);
         return;
     }
