@@ -3,10 +3,10 @@
 
 #include <cmath>
 #include <limits>
-#include <memory>
 
 #include "arguments.h"
 #include "attention_keys.h"
+#include "attention_scores.h"
 #include "ops.h"
 #include "parallel.h"
 
@@ -28,13 +28,6 @@ struct Row {
     int64_t offset;  // of its first component in q
 };
 
-struct Workspace {
-    std::unique_ptr<float[]> panel, room;
-    float scores[kQueryRows * kPanelKeys];
-
-    explicit Workspace(int64_t size) : panel(new float[size * kPanelKeys]), room(new float[size * kQueryRows]) {}
-};
-
 std::vector<KeyOrder> key_orders(const AttentionInput& input) {
     std::vector<KeyOrder> orders;
     orders.reserve(input.batch);
@@ -54,35 +47,37 @@ std::vector<Run> panels_of(const KeyOrder& order) {
 }
 
 void pack_panel(const AttentionInput& input, int64_t b, int64_t key_head, const KeyOrder& order, const Run& panel,
-                Workspace& workspace) {
+                Scores& scores) {
     int64_t offsets[kPanelKeys];
     for (int64_t i = panel.begin; i < panel.end; ++i) {
         offsets[i - panel.begin] = input.k.offset(b, key_head, order.keys()[i]);
     }
-    kernels().pack_keys[static_cast<int>(input.type)](input.k.data, offsets, panel.end - panel.begin, input.size,
-                                                      workspace.panel.get());
+    scores.pack(offsets, panel.end - panel.begin);
 }
 
-// Scores of the panel in `workspace` for the rows of a tile that see any of it; calls use(row, scores, begin, end)
-// with the keys of the panel that the row sees.
+// Scores of the panel for the rows that see any of it, a tile of rows after the other; calls use(row, scores, begin,
+// end) with the keys of the panel that the row sees.
 template <typename Use>
-void visit_tile(const AttentionInput& input, const KeyOrder& order, const Run& panel, const Row* rows, int64_t count,
-                Workspace& workspace, const Use& use) {
-    KeyOrder::Range ranges[kQueryRows];
-    int64_t offsets[kQueryRows];
-    bool seen = false;
-    for (int64_t r = 0; r < count; ++r) {
-        ranges[r] = order.visible(panel, rows[r].position, input.window);
-        offsets[r] = rows[r].offset;
-        seen = seen || !ranges[r].empty();
-    }
-    if (!seen) return;
-    kernels().attention_scores[static_cast<int>(input.type)](input.q.data, offsets, count, workspace.panel.get(),
-                                                             panel.end - panel.begin, input.size, input.scale,
-                                                             workspace.room.get(), workspace.scores);
-    for (int64_t r = 0; r < count; ++r) {
-        if (ranges[r].empty()) continue;
-        use(r, workspace.scores + r * kPanelKeys, ranges[r].begin - panel.begin, ranges[r].end - panel.begin);
+void visit_rows(const AttentionInput& input, const KeyOrder& order, const Run& panel, const std::vector<Row>& rows,
+                Scores& scores, const Use& use) {
+    KeyOrder::Range ranges[kMatrixRows];
+    int64_t offsets[kMatrixRows];
+    const int64_t all = static_cast<int64_t>(rows.size());
+    for (int64_t tile = 0; tile < all; tile += scores.tile_rows()) {
+        const int64_t count = std::min(scores.tile_rows(), all - tile);
+        bool seen = false;
+        for (int64_t r = 0; r < count; ++r) {
+            const Row& row = rows[tile + r];
+            ranges[r] = order.visible(panel, row.position, input.window);
+            offsets[r] = row.offset;
+            seen = seen || !ranges[r].empty();
+        }
+        if (!seen) continue;
+        scores.multiply(offsets, count);
+        for (int64_t r = 0; r < count; ++r) {
+            if (ranges[r].empty()) continue;
+            use(rows[tile + r], scores.row(r), ranges[r].begin - panel.begin, ranges[r].end - panel.begin);
+        }
     }
 }
 
@@ -100,24 +95,20 @@ void mass_of_rows(const AttentionInput& input, int64_t b, int64_t key_head, int6
             if (position >= 0) rows.push_back({token, head, position, input.q.offset(b, head, token)});
         }
     }
-    Workspace workspace(input.size);
-    const int64_t count = static_cast<int64_t>(rows.size());
+    Scores scores(input);
     for (const Run& panel : panels) {
         const bool seen = std::any_of(rows.begin(), rows.end(), [&](const Row& row) {
             return !order.visible(panel, row.position, input.window).empty();
         });
         if (!seen) continue;
-        pack_panel(input, b, key_head, order, panel, workspace);
-        for (int64_t tile = 0; tile < count; tile += kQueryRows) {
-            const Row* tile_rows = rows.data() + tile;
-            visit_tile(input, order, panel, tile_rows, std::min(kQueryRows, count - tile), workspace,
-                       [&](int64_t r, float* scores, int64_t begin, int64_t end) {
-                           const int64_t index = input.query_index(b, tile_rows[r].head, tile_rows[r].token);
-                           // Until the last panel `lse` holds the largest score and `mass` sums relative to it.
-                           kernels().softmax_update(scores, begin, end, lse + index, mass + index * segments,
-                                                    segments, panel.segment);
-                       });
-        }
+        pack_panel(input, b, key_head, order, panel, scores);
+        visit_rows(input, order, panel, rows, scores,
+                   [&](const Row& row, float* row_scores, int64_t begin, int64_t end) {
+                       const int64_t index = input.query_index(b, row.head, row.token);
+                       // Until the last panel `lse` holds the largest score and `mass` sums relative to it.
+                       kernels().softmax_update(row_scores, begin, end, lse + index, mass + index * segments, segments,
+                                                panel.segment);
+                   });
     }
     for (const Row& row : rows) {
         const int64_t index = input.query_index(b, row.head, row.token);
@@ -132,8 +123,8 @@ void mass_of_rows(const AttentionInput& input, int64_t b, int64_t key_head, int6
 // What the keys of a panel receive from the weighted queries of a response, in the heads that share `key_head`.
 void heat_of_panel(const AttentionInput& input, int64_t b, int64_t key_head, const KeyOrder& order, const Run& panel,
                    const float* weights, const float* lse, float* heat) {
-    Workspace workspace(input.size);
-    pack_panel(input, b, key_head, order, panel, workspace);
+    Scores scores(input);
+    pack_panel(input, b, key_head, order, panel, scores);
     std::vector<Row> rows;
     for (int64_t head = key_head * input.group(); head < (key_head + 1) * input.group(); ++head) {
         rows.clear();
@@ -142,16 +133,11 @@ void heat_of_panel(const AttentionInput& input, int64_t b, int64_t key_head, con
             rows.push_back({token, head, input.position(b, token), input.q.offset(b, head, token)});
         }
         float totals[kPanelKeys] = {};
-        const int64_t count = static_cast<int64_t>(rows.size());
-        for (int64_t tile = 0; tile < count; tile += kQueryRows) {
-            const Row* tile_rows = rows.data() + tile;
-            visit_tile(input, order, panel, tile_rows, std::min(kQueryRows, count - tile), workspace,
-                       [&](int64_t r, float* scores, int64_t begin, int64_t end) {
-                           const int64_t token = tile_rows[r].token;
-                           kernels().add_probabilities(scores, begin, end, lse[input.query_index(b, head, token)],
-                                                       weights[input.q.first(b) + token], totals);
-                       });
-        }
+        visit_rows(input, order, panel, rows, scores,
+                   [&](const Row& row, float* row_scores, int64_t begin, int64_t end) {
+                       kernels().add_probabilities(row_scores, begin, end, lse[input.query_index(b, head, row.token)],
+                                                   weights[input.q.first(b) + row.token], totals);
+                   });
         for (int64_t i = panel.begin; i < panel.end; ++i) {
             heat[input.key_index(b, head, order.keys()[i])] = totals[i - panel.begin];
         }

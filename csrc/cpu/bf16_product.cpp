@@ -48,6 +48,12 @@ LeftRows::LeftRows(const BFloat16Matrix& matrix, int64_t begin, int64_t count)
     data_ = copy_.data();
 }
 
+void multiply_panel(const BFloat16* rows, int64_t count, int64_t stride, const BFloat16* panel, int64_t columns,
+                    int64_t depth, float* result, int64_t result_stride, bool accumulate) {
+    at::native::cpublas::brgemm(count, columns, depth, stride, kPanelColumns, result_stride, accumulate, as_torch(rows),
+                                as_torch(panel), result);
+}
+
 void multiply(const LeftRows& rows, const PackedColumns& right, int64_t begin, int64_t columns, float* result,
               int64_t result_stride, bool accumulate) {
     for (int64_t tile = 0; tile < columns; tile += kTileColumns) {
@@ -55,10 +61,9 @@ void multiply(const LeftRows& rows, const PackedColumns& right, int64_t begin, i
         for (int64_t k = 0; k < right.depth(); k += kDepthBlock) {
             const int64_t depth = std::min(kDepthBlock, right.depth() - k);
             for (int64_t column = tile; column < end; column += kPanelColumns) {
-                at::native::cpublas::brgemm(
-                    rows.rows(), std::min(kPanelColumns, end - column), depth, rows.stride(), kPanelColumns,
-                    result_stride, accumulate || k > 0, as_torch(rows.data() + k),
-                    as_torch(right.panel(begin + column) + k * kPanelColumns), result + column);
+                multiply_panel(rows.data() + k, rows.rows(), rows.stride(),
+                               right.panel(begin + column) + k * kPanelColumns, std::min(kPanelColumns, end - column),
+                               depth, result + column, result_stride, accumulate || k > 0);
             }
         }
     }

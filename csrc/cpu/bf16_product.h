@@ -70,8 +70,12 @@ private:
     LineAligned<BFloat16> copy_;
 };
 
+// result [rows, columns] = (or +=) rows [rows, depth] times the first columns of a panel; strides in elements, depth
+// even. A thread calls release_products() after its last product.
+void multiply_panel(const BFloat16* rows, int64_t count, int64_t stride, const BFloat16* panel, int64_t columns,
+                    int64_t depth, float* result, int64_t result_stride, bool accumulate);
 // result [rows, columns] = (or +=) rows times the columns [begin, begin + columns) of the right matrix; begin is a
-// multiple of kPanelColumns. A thread calls release_products() after its last product.
+// multiple of kPanelColumns.
 void multiply(const LeftRows& rows, const PackedColumns& right, int64_t begin, int64_t columns, float* result,
               int64_t result_stride, bool accumulate);
 void release_products();
