@@ -10,15 +10,17 @@ BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint build verl gpu-check clean FORCE
+.PHONY: help demo test bench docs lint build verl asan gpu-check clean FORCE
 
 help:
 	@echo "make demo       train a small vision-language model with VGPO, end with a report"
 	@echo "make test       run the tests"
-	@echo "make bench      run the benchmarks"
+	@echo "make bench      run the benchmarks, append their rows to benchmarks/results and draw them"
+	@echo "make docs       write what is made of docstrings and of recorded rows: docs/api.md, pictures"
 	@echo "make lint       run the linters and the type checker"
 	@echo "make build      compile the extension only (VGPO_BUILD=auto|cpu|cuda|none)"
 	@echo "make verl       install verl beside it, so that the tests of its adapter run"
+	@echo "make asan       run the tests of the C++ CPU kernels under AddressSanitizer"
 	@echo "make gpu-check  build, test, sanitize and measure on an NVIDIA GPU, with the Python of the machine"
 	@echo "make clean      remove everything that was built, but not $(VENV)"
 
@@ -30,8 +32,15 @@ test: export TRITON_INTERPRET ?= $(if $(wildcard /dev/nvidia0 /dev/kfd),0,1)
 test: $(VENV)/.built
 	$(BIN)/python -m pytest $(ARGS)
 
+# VGPO_BENCH_RECORD=0 measures and records nothing.
+bench: export VGPO_BENCH_RECORD ?= 1
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+	$(BIN)/python benchmarks/plot.py
+
+docs: $(VENV)/.installed
+	$(BIN)/python scripts/api_reference.py
+	$(BIN)/python benchmarks/plot.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -41,6 +50,9 @@ lint: $(VENV)/.installed
 build: $(VENV)/.built
 
 verl: $(VENV)/.verl
+
+asan: $(VENV)/.installed
+	PYTHON=$(BIN)/python bash scripts/asan.sh $(ARGS)
 
 gpu-check:
 	PYTHON=$(PYTHON) bash scripts/gpu_check.sh $(ARGS)

@@ -153,6 +153,7 @@ class Row:
     percent_of_ceiling: float
     peak_mib: float | None  # beyond the inputs, result included
     times_ours: float  # its time by ours
+    gflop_per_s: float | None  # by the fewest operations; none for a ceiling
 
 
 class Stopwatch:
@@ -190,7 +191,7 @@ class Stopwatch:
         case = self.case
         ceiling_rate = case.ceilings[0].bytes / min(self.ceilings[case.ceilings[0].name])
 
-        def row(name: str, size: int, times: list[float], peak: float | None = None) -> Row:
+        def row(name: str, size: int, times: list[float], peak: float | None = None, flops: int = 0) -> Row:
             fastest = min(times)
             return Row(
                 date=date.today().isoformat(),
@@ -207,13 +208,14 @@ class Stopwatch:
                 percent_of_ceiling=round(100 * size / fastest / ceiling_rate, 1),
                 peak_mib=None if peak is None else round(peak, 2),
                 times_ours=round(fastest / min(ours), 2),
+                gflop_per_s=round(flops / fastest / 1e9, 2) if flops else None,
             )
 
-        rows = [row("vgpo_kernels", case.bytes, ours, self.peaks["ours"])]
+        rows = [row("vgpo_kernels", case.bytes, ours, self.peaks["ours"], case.flops)]
         for ceiling in case.ceilings:
             rows.append(row(f"ceiling: {ceiling.name}", ceiling.bytes, self.ceilings[ceiling.name]))
         for name, times in self.peers.items():
-            rows.append(row(name, case.bytes, times, self.peaks[name]))
+            rows.append(row(name, case.bytes, times, self.peaks[name], case.flops))
         return rows
 
 
@@ -293,7 +295,7 @@ def print_table(rows: Iterable[Row], console: Console | None = None) -> None:
         return
     table = Table(title=f"{rows[0].device}, torch {rows[0].torch}", title_justify="left")
     table.add_column("op and shape", overflow="fold")
-    for heading in ("implementation", "ms", "median ms", "GB/s", "of ceiling", "peak MiB", "time / ours"):
+    for heading in ("implementation", "ms", "median ms", "GB/s", "GFLOP/s", "of ceiling", "peak MiB", "time / ours"):
         table.add_column(heading, justify="left" if heading == "implementation" else "right")
     shown = None
     for row in rows:
@@ -309,6 +311,7 @@ def print_table(rows: Iterable[Row], console: Console | None = None) -> None:
             f"{row.ms:.3f}",
             f"{row.median_ms:.3f}",
             f"{row.gb_per_s:.1f}",
+            "" if row.gflop_per_s is None else f"{row.gflop_per_s:.1f}",
             f"{row.percent_of_ceiling:.0f}%",
             "" if row.peak_mib is None else f"{row.peak_mib:.1f}",
             "" if ours else f"{row.times_ours:.2f}",
@@ -321,11 +324,22 @@ def print_table(rows: Iterable[Row], console: Console | None = None) -> None:
 
 
 def append_csv(rows: Iterable[Row], path: Path) -> None:
-    """Append rows to a CSV file, which gets its heading when it is new."""
+    """Append rows to a CSV file, which gets its heading when it is new.
+
+    Raises:
+        ValueError: The file has other columns.
+
+    """
+    columns = [column.name for column in fields(Row)]
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
+    if not is_new:
+        with path.open(newline="") as file:
+            found = next(csv.reader(file), [])
+        if found != columns:
+            raise ValueError(f"{path} has the columns {', '.join(found)}, not {', '.join(columns)}")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [column.name for column in fields(Row)])
+        writer = csv.DictWriter(file, columns)
         if is_new:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
