@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,17 @@ from vgpo_kernels import VGPOConfig
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.policy_loss import POLICY_METRICS
 
+ROOT = Path(__file__).resolve().parent.parent
+# Where every op has a file of its stem.
+ROOMS = {
+    "vgpo_kernels/ops": "{}.py",
+    "vgpo_kernels/reference": "{}.py",
+    "vgpo_kernels/triton_kernels": "{}.py",
+    "csrc/cpu": "{}.cpp",
+    "csrc/cuda": "{}.cu",
+    "benchmarks": "bench_{}.py",
+    "tests": "test_{}.py",
+}
 CONFIG = VGPOConfig.paper().as_floats()
 OPTIONS = vgpo_kernels.PolicyLossOptions(max_length=32).as_floats()
 
@@ -124,3 +136,11 @@ def test_metrics_are_read_without_being_computed(backend_name: str, device: torc
     metrics = vgpo_kernels.policy_loss(batch.logp, batch.old_logp, batch.advantages, batch.response_mask).metrics
     assert tuple(metrics) == POLICY_METRICS
     assert all(value.dim() == 0 and not value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_operator_has_its_stem_in_every_room(room: str) -> None:
+    stems = {operator.stem for operator in registry.OPERATORS.values()}
+    assert len(stems) >= 6
+    missing = [stem for stem in stems if not (ROOT / room / ROOMS[room].format(stem)).is_file()]
+    assert not missing
