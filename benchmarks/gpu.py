@@ -302,11 +302,8 @@ class Bench:
         self.rows: list[Row] = []
         self.wrong: list[str] = []
         driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        # A copy of the tree without its history is told its commit.
-        commit = os.environ.get("VGPO_COMMIT") or said("git", "rev-parse", "--short=12", "HEAD") or "unknown"
-        commit += "+changes" if said("git", "status", "--porcelain", "--untracked-files=no") else ""
         device = torch.cuda.get_device_name()
-        self.origin = (date.today().isoformat(), commit, device, driver, torch.__version__)
+        self.origin = (date.today().isoformat(), commit(), device, driver, torch.__version__)
         print(f"copy: {self.copy:.0f} GB/s on {device}", flush=True)
 
     def add(self, case: Case, variant: str, shape: Shape, ms: float, launches: int | None, peak: float) -> None:
@@ -378,6 +375,12 @@ def said(*command: str) -> str:
         return ""
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return result.stdout.strip().splitlines()[0] if result.stdout.strip() else ""
+
+
+def commit() -> str:
+    """Return the commit that is measured; a copy of the tree without its history is told it."""
+    name = os.environ.get("VGPO_COMMIT") or said("git", "rev-parse", "--short=12", "HEAD") or "unknown"
+    return name + ("+changes" if said("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
 def main() -> None:

@@ -4,7 +4,8 @@
 #   scripts/gpu_check.sh [stage...]     stages: build test triton sanitize bench; all of them by default
 #
 # A stage takes minutes at most and can be run alone. PYTHON names the interpreter that has torch for CUDA. Benchmarks
-# append rows to benchmarks/results/gpu.csv. A stage that fails does not stop the next, except the build.
+# append rows to benchmarks/results/gpu.csv and gpu_products.csv. A stage that fails does not stop the next, except the
+# build.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,7 +15,8 @@ stages=("$@")
 summary=()
 status=0
 operator_tests=(tests/test_visual_focus.py tests/test_visual_weights.py tests/test_policy_loss.py
-    tests/test_vgpo_loss.py tests/test_operators.py)
+    tests/test_vgpo_loss.py tests/test_operators.py tests/test_attention_mass.py tests/test_linear_logprob.py
+    tests/test_lm_head.py tests/test_linear_vgpo_loss.py)
 
 wanted() { [[ " ${stages[*]} " == *" $1 "* ]]; }
 
@@ -65,18 +67,18 @@ sanitize() {  # tool
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 
 if wanted build; then
-    VGPO_BUILD=cuda stage build 240 "$PYTHON" setup.py build_ext --inplace || finish
+    VGPO_BUILD=cuda stage build 300 "$PYTHON" setup.py build_ext --inplace || finish
 fi
 
 if wanted test; then
     # Tests of the operators on the GPU's backends; what needs no GPU is left to `make test`.
-    VGPO_TEST_BACKENDS=reference,cuda stage test 180 "$PYTHON" -m pytest -q --maxfail=20 \
+    VGPO_TEST_BACKENDS=reference,cuda stage test 240 "$PYTHON" -m pytest -q --maxfail=20 \
         -p no:cacheprovider tests/test_cuda_gpu.py "${operator_tests[@]}"
 fi
 
 if wanted triton; then
     # The same tests. Every combination of options is a kernel of its own, some 200 to compile the first time.
-    VGPO_TEST_BACKENDS=triton stage triton 300 "$PYTHON" -m pytest -q --maxfail=20 \
+    VGPO_TEST_BACKENDS=triton stage triton 400 "$PYTHON" -m pytest -q --maxfail=20 \
         -p no:cacheprovider "${operator_tests[@]}"
 fi
 
@@ -91,6 +93,7 @@ fi
 
 if wanted bench; then
     stage bench 150 "$PYTHON" benchmarks/gpu.py
+    stage "bench of products" 150 "$PYTHON" benchmarks/gpu_products.py
 fi
 
 finish

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from cases import Batch, Response, make_batch  # noqa: E402
+from linear_cases import make_head  # noqa: E402
 from tolerance import assert_close, assert_matches  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 import vgpo_kernels  # noqa: E402
 from vgpo_kernels import VGPOConfig, backend  # noqa: E402
@@ -66,6 +68,66 @@ def check(batch: Batch, config: VGPOConfig, loss_type: str) -> None:
     assert_close(gradients[1], gradients[0].double(), name="gradient in one call", floor=1e-5)
 
 
+def check_attention(dtype: torch.dtype, packed: bool, size: int) -> None:
+    """Masses, heat map and their gradients of a few responses; the first keys of each are ignored, and NaN."""
+    generator = torch.Generator().manual_seed(size)
+    queries, keys, heads, key_heads = (41, 41), (150, 150), 6, 2
+    q = torch.randn(2, heads, queries[0], size, generator=generator)
+    k = torch.randn(2, key_heads, keys[0], size, generator=generator)
+    segments = torch.arange(keys[0]).mul(3).div(keys[0], rounding_mode="floor").repeat(2, 1)
+    segments[:, 90::7] = 1
+    segments[:, :11] = -1
+    k = k.masked_fill((segments < 0)[:, None, :, None], float("nan"))
+    layout = {}
+    if packed:
+        q, k = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k))
+        segments = segments.flatten()
+        layout = {"cu_seqlens_q": torch.tensor([0, 41, 82]), "cu_seqlens_k": torch.tensor([0, 150, 300])}
+    q, k = q.to(dtype), k.to(dtype)
+
+    def results(device: str, precision: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.to(device, precision).requires_grad_() for tensor in (q, k)]
+        labels, moved = segments.to(device), {name: tensor.to(device) for name, tensor in layout.items()}
+        masses = vgpo_kernels.attention_mass(*leaves, labels, window=60, **moved)
+        heat = vgpo_kernels.attention_heatmap(*leaves, labels == 1, attention_mask=labels >= 0, **moved)
+        loss = (masses * masses.detach().cos()).sum() + (heat * heat.detach().cos()).sum()
+        return [masses.detach(), heat.detach(), *torch.autograd.grad(loss, leaves)]
+
+    with backend("cuda"):
+        found = results("cuda", dtype)
+    with backend("reference"):
+        exact = results("cpu", torch.float64)
+    for name, one, wide in zip(("masses", "heat map", "gradient by q", "gradient by k"), found, exact, strict=True):
+        gradient = name.startswith("gradient")
+        floor = 4 * torch.finfo(dtype).eps if gradient else 1e-5
+        unit = wide.abs().max() if gradient else 1.0
+        assert_close(one.cpu() / unit, wide / unit, name=f"{name}, d={size} {dtype}", floor=max(floor, 1e-5))
+
+
+def check_head(dtype: torch.dtype) -> None:
+    """Log-probabilities, entropies and gradients of an LM head, in chunks that are no multiple of anything."""
+    head = make_head(45, 40, 5003, dtype=dtype, bias=True, ignored=0.2)
+
+    def results(tensors: list[Tensor], targets: Tensor) -> list[Tensor]:
+        hidden, weight, bias = (tensor.requires_grad_() for tensor in tensors)
+        values = vgpo_kernels.linear_logprob(
+            hidden, weight, targets, bias=bias, temperature=0.8, return_entropy=True, chunk_bytes=4 * 30 * 1100
+        )
+        loss = values[0].sum() + (values[1] * values[1].detach().cos()).sum()
+        return [*(value.detach() for value in values), *torch.autograd.grad(loss, (hidden, weight, bias))]
+
+    with backend("cuda"):
+        found = results(head.to(torch.device("cuda")).tensors(), head.targets.cuda())
+    with backend("reference"):
+        exact = results(head.double().tensors(), head.targets)
+    names = ("logp", "entropy", "gradient by hidden", "gradient by weight", "gradient by bias")
+    for name, one, wide in zip(names, found, exact, strict=True):
+        gradient = name.startswith("gradient")
+        unit = wide.abs().max() if gradient else 1.0
+        floor = max(4 * torch.finfo(dtype).eps, 1e-5) if gradient else 1e-5
+        assert_close(one.cpu() / unit, wide / unit, name=f"{name}, {dtype}", floor=floor)
+
+
 def main() -> None:
     """Run every element type in both layouts, aligned and unaligned."""
     configs = (VGPOConfig.paper(), VGPOConfig.released())
@@ -73,6 +135,9 @@ def main() -> None:
     for index, (dtype, packed) in enumerate(product(dtypes, (False, True))):
         batch = make_batch(MIXED, dtype=dtype, packed=packed, features=67 if packed else 264)
         check(batch, configs[index % 2], ("dapo", "gspo", "cispo")[index % 3])
+        check_attention(dtype, packed, size=19 if packed else 136)
+    for dtype in dtypes:
+        check_head(dtype)
     torch.cuda.synchronize()
     print("every operator is right on small batches")
 

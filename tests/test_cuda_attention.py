@@ -140,6 +140,14 @@ def test_products_of_floats_keep_their_digits(emulator: AttentionEmulator) -> No
     assert_matches(emulator.attention_mass(*layout), reference.attention_mass, layout, ("mass", "none", "lse"))
 
 
+def test_segments_out_of_range_are_ignored(emulator: AttentionEmulator) -> None:
+    case = draw(((4, 90),), mixed=True)
+    q, k, segments, *rest = arguments(case)
+    wild = torch.where(segments < 0, torch.tensor([-9, 3, 10**6, -(2**31)]).repeat(23)[:90], segments).int()
+    found, expected = (emulator.attention_mass(q, k, labels, *rest, 3, SCALE, 0, True) for labels in (wild, segments))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_boundaries_that_lie_cannot_lead_outside(emulator: AttentionEmulator) -> None:
     """No value on the device is checked before a launch: kernels clamp, and a wrong call stays inside its arrays."""
     case = draw(RAGGED, packed=True)

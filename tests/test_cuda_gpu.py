@@ -12,9 +12,12 @@ from torch import Tensor
 
 from vgpo_kernels import (
     VGPOConfig,
+    attention_heatmap,
+    attention_mass,
     backend,
     backends,
     group_weights,
+    linear_logprob,
     policy_loss,
     vgpo_loss,
     visual_focus,
@@ -41,7 +44,32 @@ def calls(batch: Batch) -> dict[str, Callable[[], Any]]:
     cos = visual_focus(batch.hidden, batch.visual_mask, batch.response_mask)
     weights = visual_weights(cos, batch.response_mask, batch.group_ids, config)
     tokens = (batch.old_logp, batch.advantages, batch.response_mask)
+    generator = torch.Generator().manual_seed(0)
+    device = batch.hidden.device
+    q, k = (
+        torch.randn(2, heads, length, 64, generator=generator).to(device, torch.bfloat16)
+        for heads, length in ((6, 50), (2, 200))
+    )
+    segments = torch.arange(200, device=device).div(70, rounding_mode="floor").to(torch.int32).repeat(2, 1)
+    rows = batch.hidden.flatten(0, -2)[:70].nan_to_num()
+    weight = torch.randn(3001, rows.shape[-1], generator=generator).to(device, rows.dtype)
+    targets = torch.arange(len(rows), device=device)
+
+    def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        return torch.autograd.grad(function(*leaves).square().sum(), leaves)
+
     return {
+        "attention_mass": lambda: attention_mass(q, k, segments),
+        "attention_mass's gradient": lambda: gradients(lambda q, k: attention_mass(q, k, segments), q, k),
+        "attention_heatmap": lambda: attention_heatmap(q, k, segments == 1),
+        "attention_heatmap's gradient": lambda: gradients(lambda q, k: attention_heatmap(q, k, segments == 1), q, k),
+        "linear_logprob": lambda: linear_logprob(
+            rows, weight, targets, return_entropy=True, ignore_index=None, chunk_bytes=4 * 30 * 1024
+        ),
+        "linear_logprob's gradient": lambda: gradients(
+            lambda rows, weight: linear_logprob(rows, weight, targets, ignore_index=None), rows, weight
+        ),
         "visual_prototype": lambda: visual_prototype(batch.hidden, batch.visual_mask),
         "visual_focus": lambda: visual_focus(batch.hidden, batch.visual_mask, batch.response_mask),
         "visual_weights": lambda: visual_weights(cos, batch.response_mask, batch.group_ids, config)[:5],
@@ -56,7 +84,12 @@ def calls(batch: Batch) -> dict[str, Callable[[], Any]]:
     }
 
 
-OPERATORS = ("visual_prototype", "visual_focus", "visual_weights", "group_weights", "policy_loss", "vgpo_loss")
+ONE_LAUNCH = ("visual_prototype", "visual_focus", "visual_weights", "group_weights", "policy_loss", "vgpo_loss")
+OPERATORS = (
+    *ONE_LAUNCH,
+    *("attention_mass", "attention_mass's gradient", "attention_heatmap", "attention_heatmap's gradient"),
+    *("linear_logprob", "linear_logprob's gradient"),
+)
 
 
 @pytest.fixture
@@ -70,7 +103,7 @@ def same(one: Any, two: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", ONE_LAUNCH)
 def test_a_call_is_one_launch(batch: Batch, name: str) -> None:
     call = calls(batch)[name]
     call()
@@ -151,6 +184,25 @@ def test_offsets_pass_32_bits() -> None:
     cos = visual_focus(hidden, *masks, cu_seqlens=boundaries)
     expected = visual_focus(small.hidden, small.visual_mask, small.response_mask, cu_seqlens=small.cu_seqlens)
     assert torch.equal(cos[count - length :], expected)
+
+
+def test_offsets_of_attention_pass_32_bits() -> None:
+    """Packed keys of more than 2^31 elements; the response that counts lies at their end."""
+    size, key_heads, count, length = 128, 8, 2_150_000, 300
+    if torch.cuda.mem_get_info()[0] < 3 * size * key_heads * count:
+        pytest.skip("needs 7 GB of free GPU memory")
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    q = torch.randn(40, 16, size, generator=generator, device="cuda").bfloat16()
+    small = torch.randn(length, key_heads, size, generator=generator, device="cuda").bfloat16()
+    k = torch.full((count, key_heads, size), float("nan"), dtype=torch.bfloat16, device="cuda")
+    k[count - length :] = small
+    segments = torch.arange(count, device="cuda", dtype=torch.int32) % 3
+    starts = [
+        torch.tensor(ends, device="cuda") for ends in ([0, 0, 40], [0, count - length, count], [0, 40], [0, length])
+    ]
+    found = attention_mass(q, k, segments, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
+    expected = attention_mass(q, small, segments[-length:], cu_seqlens_q=starts[2], cu_seqlens_k=starts[3])
+    assert torch.equal(found, expected)
 
 
 def test_a_call_leaves_the_current_device_alone(batch: Batch) -> None:

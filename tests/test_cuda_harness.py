@@ -71,6 +71,8 @@ def atomics(values: Tensor) -> Tensor:
 CORRECT = {
     "reverse": reversed_blocks,
     "dynamic": reversed_blocks,
+    "asynchronous copies": reversed_blocks,
+    "matrices": torch.clone,
     "rounds": rounds,
     "two sums": two_sums,
     "neighbours": neighbours,
@@ -100,6 +102,7 @@ def test_a_correct_kernel_is_correct_in_every_order(
         ("missing barrier between rounds", rounds),
         ("missing barrier between sums", two_sums),
         ("missing grid barrier", neighbours),
+        ("missing wait", reversed_blocks),
     ],
 )
 def test_a_missing_barrier_shows(plants: ctypes.CDLL, name: str, expected: object) -> None:
@@ -130,6 +133,8 @@ def test_a_missing_barrier_shows(plants: ctypes.CDLL, name: str, expected: objec
         ("dynamic memory too small", "after", "0 bytes past the end of dynamic shared memory"),
         ("write to an input", "after", "out-of-range access, a write to input, in block (0, 0, 0), thread (0, 0, 0)"),
         ("misaligned vector", "before", "undefined behaviour: an index, alignment"),
+        ("misaligned copy", "after", "misaligned asynchronous copy"),
+        ("matrices by half a warp", "after", "deadlock in block (0, 0, 0): 32 threads in a warp operation"),
         ("grid barrier without cooperation", "after", "grid synchronisation in a launch that is not cooperative"),
         ("divergent barrier", "after", "deadlock in block (0, 0, 0): 63 threads at __syncthreads"),
         ("two barriers", "after", "divergent __syncthreads"),

@@ -1,8 +1,8 @@
 // Gradients of attention by segment and by key, by recomputing the probabilities p from the log-sum-exp.
 //
-// A score's gradient is p (g - <p, g>), g being the gradient of p: that of its segment's mass, or of its key's heat times
-// the query's weight. One kernel streams the keys past a tile of queries and gives q's gradient and <p, g>; another
-// streams the queries past a tile of keys and gives k's. Neither adds to memory that another block writes.
+// A score's gradient is p (g - <p, g>), g being the gradient of p: that of its segment's mass, or of its key's heat
+// times the query's weight. One kernel streams the keys past a tile of queries and gives q's gradient and <p, g>;
+// another streams the queries past a tile of keys and gives k's. Neither adds to memory that another block writes.
 #pragma once
 
 #include "attention_mass.cuh"
@@ -83,7 +83,7 @@ __device__ __forceinline__ int kept_components(const TileShape<T>& shape, int co
     return rest < kGradientComponents ? rest : kGradientComponents;
 }
 
-// ---- gradient of the queries --------------------------------------------------------------------------------------------
+// ---- gradient of the queries -----------------------------------------------------------------------------------
 
 template <typename T>
 __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
         const int segment = keys.segment(key);
         return KeyInfo{segment < 0 ? -1 : keys.offset(key), segment};
     };
-    // Calls visit(j, i, h, key, segment, probability) for this lane's scores of a tile; the probability of a key that is
-    // not seen is zero.
+    // Calls visit(j, c, h, key, segment, probability) for this lane's scores [j][c] of a tile, which are of its row h;
+    // the probability of a key that is not seen is zero.
     const auto probabilities = [&](const unsigned char* tile, const KeyInfo* infos, int first_key, auto visit) {
         Scores<T, 1> scores;
         multiply_tiles<T, 1>(own_rows, tile, shape, scores);
@@ -213,7 +213,7 @@ LaunchShape query_gradient_shape(const AttentionGradientArguments<T>& arguments)
             SharedTiles<T, KeyInfo>::bytes(kRows, TileShape<T>(input.size).pitch)};
 }
 
-// ---- gradient of the keys -----------------------------------------------------------------------------------------------
+// ---- gradient of the keys --------------------------------------------------------------------------------------
 
 template <typename T>
 __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
@@ -250,7 +250,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
             info.mean = arguments.means[index];
             if (arguments.heatmap()) {
                 info.weight = arguments.weights[rows.token_begin + rows.token(row)];
-                info.grad = input.head_index(block.response, keys.token_begin, key_head * group + row % group, input.keys);
+                const int head = key_head * group + row % group;
+                info.grad = input.head_index(block.response, keys.token_begin, head, input.keys);
             } else {
                 info.grad = index * num_segments;
             }
@@ -261,7 +262,9 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
         const auto use = [&](const unsigned char* tile, const RowInfo* infos, int) {
             Positions seen = Positions::identity();
 #pragma unroll
-            for (int i = 0; i < kStreamRows<T>; i += kWarpSize) seen.merge(Positions::of(infos[i + lane_index()].position));
+            for (int i = 0; i < kStreamRows<T>; i += kWarpSize) {
+                seen.merge(Positions::of(infos[i + lane_index()].position));
+            }
             if (!warp_counts || !warp_reduce(seen).reach(warp_key, 16, window)) return;
             Scores<T, 1> scores;
             multiply_tiles<T, 1>(shared.rows + (warp_key - block.first) * shape.pitch, tile, shape, scores);

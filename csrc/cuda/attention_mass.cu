@@ -62,8 +62,8 @@ AttentionInput<T> checked_attention(const Attention& given) {
     const int64_t batch = packed ? given.cu_seqlens_q->size(0) - 1 : q.size(0);
     TORCH_CHECK_VALUE(k.scalar_type() == q.scalar_type() && k.size(-1) == q.size(-1) && k.size(1) > 0 &&
                           q.size(1) % k.size(1) == 0 && batch >= 0 && (packed || k.size(0) == batch),
-                      "k must have q's dtype, batch and head size and a divisor of its heads, got ", k.scalar_type(), " ",
-                      k.sizes(), " and q ", q.scalar_type(), " ", q.sizes());
+                      "k must have q's dtype, batch and head size and a divisor of its heads, got ", k.scalar_type(),
+                      " ", k.sizes(), " and q ", q.scalar_type(), " ", q.sizes());
     const int64_t rows = given.length(q) * (q.size(1) / k.size(1));
     TORCH_CHECK_VALUE(rows <= kMostRows && given.length(k) <= kMostRows, "more than ", kMostRows,
                       " queries times heads of a group, or keys: ", rows, " and ", given.length(k));
@@ -113,8 +113,8 @@ at::Tensor mean_of_heads(const at::Tensor& by_head, bool packed) {
     const HeadMeanArguments arguments{by_head.const_data_ptr<float>(), mean.mutable_data_ptr<float>(), batch,
                                       static_cast<int>(by_head.size(head_dim)), results / std::max<int64_t>(batch, 1)};
     const int64_t blocks = std::min(ceil_div<int64_t>(results, kAttentionThreads), kMostBlocks);
-    launch_blocks(head_mean_kernel<kAttentionThreads>, arguments, dim3(static_cast<unsigned>(blocks)), kAttentionThreads,
-                  0, by_head.device());
+    launch_blocks(head_mean_kernel<kAttentionThreads>, arguments, dim3(static_cast<unsigned>(blocks)),
+                  kAttentionThreads, 0, by_head.device());
     return mean;
 }
 

@@ -40,7 +40,7 @@ __device__ TileSegments tile_segments(const KeyInfo* infos) {
     return {static_cast<int>(lowest), static_cast<int>(highest) - 1, __all_sync(kAllLanes, complete) != 0};
 }
 
-// ---- masses -------------------------------------------------------------------------------------------------------------
+// ---- masses ----------------------------------------------------------------------------------------------------
 
 template <typename T>
 struct AttentionMassArguments {
@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
     attention_mass_kernel(const __grid_constant__ AttentionMassArguments<T> arguments) {
     constexpr int kTiles = kForwardTiles<T>, kRows = block_rows(kTiles), kBlocks = kStreamRows<T> / 8;
     const AttentionInput<T>& input = arguments.input;
-    const int group = input.group(), window = input.window, first_segment = static_cast<int>(blockIdx.z) * kBlockSegments;
-    const int key_head = static_cast<int>(blockIdx.y);
+    const int group = input.group(), window = input.window, key_head = static_cast<int>(blockIdx.y);
+    const int first_segment = static_cast<int>(blockIdx.z) * kBlockSegments;
     // The last queries see the most keys: begin with them.
     const BlockRows block = find_rows(input.query_boundaries, input.batch, input.queries, group, kRows,
                                       gridDim.x - 1 - blockIdx.x);
@@ -220,8 +220,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
             }
         }
     };
-    stream_rows(keys.data, input.aligned, shape, shared, seen.oldest(window) / kStreamRows<T> * kStreamRows<T>, last_key,
-                describe, use);
+    stream_rows(keys.data, input.aligned, shape, shared, seen.oldest(window) / kStreamRows<T> * kStreamRows<T>,
+                last_key, describe, use);
 
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -256,7 +256,7 @@ LaunchShape launch_shape(const AttentionMassArguments<T>& arguments) {
             SharedTiles<T, KeyInfo>::bytes(kRows, TileShape<T>(input.size).pitch)};
 }
 
-// ---- heat map -----------------------------------------------------------------------------------------------------------
+// ---- heat map --------------------------------------------------------------------------------------------------
 
 template <typename T>
 struct AttentionHeatmapArguments {
@@ -326,7 +326,9 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
         const auto use = [&](const unsigned char* tile, const RowInfo* infos, int) {
             Positions seen = Positions::identity();
 #pragma unroll
-            for (int i = 0; i < kStreamRows<T>; i += kWarpSize) seen.merge(Positions::of(infos[i + lane_index()].position));
+            for (int i = 0; i < kStreamRows<T>; i += kWarpSize) {
+                seen.merge(Positions::of(infos[i + lane_index()].position));
+            }
             if (!warp_shows || !warp_reduce(seen).reach(warp_key, 16 * kTiles, window)) return;
             Scores<T, kTiles> scores;
             multiply_tiles<T, kTiles>(shared.rows + (warp_key - block.first) * shape.pitch, tile, shape, scores);
@@ -372,7 +374,7 @@ LaunchShape launch_shape(const AttentionHeatmapArguments<T>& arguments) {
             SharedTiles<T, RowInfo>::bytes(kKeys, TileShape<T>(input.size).pitch)};
 }
 
-// ---- mean over heads ----------------------------------------------------------------------------------------------------
+// ---- mean over heads -------------------------------------------------------------------------------------------
 
 struct HeadMeanArguments {
     const float* values;  // [batch, heads, count]

@@ -1,9 +1,9 @@
-// What the attention kernels share: queries and keys as rows, tiles of them in shared memory, and the scores of a tile.
+// What the attention kernels share: queries and keys as rows, tiles of them in shared memory, the scores of a tile.
 //
 // A block holds a tile of rows (of queries, or of keys) and streams tiles of the others past it; scores never leave
 // registers. The query heads that share a key head are rows of one tile: a key is read once for all of them and never
-// repeated. What a row needs besides its components is listed three tiles deep, rows are copied asynchronously two tiles
-// deep, so that a warp has nothing to wait for but its products.
+// repeated. Rows are copied asynchronously, a tile ahead of their use, and what there is to say of a row is read a tile
+// ahead of that.
 //
 // Rows are counted within a response, in 32 bits; where a response begins is a 64-bit offset.
 #pragma once
@@ -35,7 +35,7 @@ constexpr int kForwardTiles = sizeof(T) == 2 ? 2 : 1;
 // Rows of a block whose warps hold `tiles` times 16.
 constexpr __host__ __device__ int block_rows(int tiles) { return tiles * 16 * kAttentionWarps; }
 
-// ---- input ------------------------------------------------------------------------------------------------------------
+// ---- input -----------------------------------------------------------------------------------------------------
 
 // q or k: [B, H, L, d] padded, [L, H, d] packed; strides in elements.
 template <typename T>
@@ -52,18 +52,18 @@ struct HeadTensor {
 template <typename T>
 struct AttentionInput {
     HeadTensor<const T> q, k;
-    bool aligned;                   // rows are whole, aligned 16-byte vectors
-    int size;                       // d
-    int heads, key_heads;           // Hq, Hk
-    int64_t batch;                  // B
-    int64_t queries, keys;          // T and S of a padded batch, N and M of a packed one
+    bool aligned;                     // rows are whole, aligned 16-byte vectors
+    int size;                         // d
+    int heads, key_heads;             // Hq, Hk
+    int64_t batch;                    // B
+    int64_t queries, keys;            // T and S of a padded batch, N and M of a packed one
     const int64_t* query_boundaries;  // [B + 1], or null for a padded batch
     const int64_t* key_boundaries;
-    const int32_t* segments;        // [B, S] or [M]
-    const int64_t* positions;       // [B, T] or [N]; null: queries are the last ones
-    int num_segments;               // G
+    const int32_t* segments;          // [B, S] or [M]
+    const int64_t* positions;         // [B, T] or [N]; null: queries are the last ones
+    int num_segments;                 // G
     float scale;
-    int window;                     // 0: none
+    int window;                       // 0: none
 
     __host__ __device__ int group() const { return heads / key_heads; }
     __device__ bool packed() const { return query_boundaries != nullptr; }
@@ -94,7 +94,7 @@ __device__ inline Span token_span(const int64_t* boundaries, int64_t response, i
     return {begin, static_cast<int>(end > begin ? end - begin : 0)};
 }
 
-// ---- blocks of a batch --------------------------------------------------------------------------------------------------
+// ---- blocks of a batch -----------------------------------------------------------------------------------------
 //
 // A block has rows of one response. The host knows how many blocks that takes without the boundaries: response i of a
 // packed batch owns those from floor(its first row / rows of a block) + i on, enough for its rows and at least one.
@@ -127,7 +127,7 @@ __device__ inline BlockRows find_rows(const int64_t* boundaries, int64_t batch, 
     return {response, static_cast<int>(skipped < 0 ? 0 : skipped) * tile};
 }
 
-// ---- rows ---------------------------------------------------------------------------------------------------------------
+// ---- rows ------------------------------------------------------------------------------------------------------
 
 // Queries of a response in `group` neighbouring heads: row r is query r / group in the head r % group of these.
 template <typename T>
@@ -137,10 +137,10 @@ struct QueryRows {
     const int64_t* positions;  // of the response, or null
     int count;                 // of rows
     int group;
-    int first_position;  // of the first query where there are no positions
-    int64_t token_begin;  // flat index of the first query
-    int64_t head_begin;   // index of the first query and head among all heads
-    int64_t head_length;  // distance of heads there
+    int first_position;        // of the first query, where there are no positions
+    int64_t token_begin;       // flat index of the first query
+    int64_t head_begin;        // index of the first query and head in arrays of one entry a head and query
+    int64_t head_length;       // distance of heads there
 
     __device__ int token(int row) const { return row / group; }
     __device__ int64_t offset(int row) const { return token(row) * token_stride + row % group * head_stride; }
@@ -166,7 +166,7 @@ struct KeyRows {
     // -1: ignored, or no key at all.
     __device__ int segment(int key) const {
         const int value = key < count ? segments[key] : -1;
-        return value < num_segments ? value : -1;
+        return value >= 0 && value < num_segments ? value : -1;
     }
 };
 
@@ -198,12 +198,12 @@ __device__ __forceinline__ bool sees(int position, int key, int window) {
     return position >= key && (window == 0 || position - key < window);
 }
 
-// ---- tiles --------------------------------------------------------------------------------------------------------------
+// ---- tiles -----------------------------------------------------------------------------------------------------
 
 // The shape of every tile in shared memory.
 template <typename T>
 struct TileShape {
-    int size;  // d
+    int size;   // d
     int pitch;  // bytes from row to row
     int steps;  // of a product over all components
 
@@ -282,7 +282,7 @@ struct SharedTiles {
     Info* infos;
 
     static constexpr int bytes(int block_rows, int pitch) {
-        return (block_rows + 2 * kStreamRows<T>)*pitch + kInfoTiles * kStreamRows<T> * static_cast<int>(sizeof(Info));
+        return (block_rows + 2 * kStreamRows<T>) * pitch + kInfoTiles * kStreamRows<T> * static_cast<int>(sizeof(Info));
     }
 
     __device__ SharedTiles(int block_rows, int pitch) {
@@ -328,7 +328,7 @@ __device__ __forceinline__ void stream_rows(const T* source, bool aligned, const
     }
 }
 
-// How a kernel is launched: blocks along the rows, a head each, and parts of the result that a block cannot keep together.
+// How a kernel is launched: blocks along the rows, a head each, and parts of the result that no block keeps together.
 struct LaunchShape {
     int64_t blocks;
     int heads, parts;
@@ -369,7 +369,7 @@ __device__ __forceinline__ void multiply_tiles(const unsigned char* rows, const 
     }
 }
 
-// ---- reductions ---------------------------------------------------------------------------------------------------------
+// ---- reductions ------------------------------------------------------------------------------------------------
 
 // Over the four lanes that share a row of scores.
 __device__ __forceinline__ float quad_sum(float value) {

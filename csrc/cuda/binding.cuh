@@ -207,7 +207,8 @@ void launch_blocks(void (*kernel)(Arguments), const Arguments& arguments, dim3 g
     }
     void* parameters[] = {const_cast<Arguments*>(&arguments)};
     C10_CUDA_CHECK(cudaLaunchKernel(function, grid, dim3(static_cast<unsigned>(threads)), parameters,
-                                    static_cast<size_t>(shared_bytes), c10::cuda::getCurrentCUDAStream(device.index())));
+                                    static_cast<size_t>(shared_bytes),
+                                    c10::cuda::getCurrentCUDAStream(device.index())));
 }
 
 // Calls `body` with a null pointer of the tensor's element type.

@@ -17,7 +17,8 @@ constexpr bool kAccumulates = TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 
 // A matrix of fp32 with contiguous rows.
 float* checked_rows(const char* name, const at::Tensor& tensor, int64_t rows, int64_t columns, c10::Device device) {
     TORCH_CHECK_VALUE(tensor.device() == device && tensor.scalar_type() == at::kFloat && tensor.dim() == 2 &&
-                          tensor.size(0) == rows && tensor.size(1) == columns && (tensor.stride(1) == 1 || columns == 1),
+                          tensor.size(0) == rows && tensor.size(1) == columns &&
+                          (tensor.stride(1) == 1 || columns == 1),
                       name, " must be fp32 [", rows, ", ", columns, "] with contiguous rows on ", device, ", got ",
                       tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device());
     return tensor.mutable_data_ptr<float>();
@@ -25,8 +26,9 @@ float* checked_rows(const char* name, const at::Tensor& tensor, int64_t rows, in
 
 HeadRows checked_head(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
                       const at::Tensor& targets, int64_t first, double temperature, const at::Tensor& logits) {
-    TORCH_CHECK_VALUE(hidden.is_cuda() && hidden.dim() == 2 && weight.dim() == 2 && weight.device() == hidden.device() &&
-                          weight.scalar_type() == hidden.scalar_type() && weight.size(1) == hidden.size(1),
+    TORCH_CHECK_VALUE(hidden.is_cuda() && hidden.dim() == 2 && weight.dim() == 2 &&
+                          weight.device() == hidden.device() && weight.scalar_type() == hidden.scalar_type() &&
+                          weight.size(1) == hidden.size(1),
                       "hidden and weight must be matrices of one dtype with as many columns on one GPU, got ",
                       hidden.scalar_type(), " ", hidden.sizes(), " and ", weight.scalar_type(), " ", weight.sizes());
     const c10::Device device = hidden.device();
@@ -51,8 +53,8 @@ void launch_rows(void (*kernel)(Arguments), const Arguments& arguments, const at
 void head_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& result, bool accumulate) {
     TORCH_CHECK_VALUE(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0) &&
                           left.scalar_type() == right.scalar_type(),
-                      "left and right must be matrices of one dtype that can be multiplied, got ", left.scalar_type(), " ",
-                      left.sizes(), " and ", right.scalar_type(), " ", right.sizes());
+                      "left and right must be matrices of one dtype that can be multiplied, got ", left.scalar_type(),
+                      " ", left.sizes(), " and ", right.scalar_type(), " ", right.sizes());
     checked_rows("result", result, left.size(0), right.size(1), left.device());
     const c10::cuda::CUDAGuard guard(left.device());
     if (left.scalar_type() == at::kFloat) {

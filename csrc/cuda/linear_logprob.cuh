@@ -69,7 +69,7 @@ __device__ __forceinline__ void unpack_four(float4 four, float (&values)[4]) {
     values[3] = four.w;
 }
 
-// ---- statistics ---------------------------------------------------------------------------------------------------------
+// ---- statistics ------------------------------------------------------------------------------------------------
 
 // The largest logit m, and the sums of e and of e (z - m) with e = exp(z - m).
 struct LogitStatistics {
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (target >= 0) running[3 * stride] = rows.logit(row, target);
 }
 
-// ---- gradient -----------------------------------------------------------------------------------------------------------
+// ---- gradient --------------------------------------------------------------------------------------------------
 
 struct HeadGradientArguments {
     HeadRows rows;
@@ -182,8 +182,8 @@ __global__ void __launch_bounds__(kHeadThreads)
             const int64_t column = begin + i * step + 4 * static_cast<int>(threadIdx.x);
             if (column < rows.columns) unpack_four(load_logits(rows, row, static_cast<int>(column)), values[i]);
         }
-        // Narrow numbers take the place of wide ones that other threads have still to read, but only of this pass: those
-        // behind it are never reached.
+        // Narrow numbers take the place of wide ones that other threads have still to read, but only of this pass:
+        // those behind it are never reached.
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kHeadVectors; ++i) {

@@ -1,12 +1,12 @@
 // Matrix products on the tensor cores, one warp at a time.
 //
 // A step multiplies 16 rows by 8 columns over 32 bytes of components: 16 of a half-precision type, or 8 floats. Seen as
-// 32-bit words all element types lie alike, in shared memory and in registers. Lane 4 g + t (its `quad` g, its `place` t)
+// 32-bit words all element types lie alike, in shared memory and in registers. Lane 4 g + t (in quad g, at place t)
 // holds of the sums those of rows g and g + 8 in columns 2 t and 2 t + 1.
 //
 // Floats: the tensor cores multiply TF32 numbers, which have 11 bits, and a float is the sum of two of those. Three of
-// the four products of parts are added up; the fourth lies below the last bit of fp32. That is the accuracy of fp32 at
-// twice the speed of its own units.
+// the four products of parts are added up; the fourth lies below the last bit of fp32. That is fp32's accuracy at a
+// third of TF32's rate.
 #pragma once
 
 #include "vector.cuh"
@@ -17,7 +17,7 @@ namespace cuda {
 __device__ inline int quad_index() { return lane_index() / 4; }
 __device__ inline int quad_place() { return lane_index() % 4; }
 
-// ---- instructions ---------------------------------------------------------------------------------------------------
+// ---- instructions ----------------------------------------------------------------------------------------------
 
 #ifndef VGPO_EMULATION
 
@@ -25,8 +25,8 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// Four matrices of 8 rows of 16 bytes in shared memory: lane i has the address of row i % 8 of matrix i / 8. A lane gets
-// word t of row g of each.
+// Four matrices of 8 rows of 16 bytes in shared memory: lane i has the address of row i % 8 of matrix i / 8. Each lane
+// gets word t of row g of each.
 __device__ __forceinline__ void load_matrices(unsigned (&words)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
@@ -76,7 +76,7 @@ using emulation::load_transposed_matrices;
 using emulation::round_to_tf32;
 #endif
 
-// ---- operands ---------------------------------------------------------------------------------------------------------
+// ---- operands --------------------------------------------------------------------------------------------------
 
 constexpr int kStepBytes = 32;
 
@@ -140,7 +140,7 @@ __device__ __forceinline__ void load_right(Right<T> (&right)[2], const unsigned 
     for (int i = 0; i < 4; ++i) right[i / 2].set(i % 2, words[i]);
 }
 
-// ---- sums as the left operand of another product ------------------------------------------------------------------------
+// ---- sums as the left operand of another product ---------------------------------------------------------------
 
 // Neighbouring blocks of 8 columns of sums that make one step.
 template <typename T>
@@ -174,7 +174,8 @@ __device__ __forceinline__ void load_right_of_rows(Right<T> (&right)[2], const u
         const unsigned char* row = tile + 2 * quad_place() * pitch + (element + quad_index()) * sizeof(float);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            right[i / 2].set(i % 2, *reinterpret_cast<const unsigned*>(row + i % 2 * pitch + i / 2 * 8 * sizeof(float)));
+            const unsigned char* word = row + i % 2 * pitch + i / 2 * 8 * sizeof(float);
+            right[i / 2].set(i % 2, *reinterpret_cast<const unsigned*>(word));
         }
     } else {
         const int row = lane_index() % 16, block = lane_index() / 16;

@@ -1,8 +1,8 @@
 // The CUDA language for an ordinary C++ compiler: kernels written for nvcc compile against this and run on a Machine.
 //
-// Kernels include <cuda_runtime.h>, <cuda_fp16.h>, <cuda_bf16.h> and <cooperative_groups.h>; the directory include/
-// has headers of those names that lead here. Only what kernels of this project may use is given: there are no
-// floating-point atomics, for example, because results must not depend on the order of additions.
+// Kernels include <cuda_runtime.h>, <cuda_fp16.h>, <cuda_bf16.h>, <cuda_pipeline.h> and <cooperative_groups.h>; the
+// directory include/ has headers of those names that lead here. Only what kernels of this project may use is given:
+// there are no floating-point atomics, for example, because results must not depend on the order of additions.
 #pragma once
 
 #include <cmath>
@@ -295,7 +295,9 @@ inline __half __float2half_rn(float value) {
 struct alignas(4) __nv_bfloat162 {
     __nv_bfloat16 x, y;
 };
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 
 #include "matrices.h"

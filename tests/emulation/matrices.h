@@ -4,7 +4,7 @@
 
 namespace emulation {
 
-// Calls use(lanes) between two meetings of the warp, where lanes[i] is what lane i lent: nothing of it changes meanwhile.
+// Calls use(lanes) between two meetings of the warp, where lanes[i] is what lane i lent; nothing of it changes then.
 template <typename Lent, typename Use>
 void with_lanes(const Lent& own, Site site, const Use& use) {
     const auto payload = reinterpret_cast<uint64_t>(&own);

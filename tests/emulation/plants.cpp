@@ -38,6 +38,36 @@ void reverse_through_dynamic(const float* in, float* out) {
     out[base + thread] = tile[last - thread];
 }
 
+template <bool kMissingWait>
+void reverse_through_copies(const float* in, float* out) {
+    __shared__ float tile[64];
+    const int thread = static_cast<int>(threadIdx.x), last = static_cast<int>(blockDim.x) - 1;
+    const int base = static_cast<int>(blockIdx.x * blockDim.x);
+    __pipeline_memcpy_async(&tile[thread], in + base + thread, sizeof(float));
+    __pipeline_commit();
+    if (!kMissingWait) __pipeline_wait_prior(0);
+    __syncthreads();
+    out[base + thread] = tile[last - thread];
+}
+
+void copy_askew(const float* in, float*) {
+    __shared__ float4 tile;
+    if (threadIdx.x == 0) __pipeline_memcpy_async(&tile, in + 1, sizeof tile);
+}
+
+// Rows 0 to 7 of four matrices that are all the same, by all lanes of a warp or by half of them.
+template <bool kHalf>
+void matrices(const float* in, float* out) {
+    __shared__ float4 rows[2][8];
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    reinterpret_cast<float*>(rows[warp])[lane] = in[blockIdx.x * blockDim.x + threadIdx.x];
+    __syncwarp();
+    unsigned words[4] = {};
+    if (!kHalf || lane < 16) emulation::load_matrices(words, &rows[warp][lane % 8]);
+    const bool same = words[0] == words[1] && words[0] == words[2] && words[0] == words[3];
+    out[blockIdx.x * blockDim.x + threadIdx.x] = same ? __uint_as_float(words[0]) : -1.0f;
+}
+
 // Rounds of writing and reading the same tile: without the second barrier a fast thread overwrites what another has
 // yet to read.
 template <bool kMissingSecondBarrier>
@@ -186,6 +216,11 @@ const char* run_plant(const char* name, const float* in, float* out, float* scra
     if (wanted == "misaligned vector") kernel = [=] { reverse_block<Plant::kMisaligned>(in, out); };
     if (wanted == "dynamic") kernel = [=] { reverse_through_dynamic<false>(in, out); };
     if (wanted == "missing barrier, dynamic") kernel = [=] { reverse_through_dynamic<true>(in, out); };
+    if (wanted == "asynchronous copies") kernel = [=] { reverse_through_copies<false>(in, out); };
+    if (wanted == "missing wait") kernel = [=] { reverse_through_copies<true>(in, out); };
+    if (wanted == "misaligned copy") kernel = [=] { copy_askew(in, out); };
+    if (wanted == "matrices") kernel = [=] { matrices<false>(in, out); };
+    if (wanted == "matrices by half a warp") kernel = [=] { matrices<true>(in, out); };
     if (wanted == "dynamic memory too small") {
         launch.dynamic_shared_bytes -= sizeof(float);
         kernel = [=] { reverse_through_dynamic<false>(in, out); };
