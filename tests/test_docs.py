@@ -48,7 +48,7 @@ EQUATIONS = {
     "linear_vgpo_loss": "Eq. 3-11",
 }
 # They raise nothing of their own.
-RAISES_NOTHING = {"describe", "triton_interpreted", "unwrap", "combine_slices"}
+RAISES_NOTHING = {"describe", "triton_interpreted", "unwrap"}
 # What says a tensor's shape: brackets, another argument to compare with, or a number without any.
 SHAPE = re.compile(r"\[[^\]]*\]|s'? shape|[Ss]hape of|As in|\b0-dimensional|[Pp]er token|likewise")
 # What says the shapes of the arguments after it.
@@ -56,7 +56,10 @@ FOLLOWING = re.compile(r"[Aa]s (all|the \w+) that follow|like (all|the arguments
 
 
 def test_the_api_reference_is_what_the_docstrings_say() -> None:
-    assert api.PAGE.read_text() == api.page(), "run scripts/api_reference.py"
+    page = api.page()
+    assert api.PAGE.read_text() == page, "run scripts/api_reference.py"
+    titles = re.findall(r"^#+ (.*)$", without_code(page), flags=re.MULTILINE)
+    assert len({api.anchor(title) for title in titles}) == len(titles), "a link would lead to the first of two"
 
 
 def public_names(module: str) -> set[str]:
