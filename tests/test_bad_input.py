@@ -9,7 +9,9 @@ import pytest
 from bad_input import Subject, subjects
 
 import vgpo_kernels
+from vgpo_kernels import backends
 
+BUILT = backends.describe()["built"]
 SUBJECTS = subjects()
 ARGUMENTS = [
     pytest.param(made, name, id=f"{label}: {name}") for label, made in SUBJECTS.items() for name in sorted(made.bad)
@@ -45,6 +47,8 @@ def error_of(made: Subject, changed: dict[str, Any]) -> Exception | None:
     return None
 
 
+# Nothing is launched for what is refused, so that one backend with kernels stands for all of them.
+@pytest.mark.parametrize("backend_name", ["reference", *(["cpp"] if BUILT["cpp"] else [])], indirect=True)
 @pytest.mark.parametrize(("made", "name"), ARGUMENTS)
 def test_what_is_bad_is_refused_by_name(backend_name: str, made: Subject, name: str) -> None:
     for why, value, error, says in made.refusals()[name]:

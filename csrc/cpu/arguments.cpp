@@ -51,6 +51,7 @@ FocusInput focus_input(const at::Tensor& hidden, const OptionalTensor& visual_ma
     input.visual_mask = checked<bool>("visual_mask", visual_mask, hidden.sizes().slice(0, hidden.dim() - 1));
     TORCH_CHECK_VALUE(visual_mask.has_value() || prototype.has_value(), "visual_mask is None, which needs prototype");
     if (prototype.has_value()) {
+        TORCH_CHECK_VALUE(prototype->dim() == 2, "prototype must have shape [P, D], got ", prototype->sizes());
         const int64_t given = prototype_index.has_value() ? prototype->size(0) : layout.batch;
         // Without a row there is no memory to point at, and a null pointer stands for prototypes to be computed.
         TORCH_CHECK_VALUE(given > 0 || layout.batch == 0, "prototype must have a row, got ", prototype->sizes());
