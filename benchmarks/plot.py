@@ -36,9 +36,8 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; fill: #1f232
 }"""
 
 # Pixels of a panel: names to the left of the bars, figures to the right of them.
-NAMES, BARS, FIGURES = 226, 190, 114
+LETTER, BARS, FIGURES = 6.8, 190, 114
 LINE, HEAD, GAP, MARGIN = 20, 44, 22, 18
-PANEL = NAMES + BARS + FIGURES
 
 
 @dataclass
@@ -95,10 +94,15 @@ def read_cases(table: Path) -> list[Case]:
     return [case for case in latest.values() if case.device == runs[-1].device]
 
 
-def panel(case: Case, left: int, top: int) -> Iterator[str]:
+def names_width(cases: Iterable[Case]) -> int:
+    """Return the room that the longest name needs."""
+    return 14 + round(LETTER * max(len(name) for case in cases for name in case.ms))
+
+
+def panel(case: Case, left: int, top: int, names: int) -> Iterator[str]:
     """Draw a case: a bar an implementation, on one linear scale, and the ceiling as a line across them."""
     longest = max(*case.ms.values(), case.ceiling[1] if case.ceiling is not None else 0.0)
-    origin = left + NAMES
+    origin = left + names
     yield text(left, top + 14, case.op, "title")
     yield text(left, top + 31, ", ".join(part for part in (case.shape, case.dtype) if part), "muted")
     for index, (name, ms) in enumerate(case.ms.items()):
@@ -130,12 +134,14 @@ def picture(cases: Sequence[Case], columns: int) -> str:
     """Draw cases as a grid, with a line about where and how they were measured."""
     rows = [cases[index : index + columns] for index in range(0, len(cases), columns)]
     columns = max(len(row) for row in rows)
-    width = 2 * MARGIN + columns * PANEL + (columns - 1) * GAP
+    names = names_width(cases)
+    step = names + BARS + FIGURES + GAP
+    width = 2 * MARGIN + columns * step - GAP
     body: list[str] = []
     top = MARGIN
     for row in rows:
         for index, case in enumerate(row):
-            body += panel(case, MARGIN + index * (PANEL + GAP), top)
+            body += panel(case, MARGIN + index * step, top, names)
         top += max(case.height for case in row) + GAP
     ceilings = sorted({case.ceiling[0] for case in cases if case.ceiling is not None})
     software = sorted({case.software for case in cases})

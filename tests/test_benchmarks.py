@@ -99,7 +99,8 @@ def test_pictures_are_well_formed_and_true_to_scale(tmp_path: Path) -> None:
     ours, peer = (float(bar.get("width", 0)) for bar in root.iter(f"{SVG}rect") if bar.get("class") in ("ours", "peer"))
     assert peer == plot.BARS and ours == pytest.approx(peer / 3, abs=0.1)
     (line, *_) = root.iter(f"{SVG}line")
-    assert float(line.get("x1", 0)) == pytest.approx(plot.MARGIN + plot.NAMES + peer / 6, abs=0.1)
+    origin = plot.MARGIN + plot.names_width(plot.read_cases(tmp_path / "cpu.csv"))
+    assert float(line.get("x1", 0)) == pytest.approx(origin + peer / 6, abs=0.1)
     words = [element.text for element in root.iter(f"{SVG}text")]
     assert {"sum", "1024, float32", "peer <x>", "2.00 ms", "6.00 ms, 3.0\N{MULTIPLICATION SIGN}"} <= set(words)
     assert "prefers-color-scheme: dark" in drawn[tmp_path / "cpu.svg"]
