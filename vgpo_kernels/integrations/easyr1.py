@@ -4,6 +4,7 @@
 
     from vgpo_kernels import VGPOConfig
     from vgpo_kernels.integrations.easyr1 import patch_easyr1
+
     patch_easyr1(VGPOConfig.paper())
 
 The driver and every worker import that module, so all of them are patched:
