@@ -16,6 +16,7 @@ struct ValidSpan {
 };
 
 inline ValidSpan span_of(const bool* mask, int64_t length) {
+    if (length == 0) return {};  // an empty tensor has no data to point to
     const auto* found = static_cast<const bool*>(std::memchr(mask, 1, static_cast<size_t>(length)));
     if (found == nullptr) return {};
     ValidSpan span;
