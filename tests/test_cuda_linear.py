@@ -24,7 +24,6 @@ Kernel = Callable[..., None]
 OPERATORS = ("head_statistics", "head_gradient", "head_product")
 SHAPES = {
     "reverse": Shape(order="reverse"),
-    "shuffled": Shape(order="shuffled", seed=1),
     "interleaved": Shape(order="interleaved"),
     "guards before": Shape(order="shuffled", seed=2, guard="before"),
 }
@@ -59,23 +58,23 @@ adopt(globals(), test_linear_logprob)
 
 def chunk(columns: int, dtype: torch.dtype, bias: bool) -> tuple[Tensor, ...]:
     """Hidden to temperature, as both kernels take them."""
-    head = make_head(5, 16, columns, dtype=dtype, bias=bias)
+    head = make_head(3, 16, columns, dtype=dtype, bias=bias)
     return head.hidden, head.weight, head.bias, head.targets + 30, 30, 0.9
 
 
 def run(statistics: Kernel, gradient: Kernel, head: tuple[Tensor, ...], **options: torch.dtype) -> list[Tensor]:
     """Statistics and gradient of a chunk whose rows are 7 floats longer than its columns, by either implementation."""
     columns = head[1].shape[0]
-    running = torch.tensor([1.5, 3.0, -2.0, 0.0])[:, None].repeat(1, 5)
-    coefficients = torch.randn(5, 5, generator=torch.Generator().manual_seed(2))
+    running = torch.tensor([1.5, 3.0, -2.0, 0.0])[:, None].repeat(1, 3)
+    coefficients = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
     coefficients[0] += 9  # a maximum, so that no probability explodes
-    logits = torch.full((5, columns + 7), float("nan"))[:, :columns]
+    logits = torch.full((3, columns + 7), float("nan"))[:, :columns]
     statistics(*head, running, logits, True, **options)
     gradient(*head, coefficients, logits, True, **options)
     return [running, gradient_of(logits, head[0].dtype).clone()]
 
 
-@pytest.mark.parametrize("columns", [1, 3, 64, 4097, 9000])
+@pytest.mark.parametrize("columns", [1, 3, 64, 4097, 8300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_rows_at_any_address_of_any_length(emulator: HeadEmulator, dtype: torch.dtype, columns: int) -> None:
     """Rows that begin and end inside a vector or inside a pass of the block; every order of threads."""
