@@ -49,14 +49,17 @@ struct AttentionMassArguments {
     float* lse;   // [B, Hq, T] or [Hq, N]
 };
 
-// The rows of a lane: 16 a tile, g and g + 8 of these.
-template <int kTiles>
+// Of the rows of a lane (16 a tile, g and g + 8 of these) the softmax so far, by segment.
+template <typename T, int kTiles>
 struct StreamingSoftmax {
-    float largest[kTiles][2];  // score so far, in units of ln 2
-    float total[kTiles][2];    // of the exponentials relative to it, this lane's columns
-    float sums[kOwnSegments][kTiles][2];  // by segment, all columns; this lane's segments are t, t + 4, ...
+    float largest[kTiles][2];             // score so far, in units of ln 2
+    float total[kTiles][2];               // of the exponentials relative to it, in this lane's columns
+    float sums[kOwnSegments][kTiles][2];  // by segment, in all columns; this lane has segments first + t, + t + 4
+    int first_segment;
 
-    __device__ StreamingSoftmax() {
+    static constexpr int kBlocks = kStreamRows<T> / 8;
+
+    __device__ explicit StreamingSoftmax(int first) : first_segment(first) {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -64,11 +67,106 @@ struct StreamingSoftmax {
                 largest[i][h] = -INFINITY;
                 total[i][h] = 0.0f;
 #pragma unroll
-                for (int own = 0; own < kOwnSegments; ++own) sums[own][i][h] = 0.0f;
+                for (int m = 0; m < kOwnSegments; ++m) sums[m][i][h] = 0.0f;
             }
         }
     }
+
+    __device__ __forceinline__ int segment(int m) const { return first_segment + 4 * m + quad_place(); }
+
+    // Takes in the scores of a tile, in units of ln 2, of which exponentials remain.
+    __device__ __forceinline__ void add_tile(Scores<T, kTiles>& scores, const TileSegments& segments,
+                                             const KeyInfo* infos) {
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const float tile_total = add_row(scores[i], i, h);
+                // Neighbouring keys mostly share a segment, and then their sum is there already.
+                if (segments.uniform()) add_share(tile_total, segments.lowest, i, h);
+            }
+        }
+        if (segments.uniform()) return;
+        const int begin = segments.lowest > first_segment ? segments.lowest : first_segment;
+        const int beyond = first_segment + kBlockSegments;
+        const int end = segments.highest < beyond ? segments.highest + 1 : beyond;
+        for (int own = begin; own < end; ++own) {
+            float shares[kTiles][2] = {};
+#pragma unroll
+            for (int j = 0; j < kBlocks; ++j) {
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const bool member = infos[8 * j + 2 * quad_place() + c].segment == own;
+#pragma unroll
+                    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) shares[i][h] += member ? scores[i][j][2 * h + c] : 0.0f;
+                    }
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) add_share(shares[i][h], own, i, h);
+            }
+        }
+    }
+
+   private:
+    // Takes in a row's scores, and returns the sum of their exponentials in this lane's columns.
+    __device__ __forceinline__ float add_row(float (&scores)[kBlocks][4], int i, int h) {
+        float raised = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) raised = fmaxf(raised, fmaxf(scores[j][2 * h], scores[j][2 * h + 1]));
+        raised = fmaxf(largest[i][h], quad_max(raised));
+        // A row that has seen no key yet has no largest score, and its sums are zero whatever scales them.
+        const float origin = raised == -INFINITY ? 0.0f : raised;
+        const float shrink = exp2f(largest[i][h] - origin);
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) {
+#pragma unroll
+            for (int c = 2 * h; c < 2 * h + 2; ++c) {
+                scores[j][c] = exp2f(scores[j][c] - origin);
+                sum += scores[j][c];
+            }
+        }
+        largest[i][h] = raised;
+        total[i][h] = total[i][h] * shrink + sum;
+#pragma unroll
+        for (int m = 0; m < kOwnSegments; ++m) sums[m][i][h] *= shrink;
+        return sum;
+    }
+
+    // Adds a row's share of a segment, the columns of all four lanes, to the lane that has the segment.
+    __device__ __forceinline__ void add_share(float lane_share, int of_segment, int i, int h) {
+        const float share = quad_sum(lane_share);
+#pragma unroll
+        for (int m = 0; m < kOwnSegments; ++m) sums[m][i][h] += segment(m) == of_segment ? share : 0.0f;
+    }
 };
+
+// Scores of keys that a row does not see become -infinity.
+template <typename T, int kTiles>
+__device__ __forceinline__ void hide_unseen(Scores<T, kTiles>& scores, const int (&positions)[kTiles][2],
+                                            const KeyInfo* infos, int first_key, int window) {
+#pragma unroll
+    for (int j = 0; j < kStreamRows<T> / 8; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            const int column = 8 * j + 2 * quad_place() + c;
+            const bool counted = infos[column].segment >= 0;
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const bool visible = counted && sees(positions[i][h], first_key + column, window);
+                    scores[i][j][2 * h + c] = visible ? scores[i][j][2 * h + c] : -INFINITY;
+                }
+            }
+        }
+    }
+}
 
 // A block computes the masses of some rows, the query heads that share a key head, in `kBlockSegments` segments.
 template <typename T>
@@ -110,7 +208,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
         rows.data, input.aligned, shape, kRows,
         [&](int row) { return rows.position(block.first + row) < 0 ? -1 : rows.offset(block.first + row); },
         shared.rows);
-    StreamingSoftmax<kTiles> softmax;
+    StreamingSoftmax<T, kTiles> softmax(first_segment);
     const float factor = input.scale * kLog2E;
     const int last_key = seen.highest < keys.count ? seen.highest + 1 : keys.count;
     const auto describe = [&](int key) {
@@ -119,11 +217,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
     };
     const auto use = [&](const unsigned char* tile, const KeyInfo* infos, int first_key) {
         if (!own.reach(first_key, kStreamRows<T>, window)) return;
-        const TileSegments segments = tile_segments<T>(infos);
         Scores<T, kTiles> scores;
         multiply_tiles<T, kTiles>(shared.rows + (warp_row - block.first) * shape.pitch, tile, shape, scores);
-        const bool whole = segments.complete && all_see && own.lowest >= first_key + kStreamRows<T> - 1 &&
-                           (window == 0 || own.highest - first_key < window);
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -132,93 +227,11 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
                 for (int c = 0; c < 4; ++c) scores[i][j][c] *= factor;
             }
         }
-        if (!whole) {
-#pragma unroll
-            for (int j = 0; j < kBlocks; ++j) {
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const int column = 8 * j + 2 * quad_place() + c;
-                    const bool counted = infos[column].segment >= 0;
-#pragma unroll
-                    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-                        for (int h = 0; h < 2; ++h) {
-                            const bool visible = counted && sees(positions[i][h], first_key + column, window);
-                            scores[i][j][2 * h + c] = visible ? scores[i][j][2 * h + c] : -INFINITY;
-                        }
-                    }
-                }
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                float raised = softmax.largest[i][h];
-                float tile_largest = -INFINITY;
-#pragma unroll
-                for (int j = 0; j < kBlocks; ++j) {
-                    tile_largest = fmaxf(tile_largest, fmaxf(scores[i][j][2 * h], scores[i][j][2 * h + 1]));
-                }
-                raised = fmaxf(raised, quad_max(tile_largest));
-                // A row that has seen no key yet has no largest score, and its sums are zero whatever scales them.
-                const float origin = raised == -INFINITY ? 0.0f : raised;
-                const float shrink = exp2f(softmax.largest[i][h] - origin);
-                float total = 0.0f;
-#pragma unroll
-                for (int j = 0; j < kBlocks; ++j) {
-#pragma unroll
-                    for (int c = 2 * h; c < 2 * h + 2; ++c) {
-                        scores[i][j][c] = exp2f(scores[i][j][c] - origin);
-                        total += scores[i][j][c];
-                    }
-                }
-                softmax.largest[i][h] = raised;
-                softmax.total[i][h] = softmax.total[i][h] * shrink + total;
-#pragma unroll
-                for (int m = 0; m < kOwnSegments; ++m) softmax.sums[m][i][h] *= shrink;
-                // Neighbouring keys mostly share a segment, and then their sum is there already.
-                if (segments.uniform()) {
-                    const float share = quad_sum(total);
-#pragma unroll
-                    for (int m = 0; m < kOwnSegments; ++m) {
-                        const bool mine = segments.lowest == first_segment + 4 * m + quad_place();
-                        softmax.sums[m][i][h] += mine ? share : 0.0f;
-                    }
-                }
-            }
-        }
-        if (segments.uniform()) return;
-        const int begin = segments.lowest > first_segment ? segments.lowest : first_segment;
-        const int end = segments.highest < first_segment + kBlockSegments ? segments.highest + 1
-                                                                          : first_segment + kBlockSegments;
-        for (int segment = begin; segment < end; ++segment) {
-            float shares[kTiles][2] = {};
-#pragma unroll
-            for (int j = 0; j < kBlocks; ++j) {
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const bool member = infos[8 * j + 2 * quad_place() + c].segment == segment;
-#pragma unroll
-                    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-                        for (int h = 0; h < 2; ++h) shares[i][h] += member ? scores[i][j][2 * h + c] : 0.0f;
-                    }
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float share = quad_sum(shares[i][h]);
-#pragma unroll
-                    for (int m = 0; m < kOwnSegments; ++m) {
-                        const bool mine = segment == first_segment + 4 * m + quad_place();
-                        softmax.sums[m][i][h] += mine ? share : 0.0f;
-                    }
-                }
-            }
-        }
+        const TileSegments segments = tile_segments<T>(infos);
+        const bool whole = segments.complete && all_see && own.lowest >= first_key + kStreamRows<T> - 1 &&
+                           (window == 0 || own.highest - first_key < window);
+        if (!whole) hide_unseen<T, kTiles>(scores, positions, infos, first_key, window);
+        softmax.add_tile(scores, segments, infos);
     };
     stream_rows(keys.data, input.aligned, shape, shared, seen.oldest(window) / kStreamRows<T> * kStreamRows<T>,
                 last_key, describe, use);
@@ -235,7 +248,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
             const int64_t index = rows.head_token(row);
 #pragma unroll
             for (int m = 0; m < kOwnSegments; ++m) {
-                const int segment = first_segment + 4 * m + quad_place();
+                const int segment = softmax.segment(m);
                 if (segment < input.num_segments) {
                     arguments.mass[index * input.num_segments + segment] = softmax.sums[m][i][h] / divisor;
                 }
