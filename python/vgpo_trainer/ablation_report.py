@@ -245,15 +245,19 @@ def verdict(summary: Sequence[ArmStatistics]) -> str:
         f"{by_chance:.0%} of ablations."
     )
     apart = [arm for arm in compared if arm.difference.excludes_zero]
+    below = sum(arm.difference.mean < 0 for arm in compared)
+    direction = f"{below} of {len(compared)} means lie below DAPO's."
     if not apart:
         half = max((arm.difference.high - arm.difference.low) / 2 for arm in compared)
         return (
-            f"With {seeds} seeds an arm, no arm's held-out accuracy differs from DAPO's: every interval of the "
-            f"difference holds zero. The widest is ± {100 * half:.1f} points; effects smaller than that "
-            "would not show here."
+            f"With {seeds} seeds an arm, no difference from DAPO in held-out accuracy is shown: every interval holds "
+            f"zero. {direction} The widest interval is ± {100 * half:.1f} points; smaller effects would not show here."
         )
     told = "; ".join(f"{ARMS[arm.arm].title} {_points(arm.difference)} points" for arm in apart)
-    return f"With {seeds} seeds an arm, the interval of the difference from DAPO excludes zero for: {told}. {caution}"
+    return (
+        f"With {seeds} seeds an arm, the interval of the difference from DAPO excludes zero for: {told}. "
+        f"{direction} {caution}"
+    )
 
 
 def plot(summary: Sequence[ArmStatistics], runs: Sequence[Run]) -> str:
@@ -293,10 +297,11 @@ def plot(summary: Sequence[ArmStatistics], runs: Sequence[Run]) -> str:
             for row, name in enumerate(order):
                 colour = "#7a7a7a" if name == BASELINE else "#c8501e"
                 interval, dots = intervals[name], [scale * value for value in values[name]]
-                axis.plot(dots, [row] * len(dots), "o", color=colour, alpha=0.5, markersize=4, markeredgewidth=0)
+                axis.plot(dots, [row] * len(dots), "o", color=colour, markerfacecolor="white", markersize=4.5, zorder=3)
                 axis.plot([scale * interval.low, scale * interval.high], [row, row], color=colour, linewidth=1.8)
-                axis.plot([scale * interval.mean], [row], "D", color=colour, markersize=5)
+                axis.plot([scale * interval.mean], [row], "D", color=colour, markersize=5, zorder=4)
             axis.set_xlabel(label)
+            axis.locator_params(axis="x", nbins=5)
             axis.grid(axis="x", color="#dddddd", linewidth=0.6)
             axis.set_axisbelow(True)
             axis.spines[["top", "right", "left"]].set_visible(False)

@@ -180,7 +180,8 @@ def test_statistics_are_paired_by_seed():
     assert vgpo.difference.mean == pytest.approx(0.02)
     assert (vgpo.difference.low, vgpo.difference.high) == pytest.approx((0.02 - half, 0.02 + half), rel=1e-6)
     assert not vgpo.difference.excludes_zero
-    assert "no arm's held-out accuracy differs" in verdict([dapo, vgpo])
+    assert "no difference from DAPO in held-out accuracy is shown" in verdict([dapo, vgpo])
+    assert "0 of 1 means lie below DAPO's" in verdict([dapo, vgpo])
 
 
 def test_a_difference_that_shows_is_said_with_its_caution():
