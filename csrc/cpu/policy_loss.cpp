@@ -154,14 +154,16 @@ void write_metrics(const LossSums& sums, float* metrics) {
     metrics[kClipFractionHigh] = mean(sums.clipped_high);
     metrics[kDualClipFraction] = mean(sums.dual_clipped);
     metrics[kRatioMean] = mean(sums.ratio);
-    metrics[kRatioMin] = sums.ratio_min;
-    metrics[kRatioMax] = sums.ratio_max;
+    // Vector minima and maxima drop a NaN; the mean has it.
+    const auto unless_nan = [](float average, float extreme) { return std::isnan(average) ? average : extreme; };
+    metrics[kRatioMin] = unless_nan(metrics[kRatioMean], sums.ratio_min);
+    metrics[kRatioMax] = unless_nan(metrics[kRatioMean], sums.ratio_max);
     metrics[kApproxKl] = mean(sums.old_kl);
     metrics[kRefKl] = mean(sums.ref_kl);
     metrics[kEntropy] = mean(sums.entropy);
     metrics[kFactorMean] = static_cast<float>(1.0 + deviation);
-    metrics[kFactorMin] = sums.factor_min;
-    metrics[kFactorMax] = sums.factor_max;
+    metrics[kFactorMin] = unless_nan(metrics[kFactorMean], sums.factor_min);
+    metrics[kFactorMax] = unless_nan(metrics[kFactorMean], sums.factor_max);
     const double variance = sums.factor_square / number - deviation * deviation;
     metrics[kFactorStd] = static_cast<float>(std::sqrt(std::max(variance, 0.0)));
     metrics[kNumTokens] = static_cast<float>(sums.tokens);

@@ -310,7 +310,7 @@ __device__ inline void write_policy_metrics(const PolicySums* pieces, const int3
     metrics[kFactorMean] = any ? static_cast<float>(1.0 + factor_offset) : 0.0f;
     metrics[kFactorMin] = any ? sums.factors.low : 0.0f;
     metrics[kFactorMax] = any ? sums.factors.high : 0.0f;
-    metrics[kFactorStd] = static_cast<float>(sqrt(variance > 0.0 ? variance : 0.0));
+    metrics[kFactorStd] = static_cast<float>(sqrt(variance < 0.0 ? 0.0 : variance));
     metrics[kNumTokens] = static_cast<float>(sums.tokens);
 }
 

@@ -165,12 +165,15 @@ def _scores(
         seen = seen[:, None]
     distance = _batch(query_positions, cu_seqlens_q)[..., None] - position
     visible = seen & (distance >= 0) & (distance < window if window else True)
-    # An ignored key may be NaN, and NaN times zero is NaN: replace it.
-    keys = torch.where(seen.any(-2)[:, None, :, None], k, torch.zeros_like(k)).to(dtype)
+    # An ignored key may be NaN, and NaN times zero is NaN, also in the gradient of a product: so every NaN is left out
+    # of it, and put where a query sees a key and one of them has it.
     batch, heads, queries, size = q.shape
-    grouped = q.to(dtype).reshape(batch, k.shape[1], heads // k.shape[1], queries, size)
-    scores = (grouped @ keys[:, :, None].mT).flatten(1, 2) * scale
-    return scores, visible[:, None]
+    group = heads // k.shape[1]
+    broken = ~q.isfinite().all(-1)[..., None] | ~k.isfinite().all(-1).repeat_interleave(group, 1)[..., None, :]
+    q, k = (torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor)).to(dtype) for tensor in (q, k))
+    grouped = q.reshape(batch, k.shape[1], group, queries, size)
+    scores = (grouped @ k[:, :, None].mT).flatten(1, 2) * scale
+    return scores.masked_fill(broken & visible[:, None], torch.nan), visible[:, None]
 
 
 def _batch(tensor: Tensor, cu_seqlens: Tensor | None) -> Tensor:

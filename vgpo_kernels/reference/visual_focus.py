@@ -46,9 +46,11 @@ def visual_focus(
     else:
         means = prototype.to(dtype)[prototype_index.clamp(min=0)]
         means = torch.where((prototype_index >= 0)[:, None], means, torch.zeros_like(means))
+    # Without an image there is nothing to look at, whatever the hidden state: its NaN stays out as well.
     tokens = tokens_of(response_mask, cu_seqlens)
+    looking = tokens.valid & tokens.spread((means != 0).any(-1))
     rows = rows_of(response_mask, hidden).to(dtype)
     mean = tokens.spread(means)
     norms = torch.linalg.vector_norm(rows, dim=-1) * torch.linalg.vector_norm(mean, dim=-1)
     cos = (rows * mean).sum(-1) / norms.clamp(min=1e-8)
-    return torch.where(tokens.valid, cos, torch.zeros_like(cos)).reshape(response_mask.shape)
+    return torch.where(looking, cos, torch.zeros_like(cos)).reshape(response_mask.shape)

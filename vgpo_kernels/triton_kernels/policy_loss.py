@@ -400,10 +400,15 @@ def reduce_kernel(
     number = field_of(total, field, COUNT)
     result = total / tl.maximum(number, 1.0)
     mean = field_of(result, field, FACTOR_MEAN)
-    variance = tl.maximum(field_of(result, field, FACTOR_SQUARES) - mean * mean, 0.0)
-    result = tl.where(field == FACTOR_SQUARES, tl.sqrt(variance), result)
-    result = tl.where((field == RATIO_MIN) | (field == FACTOR_MIN), tl.min(least, 0).to(tl.float64), result)
-    result = tl.where((field == RATIO_MAX) | (field == FACTOR_MAX), tl.max(most, 0).to(tl.float64), result)
+    variance = field_of(result, field, FACTOR_SQUARES) - mean * mean
+    result = tl.where(field == FACTOR_SQUARES, tl.sqrt(tl.where(variance < 0.0, 0.0, variance)), result)
+    smallest, largest = (field == RATIO_MIN) | (field == FACTOR_MIN), (field == RATIO_MAX) | (field == FACTOR_MAX)
+    # A minimum drops NaN on GPUs; the mean has it.
+    of_ratio = (field == RATIO_MIN) | (field == RATIO_MAX)
+    mean_of_field = tl.where(of_ratio, field_of(result, field, RATIO_SUM), mean)
+    extreme = tl.where(smallest, tl.min(least, 0), tl.max(most, 0)).to(tl.float64)
+    extreme = tl.where(mean_of_field != mean_of_field, mean_of_field, extreme)
+    result = tl.where(smallest | largest, extreme, result)
     # A smallest and a largest ratio among which is a NaN are NaN, which the hardware's comparisons drop.
     mean_ratio = tl.zeros_like(result) + field_of(result, field, RATIO_SUM)
     of_ratio = (field == RATIO_MIN) | (field == RATIO_MAX)
