@@ -8,7 +8,7 @@ native on processors with AMX or AVX-512 BF16, whose products are rounded to bf1
 
 Bytes: hidden states and weight in, and where there is a backward pass their gradients out. Beyond those results
 linear_logprob may hold an eighth of the logits in fp32 at most: the benchmark measures the process's peak, and fails
-above it. linear_policy_loss keeps its gradients until the backward pass scales them, so it holds two of each meanwhile.
+above it. linear_policy_loss makes its gradients in the forward pass; the backward pass scales them where they lie.
 
 Prediction for the CPU: within 1.25 of the bare products in both dtypes, as one exponential a logit in a cache that the
 product has just left costs a tenth of D = 1,024 multiplications; eager log_softmax takes longer by its passes over the

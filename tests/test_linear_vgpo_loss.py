@@ -155,6 +155,22 @@ def test_what_is_frozen_has_no_gradient(backend_name: str, device: torch.device)
     assert_close(loss, expected[0].double(), name="loss without gradients")
 
 
+def test_gradients_are_scaled_where_they_lie_by_the_last_backward_pass_only(
+    exact_backend: str, device: torch.device
+) -> None:
+    batch, head = with_predicting_rows(make_batch(FEW), VOCABULARY)
+    batch, head = batch.to(device), head.to(device)
+    leaves = head.leaves()
+    loss = in_one_call(batch, head, leaves).loss
+    saved = loss.grad_fn.saved_tensors[1].data_ptr()
+    first = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
+    (3 * loss).backward()
+    for leaf, gradient in zip(leaves, first, strict=True):
+        assert gradient.abs().max() > 0
+        assert leaf.grad.equal(gradient)
+    assert leaves[1].grad.data_ptr() == saved
+
+
 def test_a_broken_response_does_not_reach_the_others(backend_name: str, device: torch.device) -> None:
     batch, head = with_predicting_rows(make_batch(EDGES["plain"]), VOCABULARY)
     batch, head = batch.to(device), head.to(device)

@@ -370,8 +370,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 17
+    # A gradient that no later backward pass will ask for again is scaled where it lies: a second one of the weight's
+    # size would be the largest tensor of the step. (Compilers, which see no plain tensors, place memory.)
+    keeps = torch._C._autograd._get_current_graph_task_keep_graph()
+    in_place = type(grad_loss) is Tensor and not keeps
     scaled = (
-        (grad_loss * gradient).to(dtype) if needed else None
+        (gradient.mul_(grad_loss) if in_place else gradient * grad_loss).to(dtype) if needed else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     )
     # One gradient an argument: hidden, weight and bias are the first three of seventeen.
