@@ -164,7 +164,7 @@ def visual_mask(value: object, hidden: Tensor) -> Tensor:
     return mask("visual_mask", value, hidden.shape[:-1], meaning, hidden.device, "hidden")
 
 
-def response_rows(response_mask: Tensor, hidden: Tensor) -> None:
+def response_rows(response_mask: Tensor, hidden: Tensor, name: str = "hidden") -> None:
     """Raise ValueError unless the response positions are the last T of hidden's S, or all N when packed."""
     require_device("response_mask", response_mask, hidden.device, "hidden")
     if hidden.dim() == 2:
@@ -172,7 +172,7 @@ def response_rows(response_mask: Tensor, hidden: Tensor) -> None:
     elif response_mask.shape[0] != hidden.shape[0] or response_mask.shape[1] > hidden.shape[1]:
         raise ValueError(
             f"response_mask must have shape [{hidden.shape[0]}, T] with T <= {hidden.shape[1]} (the last T "
-            f"positions of hidden {describe(hidden)}), got {describe(response_mask)}"
+            f"positions of {name} {describe(hidden)}), got {describe(response_mask)}"
         )
 
 
@@ -221,11 +221,17 @@ def image(
     return None if visual is None else visual_mask(visual, hidden), *rows
 
 
-def per_response_integers(name: str, value: object, batch: int, device: torch.device, other: str) -> Tensor:
-    """Return integers ``[B]`` as int64."""
+def integers(name: str, value: object) -> Tensor:
+    """Return ``value`` if it is an integer tensor, else raise TypeError."""
     tensor = require_tensor(name, value)
     if tensor.dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name} must be an integer tensor, got {describe(tensor)}")
+    return tensor
+
+
+def per_response_integers(name: str, value: object, batch: int, device: torch.device, other: str) -> Tensor:
+    """Return integers ``[B]`` as int64."""
+    tensor = integers(name, value)
     require_shape(name, tensor, (batch,), f"one entry a response of {other}")
     require_device(name, tensor, device, other)
     return tensor.to(torch.int64).contiguous()
@@ -333,9 +339,7 @@ def token_shape(tensor: Tensor) -> tuple[int, ...]:
 
 def key_segments(value: object, k: Tensor, num_segments: int) -> Tensor:
     """Return the segment of each key as int32, -1 for every key to ignore."""
-    segments = require_tensor("key_segments", value)
-    if segments.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"key_segments must be an integer tensor, got {describe(segments)}")
+    segments = integers("key_segments", value)
     require_shape("key_segments", segments, token_shape(k), "one entry a key of k")
     require_device("key_segments", segments, k.device, "k")
     if values_are_free(segments) and segments.numel() and segments.max() >= num_segments:
@@ -413,9 +417,7 @@ def head(hidden: object, weight: object, bias: object) -> tuple[Tensor, Tensor, 
 
 def targets(value: object, shape: Sequence[int], meaning: str, device: torch.device, other: str = "hidden") -> Tensor:
     """Return target ids of ``shape`` as int64."""
-    ids = require_tensor("targets", value)
-    if ids.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"targets must be an integer tensor, got {describe(ids)}")
+    ids = integers("targets", value)
     require_shape("targets", ids, shape, meaning)
     require_device("targets", ids, device, other)
     return ids.to(torch.int64).contiguous()
@@ -490,6 +492,12 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
     return value
+
+
+def function(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__}")
 
 
 def settings(name: str, value: object, kind: type[T]) -> T:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vgpo_kernels import checks
 from vgpo_kernels.integrations.model_surface import final_norm, unwrap, visual_mask
 from vgpo_kernels.ops.attention_mass import attention_mass
 
@@ -98,6 +99,7 @@ def capture_attention(
     """
     from transformers import AttentionInterface
 
+    checks.function("consumer", consumer)
     registry: Any = AttentionInterface
     decoder = _decoder(model)
     attentions = _attention_modules(decoder)
@@ -227,6 +229,15 @@ def capture_attention_mass(
 
     """
     chosen = tuple(resolve_layers(layers, len(_attention_modules(_decoder(model)))))
+    if checks.integers("segments", segments).dim() != 2:
+        raise ValueError(f"segments must have shape [B, S], got {checks.describe(segments)}")
+    checks.positive_integer("num_segments", num_segments, checks.MOST_SEGMENTS)
+    if last is not None:
+        checks.positive_integer("last", last)
+    if not isinstance(later_segment, int) or later_segment >= num_segments:
+        raise ValueError(f"later_segment must be an integer below num_segments={num_segments}, got {later_segment!r}")
+    checks.flag("per_head", per_head)
+    checks.flag("differentiable", differentiable)
     captured = CapturedMasses(chosen, 2 if per_head else 1)
 
     def consume(call: AttentionCall) -> None:
@@ -261,14 +272,22 @@ def attention_segments(
         int64 ``[B, S]``.
 
     Raises:
-        ValueError: As ``visual_mask``, where the ids are not given.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes or devices do not fit together, or as ``visual_mask``, where the ids are not given.
 
     """
     segments = torch.where(visual_mask(input_ids, visual_tokens), IMAGE, QUESTION)
+    if segments.dim() != 2:
+        raise ValueError(f"input_ids must have shape [B, S], got {checks.describe(input_ids)}")
     if response_mask is not None:
-        begin = segments.shape[1] - response_mask.shape[1]
-        segments[:, begin:] = segments[:, begin:].masked_fill(response_mask.bool(), GENERATED)
-    return segments if attention_mask is None else segments.masked_fill(attention_mask == 0, IGNORED)
+        answered, _ = checks.response_layout(response_mask, None, segments.device)
+        checks.response_rows(answered, segments[..., None], "input_ids")
+        begin = segments.shape[1] - answered.shape[1]
+        segments[:, begin:] = segments[:, begin:].masked_fill(answered, GENERATED)
+    if attention_mask is None:
+        return segments
+    kept = checks.mask("attention_mask", attention_mask, segments.shape, "input_ids'", segments.device, "input_ids")
+    return segments.masked_fill(~kept, IGNORED)
 
 
 def key_segments(segments: Tensor, call: AttentionCall, later_segment: int) -> Tensor:
@@ -287,9 +306,12 @@ def resolve_layers(layers: Sequence[int] | None, number: int) -> list[int]:
     """Return indices of layers in their order, each once.
 
     Raises:
+        TypeError: A layer is no integer.
         ValueError: None is left, or one is out of range.
 
     """
+    if layers is not None and not all(isinstance(layer, int) for layer in layers):
+        raise TypeError(f"layers must be integers, got {layers}")
     found = sorted({layer + number if layer < 0 else layer for layer in (range(number) if layers is None else layers)})
     if not found or found[0] < 0 or found[-1] >= number:
         raise ValueError(f"layers must lie in [-{number}, {number}) and not be empty, got {layers}")

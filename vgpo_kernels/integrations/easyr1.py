@@ -31,12 +31,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels import VGPOConfig, policy_loss, visual_focus
+from vgpo_kernels import VGPOConfig, checks, policy_loss, visual_focus
 from vgpo_kernels.integrations.surface import require, reweight
 from vgpo_kernels.integrations.transformers import capture_hidden_states, visual_mask
 
 KNOWN = "EasyR1 0.3"
 FIELD = "visual_focus"
+
+# EasyR1's names of aggregations.
+AGGREGATIONS = {"token": "token-mean", "seq": "seq-mean-token-mean"}
 
 # The authors' names for what VGPOConfig calls otherwise.
 AUTHORS_NAMES = {
@@ -96,6 +99,7 @@ def patch_easyr1(
         UnknownSurfaceError: This EasyR1 has another surface than the versions known.
 
     """
+    checks.settings("config", config, VGPOConfig)
     actor_module = actor_module or import_module("verl.workers.actor.dp_actor")
     worker_module = worker_module or import_module("verl.workers.fsdp_workers")
     trainer_module = trainer_module or import_module("verl.trainer.ray_trainer")
@@ -229,9 +233,11 @@ def compute_policy_loss(
         ValueError: ``loss_type`` or a number is one that :func:`vgpo_kernels.policy_loss` refuses.
 
     """
-    mask = response_mask.bool()
+    mask = checks.require_tensor("response_mask", response_mask).bool()
     kind = "grpo" if loss_type == "default" else loss_type
-    aggregation = {"token": "token-mean", "seq": "seq-mean-token-mean"}[loss_avg_mode]
+    if loss_avg_mode not in AGGREGATIONS:
+        raise ValueError(f"loss_avg_mode must be one of {', '.join(AGGREGATIONS)}, got {loss_avg_mode!r}")
+    aggregation = AGGREGATIONS[loss_avg_mode]
     options: dict[str, Any] = {"loss_type": kind, "aggregation": aggregation}
     if kind in ("grpo", "gspo", "gspo_token"):
         options["dual_clip"] = clip_ratio_dual

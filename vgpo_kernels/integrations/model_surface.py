@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vgpo_kernels import checks
+
 # A decoder's attribute for its final norm, by family: Llama, Qwen and Gemma; Phi and StableLM; GPT-2; OPT; Mamba.
 NORM_NAMES = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f")
 
@@ -106,10 +108,14 @@ def visual_mask(input_ids: Tensor, visual_tokens: Any) -> Tensor:
         Bool of the shape of ``input_ids``.
 
     Raises:
+        TypeError: ``input_ids`` is no integer tensor, or an id no integer.
         ValueError: As :func:`visual_token_ids`, where the ids are not given.
 
     """
+    checks.integers("input_ids", input_ids)
     ids = visual_tokens if isinstance(visual_tokens, (tuple, list)) else visual_token_ids(visual_tokens)
+    if not all(isinstance(token, int) for token in ids):
+        raise TypeError(f"visual_tokens must be a model, a config or ids, which are integers, got {visual_tokens!r}")
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
     for token in ids:  # one or two; torch.isin would copy the ids to the device
         mask |= input_ids == token

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels import VGPOConfig, visual_weights
+from vgpo_kernels import VGPOConfig, checks, visual_weights
 
 
 class UnknownSurfaceError(RuntimeError):
@@ -46,9 +46,12 @@ def config_from(settings: Mapping[str, Any]) -> VGPOConfig:
     """Build a :class:`VGPOConfig` from a mapping of its fields and ``preset`` (``"paper"`` unless given).
 
     Raises:
+        TypeError: ``settings`` is no mapping, or a value has the wrong type.
         ValueError: The preset or a field is unknown, or a value is out of range.
 
     """
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"settings must be a mapping, got {type(settings).__name__}")
     changes = {name: tuple(value) if name.endswith("_clamp") and value else value for name, value in settings.items()}
     preset = changes.pop("preset", "paper")
     if preset not in ("paper", "released"):
@@ -86,20 +89,28 @@ def reweight(
     Returns:
         The new advantages, and the focus metrics by name, as ``vgpo/...``.
 
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or boundaries do not fit together.
+
     """
-    mask = response_mask.bool()
+    mask, boundaries = checks.response_layout(checks.require_tensor("response_mask", response_mask).bool(), cu_seqlens)
+    for name, value in (("advantages", advantages), ("cos", cos)):
+        checks.per_token(name, value, mask)
+    if len(prompts) != checks.batch_size(mask, boundaries):
+        raise ValueError(f"prompts must name {checks.batch_size(mask, boundaries)} responses, got {len(prompts)}")
     lit = torch.where(mask, cos != 0, False)
-    if cu_seqlens is None:
+    if boundaries is None:
         seen = lit.any(-1)
     else:
         running = torch.cat([lit.new_zeros(1, dtype=torch.int64), lit.cumsum(0)])
-        seen = running[cu_seqlens[1:]] > running[cu_seqlens[:-1]]
+        seen = running[boundaries[1:]] > running[boundaries[:-1]]
     weights = visual_weights(
         cos.float(),
         mask,
         group_numbers(prompts, cos.device),
         config,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=boundaries,
         has_visual=seen,
     )
     metrics = {f"vgpo/{name}": value.item() for name, value in weights.metrics.items()}

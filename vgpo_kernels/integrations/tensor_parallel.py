@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vgpo_kernels import checks
 from vgpo_kernels.ops.linear_logprob import combine_slices, linear_logprob_slice
 from vgpo_kernels.reference.linear_logprob import IGNORED
 
@@ -51,8 +52,9 @@ def parallel_logprob(
         ValueError: Shapes, devices or settings do not fit together.
 
     """
+    both = checks.flag("return_entropy", return_entropy)
     own = linear_logprob_slice(
-        _Replicated.apply(hidden, group),  # type: ignore[no-untyped-call]
+        _Replicated.apply(checks.require_floating("hidden", hidden), group),  # type: ignore[no-untyped-call]
         weight,
         targets,
         first=first,
@@ -66,7 +68,7 @@ def parallel_logprob(
     # The other ranks' slices are constants here: each rank differentiates its own.
     gathered[dist.get_rank(group)] = own
     logp, entropy = combine_slices(torch.stack(gathered), targets, ignore_index=ignore_index)
-    return (logp, entropy) if return_entropy else logp
+    return (logp, entropy) if both else logp
 
 
 class _Replicated(torch.autograd.Function):

@@ -26,6 +26,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vgpo_kernels import checks
 from vgpo_kernels.integrations.attention_capture import (
     GENERATED,
     IGNORED,
@@ -123,6 +124,8 @@ def capture_hidden_states(
         TypeError: No final norm was found.
 
     """
+    if consumer is not None:
+        checks.function("consumer", consumer)
     captured = CapturedHiddenStates()
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:

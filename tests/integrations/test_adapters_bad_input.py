@@ -1,0 +1,221 @@
+"""Bad input to the adapters: every argument of what other codebases call refuses what it cannot use, and says so."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from bad_input import Bad, Subject, boundaries, flags, floating, integers, mask, numbers, subject, whole_numbers
+
+from vgpo_kernels import VGPOConfig
+from vgpo_kernels.integrations import easyr1, surface, tensor_parallel
+
+transformers = pytest.importorskip("transformers")
+from vgpo_kernels.integrations import transformers as adapter  # noqa: E402
+
+IDS = torch.tensor([[7, 5, 5, 1, 2, 3], [7, 5, 5, 1, 2, 3]])
+ANSWERED = torch.ones(2, 3, dtype=torch.bool)
+
+
+def tiny_model() -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def run(capture: Callable[..., AbstractContextManager[Any]]) -> Callable[..., None]:
+    """Return a function of a capture's arguments that does one forward pass in its block."""
+
+    def call(**arguments: Any) -> None:
+        with capture(**arguments):
+            MODEL(IDS)
+
+    call.__signature__ = inspect.signature(capture)  # type: ignore[attr-defined]
+    return call
+
+
+MODEL = tiny_model()
+NO_MODEL = [Bad("no model", SimpleNamespace(), TypeError, "SimpleNamespace")]
+NO_LAYER = [
+    Bad("out of range", [2], ValueError, r"layers must lie in \[-2, 2\).*got \[2\]"),
+    Bad("none", [], ValueError, r"layers must lie in \[-2, 2\)"),
+    Bad("a fraction", [0.5], TypeError, r"layers must be integers, got \[0.5\]"),
+    Bad("text", ["last"], TypeError, r"layers must be integers, got \['last'\]"),
+]
+NO_FUNCTION = [Bad("text", "sum", TypeError, "consumer must be callable, got str")]
+NO_TOKENS = [
+    Bad("text", ("<image>",), TypeError, "visual_tokens must be.*<image>"),
+    Bad("a text-only model", MODEL, ValueError, "not a vision-language model"),
+]
+NUMBERED = [bad for bad in integers(IDS) if bad.why in ("a list", "text", "numpy", "sparse", "float32", "bool", "NaN")]
+NO_SETTINGS = [
+    Bad("text", "paper", TypeError, "settings must be a mapping, got str"),
+    Bad("another preset", {"preset": "published"}, ValueError, "preset.*'published'"),
+    Bad("an unknown field", {"betta": 1.0}, ValueError, "betta"),
+    Bad("out of range", {"beta": -1.0}, ValueError, "beta must be >= 0, got -1.0"),
+]
+SCRIPT = [
+    Bad("out of range", {"visual_compensation_strength": -1}, ValueError, "beta must be >= 0, got -1"),
+    Bad("unused by the authors", {"inter_reweighting_gamma_late": 0.7}, ValueError, "gamma_late.*got 0.7"),
+]
+CONFIGS = [Bad(f"{value!r}", value, TypeError, "config must be a VGPOConfig") for value in ("paper", {}, None)]
+
+
+def capturing_masses() -> Subject:
+    return Subject(
+        run(adapter.capture_attention_mass),
+        {"model": MODEL, "segments": IDS % 3},
+        {
+            "model": NO_MODEL,
+            "segments": [
+                *NUMBERED,
+                Bad("one row", (IDS % 3)[0], ValueError, r"segments must have shape \[B, S\].*\[6\]"),
+                Bad("too many rows", torch.zeros(3, 6, dtype=torch.int64), ValueError, "segments has 3 rows"),
+                Bad("too large", IDS % 3 + 1, ValueError, "key_segments must be below num_segments=3.*got 3"),
+            ],
+            "layers": NO_LAYER,
+            "num_segments": whole_numbers(0, -1),
+            "later_segment": [
+                Bad("too large", 3, ValueError, "later_segment.*num_segments=3, got 3"),
+                Bad("text", "generated", ValueError, "later_segment.*'generated'"),
+            ],
+            "last": whole_numbers(0, -1),
+            "per_head": flags(),
+            "differentiable": flags(),
+        },
+    )
+
+
+def reweighting(packed: bool) -> Subject:
+    values = torch.rand(6) if packed else torch.rand(2, 3)
+    good = {
+        "advantages": values,
+        "cos": values,
+        "response_mask": values > -1,
+        "prompts": ["a", "a"],
+        "config": VGPOConfig(),
+    }
+    bad = {
+        "advantages": floating(values),
+        "cos": floating(values),
+        "response_mask": [one for one in mask(values > -1) if one.error is ValueError or "list" in one.says],
+        "prompts": [Bad("one too few", ["a"], ValueError, "prompts must name 2 responses, got 1")],
+        "config": CONFIGS,
+    }
+    if packed:
+        good["cu_seqlens"] = torch.tensor([0, 3, 6])
+        bad["cu_seqlens"] = boundaries(good["cu_seqlens"])
+    return Subject(surface.reweight, good, bad)
+
+
+def head_in_parallel() -> Subject:
+    good = {"hidden": torch.rand(4, 6), "weight": torch.rand(5, 6), "targets": torch.arange(4), "first": 0}
+    # What is refused is refused before a process group is asked for anything, and without one.
+    return subject(tensor_parallel.parallel_logprob, good | {"bias": torch.rand(5)})
+
+
+def policy_of_easyr1() -> Subject:
+    values, answered = torch.rand(2, 3), ANSWERED
+    good = {"old_log_probs": values, "log_probs": values, "advantages": values, "response_mask": answered}
+    good |= {"clip_ratio_low": 0.2, "clip_ratio_high": 0.3, "clip_ratio_dual": 3.0}
+
+    def renamed(bad: list[Bad], name: str) -> list[Bad]:
+        """What this library's loss says, under its own name of the argument."""
+        return [one._replace(says=rf"{name}\b.*({one.says})|({one.says}).*\b{name}") for one in bad]
+
+    return Subject(
+        easyr1.compute_policy_loss,
+        good,
+        {
+            "old_log_probs": renamed(floating(values), "old_logp"),
+            "log_probs": renamed(floating(values), "logp"),
+            "advantages": floating(values),
+            "response_mask": [one for one in mask(answered) if one.why not in ("float32", "complex64")],
+            "tau_positive": renamed(numbers(0.0), "sapo_temperature_positive"),
+            "tau_negative": renamed(numbers(0.0), "sapo_temperature_negative"),
+            "clip_ratio_low": renamed(numbers(-0.1), "epsilon_low"),
+            "clip_ratio_high": renamed(numbers(-0.1), "epsilon_high"),
+            "clip_ratio_dual": renamed(numbers(0.5), "dual_clip"),
+            "loss_type": [Bad("another", "ppo", ValueError, "loss_type must be one of.*'ppo'")],
+            "loss_avg_mode": [
+                Bad("another", "tokens", ValueError, "loss_avg_mode must be one of token, seq, got 'tokens'")
+            ],
+        },
+    )
+
+
+SUBJECTS = {
+    "attention_segments": Subject(
+        adapter.attention_segments,
+        {"input_ids": IDS, "visual_tokens": (5,), "attention_mask": IDS > 0, "response_mask": ANSWERED},
+        {
+            "input_ids": [*NUMBERED, Bad("one row", IDS[0], ValueError, r"input_ids must have shape \[B, S\].*\[6\]")],
+            "visual_tokens": NO_TOKENS,
+            "attention_mask": mask(IDS > 0),
+            # Any number of last positions may be the response.
+            "response_mask": [
+                *(one for one in mask(ANSWERED) if one.why not in ("1 of dimension 1", "2 of dimension 1")),
+                Bad("longer than the ids", torch.ones(2, 7, dtype=torch.bool), ValueError, r"T <= 6.*\[2, 7\]"),
+            ],
+        },
+    ),
+    "capture_attention": Subject(
+        run(adapter.capture_attention),
+        {"model": MODEL, "consumer": print},
+        {"model": NO_MODEL, "consumer": NO_FUNCTION, "layers": NO_LAYER},
+    ),
+    "capture_attention_mass": capturing_masses(),
+    "capture_hidden_states": Subject(
+        run(adapter.capture_hidden_states), {"model": MODEL}, {"model": NO_MODEL, "consumer": NO_FUNCTION}
+    ),
+    "final_norm": Subject(adapter.final_norm, {"model": MODEL}, {"model": NO_MODEL}),
+    "visual_mask": Subject(
+        adapter.visual_mask,
+        {"input_ids": IDS, "visual_tokens": (5,)},
+        {"input_ids": NUMBERED, "visual_tokens": NO_TOKENS},
+    ),
+    "visual_token_ids": Subject(
+        adapter.visual_token_ids,
+        {"model_or_config": SimpleNamespace(image_token_id=5)},
+        {"model_or_config": [Bad("without images", MODEL, ValueError, "llama has none of image_token_id")]},
+    ),
+    "reweight, padded": reweighting(packed=False),
+    "reweight, packed": reweighting(packed=True),
+    "config_from": Subject(surface.config_from, {"settings": {"beta": 0.5}}, {"settings": NO_SETTINGS}),
+    "parallel_logprob": head_in_parallel(),
+    "authors_config": Subject(easyr1.authors_config, {"settings": {}}, {"settings": SCRIPT}),
+    "patch_easyr1": Subject(easyr1.patch_easyr1, {}, {"config": CONFIGS}),
+    "compute_policy_loss": policy_of_easyr1(),
+}
+# unwrap() takes anything, and hands back what wraps nothing. What it is called on in an error is the model.
+ANYTHING = {"unwrap"}
+CASES = [pytest.param(made, name, id=f"{label}: {name}") for label, made in SUBJECTS.items() for name in made.bad]
+
+
+def test_the_table_has_every_function_for_transformers() -> None:
+    functions = {name for name in adapter.__all__ if inspect.isfunction(getattr(adapter, name))}
+    assert functions - ANYTHING == functions & set(SUBJECTS)
+    for name in functions & set(SUBJECTS):
+        assert SUBJECTS[name].arguments() == set(SUBJECTS[name].bad), name
+
+
+@pytest.mark.parametrize(("made", "name"), CASES)
+def test_what_is_bad_is_refused(made: Subject, name: str) -> None:
+    for why, value, error, says in made.bad[name]:
+        # sapo's temperatures are not read by another loss.
+        kind = {"loss_type": "sapo"} if name.startswith("tau") else {}
+        with pytest.raises(error) as caught:
+            made.function(**(made.good | kind | {name: value}))
+        assert re.search(says, str(caught.value), re.DOTALL), f"{name} {why}: {caught.value}"
+
+
+@pytest.mark.parametrize("label", [name for name in SUBJECTS if name not in ("parallel_logprob", "patch_easyr1")])
+def test_what_is_good_is_accepted(label: str) -> None:
+    SUBJECTS[label].function(**SUBJECTS[label].good)
