@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from bad_input import Subject, subjects
 
 import vgpo_kernels
@@ -35,8 +36,10 @@ def test_the_table_has_every_argument(label: str) -> None:
 
 
 @pytest.mark.parametrize("label", SUBJECTS)
-def test_what_is_good_is_accepted(backend_name: str, label: str) -> None:
-    SUBJECTS[label].function(**SUBJECTS[label].good)
+def test_what_is_good_is_accepted(backend_name: str, device: torch.device, label: str) -> None:
+    good = SUBJECTS[label].good
+    good = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in good.items()}
+    SUBJECTS[label].function(**good)
 
 
 def error_of(made: Subject, changed: dict[str, Any]) -> Exception | None:

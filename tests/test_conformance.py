@@ -178,7 +178,10 @@ def visual_prototype(case: Case) -> dict[str, Tensor]:
 def visual_focus(case: Case) -> dict[str, Tensor]:
     batch, count = case.batch, len(case.batch.group_ids)
     found = vgpo_kernels.visual_focus(response_mask=batch.response_mask, **image_of(case))
-    shared = {"prototype": leaf(case.head.weight[:3]), "prototype_index": torch.arange(count) % 4 - 1}
+    shared = {
+        "prototype": leaf(case.head.weight[:3]),
+        "prototype_index": torch.arange(count, device=case.cos.device) % 4 - 1,
+    }
     given = vgpo_kernels.visual_focus(response_mask=batch.response_mask, **image_of(case), **shared)
     assert not found.requires_grad and not given.requires_grad
     return {"cos": found, "cos by given prototypes": given}
@@ -251,7 +254,7 @@ def of_head(case: Case) -> tuple[dict[str, Tensor], Tensor]:
     hidden = case.head.hidden
     ids = torch.randint(VOCABULARY, hidden.shape[:-1], generator=torch.Generator().manual_seed(3))
     head = {"hidden": leaf(hidden), "weight": leaf(case.head.weight), "bias": leaf(case.head.bias)}
-    return head, ids.masked_fill(hidden.isnan().all(-1), -100)
+    return head, ids.to(hidden.device).masked_fill(hidden.isnan().all(-1), -100)
 
 
 def linear_logprob(case: Case) -> dict[str, Tensor]:
