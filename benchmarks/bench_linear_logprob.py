@@ -2,9 +2,10 @@
 
 Flops: 2 N D V for each matrix product. The logits are one, the gradients by hidden states and by the weight one each;
 linear_logprob makes the logits a second time in its backward pass, so forward is one product and forward with backward
-four; linear_policy_loss, which knows its gradient as soon as it has a chunk, takes three. The first ceiling is exactly
-those products, bare, by torch, of whole matrices in the same dtype: "of ceiling" is their time by ours. In bf16 that is
-native on processors with AMX or AVX-512 BF16, whose products are rounded to bf16; ours stay fp32.
+four; linear_policy_loss, which knows its gradient as soon as it has a chunk, needs three (in bf16 on a CPU it makes the
+logits twice as well, which is faster there). The first ceiling is exactly those products, bare, by torch, of whole
+matrices in the same dtype: "of ceiling" is their time by ours. In bf16 that is native on processors with AMX or AVX-512
+BF16, whose products are rounded to bf16; ours stay fp32.
 
 Bytes: hidden states and weight in, and where there is a backward pass their gradients out. Beyond those results
 linear_logprob may hold an eighth of the logits in fp32 at most: the benchmark measures the process's peak, and fails

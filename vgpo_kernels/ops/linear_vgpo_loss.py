@@ -11,6 +11,8 @@ from vgpo_kernels import checks
 from vgpo_kernels.config import CHOICES, VGPOConfig
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.lm_head import (
+    LOGITS_SHARE,
+    SWEEP_SHARE,
     Head,
     HeadKernels,
     chunk_elements,
@@ -73,7 +75,8 @@ def linear_vgpo_loss(
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         prototype: Prototypes ``[P, D]``, as in :func:`visual_focus`; a row of zeros means no image.
         prototype_index: Row of ``prototype`` for each response, integer ``[B]``, -1 for no image.
-        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`.
+        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where one
+            sweep over the logits makes the gradients.
         **policy_loss_options: Every keyword of :func:`policy_loss` but ``factors`` and ``entropy``.
 
     Returns:
@@ -158,7 +161,8 @@ def linear_policy_loss(
         bias: The head's bias ``[V]``; differentiable.
         temperature: What logits are divided by, > 0.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
-        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`.
+        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where one
+            sweep over the logits makes the gradients.
         ref_logp: As in :func:`policy_loss`, like all that follow.
         importance_weights: Off-policy correction of the surrogate.
         num_tokens: Denominator of ``"token-mean"``.
@@ -288,10 +292,11 @@ def compute(
         return gradient_by_statistics(by_logp, by_entropy)
 
     everything = slice(0, index.shape[0])
-    elements = chunk_elements(chunk_bytes, index.shape[0], weight)
     one_sweep = any(gradients) and CHOICES["loss_type"][int(options[0])] not in SEQUENCE_LEVEL
     # A scale that keeps fp16 gradients from vanishing can only be chosen once all of them are known.
     one_sweep = one_sweep and hidden.dtype != torch.float16 and index.shape[0] > 0
+    one_sweep = one_sweep and not (kernels.packs and hidden.dtype == torch.bfloat16)
+    elements = chunk_elements(chunk_bytes, index.shape[0], weight, SWEEP_SHARE if one_sweep else LOGITS_SHARE)
     head = Head(
         kernels, hidden[place], weight, bias, targets.view(-1)[index], 0, temperature, elements, whole_rows=one_sweep
     )

@@ -22,6 +22,8 @@ from vgpo_kernels.reference.linear_logprob import gradient_of
 # The default workspace is this share of the fp32 logits, in bounds. With what 16-bit gradients need beside it (their
 # sums in fp32, and packed copies) peak memory stays below an eighth of the logits.
 LOGITS_SHARE = 24
+# In one sweep every chunk adds to the whole of the weight's gradient: fewer, larger ones spare that.
+SWEEP_SHARE = 8
 LEAST_CHUNK = 4 * 2**20
 MOST_CHUNK = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}
 # Entries of the vocabulary that a chunk should have at least: what amortises reading its tokens.
@@ -43,6 +45,8 @@ class HeadKernels(NamedTuple):
         product: ``head_product``.
         policy_loss: ``policy_loss``.
         half: Whether ``product`` multiplies fp16 as it is; otherwise hidden states in fp16 are computed in fp32.
+        packs: Whether ``product`` packs bf16 matrices for a CPU's matrix units. A sweep would pack the whole weight
+            for every chunk, which takes longer than to compute the logits a second time.
 
     """
 
@@ -51,6 +55,7 @@ class HeadKernels(NamedTuple):
     product: Callable[..., None]
     policy_loss: Callable[..., Any]
     half: bool
+    packs: bool
 
 
 def compiled_kernels(device: torch.device) -> HeadKernels:
@@ -62,6 +67,7 @@ def compiled_kernels(device: torch.device) -> HeadKernels:
         ops.head_product.default,
         ops.policy_loss.default,
         half=device.type != "cpu",
+        packs=device.type == "cpu",
     )
 
 
@@ -70,11 +76,11 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def chunk_elements(chunk_bytes: int, rows: int, weight: Tensor) -> int:
-    """Return how many fp32 logits a workspace holds; ``chunk_bytes`` 0 takes the default size."""
+def chunk_elements(chunk_bytes: int, rows: int, weight: Tensor, share: int = LOGITS_SHARE) -> int:
+    """Return how many fp32 logits a workspace holds; ``chunk_bytes`` 0 takes one ``share``-th of them, in bounds."""
     if chunk_bytes == 0:
         logits = 4 * rows * weight.shape[0]
-        chunk_bytes = min(max(logits // LOGITS_SHARE, LEAST_CHUNK), MOST_CHUNK.get(weight.device.type, LEAST_CHUNK))
+        chunk_bytes = min(max(logits // share, LEAST_CHUNK), MOST_CHUNK.get(weight.device.type, LEAST_CHUNK))
     return max(chunk_bytes // 4, 1)
 
 

@@ -196,7 +196,7 @@ def head_product(left: Tensor, right: Tensor, result: Tensor, accumulate: bool) 
         result += torch.mm(left, right, out_dtype=torch.float32)
 
 
-KERNELS = HeadKernels(head_statistics, head_gradient, head_product, policy_loss, half=True)
+KERNELS = HeadKernels(head_statistics, head_gradient, head_product, policy_loss, half=True, packs=False)
 
 
 linear_logprob = opaque_operator("linear_logprob", partial(head_ops.compute, KERNELS))
