@@ -72,7 +72,8 @@ class Head:
                 torch.mm(buffer, self.weight, out=by_hidden)
                 torch.mm(buffer.T, self.hidden, out=by_weight)
 
-        return Ceiling(f"{logits + 2 * gradients} matrix products", self.bytes(gradients), run)
+        count = logits + 2 * gradients
+        return Ceiling("1 matrix product" if count == 1 else f"{count} matrix products", self.bytes(gradients), run)
 
     def bytes(self, gradients: bool) -> int:
         """Bytes of the leaves, and of their gradients."""

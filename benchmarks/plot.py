@@ -75,7 +75,7 @@ def read_cases(table: Path) -> list[Case]:
     with table.open(newline="") as file:
         for row in csv.DictReader(file):
             name = row.get("implementation") or row["variant"]
-            software = f"torch {row['torch']}, {row['date']}, {row['commit']}"
+            software = f"torch {row['torch']}, {row['date']}"
             case = Case(row["op"], row["shape"], row.get("dtype", ""), row["device"], software)
             if not runs or runs[-1].key != case.key or name in runs[-1].ms:
                 runs.append(case)
