@@ -294,13 +294,15 @@ def test_metadata(project: Path) -> None:
     assert "Version: 0.0\n" in (info / "PKG-INFO").read_text()
 
 
-def test_the_command_names_the_extra_it_lacks() -> None:
+def test_the_command_names_the_extra_it_lacks(tmp_path: Path) -> None:
     program = """
 import sys
 sys.modules.update(dict.fromkeys(("PIL", "rich", "trl", "transformers", "datasets", "sklearn")))
 from vgpo_trainer.cli import main
 raise SystemExit(main(["demo"]))
 """
-    result = run([sys.executable, "-c", program], ROOT, PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "python"))))
+    path = os.pathsep.join((str(ROOT), str(ROOT / "python")))
+    result = run([sys.executable, "-c", program], tmp_path, PYTHONPATH=path)
     assert result.returncode == 2
+    assert not any(tmp_path.iterdir())
     assert "pip install 'vgpo-kernels[train]'" in result.stderr and "Traceback" not in result.stderr

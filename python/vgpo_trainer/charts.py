@@ -151,13 +151,12 @@ def histogram(groups: Sequence[tuple[str, Sequence[float]]], x_label: str, title
 
 
 def running_mean(points: Sequence[tuple[float, float]], window: int = 9) -> list[tuple[float, float]]:
-    """Centred running mean of the finite points; the window shrinks at the ends."""
+    """Centred running mean of the finite points; the window ends where they do."""
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     half = window // 2
     means = []
     for index, (x, _) in enumerate(finite):
-        reach = min(half, index, len(finite) - 1 - index)
-        near = finite[index - reach : index + reach + 1]
+        near = finite[max(index - half, 0) : index + half + 1]
         means.append((x, sum(y for _, y in near) / len(near)))
     return means
 

@@ -122,14 +122,15 @@ def run(arguments: argparse.Namespace) -> int:
     if chosen["out"] is None:
         chosen["out"] = Path("runs") / f"demo-{arguments.algo}-{datetime.now():%Y%m%d-%H%M%S}"
     settings = DemoSettings(**chosen)
+    # First, so that a package that is missing leaves no folder behind.
+    from vgpo_trainer.demo_display import DemoDisplay
+
     try:
         check(settings)
         RunFolder(settings.out).create()
     except ValueError as error:
         print(f"vgpo demo: {error}", file=sys.stderr)
         return 2
-    from vgpo_trainer.demo_display import DemoDisplay
-
     with DemoDisplay(settings.steps) as display:
         try:
             result = run_demo(settings, display)

@@ -314,4 +314,4 @@ def test_median_and_running_mean():
     assert median([4.0, 1.0, 2.0, 3.0]) == 2.5
     assert math.isnan(median([]))
     means = running_mean([(0, 1.0), (1, 2.0), (2, math.nan), (3, 6.0)], window=3)
-    assert means == [(0, 1.0), (1, 3.0), (3, 6.0)]
+    assert means == [(0, 1.5), (1, 3.0), (3, 4.0)]
