@@ -332,8 +332,6 @@ def test_gradients_of_the_definition(function: Any) -> None:
     "name", ["attention_mass", "attention_mass_backward", "attention_heatmap", "attention_heatmap_backward"]
 )
 def test_opcheck(exact_backend: str, device: torch.device, name: str, packed: bool) -> None:
-    if exact_backend == "triton":
-        pytest.skip("Triton's launchers are operators of their own, checked beside them")
     case = draw(((4, 11), (4, 11)), packed=packed).to(device)
     case = replace(case, k=case.k.nan_to_num()).leaves()
     boundaries = [None if tensor is None else tensor.long() for tensor in (case.cu_seqlens_q, case.cu_seqlens_k)]
