@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import measure
+from benchmarks.rows import append_csv
 
 ROWS = pytest.StashKey[list[measure.Row]]()
 RESULTS = measure.ROOT / "benchmarks" / "results"
@@ -65,5 +66,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     measure.print_table(rows)
     if config.getoption("--record"):
         path = RESULTS / "cpu.csv"
-        measure.append_csv(rows, path)
+        append_csv(rows, path)
         terminalreporter.write_line(f"{len(rows)} rows appended to {path.relative_to(measure.ROOT)}")

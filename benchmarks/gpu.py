@@ -12,7 +12,6 @@ Losses are timed with their gradients.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import shutil
 import subprocess
@@ -31,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import peers  # noqa: E402
+from rows import append_csv  # noqa: E402
 from tolerance import assert_close  # noqa: E402
 
 import vgpo_kernels  # noqa: E402
@@ -354,16 +354,6 @@ class Bench:
             end.synchronize()
             self.add(case, "token loop", shape, begin.elapsed_time(end), None, peak)
 
-    def save(self) -> None:
-        names = list(Row.__dataclass_fields__)
-        new = not TABLE.exists()
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        with TABLE.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if new:
-                writer.writerow(names)
-            writer.writerows([getattr(row, name) for name in names] for row in self.rows)
-
 
 def rotating(sets: list[Inputs]) -> Iterator[Inputs]:
     while True:
@@ -400,7 +390,7 @@ def main() -> None:
         del sets
         torch.cuda.empty_cache()
     if not quick:
-        bench.save()
+        append_csv(bench.rows, TABLE)
     if bench.wrong:
         sys.exit(f"{len(bench.wrong)} results are wrong and were not timed")
 

@@ -12,10 +12,9 @@ products, and fused kernels of other libraries where they are installed.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import date
 from importlib.util import find_spec
 from typing import Any
@@ -24,6 +23,7 @@ import gpu
 import torch
 import torch.nn.functional as F
 from gpu import BACKENDS, GPU, ROOT, count_launches, median_ms, peak_mib, said
+from rows import append_csv
 from tolerance import assert_close
 from torch import Tensor
 
@@ -320,16 +320,6 @@ class Bench:
         for name, other in case.others.items():
             self.add(case, name, other, None)
 
-    def save(self) -> None:
-        new = not TABLE.exists()
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        with TABLE.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            names = [field.name for field in fields(Row)]
-            if new:
-                writer.writerow(names)
-            writer.writerows([getattr(row, name) for name in names] for row in self.rows)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -343,7 +333,7 @@ def main() -> None:
             bench.run(case)
         torch.cuda.empty_cache()
     if not quick:
-        bench.save()
+        append_csv(bench.rows, TABLE)
     if bench.wrong:
         sys.exit(f"{len(bench.wrong)} results are wrong and were not timed")
 

@@ -9,7 +9,6 @@ and each is represented by its fastest round; the median is recorded beside it.
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import gc
 import platform
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -321,25 +320,3 @@ def print_table(rows: Iterable[Row], console: Console | None = None) -> None:
     if not console.is_terminal:
         console.width = 140  # a log has no width of its own
     console.print(table)
-
-
-def append_csv(rows: Iterable[Row], path: Path) -> None:
-    """Append rows to a CSV file, which gets its heading when it is new.
-
-    Raises:
-        ValueError: The file has other columns.
-
-    """
-    columns = [column.name for column in fields(Row)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    if not is_new:
-        with path.open(newline="") as file:
-            found = next(csv.reader(file), [])
-        if found != columns:
-            raise ValueError(f"{path} has the columns {', '.join(found)}, not {', '.join(columns)}")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if is_new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)

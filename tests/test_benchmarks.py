@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import measure, plot
+from benchmarks.rows import append_csv
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -60,14 +61,14 @@ def test_the_table_has_every_implementation_and_figure() -> None:
 
 def test_rows_are_appended_under_one_heading(tmp_path: Path) -> None:
     table = tmp_path / "new" / "cpu.csv"
-    measure.append_csv(rows(), table)
-    measure.append_csv(rows(), table)
+    append_csv(rows(), table)
+    append_csv(rows(), table)
     with table.open(newline="") as file:
         read = list(csv.DictReader(file))
     assert len(read) == 6 and list(read[0]) == [column.name for column in fields(measure.Row)]
     table.write_text("date,op\n")
     with pytest.raises(ValueError, match="has the columns date, op, not date, commit"):
-        measure.append_csv(rows(), table)
+        append_csv(rows(), table)
 
 
 def write(table: Path, *runs: list[dict[str, object]]) -> None:
