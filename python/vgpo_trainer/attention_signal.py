@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from vgpo_kernels import VGPOConfig, attention_mass
+from vgpo_kernels import VGPOConfig
 from vgpo_kernels.integrations.transformers import IGNORED, AttentionCall, capture_attention
 
 IMAGE, OTHER = 0, 1
@@ -26,7 +26,8 @@ class AttentionPass:
         response_mask: True at scored response tokens, ``[B, T]``: the last T positions.
         attention_mask: True at tokens, ``[B, S]``.
         config: The settings that the shares are scored with.
-        layers: Indices of decoder layers, negative ones counted from the last; ``None``: all.
+        layers: Indices of decoder layers, negative ones counted from the last; ``None``: all that have attention.
+        norm: The model's final norm or its name, where it has to be told.
 
     """
 
@@ -37,19 +38,21 @@ class AttentionPass:
         attention_mask: Tensor,
         config: VGPOConfig,
         layers: Sequence[int] | None,
+        norm: str | nn.Module | None = None,
     ) -> None:
         self.image_mask = image_mask
         self.response_mask = response_mask
         self._segments = torch.where(image_mask, IMAGE, OTHER).masked_fill(attention_mask == 0, IGNORED)
         self._affine = config.score == "affine"
         self._layers = layers
+        self._norm = norm
         self._slices: list[list[Tensor]] = []  # the shares of each layer
         self._rows = 0
         self._last_layer: int | None = None
 
     def capture(self, model: nn.Module) -> AbstractContextManager[object]:
         """Take the attention of every forward pass in the block."""
-        return capture_attention(model, self, layers=self._layers)
+        return capture_attention(model, self, layers=self._layers, norm=self._norm)
 
     def __call__(self, call: AttentionCall) -> None:
         """Take the queries and keys of the next layer; the first layer again begins the next slice."""
@@ -65,7 +68,7 @@ class AttentionPass:
             )
         call = call.last(self.response_mask.shape[1])
         with torch.no_grad():
-            share = attention_mass(call.q, call.k, segments, num_segments=2, **call.options)[..., IMAGE]
+            share = call.mass(segments, num_segments=2)[..., IMAGE]
         self._slices[-1].append(share.to(self.response_mask.device))
 
     @property
@@ -91,7 +94,7 @@ class AttentionPass:
         return 2 * self.shown - 1 if self._affine else self.shown
 
 
-def check_attention(model: nn.Module, layers: Sequence[int] | None) -> None:
+def check_attention(model: nn.Module, layers: Sequence[int] | None, norm: str | nn.Module | None = None) -> None:
     """Raise what capturing the attention of these layers would raise, before any work is done.
 
     Raises:
@@ -99,7 +102,7 @@ def check_attention(model: nn.Module, layers: Sequence[int] | None) -> None:
         ValueError: A layer is out of range.
 
     """
-    with capture_attention(model, _nothing, layers=layers):
+    with capture_attention(model, _nothing, layers=layers, norm=norm):
         pass
 
 

@@ -4,13 +4,17 @@ TRL gives a model's ``forward`` an argument ``fused_lm_head``, and with it a hea
 the same call: from the decoder's last hidden states and the head's weight, only the scored positions, a chunk of
 logits at a time. Inside ``forward``, wrappers for data parallelism, sharding and mixed precision keep working, and
 what reads hidden states on the way keeps reading them.
+
+Many models do more to their logits than multiplying hidden states by the head: they cap, scale, cut or mask them. No
+list of settings tells which, so the log-probabilities of a few tokens are compared with those of the model's own logits
+at the start. Where ours differ TRL's head is tried, and where that differs too all logits are computed.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -18,55 +22,123 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import FusedCausalLMOutput
 
 from vgpo_kernels import linear_logprob
 from vgpo_kernels.integrations.transformers import unwrap
 
-# What models do to their logits beside multiplying, by the name of the setting; the same names as TRL's head reads.
-TRANSFORMATIONS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-)
+PROBE_TOKENS = 8
+# The head is probed as it is, and with weights so large that a cap on logits shows. Powers of two restore exactly.
+PROBE_SCALES = (1.0, 64.0)
 
 
-def fuse_heads(models: Sequence[nn.Module | None], temperature: float, *, fp32: bool) -> None:
-    """Let models answer TRL's log-probability passes by ``linear_logprob``, if it computes what their heads do.
+def fuse_heads(models: Sequence[nn.Module | None], temperature: float, *, fp32: bool, fused: bool = True) -> None:
+    """Let models answer TRL's log-probability passes by a head that gives what their own logits do.
 
     Args:
         models: The policy, and others of its architecture; ``None`` is skipped. Wrapped or not, after TRL's trainer has
-            given them its own head, which stays where ours does not fit.
+            given them its own head, which stays where it is right and ours is not.
         temperature: What logits are divided by.
         fp32: Compute the logits' products in fp32, outside autocast.
+        fused: Try ours first; else TRL's.
 
     """
     present = [unwrap(model) for model in models if model is not None]
-    reason = next(filter(None, map(why_not, present)), None)
-    if reason is not None:
-        warnings.warn(f"fused_head: {reason}; TRL's own head computes the log-probabilities", stacklevel=3)
-        return
-    for model in present:
-        fuse_head(model, temperature, fp32)
-
-
-def why_not(model: PreTrainedModel) -> str | None:
-    """Return why a model's log-probabilities are not those of a linear head, or ``None`` if they are."""
-    name, config = type(model).__name__, model.config.get_text_config()
-    for setting in TRANSFORMATIONS:
-        if getattr(config, setting, None) not in (None, 1, 1.0):
-            return f"{name} transforms its logits ({setting}={getattr(config, setting)})"
+    policy: Any = present[0]
     if is_deepspeed_zero3_enabled():
-        return "DeepSpeed's ZeRO-3 has taken the head's weight away by the time its gradient is computed"
-    head = model.get_output_embeddings()
-    head = getattr(head, "original_module", head)  # PEFT trains a copy of it
-    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
-        return f"the LM head of {name} is no linear layer of floating-point numbers but {type(head).__name__}"
+        if fused:
+            warnings.warn(
+                "fused_head: DeepSpeed's ZeRO-3 has taken the head's weight away by the time its gradient is computed; "
+                "TRL's own head computes the log-probabilities",
+                stacklevel=3,
+            )
+        return
+    reason = why_wrong(policy, temperature, lambda model: fuse_head(model, temperature, fp32)) if fused else ""
+    if reason is None:
+        for model in present:
+            fuse_head(model, temperature, fp32)
+        return
+    reason_of_trl = why_wrong(policy, temperature, lambda model: None)
+    kept = "TRL's own head computes the log-probabilities"
+    if reason_of_trl is not None:
+        kept = "log-probabilities are computed from all logits"
+        for model in present:
+            use_all_logits(model, temperature)
+    if fused or reason_of_trl is not None:
+        warnings.warn(f"fused_head: {reason or reason_of_trl}; {kept}", stacklevel=3)
+
+
+def why_wrong(model: PreTrainedModel, temperature: float, install: Callable[[PreTrainedModel], None]) -> str | None:
+    """Return why a head gives other log-probabilities than a model's own logits, or ``None`` if it gives the same.
+
+    Args:
+        model: The model, which is left as it was.
+        temperature: What logits are divided by.
+        install: Puts the head into the model's ``forward``.
+
+    """
+    name, head = type(model).__name__, model.get_output_embeddings()
+    linear = getattr(head, "original_module", head)  # PEFT trains a copy of it
+    if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+        return f"the LM head of {name} is no linear layer of floating-point numbers but {type(linear).__name__}"
+    plain = model.forward
+    ids = probe_tokens(model)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    try:
+        for scale in PROBE_SCALES:
+            with evaluating(model), scaled(head.weight, scale), torch.no_grad():
+                model.forward = plain
+                logits = model(**inputs).logits[:, :-1].float() / temperature
+                install(model)
+                found = model(**inputs, labels=ids, fused_lm_head=True).log_probs
+            expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            error = float((found - expected).abs().max())
+            # Logits are rounded to the model's precision, where they may be large.
+            allowed = 1e-4 + 8 * torch.finfo(model.dtype).eps * float(logits[logits > -1e4].abs().max())
+            if not error <= allowed:
+                return f"{name} does more to its logits than its LM head says (log-probabilities differ by {error:.1e})"
+    except Exception as error:  # whatever it is, this head is not proven
+        return (
+            f"log-probabilities of {name} could not be compared with its own logits ({type(error).__name__}: {error})"
+        )
+    finally:
+        model.forward = plain
     return None
+
+
+def probe_tokens(model: PreTrainedModel) -> Tensor:
+    """A few ordinary tokens, ``[1, PROBE_TOKENS]``: none that a configuration gives a meaning."""
+    configs = [model.config, *(value for value in vars(model.config).values() if isinstance(value, PreTrainedConfig))]
+    settings = [(name, value) for config in configs for name, value in vars(config).items()]
+    special = {value for name, value in settings if name.endswith(("_id", "_index")) and isinstance(value, int)}
+    ordinary = [token for token in range(3, 3 + PROBE_TOKENS + len(special)) if token not in special]
+    return torch.tensor([ordinary[:PROBE_TOKENS]], device=model.device)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch a model to inference in the block, and each of its modules back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def scaled(weight: nn.Parameter, factor: float) -> Iterator[None]:
+    """Multiply a weight by a power of two in the block."""
+    with torch.no_grad():
+        weight.mul_(factor)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight.div_(factor)
 
 
 def fuse_head(model: PreTrainedModel, temperature: float, fp32: bool) -> None:
@@ -100,6 +172,32 @@ def fuse_head(model: PreTrainedModel, temperature: float, fp32: bool) -> None:
                 return_entropy=True,
             )
         return FusedCausalLMOutput(log_probs=logp, entropy=entropy)
+
+    model.forward = MethodType(forward, model)
+
+
+def use_all_logits(model: PreTrainedModel, temperature: float) -> None:
+    """Let ``model(..., labels=labels, fused_lm_head=True)`` read the model's own logits, all of them in memory."""
+    plain = model.forward
+
+    @wraps(type(model).forward)
+    def forward(
+        self: PreTrainedModel, *arguments: Any, fused_lm_head: bool = False, labels: Any = None, **named: Any
+    ) -> Any:
+        if not fused_lm_head:
+            return plain(*arguments, **named) if labels is None else plain(*arguments, labels=labels, **named)
+        output = plain(*arguments, **{**named, "use_cache": False})
+        targets = labels[:, 1:].to(output.logits.device)
+        scored = targets != -100
+        log_probabilities = (output.logits[:, :-1][scored].float() / temperature).log_softmax(-1)
+        zeros = log_probabilities.new_zeros(targets.shape)
+        logp = log_probabilities.gather(-1, targets[scored][:, None])[:, 0]
+        entropy = torch.special.entr(log_probabilities.exp()).sum(-1)
+        return FusedCausalLMOutput(
+            log_probs=zeros.masked_scatter(scored, logp),
+            entropy=zeros.masked_scatter(scored, entropy),
+            aux_loss=getattr(output, "aux_loss", None),
+        )
 
     model.forward = MethodType(forward, model)
 

@@ -231,18 +231,11 @@ class Gaze:
 
     def __call__(self, call: AttentionCall) -> None:
         """Take the queries and keys of the next layer."""
-        from vgpo_kernels import attention_heatmap, attention_mass
-
         call = call.last(self._number)
         if call.k.shape[2] != self._segments.shape[1]:
             raise InspectError(f"layer {call.layer} has {call.k.shape[2]} keys for {self._segments.shape[1]} tokens")
-        # Tokens of one sequence as a batch, so that each gets a map of its own; the keys are shared, not copied.
-        queries = call.q[0].transpose(0, 1)[:, :, None]
-        keys = call.k.expand(self._number, -1, -1, -1)
-        positions = call.query_positions[0][:, None]
-        options = call.options | {"query_positions": positions}
-        shares = attention_mass(call.q, call.k, self._segments, **call.options)[0]
-        heat = attention_heatmap(queries, keys, self._image.expand(self._number, -1), **options)
+        shares = call.mass(self._segments)[0]
+        heat = call.one_query_each().heatmap(self._image.expand(self._number, -1))
         self._shares = shares.cpu() + self._shares
         self._maps = heat[:, self._image[0]].cpu() + self._maps
         self.layers.append(call.layer)

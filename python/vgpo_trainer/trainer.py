@@ -54,7 +54,8 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from vgpo_kernels import VGPOConfig, policy_loss
-from vgpo_kernels.integrations.transformers import final_norm, visual_token_ids
+from vgpo_kernels.integrations.transformers import final_norm as find_norm
+from vgpo_kernels.integrations.transformers import visual_token_ids
 from vgpo_trainer.attention_signal import AttentionPass, check_attention
 from vgpo_trainer.callbacks import MetricsFile
 from vgpo_trainer.config import VGPOTrainingConfig
@@ -104,10 +105,13 @@ class VGPOTrainer(GRPOTrainer):
         eval_dataset: As TRL's.
         processing_class: As TRL's.
         signal: ``"focus"`` or ``"attention"``, in place of ``args.signal``.
+        visual_tokens: Ids of image and video tokens, for a model whose configuration and processor do not say.
+        final_norm: The norm after the last decoder layer, or its name in the model (``"model.text.ln_out"``), for a
+            model in which it is not found.
         **others: The rest of TRL's arguments, by name.
 
     Raises:
-        TypeError: ``args`` is not a :class:`VGPOTrainingConfig`.
+        TypeError: ``args`` is not a :class:`VGPOTrainingConfig`, or the model has no final norm by a known name.
         ValueError: A setting of TRL that this trainer does not carry, or a model without visual tokens.
 
     """
@@ -128,6 +132,8 @@ class VGPOTrainer(GRPOTrainer):
         processing_class: Any = None,
         *,
         signal: str | None = None,
+        visual_tokens: Sequence[int] | None = None,
+        final_norm: str | nn.Module | None = None,
         **others: Any,
     ) -> None:
         if args is None:
@@ -150,16 +156,20 @@ class VGPOTrainer(GRPOTrainer):
         self._correct: list[Any] = []
         self._loss_inputs: dict[str, Any] = {}
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **others)
-        if args.fused_head:
-            fuse_heads((self.model, self.ref_model), self.temperature, fp32=args.cast_lm_head_to_fp32)
+        fuse_heads(
+            (self.model, self.ref_model), self.temperature, fp32=args.cast_lm_head_to_fp32, fused=args.fused_head
+        )
+        self._final_norm = final_norm
         if self._signal_config is not None:
-            final_norm(self.model)
+            find_norm(self.model, final_norm)
             if args.signal == "attention":
-                check_attention(self.model, args.signal_layers)
+                check_attention(self.model, args.signal_layers, final_norm)
             try:
-                self._visual_tokens = visual_token_ids(self.model)
+                self._visual_tokens = visual_tokens or visual_token_ids(self.model, self.processing_class)
             except ValueError as error:
-                raise ValueError(f"{error}; vgpo=None trains without the visual signal") from error
+                raise ValueError(
+                    f"{error} (visual_tokens=(id, ...)); vgpo=None trains without the visual signal"
+                ) from error
         capacity = args.rollout_samples if self.accelerator.is_main_process else 0
         self._recorder = RolloutRecorder(capacity, cache(lambda token: self._tokenizer.decode([token])))
         self.add_callback(MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
@@ -247,8 +257,8 @@ class VGPOTrainer(GRPOTrainer):
         if self.args.signal == "attention":
             assert self._signal_config is not None
             layers = self.args.signal_layers
-            return AttentionPass(images, response_mask, attention_mask, self._signal_config, layers)
-        return FocusPass(images, response_mask)
+            return AttentionPass(images, response_mask, attention_mask, self._signal_config, layers, self._final_norm)
+        return FocusPass(images, response_mask, self._final_norm)
 
     def _focus_of_old_policy(self, batch: Mapping[str, Any]) -> SignalPass | None:
         """Focus that was scored on the way to the old log-probabilities, if TRL computed any.

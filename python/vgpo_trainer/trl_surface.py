@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from vgpo_kernels.integrations.surface import require
+from vgpo_kernels.integrations.surface import known, require
 from vgpo_kernels.integrations.transformers import unwrap
 
 if TYPE_CHECKING:
     from vgpo_trainer.config import VGPOTrainingConfig
 
-KNOWN = "trl 1.16"
+KNOWN = known("trl")
 
 # Inputs of a forward pass beside the tokens, as TRL's batches and its log-probability pass name them.
 FORWARD_INPUTS = (

@@ -25,18 +25,20 @@ class FocusPass:
     Args:
         image_mask: True at visual tokens, ``[B, S]``.
         response_mask: True at scored response tokens, ``[B, T]``: the last T positions.
+        norm: The model's final norm or its name, where it has to be told.
 
     """
 
-    def __init__(self, image_mask: Tensor, response_mask: Tensor) -> None:
+    def __init__(self, image_mask: Tensor, response_mask: Tensor, norm: str | nn.Module | None = None) -> None:
         self.image_mask = image_mask
         self.response_mask = response_mask
+        self._norm = norm
         self._slices: list[Tensor] = []
         self._rows = 0
 
     def capture(self, model: nn.Module) -> AbstractContextManager[object]:
         """Take the hidden states of every forward pass in the block."""
-        return capture_hidden_states(model, self)
+        return capture_hidden_states(model, self, norm=self._norm)
 
     def __call__(self, hidden: Tensor) -> None:
         """Take the hidden states ``[b, S, D]`` of the next b rows."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -118,6 +120,7 @@ def test_every_pass_of_the_policy_and_the_reference_is_fused(tmp_path, monkeypat
     plain = fused_head.linear_logprob
     monkeypatch.setattr(fused_head, "linear_logprob", counting)
     trainer = build(tmp_path, beta=0.1, num_iterations=2, gradient_accumulation_steps=2)
+    calls.clear()  # the head was tried on a few tokens
     batch = trainer._prepare_inputs(generation_batch(trainer))
     assert "old_per_token_logps" in batch and "ref_per_token_logps" in batch
     assert calls == [False] * 4  # a generation batch of two micro-batches: old log-probabilities and the reference's
@@ -174,17 +177,64 @@ def test_an_adapter_on_the_head_is_refused(tmp_path):
         build(tmp_path, arguments={"peft_config": lora(target_modules=["q_proj", "lm_head"])})
 
 
-def test_a_head_that_transforms_its_logits_stays_with_trl(tmp_path, monkeypatch):
-    def unused(*_: Any, **__: Any) -> None:
-        raise AssertionError("linear_logprob knows no softcap")
+def transforming(change: Any) -> Any:
+    """A model that does something to its logits, as its own forward computes them."""
+    model, _ = qwen2_5_vl()
+    plain = model.forward
 
-    monkeypatch.setattr(fused_head, "linear_logprob", unused)
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        output = plain(*arguments, **named)
+        output.logits = change(output.logits)
+        return output
+
+    model.forward = MethodType(forward, model)
+    return model
+
+
+def assert_head(trainer: Any, *, is_ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that log-probabilities are those of the model's logits, and whether linear_logprob computes them."""
+    batch = rollout_of(trainer)
+    assert_same_as_logits(trainer, batch)
+    calls = []
+    monkeypatch.setattr(
+        fused_head, "linear_logprob", lambda *_, **__: calls.append(1) or (_ for _ in ()).throw(KeyError)
+    )
+    if is_ours:
+        with pytest.raises(KeyError):
+            from_trainer(trainer, batch)
+    else:
+        from_trainer(trainer, batch)
+    assert bool(calls) == is_ours
+
+
+def test_a_cap_on_logits_that_trl_knows_stays_with_trl(tmp_path, monkeypatch):
+    """The cap would not show on the small logits of this model, and does in a trained one."""
+    model = transforming(lambda logits: 30 * torch.tanh(logits / 30))
+    model.config.get_text_config().final_logit_softcapping = 30.0
+    with pytest.warns(UserWarning, match=r"fused_head: Qwen2_5_VL.* does more to its logits.*TRL's own head"):
+        trainer = build(tmp_path, model=model)
+    assert_head(trainer, is_ours=False, monkeypatch=monkeypatch)
+
+
+def test_a_setting_that_the_model_does_not_obey_changes_nothing(tmp_path, monkeypatch):
     model, _ = qwen2_5_vl()
     model.config.get_text_config().final_logit_softcapping = 30.0
-    with pytest.warns(UserWarning, match=r"fused_head: .*final_logit_softcapping=30.0.*TRL's own head"):
-        trainer = build(tmp_path, model=model)
-    logp, _ = from_trainer(trainer, rollout_of(trainer))
-    assert logp.requires_grad
+    assert_head(build(tmp_path, model=model), is_ours=True, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("change", [lambda x: x / 3, lambda x: x[..., :-2]], ids=["divided", "cut"])
+def test_what_no_setting_names_is_read_from_all_logits(tmp_path, monkeypatch, change, fused):
+    with pytest.warns(UserWarning, match=r"does more to its logits.*from all logits"):
+        trainer = build(tmp_path, model=transforming(change), fused_head=fused)
+    assert_head(trainer, is_ours=False, monkeypatch=monkeypatch)
+
+
+def test_trying_a_head_leaves_the_model_as_it_was(tmp_path):
+    model, _ = qwen2_5_vl()
+    weights = {name: weight.clone() for name, weight in model.named_parameters()}
+    trainer = build(tmp_path, model=model)
+    assert all(torch.equal(weight, weights[name]) for name, weight in trainer.model.named_parameters())
 
 
 def test_generation_and_logits_are_left_alone(tmp_path):

@@ -10,75 +10,43 @@ are captured alike::
         model.generate(**inputs)
     image_share = captured.masses[..., IMAGE]  # [B, layers, tokens]
 
-A token's attention is that of the query at the token itself, which sees the token and everything before it. The last
-token of ``generate`` is never a query. Bidirectional attention within an image (Gemma, PaliGemma) is read as causal,
-which makes a difference for the image's own tokens only.
+A token's attention is that of the query at the token itself. The last token of ``generate`` is never a query. What a
+query sees is what the model's mask shows it: everything up to itself in most layers, a window, a chunk, or an image and
+prompt in both directions (Gemma, PaliGemma). That a layer's output really is the softmax of ``q k^T`` under its mask is
+computed for a few queries when the layer is first seen; a layer that does something else is refused, not guessed.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from vgpo_kernels import checks
+from vgpo_kernels.integrations.attention_call import AttentionCall, MaskReader, read_call
 from vgpo_kernels.integrations.model_surface import final_norm, unwrap, visual_mask
-from vgpo_kernels.ops.attention_mass import attention_mass
+from vgpo_kernels.integrations.surface import UnknownSurfaceError, known
 
 IGNORED, IMAGE, QUESTION, GENERATED = -1, 0, 1, 2
 SEGMENT_NAMES = ("image", "question", "generated")
 
-# Arguments of attention functions that change the softmax itself: its shares are then no plain softmax of q k^T.
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")
-PACKED = "cu_seq_lens_q"
-
-
-class AttentionCall(NamedTuple):
-    """Queries and keys as a layer's attention is about to use them.
-
-    Attributes:
-        layer: Index of the layer.
-        q: Queries after position embedding, ``[B, Hq, T, d]``.
-        k: Keys, those of the cache included, ``[B, Hk, S, d]``.
-        query_positions: Which of the keys each query sits at, ``[B, T]``.
-        first_query: Index of the first query's token in the sequence.
-        first_key: Index of the first key's token: not 0 where a sliding-window cache has dropped keys.
-        scale: Factor of the scores, or ``None`` for the usual one.
-        window: Positions that a query of a sliding-window layer sees, else ``None``.
-
-    """
-
-    layer: int
-    q: Tensor
-    k: Tensor
-    query_positions: Tensor
-    first_query: int
-    first_key: int
-    scale: float | None
-    window: int | None
-
-    def last(self, number: int) -> AttentionCall:
-        """Return the call with its last queries only."""
-        begin = max(self.q.shape[2] - number, 0)
-        return self._replace(
-            q=self.q[:, :, begin:],
-            query_positions=self.query_positions[:, begin:],
-            first_query=self.first_query + begin,
-        )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments for ``attention_mass`` and ``attention_heatmap``."""
-        return {"query_positions": self.query_positions, "scale": self.scale, "window": self.window}
+VERIFIED_QUERIES = 4
+# Largest difference by the largest value, in float32 (TF32 included) and in 16 bits.
+VERIFIED_ERROR = {True: 1e-2, False: 4e-2}
 
 
 @contextmanager
 def capture_attention(
-    model: nn.Module, consumer: Callable[[AttentionCall], None], *, layers: Sequence[int] | None = None
+    model: nn.Module,
+    consumer: Callable[[AttentionCall], None],
+    *,
+    layers: Sequence[int] | None = None,
+    norm: str | nn.Module | None = None,
 ) -> Iterator[None]:
     """Hand queries and keys of chosen decoder layers to ``consumer`` during every forward pass in the block.
 
@@ -88,37 +56,58 @@ def capture_attention(
 
     Args:
         model: A model of transformers, or one wrapped by DistributedDataParallel, FSDP, DeepSpeed, accelerate or PEFT.
-        consumer: Called before each attention, in the order of layers. What it does counts for gradients.
-        layers: Indices of decoder layers, negative ones counted from the last; by default all.
+        consumer: Called after each attention, in the order of layers. What it does counts for gradients.
+        layers: Indices of decoder layers, negative ones counted from the last; by default all that have attention:
+            hybrid models have others.
+        norm: The final norm, as for :func:`capture_hidden_states`; its decoder is the one that is captured.
 
     Raises:
         TypeError: The model has no decoder layers whose attention transformers looks up by name.
-        ValueError: A layer is out of range, attention does more than a softmax of scaled products, or the batch is
-            packed.
+        UnknownSurfaceError: The decoder keeps its cache where this adapter does not find it.
+        ValueError: A layer is out of range or has no attention, attention does anything else than a softmax of scaled
+            products under its mask, or the batch is packed.
 
     """
     from transformers import AttentionInterface
 
     checks.function("consumer", consumer)
     registry: Any = AttentionInterface
-    decoder = _decoder(model)
+    decoder = _decoder(model, norm)
     attentions = _attention_modules(decoder)
-    chosen = {id(attentions[index]): index for index in resolve_layers(layers, len(attentions))}
+    chosen = {id(attentions[index]): index for index in _chosen_layers(decoder, attentions, layers)}
     name = decoder.config._attn_implementation
     previous = registry().get(name)
-    seen: list[int] = []  # tokens before the pass under way; empty outside of one
+    under_way: list[_Pass] = []
+    masks = MaskReader()
 
-    def attend(module: nn.Module, q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Any:
-        if seen and id(module) in chosen:
-            consumer(_call(chosen[id(module)], q, k, seen[-1], options))
-        return (previous or _eager(module))(module, q, k, *rest, **options)
+    # The names of the arguments are those that layers pass them by.
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+    ) -> Any:
+        result = (previous or _eager(module))(module, query, key, value, attention_mask, **options)
+        if under_way and id(module) in chosen:
+            layer, pass_ = chosen[id(module)], under_way[-1]
+            causal = name != "eager" and _is_causal(module, options)
+            first = pass_.first_query(query, key)
+            call = read_call(layer, query, key, attention_mask, first, options, causal=causal, masks=masks)
+            if not options.get("dropout"):
+                _verify(module, name, call, value, result[0])
+            pass_.reached.add(layer)
+            consumer(call)
+        return result
 
     def enter(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        cache = options.get("past_key_values")
-        seen.append(0 if cache is None else int(cache.get_seq_length()))
+        under_way.append(_Pass(type(module).__name__, _cached_tokens((*arguments, *options.values())), set()))
 
-    def leave(*_: Any) -> None:
-        seen.clear()
+    def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        missing = sorted(set(chosen.values()) - under_way[-1].reached)
+        under_way.clear()
+        masks.forget()
+        if output is not None and missing:
+            raise ValueError(
+                f"layers {missing} of {type(module).__name__} did not call their attention by name: it is of another "
+                "kind, whose shares cannot be captured; choose other layers"
+            )
 
     hooks = [
         decoder.register_forward_pre_hook(enter, with_kwargs=True),
@@ -137,6 +126,78 @@ def capture_attention(
             registry._global_mapping.pop(name, None)
 
 
+class _Pass(NamedTuple):
+    """A forward pass of the decoder that is under way.
+
+    Attributes:
+        decoder: Name of the decoder's class.
+        cached: Tokens in the cache at its start, or ``None`` if there was no cache that this adapter recognises.
+        reached: The chosen layers whose attention has been computed.
+
+    """
+
+    decoder: str
+    cached: int | None
+    reached: set[int]
+
+    def first_query(self, q: Tensor, k: Tensor) -> int:
+        """Index of the first query's token in the sequence."""
+        if self.cached is None and k.shape[2] > q.shape[2]:
+            raise UnknownSurfaceError(
+                f"{self.decoder} attends to {k.shape[2]} keys with {q.shape[2]} queries, and no argument of its "
+                "forward pass is a cache that tells how many tokens came before: this adapter knows "
+                f"{known('transformers')}"
+            )
+        return self.cached or 0
+
+
+def _cached_tokens(arguments: Sequence[Any]) -> int | None:
+    """Tokens that the cache among a decoder's arguments holds, whatever its name; ``None`` without one."""
+    lengths = (getattr(value, "get_seq_length", None) for value in arguments)
+    return next((int(length()) for length in lengths if callable(length)), None)
+
+
+def _is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
+    told = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if told is None else told)
+
+
+# What was verified of a layer: the attention function, and the kind of call.
+_VERIFIED: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
+
+
+def _verify(module: nn.Module, name: str, call: AttentionCall, values: Tensor, output: Tensor) -> None:
+    """Compare a layer's output with that of the attention its shares are taken of, once for each kind of call.
+
+    Raises:
+        ValueError: They differ.
+
+    """
+    batch, heads, queries, _ = call.q.shape
+    keys = call.k.shape[2]
+    kind = (name, queries == 1, keys.bit_length(), call.window, call.kept is None, call.visible is None)
+    checked = _VERIFIED.setdefault(module, set())
+    if kind in checked or torch.compiler.is_compiling():
+        return
+    with torch.no_grad():
+        rows = torch.linspace(0, queries - 1, min(queries, VERIFIED_QUERIES), device=call.q.device).long()
+        expected = call.attended(values, rows)
+        found = output.reshape(batch, queries, heads, -1).transpose(1, 2)[:, :, rows].float()
+        # What the query of a padding token gets is up to the kernel.
+        real = call.shown(rows).any(-1).any(1)
+        if call.kept is not None:
+            real &= call.kept[:, rows + call.first_query - call.first_key]
+        difference = (found - expected).abs().amax((1, 3)).masked_fill(~real, 0).max()
+        limit = VERIFIED_ERROR[call.q.dtype == torch.float32] * values.abs().max().float()
+    if not difference <= limit:
+        raise ValueError(
+            f"the attention of layer {call.layer} ({type(module).__name__}, {name}) is no softmax of q k^T under the "
+            f"mask it was given: outputs differ by {difference:.1e} (values up to {values.abs().max():.1e}), so that "
+            "its shares cannot be captured"
+        )
+    checked.add(kind)
+
+
 class CapturedMasses:
     """What :func:`capture_attention_mass` yields: attention shares of the tokens that were queries in its block.
 
@@ -145,26 +206,40 @@ class CapturedMasses:
 
     """
 
-    def __init__(self, layers: tuple[int, ...], join_dim: int) -> None:
+    def __init__(self, layers: tuple[int, ...], per_head: bool) -> None:
         self.layers = layers
-        self._join_dim = join_dim
-        self._passes: list[dict[int, list[tuple[int, Tensor]]]] = []
+        self._token_dim = 3 if per_head else 2
+        self._passes: list[_PassMasses] = []
 
     def _add(self, layer: int, begins: bool, first_query: int, mass: Tensor) -> None:
-        if not self._passes or (begins and self._passes[-1][layer]):
-            self._passes.append({index: [] for index in self.layers})
-        parts = self._passes[-1][layer]
-        # Tokens that assisted generation took back come again.
-        parts[:] = [(first, part) for first, part in parts if first < first_query]
-        if parts and parts[-1][0] + parts[-1][1].shape[self._join_dim] > first_query:
-            first, part = parts[-1]
-            parts[-1] = (first, part.narrow(self._join_dim, 0, first_query - first))
-        parts.append((first_query, mass))
+        if not self._passes or layer in self._passes[-1].by_layer:
+            self._passes.append(_PassMasses(begins, first_query, {}))
+        self._passes[-1].by_layer[layer] = mass
 
     @property
     def passes(self) -> list[Tensor]:
-        """Masses of every sequence of forward passes, each begun without a cache and continued on it."""
-        return [self._joined(found) for found in self._passes]
+        """Masses of every forward pass in order, shaped like ``masses``: in ``generate`` one of each step."""
+        return [
+            torch.stack([found.by_layer[layer] for layer in self.layers], dim=1)
+            for found in self._passes
+            if len(found.by_layer) == len(self.layers)
+        ]
+
+    @property
+    def sequences(self) -> list[Tensor]:
+        """Masses of every sequence of tokens: a pass that began without a cache and those that went on with it."""
+        sequences: list[list[tuple[int, Tensor]]] = []
+        for found, mass in zip(self._passes, self.passes, strict=False):
+            if found.begins or not sequences:
+                sequences.append([])
+            # Tokens that assisted generation took back come again.
+            parts = [(first, part) for first, part in sequences[-1] if first < found.first_query]
+            if parts:
+                first, part = parts[-1]
+                kept = min(part.shape[self._token_dim], found.first_query - first)
+                parts[-1] = (first, part.narrow(self._token_dim, 0, kept))
+            sequences[-1] = [*parts, (found.first_query, mass)]
+        return [torch.cat([part for _, part in parts], dim=self._token_dim) for parts in sequences]
 
     @property
     def masses(self) -> Tensor:
@@ -174,24 +249,28 @@ class CapturedMasses:
         capture was told so.
 
         Raises:
-            RuntimeError: No forward pass ran in the block, or several that began without a cache: see ``passes``.
+            RuntimeError: No forward pass ran in the block, or several that began without a cache: see ``sequences``.
 
         """
-        if not self._passes:
+        sequences = self.sequences
+        if not sequences:
             raise RuntimeError(
                 "no attention of the model was called by name inside capture_attention_mass; compiled graphs skip that"
             )
-        if len(self._passes) > 1:
+        if len(sequences) > 1:
             raise RuntimeError(
-                f"{len(self._passes)} forward passes began inside capture_attention_mass, so `masses` is ambiguous; "
-                "read `passes`"
+                f"{len(sequences)} forward passes began inside capture_attention_mass, so `masses` is ambiguous; "
+                "read `sequences`, or `passes`"
             )
-        return self._joined(self._passes[0])
+        return sequences[0]
 
-    def _joined(self, found: dict[int, list[tuple[int, Tensor]]]) -> Tensor:
-        return torch.stack(
-            [torch.cat([part for _, part in found[layer]], dim=self._join_dim) for layer in self.layers], dim=1
-        )
+
+class _PassMasses(NamedTuple):
+    """The masses of one forward pass, by layer; ``begins``: it had no tokens before it."""
+
+    begins: bool
+    first_query: int
+    by_layer: dict[int, Tensor]
 
 
 @contextmanager
@@ -205,6 +284,7 @@ def capture_attention_mass(
     last: int | None = None,
     per_head: bool = False,
     differentiable: bool = False,
+    norm: str | nn.Module | None = None,
 ) -> Iterator[CapturedMasses]:
     """Record :func:`vgpo_kernels.attention_mass` of chosen layers for every forward pass inside the ``with`` block.
 
@@ -212,23 +292,25 @@ def capture_attention_mass(
         model: As in :func:`capture_attention`.
         segments: Segment of each token, integer ``[B, S]``, negative for padding, as :func:`attention_segments` makes
             them. A batch that generation expands (several sequences a prompt) repeats each row.
-        layers: Indices of decoder layers, negative ones counted from the last; by default all.
+        layers: As in :func:`capture_attention`.
         num_segments: Number of segments.
         later_segment: Segment of tokens beyond ``segments``, which generation appends.
         last: Only the last so many queries of each pass, the response tokens of a training pass say; by default all.
         per_head: Keep the masses of every head.
         differentiable: Keep the graph, for losses on attention; by default masses are detached.
+        norm: As in :func:`capture_attention`.
 
     Yields:
         The record; ``.masses`` is the tensor.
 
     Raises:
-        TypeError: The model has no decoder layers whose attention transformers looks up by name.
-        ValueError: A layer is out of range, attention does more than a softmax of scaled products, or the batch is no
-            multiple of that of ``segments``.
+        TypeError: As in :func:`capture_attention`.
+        UnknownSurfaceError: Likewise.
+        ValueError: Likewise, or the batch is no multiple of that of ``segments``.
 
     """
-    chosen = tuple(resolve_layers(layers, len(_attention_modules(_decoder(model)))))
+    decoder = _decoder(model, norm)
+    chosen = tuple(_chosen_layers(decoder, _attention_modules(decoder), layers))
     if checks.integers("segments", segments).dim() != 2:
         raise ValueError(f"segments must have shape [B, S], got {checks.describe(segments)}")
     checks.positive_integer("num_segments", num_segments, checks.MOST_SEGMENTS)
@@ -238,7 +320,7 @@ def capture_attention_mass(
         raise ValueError(f"later_segment must be an integer below num_segments={num_segments}, got {later_segment!r}")
     checks.flag("per_head", per_head)
     checks.flag("differentiable", differentiable)
-    captured = CapturedMasses(chosen, 2 if per_head else 1)
+    captured = CapturedMasses(chosen, per_head)
 
     def consume(call: AttentionCall) -> None:
         begins = call.first_query == 0
@@ -246,10 +328,10 @@ def capture_attention_mass(
             call = call.last(last)
         labels = key_segments(segments, call, later_segment)
         with nullcontext() if differentiable else torch.no_grad():
-            mass = attention_mass(call.q, call.k, labels, num_segments=num_segments, per_head=per_head, **call.options)
+            mass = call.mass(labels, num_segments=num_segments, per_head=per_head)
         captured._add(call.layer, begins, call.first_query, mass)
 
-    with capture_attention(model, consume, layers=chosen):
+    with capture_attention(model, consume, layers=chosen, norm=norm):
         yield captured
 
 
@@ -318,14 +400,14 @@ def resolve_layers(layers: Sequence[int] | None, number: int) -> list[int]:
     return found
 
 
-def _decoder(model: nn.Module) -> Any:
+def _decoder(model: nn.Module, norm: str | nn.Module | None) -> Any:
     """Return the module that runs the decoder layers and then the final norm."""
-    norm = final_norm(model)
-    return next(module for module in unwrap(model).modules() if any(child is norm for child in module.children()))
+    last = final_norm(model, norm)
+    return next(module for module in unwrap(model).modules() if any(child is last for child in module.children()))
 
 
-def _attention_modules(decoder: Any) -> list[nn.Module]:
-    """Return the attention of every layer, in order."""
+def _attention_modules(decoder: Any) -> dict[int, nn.Module]:
+    """Return the attention of every layer that has one, by the layer's index."""
     found = {
         module.layer_idx: module
         for module in decoder.modules()
@@ -333,7 +415,27 @@ def _attention_modules(decoder: Any) -> list[nn.Module]:
     }
     if not found or not hasattr(decoder, "config"):
         raise TypeError(f"{type(decoder).__name__} has no attention layers that transformers numbers")
-    return [found[index] for index in sorted(found)]
+    return dict(sorted(found.items()))
+
+
+def _chosen_layers(decoder: Any, attentions: Mapping[int, nn.Module], layers: Sequence[int] | None) -> list[int]:
+    """Return the indices of the layers to capture.
+
+    Raises:
+        TypeError: A layer is no integer.
+        ValueError: One is out of range or has no attention, or none is left.
+
+    """
+    if layers is None:
+        return list(attentions)
+    chosen = resolve_layers(layers, max(getattr(decoder.config, "num_hidden_layers", 0), max(attentions) + 1))
+    without = [layer for layer in chosen if layer not in attentions]
+    if without:
+        raise ValueError(
+            f"layers {without} of {type(decoder).__name__} have no attention that transformers numbers; these have: "
+            f"{', '.join(map(str, attentions))}"
+        )
+    return chosen
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
@@ -343,16 +445,3 @@ def _eager(module: nn.Module) -> Callable[..., Any]:
         getattr(beside, "eager_attention_forward", None) for beside in modules
     )
     return next(function for function in found if function is not None)
-
-
-def _call(layer: int, q: Tensor, k: Tensor, seen: int, options: dict[str, Any]) -> AttentionCall:
-    unsupported = [name for name in UNSUPPORTED if options.get(name) is not None]
-    if unsupported:
-        raise ValueError(f"attention with {', '.join(unsupported)} is no plain softmax: its masses cannot be captured")
-    if options.get(PACKED) is not None:
-        raise ValueError("a packed batch (flash attention without padding) cannot be captured; pad it")
-    queries, keys = q.shape[2], k.shape[2]
-    # A static cache has room behind the last token; a sliding one has dropped its first tokens.
-    first_key = max(seen + queries - keys, 0)
-    positions = torch.arange(queries, device=q.device).add(seen - first_key).expand(q.shape[0], -1)
-    return AttentionCall(layer, q, k, positions, seen, first_key, options.get("scaling"), options.get("sliding_window"))

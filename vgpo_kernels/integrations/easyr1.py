@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import VGPOConfig, checks, policy_loss, visual_focus
-from vgpo_kernels.integrations.surface import require, reweight
+from vgpo_kernels.integrations.surface import known, require, reweight
 from vgpo_kernels.integrations.transformers import capture_hidden_states, visual_mask
 
-KNOWN = "EasyR1 0.3"
+KNOWN = known("EasyR1")
 FIELD = "visual_focus"
 
 # EasyR1's names of aggregations.

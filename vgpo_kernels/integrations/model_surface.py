@@ -13,24 +13,38 @@ from torch import Tensor, nn
 
 from vgpo_kernels import checks
 
-# A decoder's attribute for its final norm, by family: Llama, Qwen and Gemma; Phi and StableLM; GPT-2; OPT; Mamba.
-NORM_NAMES = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f")
+# A decoder's attribute for its final norm, by family: Llama, Qwen and Gemma; Phi and StableLM; GPT-2; OPT; Mamba; LFM2;
+# Qwen4, whose last module averages several streams.
+NORM_NAMES = (
+    "norm",
+    "final_layernorm",
+    "ln_f",
+    "final_layer_norm",
+    "norm_f",
+    "embedding_norm",
+    "hyper_connection_mixer",
+)
 
 # LLaVA called its id an index; transformers keeps both names for some models.
 VISUAL_TOKEN_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
-def final_norm(model: nn.Module) -> nn.Module:
+def final_norm(model: nn.Module, norm: str | nn.Module | None = None) -> nn.Module:
     """Return the norm after the last decoder layer.
 
     Args:
         model: A model of transformers, wrapped or not.
+        norm: The norm, or its name in the unwrapped model (``"model.text.ln_out"``), where it is known; by default it
+            is looked for in the decoder, under ``NORM_NAMES``.
 
     Raises:
-        TypeError: The model has no decoder with one of the names in ``NORM_NAMES``.
+        TypeError: The model has no decoder with one of the names in ``NORM_NAMES``, or ``norm`` is of another type.
+        ValueError: The model has no module ``norm``.
 
     """
     inner = unwrap(model)
+    if norm is not None:
+        return _named_norm(inner, norm)
     decoder = inner
     while True:
         for name in NORM_NAMES:
@@ -47,6 +61,15 @@ def final_norm(model: nn.Module) -> nn.Module:
                 f"{type(decoder).__name__}, its decoder"
             )
         decoder = below
+
+
+def _named_norm(model: nn.Module, norm: str | nn.Module) -> nn.Module:
+    if not isinstance(norm, (str, nn.Module)):
+        raise TypeError(f"norm must be a module or its name, got {type(norm).__name__}")
+    for name, module in model.named_modules():
+        if module is norm or name == norm:
+            return module  # type: ignore[no-any-return]
+    raise ValueError(f"{type(model).__name__} has no module {norm if isinstance(norm, str) else type(norm).__name__}")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -67,14 +90,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def visual_token_ids(model_or_config: Any) -> tuple[int, ...]:
+def visual_token_ids(model_or_config: Any, processor: Any = None) -> tuple[int, ...]:
     """Return the ids that stand for image and video features in ``input_ids``, from the model's config.
 
     Args:
         model_or_config: A model, wrapped or not, or its config.
+        processor: The model's processor, asked where the config says nothing.
 
     Raises:
-        ValueError: The config names no such token, as a text-only model's, or its image features enter by
+        ValueError: Neither names such a token, as a text-only model's, or the model's image features enter by
             cross-attention, so that no position of the sequence holds one.
 
     """
@@ -87,14 +111,17 @@ def visual_token_ids(model_or_config: Any) -> tuple[int, ...]:
             "mllama reads its images by cross-attention: no position of its sequence holds an image feature, so there "
             "is no image prototype to compare responses with"
         )
-    found = [getattr(config, name, None) for name in VISUAL_TOKEN_NAMES]
-    ids = tuple(dict.fromkeys(token for token in found if isinstance(token, int)))
-    if not ids:
-        raise ValueError(
-            f"the config of {kind} has none of {', '.join(VISUAL_TOKEN_NAMES)}: not a vision-language model, or one "
-            "whose visual tokens have to be passed by id"
-        )
-    return ids
+    # Phi-4-multimodal keeps its id with the vision tower's settings.
+    for place in (config, getattr(config, "vision_config", None), processor):
+        found = [getattr(place, name, None) for name in VISUAL_TOKEN_NAMES]
+        ids = tuple(dict.fromkeys(token for token in found if isinstance(token, int)))
+        if ids:
+            return ids
+    raise ValueError(
+        f"the config of {kind}{'' if processor is None else ' and its processor'} has none of "
+        f"{', '.join(VISUAL_TOKEN_NAMES)}: not a vision-language model, or one whose visual tokens have to be passed "
+        "by id"
+    )
 
 
 def visual_mask(input_ids: Tensor, visual_tokens: Any) -> Tensor:

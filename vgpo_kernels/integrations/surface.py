@@ -11,9 +11,23 @@ from torch import Tensor
 
 from vgpo_kernels import VGPOConfig, checks, visual_weights
 
+# The releases that the adapters were tested with; `vgpo doctor` prints them beside those installed.
+TESTED = {
+    "torch": "2.8 to 2.15",
+    "transformers": "5.17 to 5.24",
+    "trl": "1.16",
+    "verl": "0.9",
+    "EasyR1": "0.3",
+}
+
 
 class UnknownSurfaceError(RuntimeError):
     """A framework no longer has the functions that an adapter attaches to."""
+
+
+def known(name: str) -> str:
+    """Return the releases of a framework that its adapter was tested with, in words."""
+    return f"{name} {TESTED[name]}"
 
 
 def require(owner: Any, name: str, parameters: Sequence[str], known: str) -> Callable[..., Any]:

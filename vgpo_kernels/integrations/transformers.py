@@ -27,13 +27,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from vgpo_kernels import checks
+from vgpo_kernels.integrations.attention_call import AttentionCall
 from vgpo_kernels.integrations.attention_capture import (
     GENERATED,
     IGNORED,
     IMAGE,
     QUESTION,
     SEGMENT_NAMES,
-    AttentionCall,
     CapturedMasses,
     attention_segments,
     capture_attention,
@@ -104,7 +104,10 @@ class CapturedHiddenStates:
 
 @contextmanager
 def capture_hidden_states(
-    model: nn.Module, consumer: Callable[[Tensor], None] | None = None
+    model: nn.Module,
+    consumer: Callable[[Tensor], None] | None = None,
+    *,
+    norm: str | nn.Module | None = None,
 ) -> Iterator[CapturedHiddenStates]:
     """Capture the hidden states after the final norm of every forward pass inside the ``with`` block.
 
@@ -116,12 +119,14 @@ def capture_hidden_states(
             accelerate or PEFT.
         consumer: Called with each pass's hidden states ``[B, S, D]`` as they are computed. Then nothing is kept, so
             a batch scored in slices needs the memory of one slice.
+        norm: The final norm or its name, for a model in which :func:`final_norm` does not find it.
 
     Yields:
         The captured states; ``.hidden`` is the tensor of the one pass.
 
     Raises:
         TypeError: No final norm was found.
+        ValueError: The model has no module ``norm``.
 
     """
     if consumer is not None:
@@ -135,7 +140,7 @@ def capture_hidden_states(
         else:
             consumer(hidden)
 
-    handle = final_norm(model).register_forward_hook(hook)
+    handle = final_norm(model, norm).register_forward_hook(hook)
     try:
         yield captured
     finally:

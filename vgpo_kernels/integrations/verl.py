@@ -34,10 +34,10 @@ from verl.utils.ulysses import gather_outputs_and_unpad
 from verl.workers.engine.fsdp import transformer_impl
 
 from vgpo_kernels import policy_loss, visual_focus
-from vgpo_kernels.integrations.surface import config_from, require, reweight
+from vgpo_kernels.integrations.surface import config_from, known, require, reweight
 from vgpo_kernels.integrations.transformers import capture_hidden_states, visual_mask
 
-KNOWN = "verl 0.9"
+KNOWN = known("verl")
 FLAG = "calculate_visual_focus"
 FIELD = "visual_focus"
 
