@@ -20,6 +20,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,7 +28,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import FusedCausalLMOutput
 
 from vgpo_kernels import linear_logprob
-from vgpo_kernels.integrations.transformers import unwrap
+from vgpo_kernels.integrations.transformers import final_norm, unwrap
 
 PROBE_TOKENS = 8
 # The head is probed as it is, and with weights so large that a cap on logits shows. Powers of two restore exactly.
@@ -55,12 +56,14 @@ def fuse_heads(models: Sequence[nn.Module | None], temperature: float, *, fp32: 
                 stacklevel=3,
             )
         return
-    reason = why_wrong(policy, temperature, lambda model: fuse_head(model, temperature, fp32)) if fused else ""
+    reason: str | None = ""
+    if fused:
+        reason = agreed(why_wrong(policy, temperature, lambda model: fuse_head(model, temperature, fp32)))
     if reason is None:
         for model in present:
             fuse_head(model, temperature, fp32)
         return
-    reason_of_trl = why_wrong(policy, temperature, lambda model: None)
+    reason_of_trl = agreed(why_wrong(policy, temperature, lambda model: None))
     kept = "TRL's own head computes the log-probabilities"
     if reason_of_trl is not None:
         kept = "log-probabilities are computed from all logits"
@@ -68,6 +71,12 @@ def fuse_heads(models: Sequence[nn.Module | None], temperature: float, *, fp32: 
             use_all_logits(model, temperature)
     if fused or reason_of_trl is not None:
         warnings.warn(f"fused_head: {reason or reason_of_trl}; {kept}", stacklevel=3)
+
+
+def agreed(reason: str | None) -> str | None:
+    """Return what the first process found: others may not have the weights yet (FSDP loads them on one)."""
+    found: list[str | None] = broadcast_object_list([reason])
+    return found[0]
 
 
 def why_wrong(model: PreTrainedModel, temperature: float, install: Callable[[PreTrainedModel], None]) -> str | None:
@@ -153,12 +162,12 @@ def fuse_head(model: PreTrainedModel, temperature: float, fp32: bool) -> None:
         if not fused_lm_head or named.get("output_router_logits"):  # a router's loss comes with TRL's head
             named |= {"fused_lm_head": True} if fused_lm_head else {}
             return plain(*arguments, **named) if labels is None else plain(*arguments, labels=labels, **named)
-        output = self.base_model(*arguments, **{**named, "use_cache": False})
+        last = last_hidden_states(self, plain, *arguments, **{**named, "use_cache": False})
         # The head is looked up in each call: FSDP and PEFT replace its parameters.
         head: Any = self.get_output_embeddings()
         weight, bias = whole(head.weight), whole(head.bias)
         assert weight is not None
-        hidden = output.last_hidden_state[:, :-1].to(weight.device)
+        hidden = last[:, :-1].to(weight.device)
         autocast: AbstractContextManager[Any] = nullcontext()
         if fp32:
             hidden, autocast = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
@@ -174,6 +183,21 @@ def fuse_head(model: PreTrainedModel, temperature: float, fp32: bool) -> None:
         return FusedCausalLMOutput(log_probs=logp, entropy=entropy)
 
     model.forward = MethodType(forward, model)
+
+
+def last_hidden_states(model: PreTrainedModel, plain: Callable[..., Any], *arguments: Any, **named: Any) -> Tensor:
+    """Return what the LM head would read, ``[B, S, D]``, with its gradient."""
+    if model.base_model is not model:
+        hidden: Tensor = model.base_model(*arguments, **named).last_hidden_state
+        return hidden
+    # Head and decoder are no two parts of such a model (Llama 4, BLIP-2): the head reads one position, which is least.
+    seen: list[Tensor] = []
+    hook = final_norm(model).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    try:
+        plain(*arguments, **named, logits_to_keep=1)
+    finally:
+        hook.remove()
+    return seen[-1]
 
 
 def use_all_logits(model: PreTrainedModel, temperature: float) -> None:

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora-targets",
         nargs="+",
         metavar="NAME",
-        help="modules the adapter is added to; default: the decoder's attention and MLP projections",
+        help="linear layers of the decoder that the adapter is added to, q_proj say; default: all-linear",
     )
     add("--save-every", type=_positive, default=50, metavar="STEPS", help="checkpoint (default: %(default)s)")
     add("--eval-every", type=_positive, default=50, metavar="STEPS", help="evaluate (default: %(default)s)")
@@ -157,6 +157,7 @@ def build_trainer(arguments: argparse.Namespace) -> VGPOTrainer:
 
     """
     from vgpo_trainer.data import build_dataset, load_examples
+    from vgpo_trainer.lora import lora_config
     from vgpo_trainer.rewards import exact_answer, load_reward
 
     reward = exact_answer if arguments.reward is None else load_reward(arguments.reward)
@@ -245,22 +246,6 @@ def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             settings[name] = value
     return settings
-
-
-def lora_config(arguments: argparse.Namespace) -> Any:
-    """Return the adapter's settings, or ``None`` where all weights are trained."""
-    if arguments.lora_rank is None:
-        return None
-    from peft import LoraConfig
-
-    # The vision tower stays as it is: its modules have other names, or lie outside the language model.
-    projections = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=arguments.lora_rank,
-        lora_alpha=arguments.lora_alpha or 2 * arguments.lora_rank,
-        target_modules=arguments.lora_targets or projections,
-    )
 
 
 def last_checkpoint(out: Path) -> Path | None:

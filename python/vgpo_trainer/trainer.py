@@ -111,7 +111,8 @@ class VGPOTrainer(GRPOTrainer):
         **others: The rest of TRL's arguments, by name.
 
     Raises:
-        TypeError: ``args`` is not a :class:`VGPOTrainingConfig`, or the model has no final norm by a known name.
+        TypeError: ``args`` is not a :class:`VGPOTrainingConfig`, a visual token no integer, or the model has no final
+            norm by a known name.
         ValueError: A setting of TRL that this trainer does not carry, or a model without visual tokens.
 
     """
@@ -145,6 +146,9 @@ class VGPOTrainer(GRPOTrainer):
             args = copy(args)
             args.signal = signal
             args.check_signal()
+        told = tuple(visual_tokens or ())
+        if not all(isinstance(token, int) for token in told):
+            raise TypeError(f"visual_tokens must be ids, which are integers, got {visual_tokens!r}")
         check_surface()
         refuse_unsupported(args)
         self._vgpo = args.vgpo_config()
@@ -165,7 +169,7 @@ class VGPOTrainer(GRPOTrainer):
             if args.signal == "attention":
                 check_attention(self.model, args.signal_layers, final_norm)
             try:
-                self._visual_tokens = visual_tokens or visual_token_ids(self.model, self.processing_class)
+                self._visual_tokens = told or visual_token_ids(self.model, self.processing_class)
             except ValueError as error:
                 raise ValueError(
                     f"{error} (visual_tokens=(id, ...)); vgpo=None trains without the visual signal"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from integrations.test_transformers import TEXT, batch_with_images, build  # noqa: E402
 
+from vgpo_kernels.integrations.surface import UnknownSurfaceError  # noqa: E402
 from vgpo_kernels.integrations.transformers import (  # noqa: E402
     GENERATED,
     IGNORED,
@@ -290,3 +292,252 @@ def test_segments_of_a_batch() -> None:
         [IMAGE, QUESTION, IMAGE, QUESTION, GENERATED, GENERATED, IGNORED],
     ]
     assert attention_segments(ids, (90,)).tolist()[0] == [1, 0, 0, 1, 1, 0, 1]
+
+
+# ---- masks that are no causal ones ---------------------------------------------------------------------------------
+
+
+def chunked_model(chunk: int = 8) -> nn.Module:
+    """Llama 4's decoder: three layers see their own chunk only, and only the mask says so."""
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        **{**TEXT, "num_hidden_layers": 4},
+        head_dim=8,
+        intermediate_size_mlp=64,
+        num_local_experts=2,
+        attention_chunk_size=chunk,
+    )
+    return transformers.Llama4ForCausalLM(config).eval()
+
+
+def chunked_batch() -> tuple[dict[str, Tensor], Tensor]:
+    """Two rows, the second padded on its left, so that its chunks begin elsewhere; and segments of them."""
+    ids = torch.arange(10, 34).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask}, (torch.arange(24) // 8).expand(2, -1).masked_fill(mask == 0, -1)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_chunks_are_followed_in_a_pass_and_in_generate(attention: str) -> None:
+    model = chunked_model()
+    inputs, segments = chunked_batch()
+    expected = sums_by_segment(eager_weights(model, inputs), segments)
+    assert (expected[0, 0, :, 23, 0] == 0).all(), "the first chunk is out of sight"
+    model.set_attn_implementation(attention)
+    with torch.no_grad(), capture_attention_mass(model, segments) as captured:
+        model(**inputs)
+    assert_same(captured.masses, expected.mean(2), inputs["attention_mask"])
+    with torch.no_grad(), capture_attention_mass(model, segments, per_head=True, last=5) as captured:
+        model(**inputs)
+    torch.testing.assert_close(captured.masses, expected[:, :, :, -5:], atol=TOLERANCE, rtol=0)
+
+    options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    with capture_attention_mass(model, segments) as captured:
+        ids = model.generate(**inputs, **options)
+    whole = {"input_ids": ids[:, :-1], "attention_mask": nn.functional.pad(inputs["attention_mask"], (0, 9), value=1)}
+    later = nn.functional.pad(segments, (0, 9), value=GENERATED)
+    assert_same(captured.masses, sums_by_segment(eager_weights(model, whole), later).mean(2), whole["attention_mask"])
+    assert [masses.shape[2] for masses in captured.passes] == [24] + [1] * 9
+    assert len(captured.sequences) == 1 and torch.equal(captured.sequences[0], captured.masses)
+
+
+def test_gradients_and_heat_maps_follow_the_mask() -> None:
+    model = chunked_model()
+    inputs, segments = chunked_batch()
+    shown = segments == IMAGE
+    weights = eager_weights(model, inputs)[0]
+    kept = inputs["attention_mask"].bool()[:, None, :, None]
+    expected = (weights * kept).sum((1, 2)) / weights.shape[1] / kept.sum((1, 2))
+    heats: list[Tensor] = []
+    rows: list[Tensor] = []
+
+    def consume(call: AttentionCall) -> None:
+        assert call.visible is not None
+        heats.append(call.heatmap(shown))
+        one = call._replace(
+            **{name: getattr(call, name)[:1] for name in ("q", "k", "query_positions", "kept", "visible")}
+        )
+        rows.append(one.last(4).one_query_each().heatmap(shown[:1].expand(4, -1)))
+
+    with torch.no_grad(), capture_attention(model, consume, layers=(0,)):
+        model(**inputs)
+    torch.testing.assert_close(heats[0], expected.masked_fill(~shown, 0), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(rows[0], weights[0].mean(0)[-4:].masked_fill(~shown[0], 0), atol=TOLERANCE, rtol=0)
+
+    gradients = []
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        model.zero_grad()
+        if attention == "eager":
+            masses = sums_by_segment(model(**inputs, output_attentions=True).attentions, segments).mean(2)
+        else:
+            with capture_attention_mass(model, segments, differentiable=True) as captured:
+                model(**inputs)
+            masses = captured.masses
+        masses[:, :, 3:, IMAGE].sum().backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    assert gradients[0].abs().max() > 1e-4
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-3)
+
+
+def test_scores_under_a_mask_exist_a_few_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vgpo_kernels.integrations import attention_call
+
+    model = chunked_model()
+    inputs, segments = chunked_batch()
+    with torch.no_grad(), capture_attention_mass(model, segments, layers=(0,)) as captured:
+        model(**inputs)
+    shapes: list[int] = []
+    softmax = attention_call.masked_softmax
+
+    def recorded(q: Tensor, *rest: Any) -> Tensor:
+        shapes.append(q.shape[2])
+        return softmax(q, *rest)
+
+    monkeypatch.setattr(attention_call, "masked_softmax", recorded)
+    monkeypatch.setattr(attention_call, "CHUNK_BYTES", 2 * 4 * 24 * 4 * 5)  # five queries of both rows' four heads
+    with torch.no_grad(), capture_attention_mass(model, segments, layers=(0,)) as again:
+        model(**inputs)
+    assert max(shapes) == 5 and sum(shapes) == 24
+    torch.testing.assert_close(again.masses, captured.masses)
+
+
+def test_a_block_mask_of_flex_attention_is_read() -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from vgpo_kernels.integrations.attention_call import MaskReader, read_call
+
+    q, k = torch.randn(2, 4, 12, 8), torch.randn(2, 2, 12, 8)
+
+    def read(mask_mod: Any) -> AttentionCall:
+        mask = create_block_mask(mask_mod, 2, None, 12, 12, device="cpu")
+        return read_call(0, q, k, mask, 0, {}, causal=True, masks=MaskReader())
+
+    plain = read(lambda b, h, i, j: (j <= i) & (j >= b))
+    assert plain.visible is None and plain.kept is not None and plain.kept.sum(1).tolist() == [12, 11]
+    chunks = read(lambda b, h, i, j: (j <= i) & (i // 4 == j // 4))
+    assert chunks.visible is not None and chunks.visible[0, 0, 11].nonzero()[:, 0].tolist() == [8, 9, 10, 11]
+
+
+# ---- what is not recognised ----------------------------------------------------------------------------------------
+
+
+def hybrid_model() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    layer_types = ["linear_attention", "full_attention"] * 2
+    config = transformers.Qwen3_5TextConfig(
+        **{**TEXT, "num_hidden_layers": 4}, head_dim=8, layer_types=layer_types, **sizes
+    )
+    return transformers.Qwen3_5ForCausalLM(config).eval()
+
+
+def test_layers_of_a_hybrid_model_have_the_decoders_numbers() -> None:
+    model, ids = hybrid_model(), torch.arange(20, 26)[None]
+    segments = torch.zeros(1, 6, dtype=torch.int64)
+    for layers, expected in ((None, (1, 3)), ((-1,), (3,)), ((1,), (1,))):
+        with torch.no_grad(), capture_attention_mass(model, segments, layers=layers) as captured:
+            model(ids)
+        assert captured.layers == expected and captured.masses.shape[1] == len(expected)
+    with (
+        pytest.raises(ValueError, match=r"layers \[0, 2\] of Qwen3_5TextModel have no attention.*these have: 1, 3"),
+        capture_attention(model, print, layers=(0, 1, -2)),
+    ):
+        pass
+    with pytest.raises(ValueError, match=r"layers must lie in \[-4, 4\)"), capture_attention(model, print, layers=(4,)):
+        pass
+
+
+def test_a_cache_that_is_not_recognised_is_no_empty_one() -> None:
+    model, ids = sliding_model(window=8), torch.arange(20, 26)[None]
+    segments = torch.zeros(1, 6, dtype=torch.int64)
+
+    class Hidden:
+        """A cache by another surface: it says nowhere how many tokens it holds."""
+
+        def __init__(self) -> None:
+            self.keys: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def update(self, key: Tensor, value: Tensor, layer: int, **_: Any) -> tuple[Tensor, Tensor]:
+            if layer in self.keys:
+                key, value = (torch.cat(pair, dim=2) for pair in zip(self.keys[layer], (key, value), strict=True))
+            self.keys[layer] = (key, value)
+            return key, value
+
+    cache = Hidden()
+    attentions = [layer.self_attn for layer in model.model.layers]
+    name = "cache" if "cache" in inspect.signature(type(attentions[0]).forward).parameters else "past_key_values"
+    for attention in attentions:
+        attention.register_forward_pre_hook(lambda _, inputs, named: (inputs, {**named, name: cache}), with_kwargs=True)
+    with torch.no_grad(), capture_attention_mass(model, segments) as captured:
+        model(ids[:, :5], use_cache=False)
+        with pytest.raises(UnknownSurfaceError, match=r"6 keys with 1 queries.*this adapter knows transformers 5\.\d+"):
+            model(ids[:, 5:], use_cache=False)
+    assert captured.masses.shape[2] == 5
+
+
+def test_a_transformers_without_the_look_up_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        transformers.AttentionInterface, "get_interface", lambda self, name, fallback: None, raising=True
+    )
+    with (
+        pytest.raises(UnknownSurfaceError, match=r"takes \(self, name, fallback\)"),
+        capture_attention(sliding_model(window=8), print),
+    ):
+        pass
+
+
+def test_an_output_that_is_no_softmax_under_its_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that sees a chunk and tells nobody, as flash attention would where its mask cannot say so."""
+    model, ids = sliding_model(window=64), torch.arange(20, 44)[None]
+    segments = torch.zeros(1, 24, dtype=torch.int64)
+
+    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **options: Any) -> Any:
+        place = torch.arange(24)
+        visible = (place[:, None] >= place) & (place[:, None] // 8 == place // 8)
+        result = nn.functional.scaled_dot_product_attention(q, k, v, visible, scale=options["scaling"], enable_gqa=True)
+        return result.transpose(1, 2).contiguous(), None
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "silent", attend)
+    flash_mask = transformers.masking_utils.flash_attention_mask
+    monkeypatch.setitem(transformers.AttentionMaskInterface._global_mapping, "silent", flash_mask)
+    model.set_attn_implementation("silent")
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"attention of layer 0 \(Qwen2Attention, silent\) is no softmax of q k\^T"),
+        capture_attention_mass(model, segments),
+    ):
+        model(ids)
+
+
+def test_a_layer_whose_attention_is_not_called_by_name_is_refused() -> None:
+    model, ids = sliding_model(window=8), torch.arange(20, 26)[None]
+    attention = model.model.layers[1].self_attn
+    attention.forward = lambda hidden_states, **_: (hidden_states, None)
+    segments = torch.zeros(1, 6, dtype=torch.int64)
+    with torch.no_grad(), capture_attention_mass(model, segments, layers=(0,)) as captured:
+        model(ids)
+    assert captured.layers == (0,)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"layers \[1\] of Qwen2Model did not call their attention by name"),
+        capture_attention_mass(model, segments),
+    ):
+        model(ids)
+
+
+def test_a_bias_in_a_mask_is_refused() -> None:
+    model, ids = sliding_model(window=64), torch.arange(20, 26)[None]
+    bias = torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf) - 0.1 * torch.arange(6)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="mask of layer 0 adds a bias"),
+        capture_attention_mass(model, torch.zeros(1, 6, dtype=torch.int64)),
+    ):
+        model(ids, attention_mask={"full_attention": bias, "sliding_attention": bias})

@@ -6,20 +6,22 @@ import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("trl")
-
+import transformers
 from trainer.tiny_runs import FAMILIES, generation_batch, make_trainer, picture, rows
 from vgpo_trainer.rollouts import prompt_id, prompt_text, row_images
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
 from vgpo_trainer.visual_signal import combine, compute_signal, image_positions, late_early_ratio
 
 from vgpo_kernels import VGPOConfig, visual_focus, visual_weights
-from vgpo_kernels.integrations.transformers import visual_mask
+from vgpo_kernels.integrations import model_surface
+from vgpo_kernels.integrations.transformers import visual_mask, visual_token_ids
 
 
 def defined_factors(trainer, rows_of_batch: list[dict[str, Any]], batch: dict[str, Any], config: VGPOConfig):
@@ -246,3 +248,39 @@ def test_unused_halves_of_a_text_only_batch_are_finite(tmp_path):
     assert all(math.isnan(sample.late_early_ratio) and sample.phi == 0 for sample in trainer.rollout_samples)
     assert trainer.state.log_history[0]["vgpo/weighted_share"] == 0
     assert trainer.state.log_history[0]["vgpo/visual_focus"] is None
+
+
+@pytest.mark.parametrize("signal", ["focus", "attention"])
+def test_a_model_that_nobody_knows_is_told(tmp_path, monkeypatch, signal):
+    """Its norm and its visual tokens are found nowhere, so they are given; the factors are those of a known model."""
+    known = make_trainer(tmp_path / "known", signal=signal, dataset=rows([1, 2]))
+    token = visual_token_ids(known.model)
+    monkeypatch.setattr(model_surface, "NORM_NAMES", ("ln_out",))
+    with pytest.raises(TypeError, match="no final norm in LlavaForConditionalGeneration"):
+        make_trainer(tmp_path, signal=signal)
+    monkeypatch.setattr(model_surface, "VISUAL_TOKEN_NAMES", ("picture_token_id",))
+    told = {"final_norm": "model.language_model.norm"}
+    with pytest.raises(ValueError, match=r"config of llava has none.*nor its processor.*visual_tokens=\(id, \.\.\.\)"):
+        make_trainer(tmp_path, signal=signal, arguments=told)
+    with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration has no module model\.norm"):
+        make_trainer(tmp_path, signal=signal, arguments={"final_norm": "model.norm"})
+    with pytest.raises(TypeError, match="visual_tokens must be ids"):
+        make_trainer(tmp_path, signal=signal, arguments={**told, "visual_tokens": ["<image>"]})
+    told["visual_tokens"] = token
+    for name in ("scoring", "loss"):
+        trainer = make_trainer(
+            tmp_path / name, signal=signal, arguments=told, vgpo_signal=name, dataset=rows([1, 2]), logging_steps=1
+        )
+        trainer.train()
+        (record, *_) = [line for line in trainer.state.log_history if "vgpo/visual_focus" in line]
+        assert record["vgpo/weighted_share"] == 1 and math.isfinite(record["vgpo/visual_focus"])
+
+
+def test_visual_tokens_are_found_where_models_keep_them():
+    phi = transformers.Phi4MultimodalConfig(vision_config={"image_token_id": 77})
+    assert visual_token_ids(phi) == (77,)
+    mini = transformers.MiniCPMV4_6Config()
+    assert mini.image_token_id is None
+    with pytest.raises(ValueError, match="config of minicpmv4_6 has none of image_token_id"):
+        visual_token_ids(mini)
+    assert visual_token_ids(mini, SimpleNamespace(image_token_id=5, video_token_id=6)) == (5, 6)

@@ -1,9 +1,9 @@
 """What the attention of an unmodified transformers model looks at, while the model's own kernels do the work.
 
-transformers finds the attention function of a layer by name. Inside the ``with`` block of a capture that name leads to
-a function that hands queries and keys on to a consumer, and then calls what the name led to before (sdpa, flash
-attention, eager): outputs, gradients and caches are the model's own. Training forwards, scoring passes and ``generate``
-are captured alike::
+A layer of transformers asks for its attention function by name. Inside the ``with`` block of a capture it gets one that
+calls what it would have got (sdpa, flash attention, its own eager attention), and hands queries and keys on to a
+consumer: outputs, gradients and caches are the model's own. Training forwards, scoring passes and ``generate`` are
+captured alike::
 
     segments = attention_segments(inputs["input_ids"], model, inputs["attention_mask"])
     with capture_attention_mass(model, segments, layers=(-1,)) as captured:
@@ -18,9 +18,9 @@ computed for a few queries when the layer is first seen; a layer that does somet
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from vgpo_kernels import checks
 from vgpo_kernels.integrations.attention_call import AttentionCall, MaskReader, read_call
 from vgpo_kernels.integrations.model_surface import final_norm, unwrap, visual_mask
-from vgpo_kernels.integrations.surface import UnknownSurfaceError, known
+from vgpo_kernels.integrations.surface import UnknownSurfaceError, known, require
 
 IGNORED, IMAGE, QUESTION, GENERATED = -1, 0, 1, 2
 SEGMENT_NAMES = ("image", "question", "generated")
@@ -51,7 +51,7 @@ def capture_attention(
     """Hand queries and keys of chosen decoder layers to ``consumer`` during every forward pass in the block.
 
     Not seen are passes that a compiled graph replays without Python, and recomputation under gradient checkpointing.
-    The registry of attention functions is process-wide: other models keep working inside the block, and are not
+    The look-up of attention functions is process-wide: other models keep working inside the block, and are not
     captured.
 
     Args:
@@ -71,20 +71,28 @@ def capture_attention(
     from transformers import AttentionInterface
 
     checks.function("consumer", consumer)
-    registry: Any = AttentionInterface
+    find = require(AttentionInterface, "get_interface", ("attn_implementation", "default"), known("transformers"))
     decoder = _decoder(model, norm)
     attentions = _attention_modules(decoder)
     chosen = {id(attentions[index]): index for index in _chosen_layers(decoder, attentions, layers)}
-    name = decoder.config._attn_implementation
-    previous = registry().get(name)
     under_way: list[_Pass] = []
     masks = MaskReader()
 
+    def find_captured(interface: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(attend, find(interface, attn_implementation, default), attn_implementation)
+
     # The names of the arguments are those that layers pass them by.
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+        function: Callable[..., Any],
+        name: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **options: Any,
     ) -> Any:
-        result = (previous or _eager(module))(module, query, key, value, attention_mask, **options)
+        result = function(module, query, key, value, attention_mask, **options)
         if under_way and id(module) in chosen:
             layer, pass_ = chosen[id(module)], under_way[-1]
             causal = name != "eager" and _is_causal(module, options)
@@ -113,17 +121,13 @@ def capture_attention(
         decoder.register_forward_pre_hook(enter, with_kwargs=True),
         decoder.register_forward_hook(leave, always_call=True),
     ]
-    registry.register(name, attend)
+    setattr(AttentionInterface, "get_interface", find_captured)  # noqa: B010
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        if previous is not None:
-            registry.register(name, previous)
-        else:
-            # Eager attention stands in no registry, but in each model's own module: nothing public takes a name out.
-            registry._global_mapping.pop(name, None)
+        setattr(AttentionInterface, "get_interface", find)  # noqa: B010
 
 
 class _Pass(NamedTuple):
@@ -408,10 +412,13 @@ def _decoder(model: nn.Module, norm: str | nn.Module | None) -> Any:
 
 def _attention_modules(decoder: Any) -> dict[int, nn.Module]:
     """Return the attention of every layer that has one, by the layer's index."""
+    kinds = getattr(getattr(decoder, "config", None), "layer_types", None) or ()
     found = {
         module.layer_idx: module
         for module in decoder.modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and "Attention" in type(module).__name__
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and "Attention" in type(module).__name__
+        and "linear" not in "".join(kinds[module.layer_idx : module.layer_idx + 1])
     }
     if not found or not hasattr(decoder, "config"):
         raise TypeError(f"{type(decoder).__name__} has no attention layers that transformers numbers")
@@ -436,12 +443,3 @@ def _chosen_layers(decoder: Any, attentions: Mapping[int, nn.Module], layers: Se
             f"{', '.join(map(str, attentions))}"
         )
     return chosen
-
-
-def _eager(module: nn.Module) -> Callable[..., Any]:
-    """Return the eager attention of a model, which stands beside its layers; a wrapper's class stands elsewhere."""
-    modules = (sys.modules[kind.__module__] for kind in type(module).__mro__)
-    found: Iterator[Callable[..., Any] | None] = (
-        getattr(beside, "eager_attention_forward", None) for beside in modules
-    )
-    return next(function for function in found if function is not None)

@@ -111,6 +111,7 @@ def visual_token_ids(model_or_config: Any, processor: Any = None) -> tuple[int, 
             "mllama reads its images by cross-attention: no position of its sequence holds an image feature, so there "
             "is no image prototype to compare responses with"
         )
+    asked = "" if processor is None else ", nor its processor"
     # Phi-4-multimodal keeps its id with the vision tower's settings.
     for place in (config, getattr(config, "vision_config", None), processor):
         found = [getattr(place, name, None) for name in VISUAL_TOKEN_NAMES]
@@ -118,9 +119,8 @@ def visual_token_ids(model_or_config: Any, processor: Any = None) -> tuple[int, 
         if ids:
             return ids
     raise ValueError(
-        f"the config of {kind}{'' if processor is None else ' and its processor'} has none of "
-        f"{', '.join(VISUAL_TOKEN_NAMES)}: not a vision-language model, or one whose visual tokens have to be passed "
-        "by id"
+        f"the config of {kind} has none of {', '.join(VISUAL_TOKEN_NAMES)}{asked}: "
+        "not a vision-language model, or one whose visual tokens have to be passed by id"
     )
 
 
