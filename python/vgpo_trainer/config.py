@@ -39,8 +39,8 @@ class VGPOTrainingConfig(GRPOConfig):
               more, about a third of the cost of the loss and its gradient, and no generation.
             - ``"auto"`` (default): ``"loss"`` where that is exact, else ``"scoring"``.
         fused_head: Compute log-probabilities and entropies by :func:`vgpo_kernels.linear_logprob`, from hidden states
-            and the LM head without all logits. A few tokens are compared with the model's own logits at the start; where
-            that differs, TRL's own head or all logits are used, with a warning.
+            and the LM head without all logits. A few tokens are compared with the model's own logits at the start;
+            where they differ, TRL's own head or all logits are used, with a warning.
         vgpo_diagnostics: Compute and log the visual signal although ``vgpo`` is ``None``; the loss does not change.
         rollout_samples: How many of the latest responses ``VGPOTrainer.rollout_samples`` keeps; 0 keeps none.
         vgpo_beta: As in :class:`vgpo_kernels.VGPOConfig`, like the fields that follow. ``None`` keeps the preset's.

@@ -50,6 +50,11 @@ NO_LAYER = [
     Bad("text", ["last"], TypeError, r"layers must be integers, got \['last'\]"),
 ]
 NO_FUNCTION = [Bad("text", "sum", TypeError, "consumer must be callable, got str")]
+NO_NORM = [
+    Bad("unknown", "model.ln_out", ValueError, "LlamaForCausalLM has no module model.ln_out"),
+    Bad("of another model", torch.nn.LayerNorm(8), ValueError, "LlamaForCausalLM has no module LayerNorm"),
+    Bad("a number", 3, TypeError, "norm must be a module or its name, got int"),
+]
 NO_TOKENS = [
     Bad("text", ("<image>",), TypeError, "visual_tokens must be.*<image>"),
     Bad("a text-only model", MODEL, ValueError, "not a vision-language model"),
@@ -89,6 +94,7 @@ def capturing_masses() -> Subject:
             "last": whole_numbers(0, -1),
             "per_head": flags(),
             "differentiable": flags(),
+            "norm": NO_NORM,
         },
     )
 
@@ -169,13 +175,15 @@ SUBJECTS = {
     "capture_attention": Subject(
         run(adapter.capture_attention),
         {"model": MODEL, "consumer": print},
-        {"model": NO_MODEL, "consumer": NO_FUNCTION, "layers": NO_LAYER},
+        {"model": NO_MODEL, "consumer": NO_FUNCTION, "layers": NO_LAYER, "norm": NO_NORM},
     ),
     "capture_attention_mass": capturing_masses(),
     "capture_hidden_states": Subject(
-        run(adapter.capture_hidden_states), {"model": MODEL}, {"model": NO_MODEL, "consumer": NO_FUNCTION}
+        run(adapter.capture_hidden_states),
+        {"model": MODEL},
+        {"model": NO_MODEL, "consumer": NO_FUNCTION, "norm": NO_NORM},
     ),
-    "final_norm": Subject(adapter.final_norm, {"model": MODEL}, {"model": NO_MODEL}),
+    "final_norm": Subject(adapter.final_norm, {"model": MODEL}, {"model": NO_MODEL, "norm": NO_NORM}),
     "visual_mask": Subject(
         adapter.visual_mask,
         {"input_ids": IDS, "visual_tokens": (5,)},
@@ -183,8 +191,16 @@ SUBJECTS = {
     ),
     "visual_token_ids": Subject(
         adapter.visual_token_ids,
-        {"model_or_config": SimpleNamespace(image_token_id=5)},
-        {"model_or_config": [Bad("without images", MODEL, ValueError, "llama has none of image_token_id")]},
+        {"model_or_config": MODEL, "processor": SimpleNamespace(image_token_id=5)},
+        {
+            "model_or_config": [
+                Bad("cross-attention", transformers.MllamaConfig(), ValueError, "mllama reads its images")
+            ],
+            "processor": [
+                Bad("none", None, ValueError, "llama has none of image_token_id"),
+                Bad("of text", SimpleNamespace(), ValueError, "llama has none of image_token_id.*nor its processor"),
+            ],
+        },
     ),
     "reweight, padded": reweighting(packed=False),
     "reweight, packed": reweighting(packed=True),
