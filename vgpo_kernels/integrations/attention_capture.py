@@ -71,15 +71,16 @@ def capture_attention(
     from transformers import AttentionInterface
 
     checks.function("consumer", consumer)
-    find = require(AttentionInterface, "get_interface", ("attn_implementation", "default"), known("transformers"))
+    interface: Any = AttentionInterface
+    find = require(interface, "get_interface", ("attn_implementation", "default"), known("transformers"))
     decoder = _decoder(model, norm)
     attentions = _attention_modules(decoder)
     chosen = {id(attentions[index]): index for index in _chosen_layers(decoder, attentions, layers)}
     under_way: list[_Pass] = []
     masks = MaskReader()
 
-    def find_captured(interface: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return partial(attend, find(interface, attn_implementation, default), attn_implementation)
+    def find_captured(registry: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(attend, find(registry, attn_implementation, default), attn_implementation)
 
     # The names of the arguments are those that layers pass them by.
     def attend(
@@ -121,13 +122,13 @@ def capture_attention(
         decoder.register_forward_pre_hook(enter, with_kwargs=True),
         decoder.register_forward_hook(leave, always_call=True),
     ]
-    setattr(AttentionInterface, "get_interface", find_captured)  # noqa: B010
+    interface.get_interface = find_captured
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        setattr(AttentionInterface, "get_interface", find)  # noqa: B010
+        interface.get_interface = find
 
 
 class _Pass(NamedTuple):
