@@ -7,30 +7,55 @@ VENV ?= .venv
 ARGS ?=
 
 BIN := $(VENV)/bin
+NEWEST := $(VENV)-newest
+UV := $(VENV)-uv/bin/uv
+NEW := build/lock
+COMPILE = $(UV) pip compile --quiet --upgrade --no-python-downloads --universal --python-version 3.10 \
+	--generate-hashes --custom-compile-command "make lock"
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench docs lint build verl asan gpu-check clean FORCE
+.PHONY: help demo test test-newest bench docs lint lock build verl asan gpu-check clean FORCE
 
 help:
-	@echo "make demo       train a small vision-language model with VGPO, end with a report"
-	@echo "make test       run the tests"
-	@echo "make bench      run the benchmarks, append their rows to benchmarks/results and draw them"
-	@echo "make docs       write what is made of docstrings and of recorded rows: docs/api.md, pictures"
-	@echo "make lint       run the linters and the type checker"
-	@echo "make build      compile the extension only (VGPO_BUILD=auto|cpu|cuda|none)"
-	@echo "make verl       install verl beside it, so that the tests of its adapter run"
-	@echo "make asan       run the tests of the C++ CPU kernels under AddressSanitizer"
-	@echo "make gpu-check  build, test, sanitize and measure on an NVIDIA GPU, with the Python of the machine"
-	@echo "make clean      remove everything that was built, but not $(VENV)"
+	@echo "make demo         train a small vision-language model with VGPO, end with a report"
+	@echo "make test         run the tests"
+	@echo "make test-newest  run those of integrations and trainer with the newest release of every package"
+	@echo "make bench        run the benchmarks, append their rows to benchmarks/results and draw them"
+	@echo "make docs         write what is made of docstrings and of recorded rows: docs/api.md, pictures"
+	@echo "make lint         run the linters and the type checker"
+	@echo "make lock         renew the lock that every target installs, then lint and run all tests"
+	@echo "make build        compile the extension only (VGPO_BUILD=auto|cpu|cuda|none)"
+	@echo "make verl         install verl beside it, so that the tests of its adapter run"
+	@echo "make asan         run the tests of the C++ CPU kernels under AddressSanitizer"
+	@echo "make gpu-check    build, test, sanitize and measure on an NVIDIA GPU, with the Python of the machine"
+	@echo "make clean        remove everything that was built, but no environment"
 
 demo: $(VENV)/.built
 	$(BIN)/vgpo demo $(ARGS)
 
 # Without a GPU the kernels of Triton run in its interpreter.
-test: export TRITON_INTERPRET ?= $(if $(wildcard /dev/nvidia0 /dev/kfd),0,1)
+test test-newest: export TRITON_INTERPRET ?= $(if $(wildcard /dev/nvidia0 /dev/kfd),0,1)
 test: $(VENV)/.built
 	$(BIN)/python -m pytest $(ARGS)
+
+# Our upper bounds do not hold here: what the next release of a package breaks should show before a bound is raised. The
+# torch is that of $(VENV), so that the extension in the source tree, which belongs to one torch, serves both. Hence the
+# paths instead of an installation, which would compile.
+test-newest: $(VENV)/.built
+	$(BIN)/python -m venv --clear $(NEWEST)
+	$(BIN)/python scripts/newest.py packages > $(NEWEST)/packages.txt
+	$(NEWEST)/bin/python -m pip install '$(TORCH)' -r $(NEWEST)/packages.txt
+	$(NEWEST)/bin/python scripts/newest.py verl > $(NEWEST)/verl.txt
+	$(NEWEST)/bin/python -m pip install --no-deps -r $(NEWEST)/verl.txt
+	@printf '%s\n' '$(CURDIR)' '$(CURDIR)/python' > "$$(echo $(NEWEST)/lib/python3*/site-packages)/vgpo.pth"
+	$(NEWEST)/bin/python scripts/newest.py differences > $(NEWEST)/differences.txt
+	@if test -s $(NEWEST)/differences.txt; then \
+		echo "locked -> newest:"; cat $(NEWEST)/differences.txt; \
+		$(NEWEST)/bin/python -m pytest $(or $(ARGS),tests/integrations tests/trainer); \
+	else \
+		echo "No package has a newer release than the lock: make test tests the newest."; \
+	fi
 
 # VGPO_BENCH_RECORD=0 measures and records nothing.
 bench: export VGPO_BENCH_RECORD ?= 1
@@ -47,6 +72,15 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Both files are made before either replaces the one of before, so that a failure leaves both.
+lock: $(UV)
+	mkdir -p $(NEW)
+	$(COMPILE) pyproject.toml requirements/torch.in --extra train --extra test --extra dev \
+		--overrides requirements/overrides.txt -o $(NEW)/lock.txt
+	$(COMPILE) requirements/verl.in --no-deps --no-annotate -c $(NEW)/lock.txt -o $(NEW)/verl.txt
+	mv $(NEW)/lock.txt $(NEW)/verl.txt requirements/
+	$(MAKE) lint verl test
+
 build: $(VENV)/.built
 
 verl: $(VENV)/.verl
@@ -60,17 +94,19 @@ gpu-check:
 clean:
 	rm -rf build dist *.egg-info vgpo_kernels/_C*.so $(VENV)/.built
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)*' -prune -exec rm -rf {} +
 
 # The file keeps its date while TORCH keeps its value, so that another value, and nothing else, installs again.
 $(VENV)/.torch: FORCE
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 
-# torch goes first: the packages after it would otherwise bring a torch of their own choice.
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
-	$(BIN)/python -m pip install '$(TORCH)' numpy
-	$(BIN)/python -m pip install -e '.[train,test,dev]'
+# torch goes last: where it brings a Triton of its own, as for CUDA, that takes the place of the lock's. Nothing before
+# it asks for a torch, since the lock holds what its packages depend on.
+$(VENV)/.installed: $(VENV)/.torch requirements/lock.txt pyproject.toml setup.py
+	$(BIN)/python -m pip install --no-deps --require-hashes -r requirements/lock.txt
+	$(BIN)/python -m pip install '$(TORCH)'
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	@touch $@
 
 # Compiles what changed since the installation, and says what was built, which pip keeps to itself.
@@ -78,7 +114,12 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/python setup.py build_ext --inplace
 	@touch $@
 
-# Without its own pins, which ask for older releases than the trainer is tested with.
-$(VENV)/.verl: $(VENV)/.installed tests/integrations/verl.txt
-	$(BIN)/python -m pip install --no-deps -r tests/integrations/verl.txt
+# Without its own pins, which ask for older releases than the trainer is tested with. A package that comes as source is
+# built by the lock's setuptools.
+$(VENV)/.verl: $(VENV)/.installed requirements/verl.txt
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --require-hashes -r requirements/verl.txt
 	@touch $@
+
+$(UV):
+	$(PYTHON) -m venv $(VENV)-uv
+	$(VENV)-uv/bin/python -m pip install uv

@@ -63,7 +63,7 @@ if sanitized control.py > control.log 2>&1 || ! grep -q heap-buffer-overflow con
 fi
 echo "asan: built with $("$compiler" --version | head -1); the control is caught"
 
-(($#)) || set -- tests/test_!(build|readme|docs|load|cuda_*|triton_*).py
+(($#)) || set -- tests/test_!(build|lock|readme|docs|load|cuda_*|triton_*).py
 # pytest leaves the descriptors alone: it would swallow what is told just before a test dies.
 code=0
 sanitized -m pytest -q -p no:cacheprovider --capture=sys "$@" 2>&1 | tee tests.log || code=$?

@@ -6,6 +6,7 @@ Setups run for real, on a copy of the project whose only source is a small one t
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -196,12 +197,19 @@ def test_pip_builds_against_the_torch_of_the_environment(project: Path, tmp_path
         if not (packages / entry.name).exists() and not entry.name.startswith(("__", "vgpo")):
             (packages / entry.name).symlink_to(entry)
     pip = [python, "-m", "pip", "install", "--no-deps", "-v", "-e", "."]
-    result = run(pip, project, VGPO_BUILD="cpu")
+    # The isolated build takes its tools from the index: those of the lock, so that this tests our build alone.
+    tools = tmp_path / "tools.txt"
+    locked = re.findall(r"^(?:setuptools|ninja)==\S+", (ROOT / "requirements/lock.txt").read_text(), re.MULTILINE)
+    tools.write_text("\n".join(locked))
+    constraints = dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), str(tools))
+    result = run(pip, project, VGPO_BUILD="cpu", **constraints)
     if "CI" not in os.environ and "No matching distribution found for setuptools" in result.stdout + result.stderr:
         pytest.skip("pip's isolated build needs a package index")
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"built its CPU kernels for torch {torch.__version__}" in result.stdout + result.stderr
     assert "Collecting torch" not in result.stdout
+    installed = re.findall(r"Successfully installed (.*setuptools.*)", result.stdout + result.stderr)
+    assert [set(line.split()) for line in installed] == [{tool.replace("==", "-") for tool in locked}]
     assert run([python, "-c", "import vgpo_kernels._C"], tmp_path).returncode == 0
 
 

@@ -11,7 +11,7 @@ import torch
 from tolerance import assert_close
 from torch import Tensor
 
-pytest.importorskip("verl", reason="verl is not installed (pip install -r tests/integrations/verl.txt --no-deps)")
+pytest.importorskip("verl", reason="verl is not installed (make verl installs it)")
 transformers = pytest.importorskip("transformers")
 
 from tensordict import TensorDict  # noqa: E402
