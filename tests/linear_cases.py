@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from cases import Batch
+from tolerance import assert_close, floor_of
 from torch import Tensor
 
 from vgpo_kernels import backend, linear_logprob
@@ -120,3 +121,32 @@ def gradients(head: Head, function: Callable[..., tuple[Tensor, Tensor]] = logpr
     weights = torch.randn(2, *logp.shape, generator=generator).to(logp)
     total = (logp * weights[0]).sum() + (entropy * weights[1]).sum()
     return list(torch.autograd.grad(total, leaves))
+
+
+def materialised(head: Head, leaves: list[Tensor] | None = None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What a training loop writes: all logits, their log-softmax, and its sum over the vocabulary."""
+    hidden, weight, *bias = leaves or head.tensors()
+    kept = head.targets != IGNORED
+    logits = torch.where(kept[:, None], hidden, 0.0) @ weight.T
+    logits = (logits + bias[0] if bias else logits) / temperature
+    log_probabilities = logits.log_softmax(-1)
+    logp = log_probabilities.gather(-1, head.targets.clamp(min=0)[:, None]).squeeze(-1)
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
+    return torch.where(kept, logp, 0.0), torch.where(kept, entropy, 0.0)
+
+
+def check(head: Head, device: torch.device, **options: Any) -> None:
+    """Compare with a training loop in fp64; its error in fp32, on the same numbers, is the yardstick."""
+    settings = {"temperature": options.get("temperature", 1.0)}
+    wide = replace(head.double(), targets=head.targets)
+    narrow = replace(head, hidden=head.hidden.float(), weight=head.weight.float())
+    values = [materialised(one, **settings) for one in (wide, narrow)]
+    for name, actual, *expected in zip(("logp", "entropy"), logprob(head.to(device), **options), *values, strict=True):
+        assert actual.dtype == torch.float32
+        assert_close(actual, *expected, name=name)
+    found = gradients(head.to(device), **options)
+    slopes = [gradients(one, materialised, **settings) for one in (wide, narrow)]
+    terms = {"hidden": head.weight.shape[0], "weight": head.hidden.shape[0], "bias": head.hidden.shape[0]}
+    for (name, number), actual, leaf, *expected in zip(terms.items(), found, head.tensors(), *slopes, strict=False):
+        assert actual.dtype == leaf.dtype
+        assert_close(actual, *expected, name=f"gradient by {name}", floor=floor_of(head.hidden.dtype, number))
