@@ -22,6 +22,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from vgpo_kernels.integrations.surface import TESTED
+
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = (ROOT / "requirements/lock.txt").read_text()
 VERL = (ROOT / "requirements/verl.txt").read_text()
@@ -135,6 +137,16 @@ def test_an_upper_bound_is_the_next_minor_release(name: str) -> None:
     (bound,) = (part.version for part in requirement.specifier if part.operator == "<")
     (found,) = locked("3.11", LOCK)[name]
     assert Version(bound).release == (Version(found).major, Version(found).minor + 1)
+
+
+@pytest.mark.parametrize("name", ["transformers", "trl"])
+def test_what_adapters_call_tested_is_from_the_lower_bound_to_the_lock(name: str) -> None:
+    (requirement,) = (one for one in newest.direct() if one.name == name)
+    (lowest,) = (part.version for part in requirement.specifier if part.operator == ">=")
+    (found,) = locked("3.11", LOCK)[name]
+    first, _, last = TESTED[name].partition(" to ")
+    assert first == lowest
+    assert (last or first) == ".".join(found.split(".")[:2])
 
 
 def test_overrides_repeat_the_ranges_of_pyproject() -> None:
@@ -356,7 +368,7 @@ def test_newest_releases_that_pass_are_told_apart_from_the_rooms(tmp_path: Path)
     code, lines, asked = integrate(tmp_path, differences="trl: 1.16.0 -> 1.17.0\n")
     assert code == 0
     assert count(lines) == (decided(asked), 0, decided(asked))
-    assert "newest: the integrations and the trainer pass with the newest release of every package" in lines
+    assert "newest: the integrations, the trainer and the models pass with the newest release of every package" in lines
     assert "    trl: 1.16.0 -> 1.17.0" in lines
 
 
