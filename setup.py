@@ -157,7 +157,22 @@ def plan_build(mode: str) -> Plan:
     return Plan(targets[:1] if mode == "cuda" else targets, reason)
 
 
-def configure(extension: Extension, target: str) -> str:
+def write_digest(folder: str) -> str:
+    """Write the source that leaves a digest of all sources in the extension, if it changed; return its path.
+
+    A source of its own, so that a change of one file compiles that file and this one, and not all of them anew.
+    """
+    extension = runpy.run_path(str(ROOT / "vgpo_kernels" / "extension.py"))
+    digest = extension["MARKER"] + extension["source_digest"](ROOT)
+    code = f'namespace vgpo {{\nextern const char source_digest[];\nconst char source_digest[] = "{digest}";\n}}\n'
+    path = Path(folder, "source_digest.cpp").absolute()
+    if not path.is_file() or path.read_text() != code:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    return str(path)
+
+
+def configure(extension: Extension, target: str, build_folder: str) -> str:
     """Give the extension the sources and flags of a target; return what the target is, in words.
 
     Raises:
@@ -174,7 +189,7 @@ def configure(extension: Extension, target: str) -> str:
     # runtime is not linked: the symbols come from the one that torch has loaded, so that there is only one.
     cxx += ["-fopenmp"] if sys.platform == "linux" else []
     nvcc = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
-    files = ["csrc/library.cpp", *sources("cpu", ".cpp")]
+    files = ["csrc/library.cpp", *sources("cpu", ".cpp"), write_digest(build_folder)]
     if target == "cuda":
         description = f"its CPU and CUDA kernels ({choose_architectures(torch)})"
         files += sources("cuda", ".cu")
@@ -247,7 +262,6 @@ class BuildExtension(build_ext):
         from torch.utils.cpp_extension import BuildExtension as TorchBuildExtension
 
         (extension,) = self.extensions
-        description = configure(extension, target)
         command = TorchBuildExtension(self.distribution)
         vars(command).update(vars(self))
         command.force = True  # ninja decides what is out of date
@@ -256,6 +270,7 @@ class BuildExtension(build_ext):
             version = find_torch().version
             name = f"temp-{sys.implementation.cache_tag}-{sysconfig.get_platform()}-torch{version}-{target}"
             command.build_temp = str(ROOT / "build" / name)
+        description = configure(extension, target, command.build_temp)
         command.run()
         return description
 

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.rows import append_csv
+from vgpo_kernels import backends
 
 ROWS = pytest.StashKey[list[measure.Row]]()
 RESULTS = measure.ROOT / "benchmarks" / "results"
@@ -25,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    refused = backends.describe()["refused"]
+    if refused is not None:  # the reference would be measured in its place
+        raise pytest.UsageError(refused)
     config.stash[ROWS] = []
 
 

@@ -13,6 +13,12 @@
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 
+// Defined in a source that setup.py writes: what follows the colon is a digest of all sources, which vgpo_kernels
+// compares with those beside it before it loads the extension.
+namespace vgpo {
+extern const char source_digest[];
+}
+
 TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
     library.impl("visual_prototype", &vgpo::ops::visual_prototype);
     library.impl("visual_focus", &vgpo::ops::visual_focus);
@@ -66,6 +72,7 @@ pybind11::dict build_info() {
     info["cuda"] = kHasCuda;
     info["simd"] = vgpo::kernels().name;
     info["simd_levels"] = simd_levels();
+    info["source_digest"] = std::strchr(vgpo::source_digest, ':') + 1;
     info["threads"] = at::get_num_threads();
     return info;
 }

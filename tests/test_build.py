@@ -19,6 +19,9 @@ from typing import Any
 import pytest
 import torch
 
+from vgpo_kernels import extension as extension_module
+from vgpo_kernels.extension import built_digest, source_digest
+
 setuptools = pytest.importorskip("setuptools")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,19 +30,24 @@ SOURCE = r"""
 #include <math.h>  // the system's, whatever csrc/math.h holds
 #include "csrc_alone.h"
 #include <Python.h>
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+namespace vgpo { extern const char source_digest[]; }
+static PyObject* no(PyObject*, PyObject*) { Py_RETURN_FALSE; }
+static PyObject* info(PyObject*, PyObject*) { return Py_BuildValue("{s:s}", "source_digest", vgpo::source_digest); }
+static PyMethodDef methods[] = {{"has_cuda", no, METH_NOARGS, ""}, {"threads_used", no, METH_NOARGS, ""},
+                                {"build_info", info, METH_NOARGS, ""}, {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "", -1, methods, nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
 """
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Return a copy of the project with one small source and an empty package."""
+    """Return a copy of the project with one small source and a package that is all but empty."""
     folder = tmp_path / "project"
-    for name in ("vgpo_kernels/__init__.py", "csrc/library.cpp"):
-        (folder / name).parent.mkdir(parents=True)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
+    for name in ("vgpo_kernels", "csrc"):
+        (folder / name).mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vgpo_kernels/extension.py"):
+        shutil.copy(ROOT / name, folder / name)
     (folder / "vgpo_kernels/__init__.py").write_text('__version__ = "0.0"\n')
     (folder / "csrc/library.cpp").write_text(SOURCE)
     (folder / "csrc/math.h").write_text("#error csrc/math.h hides the system's\n")
@@ -104,11 +112,16 @@ def test_none_builds_nothing_and_removes_the_extension_of_before(project: Path) 
     assert not stale.exists()
 
 
-def test_without_an_extension_the_reference_serves_after_one_warning(project: Path) -> None:
+def copy_package(project: Path) -> None:
+    """Give a project the whole package, without the extension."""
     shutil.rmtree(project / "vgpo_kernels")
     shutil.copytree(
         ROOT / "vgpo_kernels", project / "vgpo_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
+
+
+def test_without_an_extension_the_reference_serves_after_one_warning(project: Path) -> None:
+    copy_package(project)
     assert build(project, "none")[0] == 0
     program = """
 import sys
@@ -129,6 +142,133 @@ print(*(warning.message for warning in caught), sep="\\n")
     assert result.returncode == 0, result.stderr
     (warning,) = result.stdout.splitlines()
     assert "pip install -e ." in warning
+
+
+# Prints which backend serves CPU tensors, then what was warned of. With an argument, the extension of that folder's
+# package is found as by an editable installation of it, where this one has none of its own.
+SERVES = """
+import sys, warnings
+from importlib.machinery import PathFinder
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
+class Finder:
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, sys.argv[1:]) if name == "vgpo_kernels._C" else None
+sys.meta_path.append(Finder)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch, vgpo_kernels
+    found = vgpo_kernels.backends.describe()
+    if found["refused"]:
+        mask = torch.tensor([[True, False]])
+        vgpo_kernels.visual_focus(torch.randn(1, 2, 4), mask, ~mask)
+        try:
+            import vgpo_kernels._C
+        except ImportError:
+            pass
+        else:
+            sys.exit("it can be imported all the same")
+        try:
+            with vgpo_kernels.backend("cpp"):
+                vgpo_kernels.visual_focus(torch.randn(1, 2, 4), mask, ~mask)
+        except RuntimeError as error:
+            assert found["refused"] in str(error)
+    else:
+        assert not found["extension"] or found["extension"]["source_digest"]
+print(found["serves"]["cpu"], *(warning.message for warning in caught), sep="\\n")
+"""
+
+
+def serves(project: Path, *other: Path) -> list[str]:
+    """Lines of SERVES, run in a project."""
+    result = run([sys.executable, "-c", SERVES, *other], project, VGPO_BACKEND="auto")
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_an_extension_of_other_sources_is_refused_before_it_loads(project: Path, tmp_path: Path) -> None:
+    copy_package(project)
+    assert build(project, "cpu")[0] == 0
+    extension = project / "vgpo_kernels" / EXTENSION
+
+    second = tmp_path / "second"
+    shutil.copytree(project, second, ignore=shutil.ignore_patterns("*.so", "build"))
+    assert extension_module.why_refused(extension, second) is None, "its sources are the same"
+    with (second / "csrc/csrc_alone.h").open("a") as file:
+        file.write("// changed\n")
+    served, warning = serves(second, extension.parent)
+    assert served == "reference"
+    assert str(extension) in warning and f"sources in {second / 'csrc'} as they are now" in warning
+    assert "`make build` or `pip install -e .`" in warning
+
+    # With an old extension no test run ends well.
+    shutil.copy(extension, second / "vgpo_kernels")
+    (second / "tests").mkdir()
+    shutil.copy(ROOT / "tests/conftest.py", second / "tests")
+    (second / "tests/test_nothing.py").write_text("def test_nothing():\n    pass\n")
+    tested = run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests"], second)
+    assert tested.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "was not built from the sources" in tested.stderr
+
+    assert build(second, "cpu")[0] == 0
+    assert serves(second) == ["cpp"]
+
+
+@needs_compiler
+def test_a_build_after_a_change_compiles_what_changed_and_the_digest(project: Path) -> None:
+    (project / "csrc/cpu").mkdir()
+    (project / "csrc/cpu/one.cpp").touch()
+    (project / "csrc/cpu/two.cpp").touch()
+
+    def compiled() -> set[str]:
+        code, _, output = build(project, "cpu")
+        assert code == 0, output
+        return set(re.findall(r"-o \S*/(\w+)\.o\b", output))
+
+    assert compiled() == {"library", "one", "two", "source_digest"}
+    assert compiled() == set()
+    (project / "csrc/cpu/one.cpp").write_text("// changed\n")
+    assert compiled() == {"one", "source_digest"}
+    assert built_digest(project / "vgpo_kernels" / EXTENSION) == source_digest(project)
+
+
+def test_the_digest_is_of_names_and_contents_alone(project: Path, tmp_path: Path) -> None:
+    before = source_digest(project)
+    assert before is not None and len(before) == 2 * extension_module.DIGEST_BYTES
+    second = tmp_path / "elsewhere"
+    shutil.copytree(project, second)
+    os.utime(second / "csrc/library.cpp", (0, 0))
+    (second / "csrc/.library.cpp.swp").touch()
+    (second / "csrc/library.cpp~").touch()
+    assert source_digest(second) == before
+
+    for name in ("csrc/library.cpp", "csrc/math.h", "setup.py"):
+        text = (second / name).read_text()
+        (second / name).write_text(text + " ")
+        assert source_digest(second) != before, name
+        (second / name).write_text(text)
+    assert source_digest(second) == before
+    (second / "csrc/math.h").rename(second / "csrc/maths.h")
+    assert source_digest(second) != before
+    (second / "csrc/math.h").write_text((second / "csrc/maths.h").read_text())
+    (second / "csrc/maths.h").unlink()
+    (second / "csrc/cuda").mkdir()
+    (second / "csrc/cuda/kernel.cuh").touch()
+    assert source_digest(second) != before
+
+
+def test_the_digest_is_of_every_source() -> None:
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file() and not path.name.startswith(".")]
+    assert {path.suffix for path in files} <= set(extension_module.SUFFIXES)
+
+
+def test_an_installed_package_has_nothing_to_compare_with(project: Path) -> None:
+    (project / "anything.so").write_bytes(b"")
+    assert extension_module.why_refused(project / "anything.so", project) is not None
+    shutil.rmtree(project / "csrc")
+    assert source_digest(project) is None
+    assert extension_module.why_refused(project / "anything.so", project) is None
 
 
 @without_cuda

@@ -25,16 +25,13 @@ from typing import Any
 
 import torch
 
+from vgpo_kernels import extension
+
 NAMES = ("reference", "cpp", "cuda", "triton")
 
-try:
-    from vgpo_kernels import _C  # type: ignore[attr-defined]
-except ImportError as error:
-    _C = None
-    # A file that is there but does not load (another torch, say) is worth its reason; a missing one is not.
-    _load_error = "" if find_spec("vgpo_kernels._C") is None else f" ({error})"
-
-# The extension's operators register when it loads, so its presence alone decides what is built.
+# Its operators register when it loads, so its presence alone decides what is built.
+_LOADED = extension.load()
+_C: Any = _LOADED.module
 _BUILT_CPP = _C is not None
 _BUILT_CUDA = _BUILT_CPP and bool(_C.has_cuda())
 _HAS_TRITON = find_spec("triton") is not None
@@ -50,7 +47,7 @@ if _BUILT_CPP and hasattr(os, "register_at_fork"):
 
 # Process-wide like torch.backends' flags, and a plain global so that torch.compile guards on it.
 _forced: str | None = None
-_warned = False
+_warned = _LOADED.refused is not None
 
 
 def _validate_name(name: str, origin: str) -> str:
@@ -96,10 +93,14 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return "computes in float32; float64 inputs are served by 'reference'"
     if name == "cpp":
         if not _BUILT_CPP:
+            if _LOADED.refused:
+                return f"is out of date: {_LOADED.refused}"
             return "is not built: `pip install -e .` where a C++ compiler and torch are installed builds it"
         return None if device.type == "cpu" else f"serves CPU tensors, and these are on {device}"
     if name == "cuda":
         if not _BUILT_CUDA:
+            if _LOADED.refused:
+                return f"is out of date: {_LOADED.refused}"
             return "is not built: VGPO_BUILD=cuda with `pip install -e .` builds it and says what is missing"
         return None if device.type == "cuda" else f"serves CUDA tensors, and these are on {device}"
     if not _HAS_TRITON:
@@ -139,7 +140,7 @@ def _warn_unbuilt(device: torch.device) -> None:
         return
     _warned = True
     missing = "its CUDA kernels" if device.type == "cuda" else "its C++ extension"
-    reason = "" if _BUILT_CPP else _load_error
+    reason = f" ({_LOADED.failure})" if _LOADED.failure else ""
     warnings.warn(
         f"vgpo_kernels runs without {missing}{reason}: the slower PyTorch reference serves {device.type} tensors. "
         "To build: `pip install -e .` with a C++ compiler (and nvcc for CUDA) installed.",
@@ -153,8 +154,8 @@ def describe() -> dict[str, Any]:
 
     Returns:
         A dict with ``built`` (backend name to bool), ``serves`` (device type to backend name), ``forced`` (name
-        or ``None``), ``extension`` (build information of the extension, or ``None``), ``torch`` and ``triton``
-        (versions; ``triton`` may be ``None``).
+        or ``None``), ``extension`` (build information of the extension, or ``None``), ``refused`` (why an extension
+        that was found is not used, or ``None``), ``torch`` and ``triton`` (versions; ``triton`` may be ``None``).
 
     """
     triton_version = None
@@ -173,6 +174,7 @@ def describe() -> dict[str, Any]:
         "serves": serves if _forced is None else dict.fromkeys(serves, _forced),
         "forced": _forced,
         "extension": dict(_C.build_info()) if _BUILT_CPP else None,
+        "refused": _LOADED.refused,
         "torch": torch.__version__,
         "triton": triton_version,
     }
