@@ -1,16 +1,26 @@
-"""``vgpo doctor``: what is installed, what is built, what serves which device, and whether it computes correctly."""
+"""``vgpo doctor``: what is installed, what is built, what serves which device, and whether it computes correctly.
+
+It needs torch alone; what it has to say of the trainer needs the trainer's packages.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import re
+import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-DESCRIPTION = "Print versions, what is built and which backend serves which device, and check it on a small example."
-PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "datasets", "peft", "scikit-learn", "numpy")
+DESCRIPTION = (
+    "Print versions, what is built and which backend serves which device. Check the kernels on a small example, and on "
+    "a tiny model what is captured of it, the fused head and a training step."
+)
+PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "accelerate", "datasets", "peft", "scikit-learn", "numpy")
+NOT_INSTALLED = "not installed"
 REPETITIONS = 5
 TOLERANCE = 1e-4  # of the loss and its gradient against fp64; fp32 arithmetic stays well below
 
@@ -44,32 +54,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the diagnosis; 0 if every device passed its check, else 1."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
+    """Print the diagnosis; 0 if every check passed that the installed packages allow, else 1."""
     from vgpo_kernels import backends
 
-    console = Console(highlight=False)
     described = backends.describe()
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, value in diagnosis(described):
-        table.add_row(Text(name, style="dim"), Text(value))
-    console.print(table)
-    console.print()
-    results = [check_device(device, backend) for device, backend in described["serves"].items()]
-    for result in results:
-        if result.failure is not None:
-            verdict = Text(f"failed: {result.failure}", style="bold red")
-        elif result.passed:
-            verdict = Text(f"works, error {result.error:.1e}, {result.milliseconds:.2f} ms", style="green")
+    lines = diagnosis(described)
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{painted(name.ljust(width), DIM)}  {value}")
+    print(flush=True)
+    passed = described["refused"] is None
+    for device, backend in described["serves"].items():
+        result = check_device(device, backend)
+        passed &= result.passed
+        tell(f"{device} by {backend}", *verdict(result))
+    if described["refused"]:
+        tell("extension", f"failed: {described['refused']}", RED)
+    elif not described["built"]["cpp"]:
+        print("The C++ extension is not built; `pip install -e .` with a C++ compiler builds it.")
+    return 0 if check_models() and passed else 1
+
+
+def check_models() -> bool:
+    """Print what a tiny model proves, line by line; whether nothing failed."""
+    from vgpo_trainer import model_checks
+
+    print("\nOn a tiny LLaVA, made here and run on the CPU:", flush=True)
+    passed = True
+    for outcome in model_checks.outcomes():
+        if outcome.missing:
+            tell(outcome.claim, f"{NOT_INSTALLED}: {', '.join(outcome.missing)}", DIM)
+        elif outcome.failure is None:
+            tell(outcome.claim, "works", GREEN)
         else:
-            verdict = Text(f"wrong by {result.error:.1e}", style="bold red")
-        console.print(Text.assemble(f"{result.device} by {result.backend}: ", verdict))
-    if not described["built"]["cpp"]:
-        console.print("The C++ extension is not built; `pip install -e .` with a C++ compiler builds it.")
-    return 0 if all(result.passed for result in results) else 1
+            tell(outcome.claim, f"failed: {outcome.failure}", RED)
+            passed = False
+    return passed
+
+
+def verdict(result: CheckResult) -> tuple[str, str]:
+    """The self-check of a device in words, and their colour."""
+    if result.failure is not None:
+        return f"failed: {result.failure}", RED
+    if result.passed:
+        return f"works, error {result.error:.1e}, {result.milliseconds:.2f} ms", GREEN
+    return f"wrong by {result.error:.1e}", RED
+
+
+# By hand: rich comes with the trainer's packages, and this command tells whether they are there.
+DIM, GREEN, RED = "2", "32", "1;31"
+
+
+def painted(text: str, colour: str) -> str:
+    """A text in a colour, where it goes to a terminal."""
+    return f"\033[{colour}m{text}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
+
+
+def tell(claim: str, text: str, colour: str) -> None:
+    """Print one line as soon as it is known."""
+    print(f"{claim}: {painted(text, colour)}", flush=True)
 
 
 def diagnosis(described: dict[str, Any]) -> list[tuple[str, str]]:
@@ -86,7 +129,7 @@ def diagnosis(described: dict[str, Any]) -> list[tuple[str, str]]:
         ("vgpo_kernels", vgpo_kernels.__version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
     ]
-    lines += [(name, installed_version(name)) for name in PACKAGES]
+    lines += [(name, with_tested(name, installed_version(name))) for name in PACKAGES]
     lines.append(("cpu threads", str(torch.get_num_threads())))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -108,7 +151,31 @@ def installed_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
+
+
+def with_tested(package: str, installed: str) -> str:
+    """An installed version beside the tested ones of a package, if any are recorded, marked where it is not of them.
+
+    Args:
+        package: Its name.
+        installed: From :func:`installed_version`.
+    """
+    from vgpo_kernels.integrations.surface import TESTED
+
+    if package not in TESTED:
+        return installed
+    tested = [release(text) for text in re.findall(r"\d+(?:\.\d+)+", TESTED[package])]
+    mark = "tested"
+    if installed != NOT_INSTALLED:
+        mark = "newer than tested" if release(installed) > max(tested) else mark
+        mark = "older than tested" if release(installed) < min(tested) else mark
+    return f"{installed} ({mark}: {TESTED[package]})"
+
+
+def release(text: str) -> tuple[int, ...]:
+    """Major and minor number of a version, which is what tests are recorded by."""
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
 def check_device(device: str, backend: str) -> CheckResult:
