@@ -26,9 +26,8 @@ class Tokens(NamedTuple):
     ordinal: Tensor
     length: Tensor
 
-    @property
     def batch(self) -> int:
-        """Number of responses B."""
+        """Count the responses B. No property: torch.compile of torch 2.8 sees none in a tuple."""
         return self.begin.shape[0]
 
     def spread(self, per_response: Tensor) -> Tensor:
@@ -38,12 +37,12 @@ class Tokens(NamedTuple):
     def total(self, values: Tensor) -> Tensor:
         """Sum values ``[N]`` over the valid tokens of each response, ``[B]``."""
         chosen = torch.where(self.valid, values, torch.zeros_like(values))
-        return values.new_zeros(self.batch).index_add(0, self.response, chosen)
+        return values.new_zeros(self.batch()).index_add(0, self.response, chosen)
 
     def extreme(self, values: Tensor, reduce: str, empty: float) -> Tensor:
         """Smallest (``"amin"``) or largest (``"amax"``) value over the valid tokens of each response, ``[B]``."""
         chosen = torch.where(self.valid, values, torch.full_like(values, empty))
-        return values.new_full((self.batch,), empty).scatter_reduce(0, self.response, chosen, reduce)
+        return values.new_full((self.batch(),), empty).scatter_reduce(0, self.response, chosen, reduce)
 
 
 def responses_of(length: int, batch: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:

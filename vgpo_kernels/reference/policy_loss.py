@@ -35,7 +35,7 @@ def policy_loss(
     valid = tokens.valid
 
     def per_token(values: Tensor) -> Tensor:
-        spread = values.dim() == 1 and values.shape[0] == tokens.batch
+        spread = values.dim() == 1 and values.shape[0] == tokens.batch()
         flat = tokens.spread(values) if spread else values.reshape(-1)
         return torch.where(valid, flat.to(dtype), torch.zeros((), dtype=dtype, device=flat.device))
 
@@ -151,15 +151,15 @@ def _token_weight(
 
     if settings.aggregation == "token-mean":
         total = length.sum() if num_tokens is None else num_tokens.to(dtype)
-        return tokens.spread((1 / nonzero(total)).expand(tokens.batch))
-    batch = length.new_full((), float(tokens.batch)) if num_sequences is None else num_sequences.to(dtype)
+        return tokens.spread((1 / nonzero(total)).expand(tokens.batch()))
+    batch = length.new_full((), float(tokens.batch())) if num_sequences is None else num_sequences.to(dtype)
     share = 1 / nonzero(batch)
     if settings.aggregation == "seq-mean-token-mean":
         return tokens.spread(share / nonzero(length))
     if settings.aggregation == "seq-mean-token-sum-norm":
         assert settings.max_length is not None
         share = share / settings.max_length
-    return tokens.spread(share.expand(tokens.batch))
+    return tokens.spread(share.expand(tokens.batch()))
 
 
 def _metrics(
