@@ -109,14 +109,15 @@ def recording(target: GPUTarget, variant: str = "") -> Iterator[list[Launch]]:
         return True  # which tells Triton to leave it at that
 
     runtime = triton.runtime.driver
-    previous_driver, previous_hook = runtime._active, triton.knobs.runtime.jit_cache_hook
+    # Asked for its driver, Triton would look for a GPU, and where it keeps the answer depends on its release.
+    previous_state, previous_hook = dict(vars(runtime)), triton.knobs.runtime.jit_cache_hook
     runtime.set_active(Driver(target))
     triton.knobs.runtime.jit_cache_hook = record
     try:
         yield launches
     finally:
         triton.knobs.runtime.jit_cache_hook = previous_hook
-        runtime._active = previous_driver
+        vars(runtime).update(previous_state)
 
 
 def calls(loss_types: Iterable[str]) -> dict[str, Callable[[], Any]]:
