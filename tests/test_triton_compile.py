@@ -32,6 +32,8 @@ def run_uninterpreted(*command: str) -> str:
     result = subprocess.run(
         [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
+    if "TRITON_HIP_LLD_PATH" in result.stderr:
+        pytest.skip("this release of Triton links AMD's code with an ld.lld of the machine, which has none")
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
 
