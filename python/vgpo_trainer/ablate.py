@@ -16,13 +16,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgpo_trainer.ablation_report import ARMS, Run, write_ablation
 from vgpo_trainer.demo import DemoSettings, check, reinforce
-from vgpo_trainer.run_folder import RunFolder, write_atomically
+from vgpo_trainer.run_folder import RunFolder, versions_of_a_run, write_atomically
 from vgpo_trainer.storage import writing
 
 if TYPE_CHECKING:
@@ -409,7 +408,7 @@ def run_one(
         seconds=round(time.monotonic() - start, 1),
         cpu_seconds=round(time.process_time() - start_cpu, 1),
         threads=torch.get_num_threads(),
-        versions={name: version(name) for name in ("torch", "transformers", "trl")},
+        versions=versions_of_a_run(),
         rewards=[record["reward"] for record in records],
     )
 

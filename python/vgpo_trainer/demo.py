@@ -14,11 +14,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgpo_trainer.run_folder import RunFolder
+from vgpo_trainer.run_folder import RunFolder, versions_of_a_run
 from vgpo_trainer.storage import writing
 
 if TYPE_CHECKING:
@@ -325,7 +324,7 @@ def config_record(settings: DemoSettings) -> dict[str, Any]:
         "command": "demo",
         "settings": asdict(settings),
         "vgpo": asdict(VGPOConfig.paper(**settings.changes)) if settings.algo == "vgpo" else None,
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+        "versions": versions_of_a_run(),
         "backend": backends.describe()["serves"],
     }
 

@@ -12,8 +12,10 @@ import re
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from typing import Any
+
+from vgpo_trainer.run_folder import version_of
 
 DESCRIPTION = (
     "Print versions, what is built and which backend serves which device. Check the kernels on a small example, and on "
@@ -149,7 +151,7 @@ def diagnosis(described: dict[str, Any]) -> list[tuple[str, str]]:
 def installed_version(package: str) -> str:
     """The version of an installed package, in words."""
     try:
-        return version(package)
+        return version_of(package)
     except PackageNotFoundError:
         return NOT_INSTALLED
 

@@ -22,6 +22,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -30,6 +31,20 @@ from vgpo_trainer.storage import writing
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+def version_of(package: str) -> str:
+    """Version of an installed package; of torch with its CUDA, which the metadata of its wheels leaves out."""
+    if package != "torch":
+        return version(package)
+    import torch
+
+    return str(torch.__version__)
+
+
+def versions_of_a_run() -> dict[str, str]:
+    """Versions that what a run computes depends on."""
+    return {package: version_of(package) for package in ("torch", "transformers", "trl")}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgpo_trainer.run_folder import write_atomically
+from vgpo_trainer.run_folder import versions_of_a_run, write_atomically
 from vgpo_trainer.storage import CheckpointError, RunFailure, check_checkpoint, checkpoints, writing
 
 if TYPE_CHECKING:
@@ -307,7 +307,6 @@ def refuse_another_run(arguments: argparse.Namespace) -> None:
 def write_run_config(arguments: argparse.Namespace, training: VGPOTrainingConfig) -> None:
     """Write every setting of a run to its folder."""
     from dataclasses import asdict
-    from importlib.metadata import version
 
     config = training.vgpo_config()
     content = {
@@ -315,7 +314,7 @@ def write_run_config(arguments: argparse.Namespace, training: VGPOTrainingConfig
         "arguments": {name: value for name, value in vars(arguments).items() if not callable(value)},
         "vgpo": None if config is None else asdict(config),
         "training": training.to_dict(),
-        "versions": {package: version(package) for package in ("torch", "transformers", "trl")},
+        "versions": versions_of_a_run(),
     }
     with writing(arguments.out / RUN_CONFIG):
         arguments.out.mkdir(parents=True, exist_ok=True)
