@@ -13,6 +13,9 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+
+pytest.importorskip("trl")
+
 from vgpo_trainer import ablate
 from vgpo_trainer.ablation_report import ARMS, Interval, Run, markdown, plot, summarise, verdict
 from vgpo_trainer.callbacks import read_metrics

@@ -9,6 +9,9 @@ import sys
 
 import pytest
 import torch
+
+pytest.importorskip("trl")
+
 from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vgpo_trainer.callbacks import read_metrics

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("trl")
+
 from safetensors import safe_open
 from trainer.tiny_runs import picture, save_model
 from transformers import AutoModelForImageTextToText

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("trl")
+
 from safetensors.torch import load_file
 from trainer.test_report import Page
 from trainer.tiny_runs import picture, save_model
