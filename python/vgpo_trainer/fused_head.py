@@ -31,11 +31,18 @@ from vgpo_kernels import linear_logprob
 from vgpo_kernels.integrations.transformers import final_norm, unwrap
 
 PROBE_TOKENS = 8
-# The head is probed as it is, and with weights so large that a cap on logits shows. Powers of two restore exactly.
+# Heads are probed with hidden states as they are, and so large that a cap on logits shows.
 PROBE_SCALES = (1.0, 64.0)
 
 
-def fuse_heads(models: Sequence[nn.Module | None], temperature: float, *, fp32: bool, fused: bool = True) -> None:
+def fuse_heads(
+    models: Sequence[nn.Module | None],
+    temperature: float,
+    *,
+    fp32: bool,
+    fused: bool = True,
+    norm: str | nn.Module | None = None,
+) -> None:
     """Let models answer TRL's log-probability passes by a head that gives what their own logits do.
 
     Args:
@@ -44,6 +51,7 @@ def fuse_heads(models: Sequence[nn.Module | None], temperature: float, *, fp32: 
         temperature: What logits are divided by.
         fp32: Compute the logits' products in fp32, outside autocast.
         fused: Try ours first; else TRL's.
+        norm: The final norm or its name, for a model in which it is not found.
 
     """
     present = [unwrap(model) for model in models if model is not None]
@@ -56,14 +64,20 @@ def fuse_heads(models: Sequence[nn.Module | None], temperature: float, *, fp32: 
                 stacklevel=3,
             )
         return
-    reason: str | None = ""
-    if fused:
-        reason = agreed(why_wrong(policy, temperature, lambda model: fuse_head(model, temperature, fp32)))
+
+    def ours(model: PreTrainedModel) -> None:
+        fuse_head(model, temperature, fp32, norm)
+
+    why_not_linear = agreed(why_no_linear_head(policy, norm))
+    reason = why_not_linear or agreed(why_wrong(policy, temperature, ours, norm)) if fused else ""
     if reason is None:
         for model in present:
-            fuse_head(model, temperature, fp32)
+            ours(model)
         return
-    reason_of_trl = agreed(why_wrong(policy, temperature, lambda model: None))
+    reason_of_trl = agreed(why_wrong(policy, temperature, lambda model: None, norm))
+    if reason_of_trl is None and why_not_linear and agreed(why_wrong(policy, temperature, ours, norm)) is None:
+        # In 16 bits a small change of the logits hides in their rounding, and TRL's head may have missed it as well.
+        reason_of_trl = why_not_linear
     kept = "TRL's own head computes the log-probabilities"
     if reason_of_trl is not None:
         kept = "log-probabilities are computed from all logits"
@@ -79,41 +93,76 @@ def agreed(reason: str | None) -> str | None:
     return found[0]
 
 
-def why_wrong(model: PreTrainedModel, temperature: float, install: Callable[[PreTrainedModel], None]) -> str | None:
+def why_no_linear_head(model: PreTrainedModel, norm: str | nn.Module | None) -> str | None:
+    """Return why a model's logits are not its hidden states times its LM head, or ``None`` if they are."""
+    name, head = type(model).__name__, model.get_output_embeddings()
+    linear = getattr(head, "original_module", head)  # PEFT trains a copy of it
+    if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+        return f"the LM head of {name} is no linear layer of floating-point numbers but {type(linear).__name__}"
+
+    def compare(inputs: dict[str, Tensor]) -> str | None:
+        logits = model(**inputs).logits
+        hidden = last_hidden_states(model, model.forward, norm, **inputs, use_cache=False)
+        expected = nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias)
+        rounding = torch.finfo(expected.dtype).eps
+        # Half a unit in the last place each, and sums in another order.
+        allowed = expected.float().abs() * max(1.5 * rounding, 1e-5) + 1e-5 * float(expected.abs().max())
+        if logits.shape == expected.shape and bool(((logits.float() - expected.float()).abs() <= allowed).all()):
+            return None
+        return f"{name} does more to its logits than its LM head says"
+
+    return probed(model, norm, compare)
+
+
+def why_wrong(
+    model: PreTrainedModel,
+    temperature: float,
+    install: Callable[[PreTrainedModel], None],
+    norm: str | nn.Module | None,
+) -> str | None:
     """Return why a head gives other log-probabilities than a model's own logits, or ``None`` if it gives the same.
 
     Args:
         model: The model, which is left as it was.
         temperature: What logits are divided by.
         install: Puts the head into the model's ``forward``.
+        norm: The final norm or its name, for a model in which it is not found.
 
     """
-    name, head = type(model).__name__, model.get_output_embeddings()
-    linear = getattr(head, "original_module", head)  # PEFT trains a copy of it
-    if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
-        return f"the LM head of {name} is no linear layer of floating-point numbers but {type(linear).__name__}"
     plain = model.forward
+
+    def compare(inputs: dict[str, Tensor]) -> str | None:
+        ids = inputs["input_ids"]
+        logits = model(**inputs).logits[:, :-1].float() / temperature
+        install(model)
+        try:
+            found = model(**inputs, labels=ids, fused_lm_head=True).log_probs
+        finally:
+            model.forward = plain
+        error = float((found - logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]).abs().max())
+        largest = float(logits[logits > torch.finfo(torch.float16).min].abs().max())
+        if error <= 1e-4 + 2 * torch.finfo(model.dtype).eps * largest:
+            return None
+        return f"log-probabilities of {type(model).__name__} differ by {error:.1e} from those of its logits"
+
+    return probed(model, norm, compare)
+
+
+def probed(
+    model: PreTrainedModel, norm: str | nn.Module | None, compare: Callable[[dict[str, Tensor]], str | None]
+) -> str | None:
+    """Return what a comparison on a few tokens finds, with hidden states as they are and large."""
     ids = probe_tokens(model)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
         for scale in PROBE_SCALES:
-            with evaluating(model), scaled(head.weight, scale), torch.no_grad():
-                model.forward = plain
-                logits = model(**inputs).logits[:, :-1].float() / temperature
-                install(model)
-                found = model(**inputs, labels=ids, fused_lm_head=True).log_probs
-            expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-            error = float((found - expected).abs().max())
-            # Logits are rounded to the model's precision, where they may be large.
-            allowed = 1e-4 + 8 * torch.finfo(model.dtype).eps * float(logits[logits > -1e4].abs().max())
-            if not error <= allowed:
-                return f"{name} does more to its logits than its LM head says (log-probabilities differ by {error:.1e})"
+            with evaluating(model), last_states_scaled(model, norm, scale), torch.no_grad():
+                reason = compare(inputs)
+            if reason is not None:
+                return reason
     except Exception as error:  # whatever it is, this head is not proven
-        return (
-            f"log-probabilities of {name} could not be compared with its own logits ({type(error).__name__}: {error})"
-        )
-    finally:
-        model.forward = plain
+        told = f"{type(error).__name__}: {error}"
+        return f"log-probabilities of {type(model).__name__} could not be compared with its own logits ({told})"
     return None
 
 
@@ -139,18 +188,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def scaled(weight: nn.Parameter, factor: float) -> Iterator[None]:
-    """Multiply a weight by a power of two in the block."""
-    with torch.no_grad():
-        weight.mul_(factor)
+def last_states_scaled(model: PreTrainedModel, norm: str | nn.Module | None, factor: float) -> Iterator[None]:
+    """Multiply what the final norm gives in the block."""
+    hook = final_norm(model, norm).register_forward_hook(lambda module, inputs, output: output * factor)
     try:
         yield
     finally:
-        with torch.no_grad():
-            weight.div_(factor)
+        hook.remove()
 
 
-def fuse_head(model: PreTrainedModel, temperature: float, fp32: bool) -> None:
+def fuse_head(model: PreTrainedModel, temperature: float, fp32: bool, norm: str | nn.Module | None = None) -> None:
     """Replace what ``model(..., labels=labels, fused_lm_head=True)`` computes; every other call stays as it is."""
     plain = model.forward
 
@@ -162,7 +209,7 @@ def fuse_head(model: PreTrainedModel, temperature: float, fp32: bool) -> None:
         if not fused_lm_head or named.get("output_router_logits"):  # a router's loss comes with TRL's head
             named |= {"fused_lm_head": True} if fused_lm_head else {}
             return plain(*arguments, **named) if labels is None else plain(*arguments, labels=labels, **named)
-        last = last_hidden_states(self, plain, *arguments, **{**named, "use_cache": False})
+        last = last_hidden_states(self, plain, norm, *arguments, **{**named, "use_cache": False})
         # The head is looked up in each call: FSDP and PEFT replace its parameters.
         head: Any = self.get_output_embeddings()
         weight, bias = whole(head.weight), whole(head.bias)
@@ -185,14 +232,16 @@ def fuse_head(model: PreTrainedModel, temperature: float, fp32: bool) -> None:
     model.forward = MethodType(forward, model)
 
 
-def last_hidden_states(model: PreTrainedModel, plain: Callable[..., Any], *arguments: Any, **named: Any) -> Tensor:
+def last_hidden_states(
+    model: PreTrainedModel, plain: Callable[..., Any], norm: str | nn.Module | None, *arguments: Any, **named: Any
+) -> Tensor:
     """Return what the LM head would read, ``[B, S, D]``, with its gradient."""
     if model.base_model is not model:
         hidden: Tensor = model.base_model(*arguments, **named).last_hidden_state
         return hidden
     # Head and decoder are no two parts of such a model (Llama 4, BLIP-2): the head reads one position, which is least.
     seen: list[Tensor] = []
-    hook = final_norm(model).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    hook = final_norm(model, norm).register_forward_hook(lambda module, inputs, output: seen.append(output))
     try:
         plain(*arguments, **named, logits_to_keep=1)
     finally:

@@ -64,6 +64,8 @@ def decoder_targets(model: nn.Module, names: Sequence[str] | None = None) -> dic
 
     """
     prefix, found = decoder_linears(model)
+    if names is not None and not names:
+        raise LoraTargetError("no linear layer is named for the adapter")
     if names is not None and list(names) != [ALL_LINEAR]:
         missing = [name for name in names if not any(ends_in(path, name) for path in found)]
         if missing:

@@ -81,7 +81,7 @@ from vgpo_trainer.trl_surface import (
     refuse_unsupported,
     refuse_video,
 )
-from vgpo_trainer.visual_signal import FocusPass, VisualSignal, compute_signal, image_positions
+from vgpo_trainer.visual_signal import FocusPass, VisualSignal, compute_signal, image_positions, visual_tokens_told
 
 SignalPass = FocusPass | AttentionPass
 POLICY_RECORD = {  # metric of policy_loss: key of the log
@@ -146,9 +146,6 @@ class VGPOTrainer(GRPOTrainer):
             args = copy(args)
             args.signal = signal
             args.check_signal()
-        told = tuple(visual_tokens or ())
-        if not all(isinstance(token, int) for token in told):
-            raise TypeError(f"visual_tokens must be ids, which are integers, got {visual_tokens!r}")
         check_surface()
         refuse_unsupported(args)
         self._vgpo = args.vgpo_config()
@@ -161,7 +158,11 @@ class VGPOTrainer(GRPOTrainer):
         self._loss_inputs: dict[str, Any] = {}
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **others)
         fuse_heads(
-            (self.model, self.ref_model), self.temperature, fp32=args.cast_lm_head_to_fp32, fused=args.fused_head
+            (self.model, self.ref_model),
+            self.temperature,
+            fp32=args.cast_lm_head_to_fp32,
+            fused=args.fused_head,
+            norm=final_norm,
         )
         self._final_norm = final_norm
         if self._signal_config is not None:
@@ -169,6 +170,7 @@ class VGPOTrainer(GRPOTrainer):
             if args.signal == "attention":
                 check_attention(self.model, args.signal_layers, final_norm)
             try:
+                told = visual_tokens_told(visual_tokens, self.model)
                 self._visual_tokens = told or visual_token_ids(self.model, self.processing_class)
             except ValueError as error:
                 raise ValueError(

@@ -8,12 +8,15 @@ split into micro-batches and spread over processes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from vgpo_kernels import VGPOConfig, group_weights, visual_focus, visual_weights
 from vgpo_kernels.integrations.transformers import capture_hidden_states, visual_mask
@@ -97,6 +100,28 @@ class VisualSignal:
     weighted: Tensor
     gate_rate: Tensor
     late_early: Tensor
+
+
+def visual_tokens_told(ids: Any, model: PreTrainedModel) -> tuple[int, ...]:
+    """Return ids of visual tokens that a caller gives for a model; none, where there are none.
+
+    Raises:
+        TypeError: They are no sequence of integers.
+        ValueError: One is no token of the model.
+
+    """
+    if ids is None:
+        return ()
+    try:
+        found = tuple(operator.index(token) for token in ids)
+    except TypeError:
+        found = ()
+    if not found or any(isinstance(token, bool) for token in ids):
+        raise TypeError(f"visual_tokens must be ids, which are integers, got {ids!r}")
+    number = model.get_input_embeddings().weight.shape[0]
+    if not all(0 <= token < number for token in found):
+        raise ValueError(f"visual_tokens must lie in [0, {number}), the tokens of the model, got {ids!r}")
+    return found
 
 
 def image_positions(

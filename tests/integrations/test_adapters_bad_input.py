@@ -53,6 +53,7 @@ NO_FUNCTION = [Bad("text", "sum", TypeError, "consumer must be callable, got str
 NO_NORM = [
     Bad("unknown", "model.ln_out", ValueError, "LlamaForCausalLM has no module model.ln_out"),
     Bad("of another model", torch.nn.LayerNorm(8), ValueError, "LlamaForCausalLM has no module LayerNorm"),
+    Bad("the model itself", "", ValueError, "LlamaForCausalLM has no module"),
     Bad("a number", 3, TypeError, "norm must be a module or its name, got int"),
 ]
 NO_TOKENS = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ transformers = pytest.importorskip("transformers")
 
 from integrations.test_transformers import TEXT, batch_with_images, build  # noqa: E402
 
-from vgpo_kernels.integrations.surface import UnknownSurfaceError  # noqa: E402
 from vgpo_kernels.integrations.transformers import (  # noqa: E402
     GENERATED,
     IGNORED,
@@ -420,124 +418,34 @@ def test_a_block_mask_of_flex_attention_is_read() -> None:
     assert chunks.visible is not None and chunks.visible[0, 0, 11].nonzero()[:, 0].tolist() == [8, 9, 10, 11]
 
 
-# ---- what is not recognised ----------------------------------------------------------------------------------------
-
-
-def hybrid_model() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {
-        "linear_num_value_heads": 2,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    }
-    layer_types = ["linear_attention", "full_attention"] * 2
-    config = transformers.Qwen3_5TextConfig(
-        **{**TEXT, "num_hidden_layers": 4}, head_dim=8, layer_types=layer_types, **sizes
-    )
-    return transformers.Qwen3_5ForCausalLM(config).eval()
-
-
-def test_layers_of_a_hybrid_model_have_the_decoders_numbers() -> None:
-    model, ids = hybrid_model(), torch.arange(20, 26)[None]
-    segments = torch.zeros(1, 6, dtype=torch.int64)
-    for layers, expected in ((None, (1, 3)), ((-1,), (3,)), ((1,), (1,))):
-        with torch.no_grad(), capture_attention_mass(model, segments, layers=layers) as captured:
-            model(ids)
-        assert captured.layers == expected and captured.masses.shape[1] == len(expected)
-    with (
-        pytest.raises(ValueError, match=r"layers \[0, 2\] of Qwen3_5TextModel have no attention.*these have: 1, 3"),
-        capture_attention(model, print, layers=(0, 1, -2)),
-    ):
-        pass
-    with pytest.raises(ValueError, match=r"layers must lie in \[-4, 4\)"), capture_attention(model, print, layers=(4,)):
-        pass
-
-
-def test_a_cache_that_is_not_recognised_is_no_empty_one() -> None:
-    model, ids = sliding_model(window=8), torch.arange(20, 26)[None]
-    segments = torch.zeros(1, 6, dtype=torch.int64)
-
-    class Hidden:
-        """A cache by another surface: it says nowhere how many tokens it holds."""
-
-        def __init__(self) -> None:
-            self.keys: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def update(self, key: Tensor, value: Tensor, layer: int, **_: Any) -> tuple[Tensor, Tensor]:
-            if layer in self.keys:
-                key, value = (torch.cat(pair, dim=2) for pair in zip(self.keys[layer], (key, value), strict=True))
-            self.keys[layer] = (key, value)
-            return key, value
-
-    cache = Hidden()
-    attentions = [layer.self_attn for layer in model.model.layers]
-    name = "cache" if "cache" in inspect.signature(type(attentions[0]).forward).parameters else "past_key_values"
-    for attention in attentions:
-        attention.register_forward_pre_hook(lambda _, inputs, named: (inputs, {**named, name: cache}), with_kwargs=True)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_without_a_mask_a_layer_may_see_both_ways(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDPA then goes by the layer's is_causal; eager attention sees everything."""
+    model, ids = sliding_model(window=64), torch.arange(20, 32)[None]
+    modeling = transformers.models.qwen2.modeling_qwen2
+    for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
+        monkeypatch.setattr(modeling, name, lambda *_, **__: None)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = attention == "eager"
+    segments = (torch.arange(12) // 4)[None]
+    expected = sums_by_segment(eager_weights(model, {"input_ids": ids}), segments).mean(2)
+    assert (expected[:, :, 0, GENERATED] > 0).all(), "the first token sees the last"
+    model.set_attn_implementation(attention)
     with torch.no_grad(), capture_attention_mass(model, segments) as captured:
-        model(ids[:, :5], use_cache=False)
-        with pytest.raises(UnknownSurfaceError, match=r"6 keys with 1 queries.*this adapter knows transformers 5\.\d+"):
-            model(ids[:, 5:], use_cache=False)
-    assert captured.masses.shape[2] == 5
-
-
-def test_a_transformers_without_the_look_up_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        transformers.AttentionInterface, "get_interface", lambda self, name, fallback: None, raising=True
-    )
-    with (
-        pytest.raises(UnknownSurfaceError, match=r"takes \(self, name, fallback\)"),
-        capture_attention(sliding_model(window=8), print),
-    ):
-        pass
-
-
-def test_an_output_that_is_no_softmax_under_its_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that sees a chunk and tells nobody, as flash attention would where its mask cannot say so."""
-    model, ids = sliding_model(window=64), torch.arange(20, 44)[None]
-    segments = torch.zeros(1, 24, dtype=torch.int64)
-
-    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **options: Any) -> Any:
-        place = torch.arange(24)
-        visible = (place[:, None] >= place) & (place[:, None] // 8 == place // 8)
-        result = nn.functional.scaled_dot_product_attention(q, k, v, visible, scale=options["scaling"], enable_gqa=True)
-        return result.transpose(1, 2).contiguous(), None
-
-    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "silent", attend)
-    flash_mask = transformers.masking_utils.flash_attention_mask
-    monkeypatch.setitem(transformers.AttentionMaskInterface._global_mapping, "silent", flash_mask)
-    model.set_attn_implementation("silent")
-    with (
-        torch.no_grad(),
-        pytest.raises(ValueError, match=r"attention of layer 0 \(Qwen2Attention, silent\) is no softmax of q k\^T"),
-        capture_attention_mass(model, segments),
-    ):
         model(ids)
+    assert_same(captured.masses, expected, torch.ones(1, 12))
 
 
-def test_a_layer_whose_attention_is_not_called_by_name_is_refused() -> None:
-    model, ids = sliding_model(window=8), torch.arange(20, 26)[None]
-    attention = model.model.layers[1].self_attn
-    attention.forward = lambda hidden_states, **_: (hidden_states, None)
-    segments = torch.zeros(1, 6, dtype=torch.int64)
-    with torch.no_grad(), capture_attention_mass(model, segments, layers=(0,)) as captured:
-        model(ids)
-    assert captured.layers == (0,)
-    with (
-        torch.no_grad(),
-        pytest.raises(ValueError, match=r"layers \[1\] of Qwen2Model did not call their attention by name"),
-        capture_attention_mass(model, segments),
-    ):
-        model(ids)
+def test_a_mask_is_read_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vgpo_kernels.integrations import attention_call
 
-
-def test_a_bias_in_a_mask_is_refused() -> None:
-    model, ids = sliding_model(window=64), torch.arange(20, 26)[None]
-    bias = torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf) - 0.1 * torch.arange(6)
-    with (
-        torch.no_grad(),
-        pytest.raises(ValueError, match="mask of layer 0 adds a bias"),
-        capture_attention_mass(model, torch.zeros(1, 6, dtype=torch.int64)),
-    ):
-        model(ids, attention_mask={"full_attention": bias, "sliding_attention": bias})
+    model = chunked_model()
+    inputs, segments = chunked_batch()
+    read: list[int] = []
+    dense = attention_call.dense_mask
+    monkeypatch.setattr(attention_call, "dense_mask", lambda mask, call: read.append(call.layer) or dense(mask, call))
+    with torch.no_grad(), capture_attention_mass(model, segments) as captured:
+        model(**inputs)
+        model(**inputs)
+    assert read == [0, 3] * 2, "three layers share a mask"
+    assert len(captured.passes) == 2

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from vgpo_trainer.cli import main
 
 import vgpo_kernels
 from vgpo_kernels import backends
-from vgpo_kernels.integrations import attention_call, attention_capture, surface
+from vgpo_kernels.integrations import attention_call, attention_passes, surface
 from vgpo_kernels.integrations import transformers as adapter
 
 torch.set_num_threads(1)
@@ -126,7 +127,12 @@ def break_shares(monkeypatch):
 
 
 def break_places_of_decoded_tokens(monkeypatch):
-    monkeypatch.setattr(attention_capture, "_cached_tokens", lambda arguments: 0)
+    right = attention_passes._Follower.begin
+
+    def begin(self, *inputs):
+        return replace(right(self, *inputs), tokens_before=0)
+
+    monkeypatch.setattr(attention_passes._Follower, "begin", begin)
 
 
 def break_shares_of_decoded_tokens(monkeypatch):

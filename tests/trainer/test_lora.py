@@ -71,13 +71,22 @@ def test_all_linear_is_the_default_and_leaves_out_what_chooses_keys(family: str)
     }
     left_out = {name for name in linears if not pattern.fullmatch(name)}
     assert all(".indexer." in name for name in left_out)
+    assert bool(left_out) == (family == "minimax_m3_vl")
     assert len(linears) - len(left_out) >= 10
+
+
+def test_a_router_stays_as_it_is() -> None:
+    model = example("llama4").model
+    assert any(name.endswith("router") for name, _ in model.named_modules())
+    assert not any("router" in name for name in adapted(model, lora_config(asked(), model)))
 
 
 def test_a_name_that_the_decoder_lacks_is_refused_with_those_it_has() -> None:
     model = example("glm4v").model
     with pytest.raises(LoraTargetError, match=r"no linear layer gate_proj, w1; it has down_proj, gate_up_proj, k_proj"):
         lora_config(asked(lora_targets=["gate_proj", "w1", "q_proj"]), model)
+    with pytest.raises(LoraTargetError, match="no linear layer is named"):
+        decoder_targets(model, [])
 
 
 def test_vgpo_train_says_it_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

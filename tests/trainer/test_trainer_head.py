@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("trl")
 
 from trainer.tiny_runs import FAMILIES, generation_batch, llava, make_trainer, qwen2_5_vl, rows
+from trl.trainer.utils import add_fused_lm_head
 from vgpo_trainer import fused_head
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
 
@@ -147,11 +148,12 @@ def test_a_tied_head_has_one_gradient(tmp_path):
     assert not any(name.startswith("lm_head") for name in found)
 
 
-def test_a_bias_of_the_head_counts(tmp_path):
+def test_a_bias_of_the_head_counts(tmp_path, monkeypatch):
     model, _ = qwen2_5_vl()
     model.lm_head.bias = torch.nn.Parameter(torch.linspace(-2, 2, model.lm_head.out_features))
     trainer = build(tmp_path, model=model)
     assert "lm_head.bias" in assert_same_as_logits(trainer, rollout_of(trainer))
+    assert_head(trainer, is_ours=True, monkeypatch=monkeypatch)
 
 
 def lora(**settings: Any) -> Any:
@@ -205,9 +207,13 @@ def assert_head(trainer: Any, *, is_ours: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_cap_on_logits_that_trl_knows_stays_with_trl(tmp_path, monkeypatch):
-    """The cap would not show on the small logits of this model, and does in a trained one."""
-    model = transforming(lambda logits: 30 * torch.tanh(logits / 30))
-    model.config.get_text_config().final_logit_softcapping = 30.0
+    """The cap does not show on the small logits of this model, and would in a trained one."""
+    model = transforming(lambda logits: 5000 * torch.tanh(logits / 5000))
+    model.config.get_text_config().final_logit_softcapping = 5000.0
+    with torch.no_grad():
+        ids = torch.arange(10, 18)[None]
+        plain = (5000 * torch.atanh(model(ids).logits.double() / 5000)).float()
+        torch.testing.assert_close(model(ids).logits, plain, rtol=1e-5, atol=0)
     with pytest.warns(UserWarning, match=r"fused_head: Qwen2_5_VL.* does more to its logits.*TRL's own head"):
         trainer = build(tmp_path, model=model)
     assert_head(trainer, is_ours=False, monkeypatch=monkeypatch)
@@ -222,16 +228,32 @@ def test_a_setting_that_the_model_does_not_obey_changes_nothing(tmp_path, monkey
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("change", [lambda x: x / 3, lambda x: x[..., :-2]], ids=["divided", "cut"])
 def test_what_no_setting_names_is_read_from_all_logits(tmp_path, monkeypatch, change, fused):
-    with pytest.warns(UserWarning, match=r"does more to its logits.*from all logits"):
+    with pytest.warns(UserWarning, match=r"fused_head: .*; log-probabilities are computed from all logits"):
         trainer = build(tmp_path, model=transforming(change), fused_head=fused)
     assert_head(trainer, is_ours=False, monkeypatch=monkeypatch)
 
 
-def test_trying_a_head_leaves_the_model_as_it_was(tmp_path):
+def test_trying_a_head_leaves_the_model_as_it_was():
     model, _ = qwen2_5_vl()
+    model.train()
+    model.model.language_model.layers[0].eval()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     weights = {name: weight.clone() for name, weight in model.named_parameters()}
-    trainer = build(tmp_path, model=model)
-    assert all(torch.equal(weight, weights[name]) for name, weight in trainer.model.named_parameters())
+    training = {name: module.training for name, module in model.named_modules()}
+    state = torch.random.get_rng_state()
+    fused_head.fuse_heads((model,), 1.0, fp32=False)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
+    assert {name: module.training for name, module in model.named_modules()} == training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not model.model.language_model.norm._forward_hooks
+
+
+def test_a_change_that_hides_in_the_rounding_of_16_bits_is_found():
+    """Two percent, where bfloat16 has three digits: TRL's head knows nothing of it either."""
+    model = transforming(lambda logits: logits * 1.02).bfloat16()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    with pytest.warns(UserWarning, match=r"does more to its logits.*from all logits"):
+        fused_head.fuse_heads((model,), 1.0, fp32=False)
 
 
 def test_generation_and_logits_are_left_alone(tmp_path):

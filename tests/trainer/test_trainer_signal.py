@@ -9,6 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -264,9 +265,13 @@ def test_a_model_that_nobody_knows_is_told(tmp_path, monkeypatch, signal):
         make_trainer(tmp_path, signal=signal, arguments=told)
     with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration has no module model\.norm"):
         make_trainer(tmp_path, signal=signal, arguments={"final_norm": "model.norm"})
-    with pytest.raises(TypeError, match="visual_tokens must be ids"):
-        make_trainer(tmp_path, signal=signal, arguments={**told, "visual_tokens": ["<image>"]})
-    told["visual_tokens"] = token
+    for bad in (["<image>"], 3, [True], [], [0.5]):
+        with pytest.raises(TypeError, match="visual_tokens must be ids"):
+            make_trainer(tmp_path, signal=signal, arguments={**told, "visual_tokens": bad})
+    for bad in ([-5], [10**9]):
+        with pytest.raises(ValueError, match=r"visual_tokens must lie in \[0, \d+\)"):
+            make_trainer(tmp_path, signal=signal, arguments={**told, "visual_tokens": bad})
+    told["visual_tokens"] = np.array(token)
     for name in ("scoring", "loss"):
         trainer = make_trainer(
             tmp_path / name, signal=signal, arguments=told, vgpo_signal=name, dataset=rows([1, 2]), logging_steps=1

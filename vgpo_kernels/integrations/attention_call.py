@@ -40,6 +40,8 @@ class AttentionCall(NamedTuple):
         kept: True at keys that the model's mask shows to any query, bool ``[B, S]``; ``None``: all.
         visible: Which keys each query sees, bool ``[B, 1, T, S]`` or ``[B, Hq, T, S]``, where that is anything else
             than those of ``kept`` up to its position within the window; else ``None``.
+        sequence: Number of the sequence in the block: passes that go on with one cache share it.
+        reordered: Whether beam search has exchanged rows of the cache, so that they are not those of earlier passes.
 
     """
 
@@ -53,6 +55,8 @@ class AttentionCall(NamedTuple):
     window: int | None
     kept: Tensor | None = None
     visible: Tensor | None = None
+    sequence: int = 0
+    reordered: bool = False
 
     def last(self, number: int) -> AttentionCall:
         """Return the call with its last queries only."""
@@ -129,10 +133,18 @@ class AttentionCall(NamedTuple):
             seen = seen & (keys > position - self.window)
         return seen if self.kept is None else seen & self.kept[:, None, None]
 
-    def attended(self, values: Tensor, rows: Tensor) -> Tensor:
-        """What chosen queries' attention yields of ``values`` ``[B, Hv, S, dv]``: float32 ``[B, Hq, t, dv]``."""
-        weights = masked_softmax(self.q[:, :, rows], self.k, self.shown(rows), self.scale)
-        return weights @ values.float().repeat_interleave(weights.shape[1] // values.shape[1], dim=1)
+    def attended(self, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What chosen queries' attention yields of ``values`` ``[B, Hv, S, dv]``, and what even attention would.
+
+        Returns:
+            Both float32 ``[B, Hq, t, dv]``.
+
+        """
+        shown = self.shown(rows)
+        weights = masked_softmax(self.q[:, :, rows], self.k, shown, self.scale)
+        repeated = values.float().repeat_interleave(weights.shape[1] // values.shape[1], dim=1)
+        even = shown.float() / shown.sum(-1, keepdim=True).clamp(min=1)
+        return weights @ repeated, even @ repeated
 
     def _options(self) -> dict[str, Any]:
         return {"query_positions": self.query_positions, "scale": self.scale, "window": self.window}

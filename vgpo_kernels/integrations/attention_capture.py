@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -29,8 +28,8 @@ from torch import Tensor, nn
 
 from vgpo_kernels import checks
 from vgpo_kernels.integrations.attention_call import AttentionCall, MaskReader, read_call
-from vgpo_kernels.integrations.model_surface import final_norm, unwrap, visual_mask
-from vgpo_kernels.integrations.surface import UnknownSurfaceError, known, require
+from vgpo_kernels.integrations.attention_passes import _Follower, _Pass, _plain, looked_up_by
+from vgpo_kernels.integrations.model_surface import final_norm, unwrap, uses_prompt_learning, visual_mask
 
 IGNORED, IMAGE, QUESTION, GENERATED = -1, 0, 1, 2
 SEGMENT_NAMES = ("image", "question", "generated")
@@ -52,7 +51,7 @@ def capture_attention(
 
     Not seen are passes that a compiled graph replays without Python, and recomputation under gradient checkpointing.
     The look-up of attention functions is process-wide: other models keep working inside the block, and are not
-    captured.
+    captured. Blocks may nest, overlap and run in several threads, each with a model of its own.
 
     Args:
         model: A model of transformers, or one wrapped by DistributedDataParallel, FSDP, DeepSpeed, accelerate or PEFT.
@@ -65,22 +64,21 @@ def capture_attention(
         TypeError: The model has no decoder layers whose attention transformers looks up by name.
         UnknownSurfaceError: The decoder keeps its cache where this adapter does not find it.
         ValueError: A layer is out of range or has no attention, attention does anything else than a softmax of scaled
-            products under its mask, or the batch is packed.
+            products under its mask, a cache keeps other keys than the last ones, the batch is packed, or the model has
+            virtual tokens (prompt and prefix tuning).
 
     """
-    from transformers import AttentionInterface
-
     checks.function("consumer", consumer)
-    interface: Any = AttentionInterface
-    find = require(interface, "get_interface", ("attn_implementation", "default"), known("transformers"))
+    if uses_prompt_learning(model):
+        raise ValueError(
+            "prompt and prefix tuning put tokens before those of input_ids: their attention is not captured"
+        )
     decoder = _decoder(model, norm)
     attentions = _attention_modules(decoder)
     chosen = {id(attentions[index]): index for index in _chosen_layers(decoder, attentions, layers)}
     under_way: list[_Pass] = []
+    follower = _Follower()
     masks = MaskReader()
-
-    def find_captured(registry: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return partial(attend, find(registry, attn_implementation, default), attn_implementation)
 
     # The names of the arguments are those that layers pass them by.
     def attend(
@@ -96,17 +94,20 @@ def capture_attention(
         result = function(module, query, key, value, attention_mask, **options)
         if under_way and id(module) in chosen:
             layer, pass_ = chosen[id(module)], under_way[-1]
+            if layer in pass_.reached:
+                raise ValueError(f"layer {layer} of {pass_.decoder} attends twice in a pass: its shares are ambiguous")
+            pass_.check_keys(layer, key)
             causal = name != "eager" and _is_causal(module, options)
-            first = pass_.first_query(query, key)
+            first = pass_.tokens_before + pass_.tokens - query.shape[2]
             call = read_call(layer, query, key, attention_mask, first, options, causal=causal, masks=masks)
-            if not options.get("dropout"):
-                _verify(module, name, call, value, result[0])
+            call = call._replace(sequence=pass_.sequence, reordered=pass_.reordered)
+            _verify(module, name, _plain(function), call, value, attention_mask, options, result[0])
             pass_.reached.add(layer)
             consumer(call)
         return result
 
     def enter(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        under_way.append(_Pass(type(module).__name__, _cached_tokens((*arguments, *options.values())), set()))
+        under_way.append(follower.begin(type(module).__name__, arguments, options))
 
     def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         missing = sorted(set(chosen.values()) - under_way[-1].reached)
@@ -115,51 +116,20 @@ def capture_attention(
         if output is not None and missing:
             raise ValueError(
                 f"layers {missing} of {type(module).__name__} did not call their attention by name: it is of another "
-                "kind, whose shares cannot be captured; choose other layers"
+                "kind, skipped or compiled before; choose other layers"
             )
 
     hooks = [
         decoder.register_forward_pre_hook(enter, with_kwargs=True),
         decoder.register_forward_hook(leave, always_call=True),
     ]
-    interface.get_interface = find_captured
     try:
-        yield
+        with looked_up_by(attend):
+            yield
     finally:
+        follower.let_go()
         for hook in hooks:
             hook.remove()
-        interface.get_interface = find
-
-
-class _Pass(NamedTuple):
-    """A forward pass of the decoder that is under way.
-
-    Attributes:
-        decoder: Name of the decoder's class.
-        cached: Tokens in the cache at its start, or ``None`` if there was no cache that this adapter recognises.
-        reached: The chosen layers whose attention has been computed.
-
-    """
-
-    decoder: str
-    cached: int | None
-    reached: set[int]
-
-    def first_query(self, q: Tensor, k: Tensor) -> int:
-        """Index of the first query's token in the sequence."""
-        if self.cached is None and k.shape[2] > q.shape[2]:
-            raise UnknownSurfaceError(
-                f"{self.decoder} attends to {k.shape[2]} keys with {q.shape[2]} queries, and no argument of its "
-                "forward pass is a cache that tells how many tokens came before: this adapter knows "
-                f"{known('transformers')}"
-            )
-        return self.cached or 0
-
-
-def _cached_tokens(arguments: Sequence[Any]) -> int | None:
-    """Tokens that the cache among a decoder's arguments holds, whatever its name; ``None`` without one."""
-    lengths = (getattr(value, "get_seq_length", None) for value in arguments)
-    return next((int(length()) for length in lengths if callable(length)), None)
 
 
 def _is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
@@ -171,7 +141,16 @@ def _is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
 _VERIFIED: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
 
-def _verify(module: nn.Module, name: str, call: AttentionCall, values: Tensor, output: Tensor) -> None:
+def _verify(
+    module: nn.Module,
+    name: str,
+    function: Callable[..., Any],
+    call: AttentionCall,
+    values: Tensor,
+    mask: Any,
+    options: Mapping[str, Any],
+    output: Tensor,
+) -> None:
     """Compare a layer's output with that of the attention its shares are taken of, once for each kind of call.
 
     Raises:
@@ -179,28 +158,37 @@ def _verify(module: nn.Module, name: str, call: AttentionCall, values: Tensor, o
 
     """
     batch, heads, queries, _ = call.q.shape
-    keys = call.k.shape[2]
-    kind = (name, queries == 1, keys.bit_length(), call.window, call.kept is None, call.visible is None)
+    keys, window = call.k.shape[2], call.window
+    kind = (
+        (function, queries == 1, keys.bit_length(), call.first_query > 0, call.first_key > 0),
+        (window, window is not None and keys > window, call.kept is None, call.visible is None),
+    )
     checked = _VERIFIED.setdefault(module, set())
     if kind in checked or torch.compiler.is_compiling():
         return
     with torch.no_grad():
+        if options.get("dropout"):
+            output = function(module, call.q, call.k, values, mask, **{**options, "dropout": 0.0})[0]
         rows = torch.linspace(0, queries - 1, min(queries, VERIFIED_QUERIES), device=call.q.device).long()
-        expected = call.attended(values, rows)
+        expected, even = call.attended(values, rows)
         found = output.reshape(batch, queries, heads, -1).transpose(1, 2)[:, :, rows].float()
         # What the query of a padding token gets is up to the kernel.
         real = call.shown(rows).any(-1).any(1)
         if call.kept is not None:
             real &= call.kept[:, rows + call.first_query - call.first_key]
-        difference = (found - expected).abs().amax((1, 3)).masked_fill(~real, 0).max()
+        real = real[:, None, :, None]
+        difference = (found - expected).masked_fill(~real, 0).abs().max()
         limit = VERIFIED_ERROR[call.q.dtype == torch.float32] * values.abs().max().float()
+        # Attention that is spread evenly says nothing of its scores, so a later call is looked at again.
+        told = (expected - even).masked_fill(~real, 0).abs().max() > limit or queries == 1
     if not difference <= limit:
         raise ValueError(
             f"the attention of layer {call.layer} ({type(module).__name__}, {name}) is no softmax of q k^T under the "
             f"mask it was given: outputs differ by {difference:.1e} (values up to {values.abs().max():.1e}), so that "
             "its shares cannot be captured"
         )
-    checked.add(kind)
+    if told:
+        checked.add(kind)
 
 
 class CapturedMasses:
@@ -214,37 +202,57 @@ class CapturedMasses:
     def __init__(self, layers: tuple[int, ...], per_head: bool) -> None:
         self.layers = layers
         self._token_dim = 3 if per_head else 2
-        self._passes: list[_PassMasses] = []
+        self._recorded: list[_PassMasses] = []
 
-    def _add(self, layer: int, begins: bool, first_query: int, mass: Tensor) -> None:
-        if not self._passes or layer in self._passes[-1].by_layer:
-            self._passes.append(_PassMasses(begins, first_query, {}))
-        self._passes[-1].by_layer[layer] = mass
+    def _add(self, call: AttentionCall, mass: Tensor) -> None:
+        if not self._recorded or call.layer in self._recorded[-1].by_layer or call.layer == self.layers[0]:
+            self._recorded.append(_PassMasses(call.sequence, call.reordered, call.first_query, {}))
+        self._recorded[-1].by_layer[call.layer] = mass
+
+    def _complete(self) -> list[_PassMasses]:
+        """The passes that ended; another was broken off by an error."""
+        return [found for found in self._recorded if len(found.by_layer) == len(self.layers)]
+
+    def _stacked(self, found: _PassMasses) -> Tensor:
+        masses = [found.by_layer[layer] for layer in self.layers]
+        if len({mass.shape for mass in masses}) > 1:
+            raise RuntimeError(
+                f"layers {list(self.layers)} have different numbers of queries or heads: "
+                f"{[list(mass.shape) for mass in masses]}; capture those that are alike"
+            )
+        return torch.stack(masses, dim=1)
 
     @property
     def passes(self) -> list[Tensor]:
-        """Masses of every forward pass in order, shaped like ``masses``: in ``generate`` one of each step."""
-        return [
-            torch.stack([found.by_layer[layer] for layer in self.layers], dim=1)
-            for found in self._passes
-            if len(found.by_layer) == len(self.layers)
-        ]
+        """Masses of every forward pass in order, shaped like ``masses``: in ``generate`` one of each step.
+
+        Raises:
+            RuntimeError: Layers differ in their numbers of queries (layers that share keys) or, per head, of heads.
+
+        """
+        return [self._stacked(found) for found in self._complete()]
 
     @property
     def sequences(self) -> list[Tensor]:
-        """Masses of every sequence of tokens: a pass that began without a cache and those that went on with it."""
-        sequences: list[list[tuple[int, Tensor]]] = []
-        for found, mass in zip(self._passes, self.passes, strict=False):
-            if found.begins or not sequences:
-                sequences.append([])
+        """Masses of every sequence of tokens: a pass without tokens before it, and those that went on with its cache.
+
+        Raises:
+            RuntimeError: As ``passes``, or beam search exchanged rows between passes.
+
+        """
+        sequences: dict[int, list[tuple[int, Tensor]]] = {}
+        for found in self._complete():
+            if found.reordered:
+                raise RuntimeError("beam search exchanged rows between passes, so they cannot be joined; read `passes`")
             # Tokens that assisted generation took back come again.
-            parts = [(first, part) for first, part in sequences[-1] if first < found.first_query]
+            before = sequences.get(found.sequence, [])
+            parts = [(first, part) for first, part in before if first < found.first_query]
             if parts:
                 first, part = parts[-1]
                 kept = min(part.shape[self._token_dim], found.first_query - first)
                 parts[-1] = (first, part.narrow(self._token_dim, 0, kept))
-            sequences[-1] = [*parts, (found.first_query, mass)]
-        return [torch.cat([part for _, part in parts], dim=self._token_dim) for parts in sequences]
+            sequences[found.sequence] = [*parts, (found.first_query, self._stacked(found))]
+        return [torch.cat([part for _, part in parts], dim=self._token_dim) for parts in sequences.values()]
 
     @property
     def masses(self) -> Tensor:
@@ -254,7 +262,7 @@ class CapturedMasses:
         capture was told so.
 
         Raises:
-            RuntimeError: No forward pass ran in the block, or several that began without a cache: see ``sequences``.
+            RuntimeError: No forward pass ran in the block, or several that began without a cache; or as ``sequences``.
 
         """
         sequences = self.sequences
@@ -271,9 +279,10 @@ class CapturedMasses:
 
 
 class _PassMasses(NamedTuple):
-    """The masses of one forward pass, by layer; ``begins``: it had no tokens before it."""
+    """The masses of one forward pass, by layer."""
 
-    begins: bool
+    sequence: int
+    reordered: bool
     first_query: int
     by_layer: dict[int, Tensor]
 
@@ -328,13 +337,17 @@ def capture_attention_mass(
     captured = CapturedMasses(chosen, per_head)
 
     def consume(call: AttentionCall) -> None:
-        begins = call.first_query == 0
+        if differentiable and not torch.is_grad_enabled():
+            raise ValueError(
+                "differentiable=True where no graph is kept: under no_grad, or in a layer under reentrant "
+                'checkpointing (use {"use_reentrant": False})'
+            )
         if last is not None:
             call = call.last(last)
         labels = key_segments(segments, call, later_segment)
         with nullcontext() if differentiable else torch.no_grad():
             mass = call.mass(labels, num_segments=num_segments, per_head=per_head)
-        captured._add(call.layer, begins, call.first_query, mass)
+        captured._add(call, mass)
 
     with capture_attention(model, consume, layers=chosen, norm=norm):
         yield captured
@@ -412,15 +425,29 @@ def _decoder(model: nn.Module, norm: str | nn.Module | None) -> Any:
 
 
 def _attention_modules(decoder: Any) -> dict[int, nn.Module]:
-    """Return the attention of every layer that has one, by the layer's index."""
+    """Return the self-attention of every layer that has one, by the layer's index.
+
+    Raises:
+        TypeError: There is none, or a layer has several.
+
+    """
     kinds = getattr(getattr(decoder, "config", None), "layer_types", None) or ()
-    found = {
-        module.layer_idx: module
-        for module in decoder.modules()
-        if isinstance(getattr(module, "layer_idx", None), int)
-        and "Attention" in type(module).__name__
-        and "linear" not in "".join(kinds[module.layer_idx : module.layer_idx + 1])
-    }
+    found: dict[int, nn.Module] = {}
+    for name, module in decoder.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or index < 0 or "Attention" not in type(module).__name__:
+            continue
+        names = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+        if "cross" in names or "encoder_attn" in names or getattr(module, "is_cross_attention", False):
+            continue
+        if "linear" in "".join(kinds[index : index + 1]):
+            continue
+        if index in found:
+            raise TypeError(
+                f"layer {index} of {type(decoder).__name__} has several attentions: {type(found[index]).__name__} and "
+                f"{type(module).__name__}"
+            )
+        found[index] = module
     if not found or not hasattr(decoder, "config"):
         raise TypeError(f"{type(decoder).__name__} has no attention layers that transformers numbers")
     return dict(sorted(found.items()))

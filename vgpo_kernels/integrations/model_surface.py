@@ -67,7 +67,7 @@ def _named_norm(model: nn.Module, norm: str | nn.Module) -> nn.Module:
     if not isinstance(norm, (str, nn.Module)):
         raise TypeError(f"norm must be a module or its name, got {type(norm).__name__}")
     for name, module in model.named_modules():
-        if module is norm or name == norm:
+        if module is not model and (module is norm or name == norm):
             return module  # type: ignore[no-any-return]
     raise ValueError(f"{type(model).__name__} has no module {norm if isinstance(norm, str) else type(norm).__name__}")
 
@@ -79,15 +79,30 @@ def unwrap(model: nn.Module) -> nn.Module:
         model: Any model; one without such a wrapper is returned as it is.
 
     """
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
-            model = model._orig_mod  # type: ignore[assignment]
-        elif callable(getattr(model, "get_base_model", None)):  # PEFT
-            model = model.get_base_model()  # type: ignore[operator]
-        elif isinstance(getattr(model, "module", None), nn.Module):  # DistributedDataParallel, FSDP, DeepSpeed
-            model = model.module  # type: ignore[assignment]
-        else:
-            return model
+    while (inside := _inside(model)) is not None:
+        model = inside
+    return model
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """Return what a wrapper wraps, and ``None`` of a model that is none."""
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+        return model._orig_mod  # type: ignore[return-value]
+    if callable(getattr(model, "get_base_model", None)):  # PEFT
+        return model.get_base_model()  # type: ignore[operator, no-any-return]
+    if isinstance(getattr(model, "module", None), nn.Module):  # DistributedDataParallel, FSDP, DeepSpeed
+        return model.module  # type: ignore[return-value]
+    return None
+
+
+def uses_prompt_learning(model: nn.Module) -> bool:
+    """Whether PEFT puts virtual tokens before those of ``input_ids``, as in prompt and prefix tuning."""
+    inside: nn.Module | None = model
+    while inside is not None:
+        if getattr(getattr(inside, "active_peft_config", None), "is_prompt_learning", False):
+            return True
+        inside = _inside(inside)
+    return False
 
 
 def visual_token_ids(model_or_config: Any, processor: Any = None) -> tuple[int, ...]:
