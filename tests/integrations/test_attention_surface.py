@@ -140,6 +140,8 @@ def test_a_layer_whose_attention_is_not_called_by_name_is_refused() -> None:
 
 def test_a_cache_that_drops_other_keys_than_the_first_is_refused() -> None:
     """Unlimited OCR keeps the prompt and forgets what was generated: nothing tells which tokens its keys are."""
+    if not hasattr(transformers, "UnlimitedOcrConfig"):
+        pytest.skip("this release of transformers has no Unlimited OCR")
     model, inputs = example("unlimited_ocr")
     segments = segments_of(model, inputs)
     with capture_attention_mass(model, segments) as captured:
