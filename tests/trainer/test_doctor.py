@@ -127,12 +127,12 @@ def break_shares(monkeypatch):
 
 
 def break_places_of_decoded_tokens(monkeypatch):
-    right = attention_passes._Follower.begin
+    right = attention_passes.Follower.begin
 
     def begin(self, *inputs):
         return replace(right(self, *inputs), tokens_before=0)
 
-    monkeypatch.setattr(attention_passes._Follower, "begin", begin)
+    monkeypatch.setattr(attention_passes.Follower, "begin", begin)
 
 
 def break_shares_of_decoded_tokens(monkeypatch):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vgpo_kernels import checks
 from vgpo_kernels.integrations.attention_call import AttentionCall, MaskReader, read_call
-from vgpo_kernels.integrations.attention_passes import _Follower, _Pass, _plain, looked_up_by
+from vgpo_kernels.integrations.attention_passes import Follower, Pass, looked_up_by, plain_function
 from vgpo_kernels.integrations.model_surface import final_norm, unwrap, uses_prompt_learning, visual_mask
 
 IGNORED, IMAGE, QUESTION, GENERATED = -1, 0, 1, 2
@@ -76,8 +76,8 @@ def capture_attention(
     decoder = _decoder(model, norm)
     attentions = _attention_modules(decoder)
     chosen = {id(attentions[index]): index for index in _chosen_layers(decoder, attentions, layers)}
-    under_way: list[_Pass] = []
-    follower = _Follower()
+    under_way: list[Pass] = []
+    follower = Follower()
     masks = MaskReader()
 
     # The names of the arguments are those that layers pass them by.
@@ -101,7 +101,7 @@ def capture_attention(
             first = pass_.tokens_before + pass_.tokens - query.shape[2]
             call = read_call(layer, query, key, attention_mask, first, options, causal=causal, masks=masks)
             call = call._replace(sequence=pass_.sequence, reordered=pass_.reordered)
-            _verify(module, name, _plain(function), call, value, attention_mask, options, result[0])
+            _verify(module, name, plain_function(function), call, value, attention_mask, options, result[0])
             pass_.reached.add(layer)
             consumer(call)
         return result

@@ -24,13 +24,13 @@ from vgpo_kernels.integrations.surface import UnknownSurfaceError, known, requir
 CACHES = "transformers.cache_utils"
 
 
-class _Captured(partial[Any]):
+class CapturedFunction(partial[Any]):
     """An attention function inside a capture's; its first argument is the function it stands for."""
 
 
-def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+def plain_function(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the attention function inside those of captures."""
-    while isinstance(function, _Captured):
+    while isinstance(function, CapturedFunction):
         function = function.args[0]
     return function
 
@@ -43,7 +43,7 @@ _FOUND_BY: list[Callable[..., Any]] = []  # transformers' own look-up, while it 
 def _find(registry: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
     function: Callable[..., Any] = _FOUND_BY[0](registry, attn_implementation, default)
     for capture in tuple(_CAPTURES):
-        function = _Captured(capture, function, attn_implementation)
+        function = CapturedFunction(capture, function, attn_implementation)
     return function
 
 
@@ -78,7 +78,7 @@ def looked_up_by(capture: Callable[..., Any]) -> Iterator[None]:
 
 
 @dataclass
-class _Pass:
+class Pass:
     """A forward pass of the decoder that is under way.
 
     Attributes:
@@ -121,7 +121,7 @@ class _Pass:
             )
 
 
-class _Follower:
+class Follower:
     """Tells which passes go on with one another: those that share a cache."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class _Follower:
         self._cache: Callable[[], Any] = lambda: None
         self.reordered = False
 
-    def begin(self, decoder: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> _Pass:
+    def begin(self, decoder: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Pass:
         """Return the pass that a decoder begins with these arguments."""
         values = (*arguments, *options.values())
         cache = next((value for value in values if callable(getattr(value, "get_seq_length", None))), None)
@@ -152,7 +152,7 @@ class _Follower:
             self._watch(cache)
         elif cache is None:
             self._cache = lambda: None
-        return _Pass(decoder, ids.shape[1], cache, before, self._sequence, self.reordered)
+        return Pass(decoder, ids.shape[1], cache, before, self._sequence, self.reordered)
 
     def _watch(self, cache: Any) -> None:
         if not callable(getattr(cache, "reorder_cache", None)):
@@ -170,7 +170,7 @@ class _Follower:
 
 
 # The caches in which beam search is noticed when it exchanges rows, and by whom.
-_WATCHED: WeakKeyDictionary[Any, list[_Follower]] = WeakKeyDictionary()
+_WATCHED: WeakKeyDictionary[Any, list[Follower]] = WeakKeyDictionary()
 
 
 def _reorder_noticed(cache: Any, *arguments: Any, **options: Any) -> Any:
