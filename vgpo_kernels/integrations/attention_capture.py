@@ -110,9 +110,11 @@ def capture_attention(
         under_way.append(follower.begin(type(module).__name__, arguments, options))
 
     def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        missing = sorted(set(chosen.values()) - under_way[-1].reached)
+        reached = under_way.pop().reached if under_way else set()  # none where the pass could not begin
+        missing = sorted(set(chosen.values()) - reached)
         under_way.clear()
         masks.forget()
+        follower.end(output)
         if output is not None and missing:
             raise ValueError(
                 f"layers {missing} of {type(module).__name__} did not call their attention by name: it is of another "
@@ -127,7 +129,6 @@ def capture_attention(
         with looked_up_by(attend):
             yield
     finally:
-        follower.let_go()
         for hook in hooks:
             hook.remove()
 
@@ -163,8 +164,10 @@ def _verify(
         (function, queries == 1, keys.bit_length(), call.first_query > 0, call.first_key > 0),
         (window, window is not None and keys > window, call.kept is None, call.visible is None),
     )
+    if torch.compiler.is_compiling():
+        return
     checked = _VERIFIED.setdefault(module, set())
-    if kind in checked or torch.compiler.is_compiling():
+    if kind in checked:
         return
     with torch.no_grad():
         if options.get("dropout"):
@@ -176,9 +179,10 @@ def _verify(
         real = call.shown(rows).any(-1).any(1)
         if call.kept is not None:
             real &= call.kept[:, rows + call.first_query - call.first_key]
-        real = real[:, None, :, None]
+        # Neither does a query that comes to no number.
+        real = real[:, None, :, None] & expected.isfinite()
         difference = (found - expected).masked_fill(~real, 0).abs().max()
-        limit = VERIFIED_ERROR[call.q.dtype == torch.float32] * values.abs().max().float()
+        limit = VERIFIED_ERROR[call.q.dtype == torch.float32] * values.nan_to_num(0, 0, 0).abs().max().float()
         # Attention that is spread evenly says nothing of its scores, so a later call is looked at again.
         told = (expected - even).masked_fill(~real, 0).abs().max() > limit or queries == 1
     if not difference <= limit:
@@ -311,7 +315,8 @@ def capture_attention_mass(
         later_segment: Segment of tokens beyond ``segments``, which generation appends.
         last: Only the last so many queries of each pass, the response tokens of a training pass say; by default all.
         per_head: Keep the masses of every head.
-        differentiable: Keep the graph, for losses on attention; by default masses are detached.
+        differentiable: Keep the graph, for losses on attention; by default masses are detached. Not under gradient
+            checkpointing.
         norm: As in :func:`capture_attention`.
 
     Yields:
@@ -337,10 +342,9 @@ def capture_attention_mass(
     captured = CapturedMasses(chosen, per_head)
 
     def consume(call: AttentionCall) -> None:
-        if differentiable and not torch.is_grad_enabled():
+        if differentiable and (not torch.is_grad_enabled() or _is_checkpointed(decoder)):
             raise ValueError(
-                "differentiable=True where no graph is kept: under no_grad, or in a layer under reentrant "
-                'checkpointing (use {"use_reentrant": False})'
+                "differentiable=True where no graph is kept: under no_grad, or under gradient checkpointing"
             )
         if last is not None:
             call = call.last(last)
@@ -440,6 +444,8 @@ def _attention_modules(decoder: Any) -> dict[int, nn.Module]:
         names = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
         if "cross" in names or "encoder_attn" in names or getattr(module, "is_cross_attention", False):
             continue
+        if type(module).__name__.endswith("Layer"):  # a layer that is called by its kind of attention
+            continue
         if "linear" in "".join(kinds[index : index + 1]):
             continue
         if index in found:
@@ -451,6 +457,11 @@ def _attention_modules(decoder: Any) -> dict[int, nn.Module]:
     if not found or not hasattr(decoder, "config"):
         raise TypeError(f"{type(decoder).__name__} has no attention layers that transformers numbers")
     return dict(sorted(found.items()))
+
+
+def _is_checkpointed(decoder: nn.Module) -> bool:
+    """Whether layers are computed again in the backward pass, where they are not captured again: torch misses that."""
+    return any(getattr(module, "gradient_checkpointing", False) and module.training for module in decoder.modules())
 
 
 def _chosen_layers(decoder: Any, attentions: Mapping[int, nn.Module], layers: Sequence[int] | None) -> list[int]:

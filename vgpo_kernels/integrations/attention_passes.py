@@ -7,14 +7,13 @@ last ones, is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from threading import Lock
-from types import MethodType
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -58,7 +57,7 @@ def looked_up_by(capture: Callable[..., Any]) -> Iterator[None]:
         UnknownSurfaceError: Layers of this transformers ask for it in another way.
 
     """
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, Cache, EncoderDecoderCache
 
     interface: Any = AttentionInterface
     with _LOCK:
@@ -67,6 +66,7 @@ def looked_up_by(capture: Callable[..., Any]) -> Iterator[None]:
                 require(interface, "get_interface", ("attn_implementation", "default"), known("transformers"))
             ]
             interface.get_interface = _find
+            _count_exchanges((Cache, EncoderDecoderCache))
         _CAPTURES.append(capture)
     try:
         yield
@@ -75,6 +75,34 @@ def looked_up_by(capture: Callable[..., Any]) -> Iterator[None]:
             _CAPTURES.remove(capture)
             if not _CAPTURES:
                 interface.get_interface = _FOUND_BY[0]
+                for kind, name, plain in _COUNTED:
+                    setattr(kind, name, plain)
+                _COUNTED.clear()
+
+
+# How often the rows of a cache were exchanged while a block was open, as beam search does; and the methods that count.
+_EXCHANGES: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_COUNTED: list[tuple[type, str, Callable[..., Any]]] = []
+
+
+def _count_exchanges(kinds: Iterable[type]) -> None:
+    """Let these classes of caches count; the caller holds the lock."""
+    counted = {(kind, name) for kind, name, _ in _COUNTED}
+    for kind in kinds:
+        for name in ("reorder_cache", "batch_select_indices"):
+            if name in vars(kind) and (kind, name) not in counted:
+                _COUNTED.append((kind, name, vars(kind)[name]))
+                setattr(kind, name, _counting(vars(kind)[name]))
+
+
+def _counting(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(plain)
+    def exchange(self: Any, *arguments: Any, **options: Any) -> Any:
+        with _LOCK:
+            _EXCHANGES[self] = _EXCHANGES.get(self, 0) + 1
+        return plain(self, *arguments, **options)
+
+    return exchange
 
 
 @dataclass
@@ -114,7 +142,9 @@ class Pass:
                 f"{self.decoder} attends to {keys} keys in a pass of {self.tokens} tokens, and no argument of it is a "
                 f"cache that tells how many tokens came before: this adapter knows {known('transformers')}"
             )
-        if keys < total and not all(type(one).__module__ == CACHES for one in getattr(self.cache, "layers", [self])):
+        own = getattr(self.cache, "self_attention_cache", self.cache)  # of an encoder-decoder
+        layers = getattr(own, "layers", [self])
+        if keys < total and not all(type(one).__module__ == CACHES for one in layers):
             raise ValueError(
                 f"the cache of layer {layer} of {self.decoder} ({type(self.cache).__name__}) keeps {keys} of {total} "
                 "keys, and not the last ones as far as is known: their tokens cannot be told"
@@ -125,15 +155,20 @@ class Follower:
     """Tells which passes go on with one another: those that share a cache."""
 
     def __init__(self) -> None:
-        self._sequence = -1
-        self._total = 0  # tokens of the sequence after the last pass
-        self._cache: Callable[[], Any] = lambda: None
-        self.reordered = False
+        self._number = 0  # of sequences
+        self._last = -1  # the sequence of the last pass
+        # Of each cache its sequence, how often its rows had been exchanged, and whether they were between its passes.
+        self._known: WeakKeyDictionary[Any, tuple[int, int, bool]] = WeakKeyDictionary()
 
     def begin(self, decoder: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Pass:
-        """Return the pass that a decoder begins with these arguments."""
+        """Return the pass that a decoder begins with these arguments.
+
+        Raises:
+            UnknownSurfaceError: There are no tokens among them.
+
+        """
         values = (*arguments, *options.values())
-        cache = next((value for value in values if callable(getattr(value, "get_seq_length", None))), None)
+        cache = _cache_of(values)
         before = 0 if cache is None else int(cache.get_seq_length())
         embeds = options.get("inputs_embeds")
         ids = embeds if embeds is not None else options.get("input_ids")
@@ -141,39 +176,34 @@ class Follower:
             ids = next((value for value in values if isinstance(value, Tensor)), None)
         if ids is None:
             raise UnknownSurfaceError(f"{decoder} is called without tokens: this adapter knows {known('transformers')}")
-        known_cache = self._cache()
-        goes_on = before > 0 and (cache is known_cache or (known_cache is None and before == self._total))
-        if not goes_on:
-            self._sequence += 1
-            self.reordered = False
-        self._total = before + ids.shape[1]
-        if cache is not None and cache is not known_cache:
-            self._cache = ref(cache)
-            self._watch(cache)
-        elif cache is None:
-            self._cache = lambda: None
-        return Pass(decoder, ids.shape[1], cache, before, self._sequence, self.reordered)
+        reordered = False
+        if before > 0 and cache in self._known:
+            self._last, exchanges, reordered = self._known[cache]
+            reordered = reordered or _exchanges(cache) != exchanges
+        else:
+            self._last, self._number = self._number, self._number + 1
+        self._follow(cache, reordered)
+        return Pass(decoder, ids.shape[1], cache, before, self._last, reordered)
 
-    def _watch(self, cache: Any) -> None:
-        if not callable(getattr(cache, "reorder_cache", None)):
-            return
-        _WATCHED.setdefault(cache, []).append(self)
-        # A method, so that a copy of the cache gets one of its own.
-        cache.reorder_cache = MethodType(_reorder_noticed, cache)
+    def end(self, output: Any) -> None:
+        """Follow the cache that a decoder made itself, which its output hands over."""
+        cache = None if output is None else _cache_of(output.values() if isinstance(output, Mapping) else output)
+        if cache is not None and cache not in self._known:
+            self._follow(cache, False)
 
-    def let_go(self) -> None:
-        """Leave the caches that were watched as they were."""
-        for cache, followers in list(_WATCHED.items()):
-            followers[:] = [one for one in followers if one is not self]
-            if not followers:
-                del _WATCHED[cache], cache.reorder_cache
+    def _follow(self, cache: Any, reordered: bool) -> None:
+        if cache is not None:
+            with _LOCK:  # a class of its own, perhaps
+                _count_exchanges(type(cache).__mro__)
+            self._known[cache] = (self._last, _exchanges(cache), reordered)
 
 
-# The caches in which beam search is noticed when it exchanges rows, and by whom.
-_WATCHED: WeakKeyDictionary[Any, list[Follower]] = WeakKeyDictionary()
+def _cache_of(values: Any) -> Any:
+    """Return the cache among values, whatever its name; ``None`` without one."""
+    values = values if isinstance(values, Iterable) and not isinstance(values, Tensor) else ()
+    return next((value for value in values if callable(getattr(value, "get_seq_length", None))), None)
 
 
-def _reorder_noticed(cache: Any, *arguments: Any, **options: Any) -> Any:
-    for follower in _WATCHED.get(cache, ()):
-        follower.reordered = True
-    return type(cache).reorder_cache(cache, *arguments, **options)
+def _exchanges(cache: Any) -> int:
+    with _LOCK:
+        return _EXCHANGES.get(cache, 0)
