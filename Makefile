@@ -22,16 +22,16 @@ SOURCES := setup.py $(shell find csrc -type f)
 help:
 	@echo "make demo         train a small vision-language model with VGPO, end with a report"
 	@echo "make test         run the tests"
-	@echo "make test-newest  run those of integrations, trainer and models with the newest release of every package"
+	@echo "make test-newest  run the tests of integrations, trainer and models with the newest packages"
 	@echo "make bench        run the benchmarks, append their rows to benchmarks/results and draw them"
-	@echo "make docs         write what is made of docstrings, tests and recorded rows: docs/api.md, docs/models.md, pictures"
+	@echo "make docs         regenerate docs/api.md, docs/models.md and the pictures of the benchmarks"
 	@echo "make lint         run the linters and the type checker"
 	@echo "make lock         renew the lock that every target installs, then lint and run all tests"
 	@echo "make build        compile the extension only (VGPO_BUILD=auto|cpu|cuda|none)"
-	@echo "make verl         install verl beside it, so that the tests of its adapter run"
+	@echo "make verl         install verl into $(VENV), so that the tests of its adapter run"
 	@echo "make asan         run the tests of the C++ CPU kernels under AddressSanitizer"
 	@echo "make gpu-check    build, test, sanitize and measure on an NVIDIA GPU, with the Python of the machine"
-	@echo "make clean        remove everything that was built, but no environment"
+	@echo "make clean        remove everything that was built, but keep the environments"
 
 demo: $(VENV)/.built
 	$(BIN)/vgpo demo $(ARGS)
@@ -52,11 +52,10 @@ test-newest: $(VENV)/.built
 	$(NEWEST)/bin/python -m pip install --no-deps -r $(NEWEST)/verl.txt
 	@printf '%s\n' '$(CURDIR)' '$(CURDIR)/python' > "$$(echo $(NEWEST)/lib/python3*/site-packages)/vgpo.pth"
 	$(NEWEST)/bin/python scripts/newest.py differences > $(NEWEST)/differences.txt
-	@echo "locked -> newest:"; cat $(NEWEST)/differences.txt
+	@if test -s $(NEWEST)/differences.txt; then echo "locked -> newest:"; cat $(NEWEST)/differences.txt; \
+	else echo "no package has a newer release than the lock"; fi
 	@if test -s $(NEWEST)/differences.txt || test -z '$(IF_NEWER)'; then \
 		$(NEWEST)/bin/python -m pytest $(or $(ARGS),$(OUTWARD)); \
-	else \
-		echo "nothing differs, so make test tests the newest"; \
 	fi
 
 # VGPO_BENCH_RECORD=0 measures and records nothing.

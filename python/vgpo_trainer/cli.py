@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         package = error.name.partition(".")[0]
         remedy = "; pip install 'vgpo-kernels[train]' brings it" if package in TRAIN_EXTRA else ""
+        if package == "trl" and sys.version_info < (3, 11):
+            remedy = f": the trainer needs Python 3.11 or later, as TRL does, and this is {sys.version.split()[0]}"
         print(f"vgpo {arguments.command}: {package} is not installed{remedy}", file=sys.stderr)
         return 2
     return status

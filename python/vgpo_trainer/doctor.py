@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from typing import Any
 
 from vgpo_trainer.run_folder import version_of
@@ -128,7 +129,7 @@ def diagnosis(described: dict[str, Any]) -> list[tuple[str, str]]:
     import vgpo_kernels
 
     lines = [
-        ("vgpo_kernels", vgpo_kernels.__version__),
+        ("vgpo_kernels", f"{vgpo_kernels.__version__} in {Path(vgpo_kernels.__file__).parent}"),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
     ]
     lines += [(name, with_tested(name, installed_version(name))) for name in PACKAGES]

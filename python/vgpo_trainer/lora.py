@@ -32,12 +32,15 @@ def lora_config(arguments: Namespace, model: nn.Module | None = None) -> Any:
         model: The model; by default one of the same structure without weights.
 
     Raises:
-        LoraTargetError: The decoder has no linear layer of a name asked for.
+        LoraTargetError: The decoder has no linear layer of a name asked for, or there is no rank.
         OSError: The model's configuration cannot be read.
         TypeError: No decoder was found in the model.
 
     """
     if arguments.lora_rank is None:
+        for option in ("lora_alpha", "lora_targets"):
+            if getattr(arguments, option) is not None:
+                raise LoraTargetError(f"--{option.replace('_', '-')} has no effect without --lora-rank")
         return None
     from peft import LoraConfig
 

@@ -14,18 +14,20 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 HEAD = """# Models
 
 Every architecture that transformers maps to image-text-to-text, tried with a tiny random model of its own classes. The
-table is written by `scripts/models_page.py` from the checks in `tests/architectures`, which run with every test.
+table is written by `scripts/models_page.py` from the checks in `tests/architectures`, which are part of `make test`.
 Tried with {versions}.
 
-- **Hidden states**: what `capture_hidden_states` captures is bit for bit what the LM head reads.
+- **Hidden states**: what `capture_hidden_states` captures is bit for bit what the LM head reads, or a multiple of it,
+  which has the same cosines.
 - **Visual tokens**: `visual_mask` marks the positions where image features enter.
 - **Attention shares**: `capture_attention_mass` gives the shares of the model's own attention weights, to 1e-4, in a
   pass and in every step of `generate`, with eager and SDPA; layers are named where only some have attention.
 - **Log-probs**: the trainer's log-probabilities are those of the model's own logits; by `linear_logprob` without
   logits, or by TRL's head or from all logits where the model does more to its logits than its LM head says.
-- **LoRA**: `--lora-rank` reaches every linear layer of the decoder's layers, and nothing else.
+- **LoRA**: `--lora-rank` reaches every linear layer of the decoder's layers, and nothing else. In some mixtures of
+  experts PEFT adapts the experts in the place of shared ones.
 
-A refusal is an error that says what is quoted here, never a number.
+Refused means: an error says what is quoted here, and there is no number.
 
 """
 MIDDLE = """
@@ -35,7 +37,7 @@ MIDDLE = """
 FOOT = """
 ## A model that is not here
 
-`VGPOTrainer(..., visual_tokens=(id, ...), final_norm="model.text.ln_out")` tells what is not found, and
+`VGPOTrainer(..., visual_tokens=(id, ...), final_norm="model.text.ln_out")` names what is not found, and
 `capture_hidden_states` and `capture_attention_mass` take `norm=`. Whatever the model, log-probabilities are compared
 with its own logits on a few tokens when a trainer starts, and the attention of a layer with its output when it is first
 captured.

@@ -47,6 +47,8 @@ NO_LAYER = [
     Bad("out of range", [2], ValueError, r"layers must lie in \[-2, 2\).*got \[2\]"),
     Bad("none", [], ValueError, r"layers must lie in \[-2, 2\)"),
     Bad("a fraction", [0.5], TypeError, r"layers must be integers, got \[0.5\]"),
+    Bad("one", 1, TypeError, r"layers must be a sequence of integers, \(-1,\) say, got 1"),
+    Bad("all", "all", TypeError, "layers must be a sequence of integers.*got 'all'"),
     Bad("text", ["last"], TypeError, r"layers must be integers, got \['last'\]"),
 ]
 NO_FUNCTION = [Bad("text", "sum", TypeError, "consumer must be callable, got str")]

@@ -29,6 +29,10 @@ def adapted(model: Any, config: Any) -> list[str]:
 
 def test_no_rank_is_no_adapter() -> None:
     assert lora_config(asked(lora_rank=None)) is None
+    for option, value in {"lora_alpha": 8, "lora_targets": ["q_proj"]}.items():
+        told = f"--{option.replace('_', '-')} has no effect without --lora-rank"
+        with pytest.raises(LoraTargetError, match=told):
+            lora_config(asked(lora_rank=None, **{option: value}))
 
 
 def test_the_structure_is_read_from_a_checkpoint_without_its_weights(tmp_path: Path) -> None:

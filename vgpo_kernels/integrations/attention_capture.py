@@ -18,7 +18,7 @@ computed for a few queries when the layer is first seen; a layer that does somet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -410,10 +410,13 @@ def resolve_layers(layers: Sequence[int] | None, number: int) -> list[int]:
     """Return indices of layers in their order, each once.
 
     Raises:
-        TypeError: A layer is no integer.
+        TypeError: They are no sequence, or a layer is no integer.
         ValueError: None is left, or one is out of range.
 
     """
+    given: Any = layers
+    if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
+        raise TypeError(f"layers must be a sequence of integers, (-1,) say, got {layers!r}")
     if layers is not None and not all(isinstance(layer, int) for layer in layers):
         raise TypeError(f"layers must be integers, got {layers}")
     found = sorted({layer + number if layer < 0 else layer for layer in (range(number) if layers is None else layers)})

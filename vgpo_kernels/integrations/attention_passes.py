@@ -147,7 +147,7 @@ class Pass:
         if keys < total and not all(type(one).__module__ == CACHES for one in layers):
             raise ValueError(
                 f"the cache of layer {layer} of {self.decoder} ({type(self.cache).__name__}) keeps {keys} of {total} "
-                "keys, and not the last ones as far as is known: their tokens cannot be told"
+                "keys, and it is not known which: their attention cannot be assigned to tokens"
             )
 
 
