@@ -13,7 +13,7 @@ from html import escape
 
 WIDTH, HEIGHT = 560, 300
 MINUS = "\N{MINUS SIGN}"
-LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 46  # margins around the plot
+LEFT, RIGHT, TOP, BOTTOM = 66, 16, 14, 46  # margins around the plot
 
 
 @dataclass(frozen=True)
