@@ -89,6 +89,7 @@ GROUPS = (
             "capture_attention",
             "AttentionCall",
             "final_norm",
+            "decoder_of",
             "unwrap",
         ),
     ),

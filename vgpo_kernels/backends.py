@@ -91,16 +91,14 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if dtype == torch.float64:
         return "computes in float32; float64 inputs are served by 'reference'"
+    if name in ("cpp", "cuda") and _LOADED.refused:
+        return f"is out of date: {_LOADED.refused}"
     if name == "cpp":
         if not _BUILT_CPP:
-            if _LOADED.refused:
-                return f"is out of date: {_LOADED.refused}"
             return "is not built: `pip install -e .` where a C++ compiler and torch are installed builds it"
         return None if device.type == "cpu" else f"serves CPU tensors, and these are on {device}"
     if name == "cuda":
         if not _BUILT_CUDA:
-            if _LOADED.refused:
-                return f"is out of date: {_LOADED.refused}"
             return "is not built: VGPO_BUILD=cuda with `pip install -e .` builds it and says what is missing"
         return None if device.type == "cuda" else f"serves CUDA tensors, and these are on {device}"
     if not _HAS_TRITON:

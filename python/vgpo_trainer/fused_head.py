@@ -30,6 +30,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from vgpo_kernels import linear_logprob
 from vgpo_kernels.integrations.transformers import final_norm, unwrap
 
+OURS, TRLS, ALL_LOGITS = "linear_logprob", "TRL's head", "all logits"
 PROBE_TOKENS = 8
 # Heads are probed with hidden states as they are, and so large that a cap on logits shows.
 PROBE_SCALES = (1.0, 64.0)
@@ -42,7 +43,7 @@ def fuse_heads(
     fp32: bool,
     fused: bool = True,
     norm: str | nn.Module | None = None,
-) -> None:
+) -> str:
     """Let models answer TRL's log-probability passes by a head that gives what their own logits do.
 
     Args:
@@ -52,6 +53,9 @@ def fuse_heads(
         fp32: Compute the logits' products in fp32, outside autocast.
         fused: Try ours first; else TRL's.
         norm: The final norm or its name, for a model in which it is not found.
+
+    Returns:
+        Which head serves: ``OURS``, ``TRLS`` or ``ALL_LOGITS``.
 
     """
     present = [unwrap(model) for model in models if model is not None]
@@ -63,7 +67,7 @@ def fuse_heads(
                 "TRL's own head computes the log-probabilities",
                 stacklevel=3,
             )
-        return
+        return TRLS
 
     def ours(model: PreTrainedModel) -> None:
         fuse_head(model, temperature, fp32, norm)
@@ -73,18 +77,20 @@ def fuse_heads(
     if reason is None:
         for model in present:
             ours(model)
-        return
+        return OURS
     reason_of_trl = agreed(why_wrong(policy, temperature, lambda model: None, norm))
     if reason_of_trl is None and why_not_linear and agreed(why_wrong(policy, temperature, ours, norm)) is None:
         # In 16 bits a small change of the logits hides in their rounding, and TRL's head may have missed it as well.
         reason_of_trl = why_not_linear
-    kept = "TRL's own head computes the log-probabilities"
     if reason_of_trl is not None:
-        kept = "log-probabilities are computed from all logits"
         for model in present:
             use_all_logits(model, temperature)
-    if fused or reason_of_trl is not None:
-        warnings.warn(f"fused_head: {reason or reason_of_trl}; {kept}", stacklevel=3)
+        told = f"{reason or reason_of_trl}; log-probabilities are computed from all logits"
+        warnings.warn(f"fused_head: {told}", stacklevel=3)
+        return ALL_LOGITS
+    if fused:
+        warnings.warn(f"fused_head: {reason}; TRL's own head computes the log-probabilities", stacklevel=3)
+    return TRLS
 
 
 def agreed(reason: str | None) -> str | None:
@@ -199,17 +205,11 @@ def last_states_scaled(model: PreTrainedModel, norm: str | nn.Module | None, fac
 
 def fuse_head(model: PreTrainedModel, temperature: float, fp32: bool, norm: str | nn.Module | None = None) -> None:
     """Replace what ``model(..., labels=labels, fused_lm_head=True)`` computes; every other call stays as it is."""
-    plain = model.forward
 
-    # generate() looks its arguments up in the signature.
-    @wraps(type(model).forward)
-    def forward(
-        self: PreTrainedModel, *arguments: Any, fused_lm_head: bool = False, labels: Any = None, **named: Any
-    ) -> Any:
-        if not fused_lm_head or named.get("output_router_logits"):  # a router's loss comes with TRL's head
-            named |= {"fused_lm_head": True} if fused_lm_head else {}
-            return plain(*arguments, **named) if labels is None else plain(*arguments, labels=labels, **named)
-        last = last_hidden_states(self, plain, norm, *arguments, **{**named, "use_cache": False})
+    def compute(self: PreTrainedModel, plain: Callable[..., Any], labels: Tensor, *arguments: Any, **named: Any) -> Any:
+        if named.get("output_router_logits"):  # a router's loss comes with TRL's head
+            return plain(*arguments, labels=labels, fused_lm_head=True, **named)
+        last = last_hidden_states(self, plain, norm, *arguments, **named)
         # The head is looked up in each call: FSDP and PEFT replace its parameters.
         head: Any = self.get_output_embeddings()
         weight, bias = whole(head.weight), whole(head.bias)
@@ -229,7 +229,7 @@ def fuse_head(model: PreTrainedModel, temperature: float, fp32: bool, norm: str 
             )
         return FusedCausalLMOutput(log_probs=logp, entropy=entropy)
 
-    model.forward = MethodType(forward, model)
+    answer(model, compute)
 
 
 def last_hidden_states(
@@ -251,15 +251,9 @@ def last_hidden_states(
 
 def use_all_logits(model: PreTrainedModel, temperature: float) -> None:
     """Let ``model(..., labels=labels, fused_lm_head=True)`` read the model's own logits, all of them in memory."""
-    plain = model.forward
 
-    @wraps(type(model).forward)
-    def forward(
-        self: PreTrainedModel, *arguments: Any, fused_lm_head: bool = False, labels: Any = None, **named: Any
-    ) -> Any:
-        if not fused_lm_head:
-            return plain(*arguments, **named) if labels is None else plain(*arguments, labels=labels, **named)
-        output = plain(*arguments, **{**named, "use_cache": False})
+    def compute(self: PreTrainedModel, plain: Callable[..., Any], labels: Tensor, *arguments: Any, **named: Any) -> Any:
+        output = plain(*arguments, **named)
         targets = labels[:, 1:].to(output.logits.device)
         scored = targets != -100
         log_probabilities = (output.logits[:, :-1][scored].float() / temperature).log_softmax(-1)
@@ -271,6 +265,28 @@ def use_all_logits(model: PreTrainedModel, temperature: float) -> None:
             entropy=zeros.masked_scatter(scored, entropy),
             aux_loss=getattr(output, "aux_loss", None),
         )
+
+    answer(model, compute)
+
+
+def answer(model: PreTrainedModel, compute: Callable[..., Any]) -> None:
+    """Let ``compute`` answer calls of a model with ``fused_lm_head=True``, and its ``forward`` all others as before.
+
+    Args:
+        model: The model.
+        compute: Called with the model, its ``forward`` as it was, the labels, and the other arguments of the call.
+
+    """
+    plain = model.forward
+
+    # generate() looks its arguments up in the signature.
+    @wraps(type(model).forward)
+    def forward(
+        self: PreTrainedModel, *arguments: Any, fused_lm_head: bool = False, labels: Any = None, **named: Any
+    ) -> Any:
+        if fused_lm_head:
+            return compute(self, plain, labels, *arguments, **{**named, "use_cache": False})
+        return plain(*arguments, **named) if labels is None else plain(*arguments, labels=labels, **named)
 
     model.forward = MethodType(forward, model)
 

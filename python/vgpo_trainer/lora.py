@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from vgpo_kernels.integrations.transformers import final_norm, unwrap
+from vgpo_kernels.integrations.transformers import decoder_of, unwrap
 
 ALL_LINEAR = "all-linear"
 
@@ -88,11 +88,7 @@ def decoder_targets(model: nn.Module, names: Sequence[str] | None = None) -> dic
 
 def decoder_linears(model: nn.Module) -> tuple[str, list[str]]:
     """Return the name of the decoder's layers, and the paths in a layer of the linear modules an adapter is for."""
-    inner = unwrap(model)
-    norm = final_norm(inner)
-    decoder_name, decoder = next(
-        (name, module) for name, module in inner.named_modules() if any(child is norm for child in module.children())
-    )
+    decoder_name, decoder = decoder_of(model)
     # Some decoders hold a vision tower too, beside their layers.
     stacks = (
         (name, stack)
@@ -107,7 +103,7 @@ def decoder_linears(model: nn.Module) -> tuple[str, list[str]]:
         if isinstance(module, nn.Linear) and not _chooses(layer, path)
     }
     if not paths:
-        raise TypeError(f"the decoder of {type(inner).__name__} has no layers with linear modules")
+        raise TypeError(f"the decoder of {type(unwrap(model)).__name__} has no layers with linear modules")
     return f"{decoder_name}.{stack_name}".lstrip("."), list(paths)
 
 

@@ -169,8 +169,8 @@ class VGPOTrainer(GRPOTrainer):
             find_norm(self.model, final_norm)
             if args.signal == "attention":
                 check_attention(self.model, args.signal_layers, final_norm)
+            told = visual_tokens_told(visual_tokens, self.model)
             try:
-                told = visual_tokens_told(visual_tokens, self.model)
                 self._visual_tokens = told or visual_token_ids(self.model, self.processing_class)
             except ValueError as error:
                 raise ValueError(

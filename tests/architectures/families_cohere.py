@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import transformers
-from architectures.zoo import Example, architecture, pixels, randomized, rows_of, text_config
+from architectures.zoo import Example, architecture, grids, pixels, randomized, rows_of, text_config
 
 IMAGE, IMAGE_START, IMAGE_END, TILE, VIDEO = 90, 91, 92, 93, 94
 SIGLIP = {
@@ -78,7 +77,6 @@ def cohere_compass() -> Example:
         vision_end_token_id=IMAGE_END,
     )
     model = randomized(transformers.CohereCompassForConditionalGeneration(config))
-    inputs = rows_of([IMAGE_START, *[IMAGE] * 4, IMAGE_END])
+    inputs = grids([IMAGE_START, *[IMAGE] * 4, IMAGE_END], 3 * 2 * 4 * 4)
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
-    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
-    return Example(model, {**inputs, "pixel_values": pixels(2 * 16, 3 * 2 * 4 * 4)})
+    return Example(model, inputs)

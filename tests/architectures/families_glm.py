@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from architectures.zoo import Example, architecture, pixels, randomized, rows_of, text_config
+from architectures.zoo import Example, architecture, grids, randomized, text_config
 
 IMAGE, VIDEO, IMAGE_START, IMAGE_END, VIDEO_START, VIDEO_END = 90, 91, 92, 93, 94, 95
 TOKENS = {
@@ -35,10 +35,8 @@ def text(**changes: Any) -> dict[str, Any]:
 
 def patches_and_tokens() -> dict[str, torch.Tensor]:
     """Two images of 4×4 patches, four tokens each."""
-    inputs = rows_of([IMAGE_START, *[IMAGE] * 4, IMAGE_END])
+    inputs = grids([IMAGE_START, *[IMAGE] * 4, IMAGE_END], 3 * 2 * 4 * 4)
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
-    inputs["pixel_values"] = pixels(2 * 16, 3 * 2 * 4 * 4)
-    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
     return inputs
 
 

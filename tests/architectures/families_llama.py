@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from architectures.zoo import Example, architecture, randomized, rows_of, text_config
+from architectures.zoo import Example, architecture, grids, randomized, rows_of, text_config
 from torch import nn
 
 IMAGE, VIDEO, START, END, ROW_END = 90, 91, 92, 93, 94
@@ -33,15 +33,6 @@ ROUTED = {
 def four(image: list[int], **changes: Any) -> dict[str, torch.Tensor]:
     """An image of 16 by 16 pixels a row."""
     return {**rows_of(image), "pixel_values": torch.randn(2, 3, 16, 16), **changes}
-
-
-def grids(image: list[int], *shape: int) -> dict[str, torch.Tensor]:
-    """Patches of two images of 4 by 4, one after another."""
-    return {
-        **rows_of(image),
-        "pixel_values": torch.randn(2 * 16, *shape),
-        "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
-    }
 
 
 @architecture("llama4")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
-from architectures.zoo import NOT_APPLICABLE, Example, architecture, pixels, randomized, rows_of, text_config
+from architectures.zoo import NOT_APPLICABLE, Example, architecture, grids, pixels, randomized, rows_of, text_config
 
 IMAGE, VIDEO, IMAGE_START, IMAGE_END = 90, 91, 92, 93
 
@@ -34,9 +34,7 @@ def exaone4_5() -> Example:
         video_token_id=VIDEO,
     )
     model = randomized(transformers.Exaone4_5_ForConditionalGeneration(config))
-    inputs = rows_of([IMAGE_START, *[IMAGE] * 4, IMAGE_END])
-    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
-    return Example(model, {**inputs, "pixel_values": pixels(2 * 16, 3 * 2 * 4 * 4)})
+    return Example(model, grids([IMAGE_START, *[IMAGE] * 4, IMAGE_END], 3 * 2 * 4 * 4))
 
 
 @architecture("fast_vlm")
@@ -123,12 +121,11 @@ def ernie4_5_vl_moe() -> Example:
         video_end_token_id=95,
     )
     model = randomized(transformers.Ernie4_5_VLMoeForConditionalGeneration(config))
-    inputs = rows_of([IMAGE_START, *[IMAGE] * 4, IMAGE_END])
+    inputs = grids([IMAGE_START, *[IMAGE] * 4, IMAGE_END], 3 * 4 * 4)
     ids = inputs["input_ids"]
     inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     inputs["moe_mm_token_type_ids"] = ((ids == IMAGE) | (ids == IMAGE_START) | (ids == IMAGE_END)).int()
-    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
-    return Example(model, {**inputs, "pixel_values": pixels(2 * 16, 3 * 4 * 4)})
+    return Example(model, inputs)
 
 
 @architecture("hunyuan_vl")
@@ -154,10 +151,9 @@ def hunyuan_vl() -> Example:
     )
     model = randomized(transformers.HunYuanVLForConditionalGeneration(config))
     # Two rows of two, each with an end of line, between a begin and an end: all of them the tower's.
-    inputs = rows_of([IMAGE_START, *[IMAGE] * (1 + 2 * 3 + 1), IMAGE_END])
+    inputs = grids([IMAGE_START, *[IMAGE] * (1 + 2 * 3 + 1), IMAGE_END], 3 * 4 * 4)
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
-    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
-    return Example(model, {**inputs, "pixel_values": pixels(2 * 16, 3 * 4 * 4)})
+    return Example(model, inputs)
 
 
 @architecture("hyperclovax_vision_v2")
@@ -185,9 +181,7 @@ def hyperclovax_vision_v2() -> Example:
         video_token_id=VIDEO,
     )
     model = randomized(transformers.HyperCLOVAXVisionV2ForConditionalGeneration(config))
-    inputs = rows_of([IMAGE_START, *[IMAGE] * 4, IMAGE_END])
-    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
-    return Example(model, {**inputs, "pixel_values": pixels(2 * 16, 3 * 2 * 4 * 4)})
+    return Example(model, grids([IMAGE_START, *[IMAGE] * 4, IMAGE_END], 3 * 2 * 4 * 4))
 
 
 @architecture("apertus1p5")
@@ -246,10 +240,9 @@ def cosmos3_edge() -> Example:
         vision_end_token_id=IMAGE_END,
     )
     model = randomized(transformers.Cosmos3EdgeForConditionalGeneration(config))
-    inputs = rows_of([IMAGE_START, *[IMAGE] * 4, IMAGE_END])
+    inputs = grids([IMAGE_START, *[IMAGE] * 4, IMAGE_END], 3 * 4 * 4)
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
-    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
-    return Example(model, {**inputs, "pixel_values": pixels(2 * 16, 3 * 4 * 4)})
+    return Example(model, inputs)
 
 
 @architecture("cosmos3_omni")
@@ -274,10 +267,9 @@ def cosmos3_omni() -> Example:
         vision_end_token_id=IMAGE_END,
     )
     model = randomized(transformers.Cosmos3OmniForConditionalGeneration(config))
-    inputs = rows_of([IMAGE_START, *[IMAGE] * 4, IMAGE_END])
+    inputs = grids([IMAGE_START, *[IMAGE] * 4, IMAGE_END], 3 * 2 * 4 * 4)
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
-    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
-    return Example(model, {**inputs, "pixel_values": pixels(2 * 16, 3 * 2 * 4 * 4)})
+    return Example(model, inputs)
 
 
 @architecture("fuyu")
@@ -348,9 +340,7 @@ def dots3_note() -> Example:
         audio_token_id=94,
     )
     model = randomized(transformers.Dots3NoteForConditionalGeneration(config))
-    inputs = rows_of([IMAGE_START, *[IMAGE] * 4, IMAGE_END])
-    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
-    return Example(model, {**inputs, "pixel_values": pixels(2 * 16, 3 * 4 * 4)})
+    return Example(model, grids([IMAGE_START, *[IMAGE] * 4, IMAGE_END], 3 * 4 * 4))
 
 
 @architecture("hy_v4_vl")
@@ -386,10 +376,9 @@ def hy_v4_vl() -> Example:
         video_token_id=VIDEO,
     )
     model = randomized(transformers.HYV4VLForConditionalGeneration(config))
-    inputs = rows_of([IMAGE_START, *[IMAGE] * 6, IMAGE_END])  # two rows of two, each with an end of line
+    inputs = grids([IMAGE_START, *[IMAGE] * 6, IMAGE_END], 3 * 4 * 4)  # two rows of two, each with an end of line
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
-    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
-    return Example(model, {**inputs, "pixel_values": pixels(2 * 16, 3 * 4 * 4)})
+    return Example(model, inputs)
 
 
 @architecture("blip-2")

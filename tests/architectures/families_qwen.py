@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from architectures.zoo import Example, architecture, randomized, rows_of, text_config
+from architectures.zoo import Example, architecture, grids, randomized, text_config
 
 IMAGE, VIDEO, VISION_START, VISION_END, AUDIO = 90, 91, 92, 93, 94
 MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
@@ -53,14 +53,8 @@ LINEAR_ATTENTION = {
 
 def images(**changes: Any) -> dict[str, torch.Tensor]:
     """Two rows of one image each: 4 by 4 patches, merged by fours."""
-    inputs = rows_of([VISION_START, *[IMAGE] * 4, VISION_END])
-    return {
-        **inputs,
-        "pixel_values": torch.randn(2 * 16, 3 * 2 * 4 * 4),
-        "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
-        "mm_token_type_ids": (inputs["input_ids"] == IMAGE).int(),
-        **changes,
-    }
+    inputs = grids([VISION_START, *[IMAGE] * 4, VISION_END], 3 * 2 * 4 * 4)
+    return {**inputs, "mm_token_type_ids": (inputs["input_ids"] == IMAGE).int(), **changes}
 
 
 @architecture("qwen2_vl")

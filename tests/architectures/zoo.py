@@ -79,6 +79,12 @@ def rows_of(image: list[int], *, answer: int = ANSWER) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
+def grids(image: list[int], *patch: int) -> dict[str, Tensor]:
+    """Two rows of an image of 4 by 4 patches each, which stand one after another, and the size of each grid."""
+    grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
+    return {**rows_of(image), "pixel_values": pixels(2 * 16, *patch), "image_grid_thw": grid}
+
+
 def randomized(model: nn.Module, std: float = 0.2) -> nn.Module:
     """Give a model weights that tell tokens, heads and layers apart, and let it generate on without end.
 

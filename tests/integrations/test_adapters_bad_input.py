@@ -186,6 +186,7 @@ SUBJECTS = {
         {"model": MODEL},
         {"model": NO_MODEL, "consumer": NO_FUNCTION, "norm": NO_NORM},
     ),
+    "decoder_of": Subject(adapter.decoder_of, {"model": MODEL}, {"model": NO_MODEL, "norm": NO_NORM}),
     "final_norm": Subject(adapter.final_norm, {"model": MODEL}, {"model": NO_MODEL, "norm": NO_NORM}),
     "visual_mask": Subject(
         adapter.visual_mask,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
+from eager_attention import TOLERANCE, assert_same, eager_weights, sums_by_segment  # noqa: E402
 from integrations.test_transformers import TEXT, batch_with_images, build  # noqa: E402
 
 from vgpo_kernels.integrations.transformers import (  # noqa: E402
@@ -24,34 +25,12 @@ from vgpo_kernels.integrations.transformers import (  # noqa: E402
 )
 
 FAMILIES = ["llava", "qwen2_5_vl", "qwen3_vl"]
-TOLERANCE = 1e-4
 
 
 def segments_of(model: nn.Module, inputs: dict[str, Tensor], response: int = 0) -> Tensor:
     """Segments of a batch whose last ``response`` tokens were generated."""
     sampled = torch.ones(len(inputs["input_ids"]), response, dtype=torch.bool)
     return attention_segments(inputs["input_ids"], model, inputs["attention_mask"], sampled)
-
-
-def sums_by_segment(weights: tuple[Tensor, ...], segments: Tensor) -> Tensor:
-    """Eager weights ``[B, Hq, T, S]`` of each layer to masses ``[B, layers, Hq, T, 3]``."""
-    members = torch.stack([segments == g for g in (IMAGE, QUESTION, GENERATED)], dim=-1).float()
-    return torch.stack([layer.float() @ members[:, None] for layer in weights], dim=1)
-
-
-def eager_weights(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    previous = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        weights = model(**inputs, output_attentions=True).attentions
-    model.set_attn_implementation(previous)
-    return weights
-
-
-def assert_same(captured: Tensor, expected: Tensor, real: Tensor) -> None:
-    """Compare where there is a token; what padding looks at is nobody's."""
-    rows = real.bool()[:, None, :, None].expand_as(captured)
-    torch.testing.assert_close(captured[rows], expected[rows], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vgpo_kernels import checks
 from vgpo_kernels.integrations.attention_call import AttentionCall, MaskReader, read_call
 from vgpo_kernels.integrations.attention_passes import Follower, Pass, looked_up_by, plain_function
-from vgpo_kernels.integrations.model_surface import final_norm, unwrap, uses_prompt_learning, visual_mask
+from vgpo_kernels.integrations.model_surface import decoder_of, uses_prompt_learning, visual_mask
 
 IGNORED, IMAGE, QUESTION, GENERATED = -1, 0, 1, 2
 SEGMENT_NAMES = ("image", "question", "generated")
@@ -73,7 +73,7 @@ def capture_attention(
         raise ValueError(
             "prompt and prefix tuning put tokens before those of input_ids: their attention is not captured"
         )
-    decoder = _decoder(model, norm)
+    _, decoder = decoder_of(model, norm)
     attentions = _attention_modules(decoder)
     chosen = {id(attentions[index]): index for index in _chosen_layers(decoder, attentions, layers)}
     under_way: list[Pass] = []
@@ -328,7 +328,7 @@ def capture_attention_mass(
         ValueError: Likewise, or the batch is no multiple of that of ``segments``.
 
     """
-    decoder = _decoder(model, norm)
+    _, decoder = decoder_of(model, norm)
     chosen = tuple(_chosen_layers(decoder, _attention_modules(decoder), layers))
     if checks.integers("segments", segments).dim() != 2:
         raise ValueError(f"segments must have shape [B, S], got {checks.describe(segments)}")
@@ -342,7 +342,8 @@ def capture_attention_mass(
     captured = CapturedMasses(chosen, per_head)
 
     def consume(call: AttentionCall) -> None:
-        if differentiable and (not torch.is_grad_enabled() or _is_checkpointed(decoder)):
+        begins = call.layer == chosen[0]
+        if differentiable and (not torch.is_grad_enabled() or (begins and _is_checkpointed(decoder))):
             raise ValueError(
                 "differentiable=True where no graph is kept: under no_grad, or under gradient checkpointing"
             )
@@ -406,7 +407,7 @@ def key_segments(segments: Tensor, call: AttentionCall, later_segment: int) -> T
     return rows[:, call.first_key : end]
 
 
-def resolve_layers(layers: Sequence[int] | None, number: int) -> list[int]:
+def resolve_layers(layers: Sequence[int], number: int) -> list[int]:
     """Return indices of layers in their order, each once.
 
     Raises:
@@ -415,20 +416,14 @@ def resolve_layers(layers: Sequence[int] | None, number: int) -> list[int]:
 
     """
     given: Any = layers
-    if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
+    if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(f"layers must be a sequence of integers, (-1,) say, got {layers!r}")
-    if layers is not None and not all(isinstance(layer, int) for layer in layers):
+    if not all(isinstance(layer, int) for layer in layers):
         raise TypeError(f"layers must be integers, got {layers}")
-    found = sorted({layer + number if layer < 0 else layer for layer in (range(number) if layers is None else layers)})
+    found = sorted({layer + number if layer < 0 else layer for layer in layers})
     if not found or found[0] < 0 or found[-1] >= number:
         raise ValueError(f"layers must lie in [-{number}, {number}) and not be empty, got {layers}")
     return found
-
-
-def _decoder(model: nn.Module, norm: str | nn.Module | None) -> Any:
-    """Return the module that runs the decoder layers and then the final norm."""
-    last = final_norm(model, norm)
-    return next(module for module in unwrap(model).modules() if any(child is last for child in module.children()))
 
 
 def _attention_modules(decoder: Any) -> dict[int, nn.Module]:

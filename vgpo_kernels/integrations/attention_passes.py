@@ -143,8 +143,8 @@ class Pass:
                 f"cache that tells how many tokens came before: this adapter knows {known('transformers')}"
             )
         own = getattr(self.cache, "self_attention_cache", self.cache)  # of an encoder-decoder
-        layers = getattr(own, "layers", [self])
-        if keys < total and not all(type(one).__module__ == CACHES for one in layers):
+        layers = getattr(own, "layers", None)
+        if keys < total and (layers is None or not all(type(one).__module__ == CACHES for one in layers)):
             raise ValueError(
                 f"the cache of layer {layer} of {self.decoder} ({type(self.cache).__name__}) keeps {keys} of {total} "
                 "keys, and it is not known which: their attention cannot be assigned to tokens"
@@ -192,10 +192,12 @@ class Follower:
             self._follow(cache, False)
 
     def _follow(self, cache: Any, reordered: bool) -> None:
-        if cache is not None:
+        if cache is None:
+            return
+        if cache not in self._known:
             with _LOCK:  # a class of its own, perhaps
                 _count_exchanges(type(cache).__mro__)
-            self._known[cache] = (self._last, _exchanges(cache), reordered)
+        self._known[cache] = (self._last, _exchanges(cache), reordered)
 
 
 def _cache_of(values: Any) -> Any:

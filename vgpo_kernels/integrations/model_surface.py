@@ -63,6 +63,24 @@ def final_norm(model: nn.Module, norm: str | nn.Module | None = None) -> nn.Modu
         decoder = below
 
 
+def decoder_of(model: nn.Module, norm: str | nn.Module | None = None) -> tuple[str, Any]:
+    """Return the module that runs the decoder layers and then the final norm, after its name in the unwrapped model.
+
+    Args:
+        model: A model of transformers, wrapped or not.
+        norm: As in :func:`final_norm`.
+
+    Raises:
+        TypeError: As in :func:`final_norm`.
+        ValueError: Likewise.
+
+    """
+    inner, last = unwrap(model), final_norm(model, norm)
+    return next(
+        (name, module) for name, module in inner.named_modules() if any(child is last for child in module.children())
+    )
+
+
 def _named_norm(model: nn.Module, norm: str | nn.Module) -> nn.Module:
     if not isinstance(norm, (str, nn.Module)):
         raise TypeError(f"norm must be a module or its name, got {type(norm).__name__}")

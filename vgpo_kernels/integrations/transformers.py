@@ -42,6 +42,7 @@ from vgpo_kernels.integrations.attention_capture import (
 from vgpo_kernels.integrations.model_surface import (
     NORM_NAMES,
     VISUAL_TOKEN_NAMES,
+    decoder_of,
     final_norm,
     unwrap,
     visual_mask,
@@ -63,6 +64,7 @@ __all__ = [
     "capture_attention",
     "capture_attention_mass",
     "capture_hidden_states",
+    "decoder_of",
     "final_norm",
     "unwrap",
     "visual_mask",
