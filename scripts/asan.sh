@@ -4,7 +4,7 @@
 # that call an op are run on the C++ backend, but for those of load.
 #
 #   make asan                                   all of them
-#   make asan ARGS="tests/test_cpu.py -k holes" some
+#   make asan ARGS="tests/ops/test_cpu.py -k holes" some
 #
 # PYTHON is an interpreter with torch and pytest (default: python3). ASAN_FOLDER is where the copy lies and stays, so that
 # the next run compiles only what changed; by default it is a temporary folder.
@@ -43,7 +43,7 @@ for library in libasan.so libubsan.so libstdc++.so; do
     preload+="$($compiler -print-file-name=$library) "
 done
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-export VGPO_TEST_BACKENDS=cpp PYTHONPATH="$copy:$copy/python:$copy/tests"
+export VGPO_TEST_BACKENDS=cpp PYTHONPATH="$copy:$copy/python:$copy/tests:$copy/tests/ops"
 sanitized() { LD_PRELOAD=$preload "$python" "$@"; }
 
 # A control: a tensor that claims more memory than it has. If reading it ends well, nothing below would be found either.
@@ -63,7 +63,7 @@ if sanitized control.py > control.log 2>&1 || ! grep -q heap-buffer-overflow con
 fi
 echo "asan: built with $("$compiler" --version | head -1); the control is caught"
 
-(($#)) || set -- tests/test_!(build|lock|readme|docs|load|cuda_*|triton_*).py
+(($#)) || set -- tests/ops/test_!(load|triton_*).py tests/project/test_benchmarks.py
 # pytest leaves the descriptors alone: it would swallow what is told just before a test dies.
 code=0
 sanitized -m pytest -q -p no:cacheprovider --capture=sys "$@" 2>&1 | tee tests.log || code=$?

@@ -14,9 +14,8 @@ stages=("$@")
 ((${#stages[@]})) || stages=(build test triton sanitize bench)
 summary=()
 status=0
-operator_tests=(tests/test_visual_focus.py tests/test_visual_weights.py tests/test_policy_loss.py
-    tests/test_vgpo_loss.py tests/test_operators.py tests/test_attention_mass.py tests/test_linear_logprob.py
-    tests/test_lm_head.py tests/test_linear_vgpo_loss.py)
+operator_tests=(tests/ops/test_{visual_focus,visual_weights,policy_loss,vgpo_loss,operators,attention_mass}.py
+    tests/ops/test_{linear_logprob,lm_head,linear_vgpo_loss}.py)
 
 wanted() { [[ " ${stages[*]} " == *" $1 "* ]]; }
 
@@ -73,7 +72,7 @@ fi
 if wanted test; then
     # Tests of the operators on the GPU's backends; what needs no GPU is left to `make test`.
     VGPO_TEST_BACKENDS=reference,cuda stage test 240 "$PYTHON" -m pytest -q --maxfail=20 \
-        -p no:cacheprovider tests/test_cuda_gpu.py "${operator_tests[@]}"
+        -p no:cacheprovider tests/cuda/test_cuda_gpu.py "${operator_tests[@]}"
 fi
 
 if wanted triton; then

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vgpo_trainer import ablate, demo, doctor, inspect, train
-from vgpo_trainer.storage import RunFailure
+from vgpo_trainer.commands import ablate, doctor, inspect, train
+from vgpo_trainer.demo import training as demo
+from vgpo_trainer.runs.checkpoints import RunFailure
 
 DESCRIPTION = """\
 Visually-guided reinforcement learning of vision-language models.
@@ -88,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     """Make report.html of a run again from the files in its folder."""
-    from vgpo_trainer.report import write_report
-    from vgpo_trainer.run_folder import RunFolder, RunFolderError
+    from vgpo_trainer.reports.run import write_report
+    from vgpo_trainer.runs.folder import RunFolder, RunFolderError
 
     try:
         print(write_report(RunFolder(arguments.folder)))

@@ -56,8 +56,6 @@ from trl.models.utils import disable_gradient_checkpointing
 from vgpo_kernels import VGPOConfig, policy_loss
 from vgpo_kernels.integrations.transformers import final_norm as find_norm
 from vgpo_kernels.integrations.transformers import visual_token_ids
-from vgpo_trainer.attention_signal import AttentionPass, check_attention
-from vgpo_trainer.callbacks import MetricsFile
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.fused_head import fuse_heads
 from vgpo_trainer.rollouts import (
@@ -68,7 +66,10 @@ from vgpo_trainer.rollouts import (
     prompt_text,
     row_images,
 )
-from vgpo_trainer.storage import RunFailure, store_batch, writing
+from vgpo_trainer.runs.checkpoints import RunFailure, store_batch, writing
+from vgpo_trainer.runs.metrics import MetricsFile
+from vgpo_trainer.signals.attention import AttentionPass, check_attention
+from vgpo_trainer.signals.factors import FocusPass, VisualSignal, compute_signal, image_positions, visual_tokens_told
 from vgpo_trainer.trl_surface import (
     AGGREGATIONS,
     CLIPPED,
@@ -81,7 +82,6 @@ from vgpo_trainer.trl_surface import (
     refuse_unsupported,
     refuse_video,
 )
-from vgpo_trainer.visual_signal import FocusPass, VisualSignal, compute_signal, image_positions, visual_tokens_told
 
 SignalPass = FocusPass | AttentionPass
 POLICY_RECORD = {  # metric of policy_loss: key of the log

@@ -16,10 +16,10 @@ import torch
 
 pytest.importorskip("trl")
 
-from vgpo_trainer import ablate
-from vgpo_trainer.ablation_report import ARMS, Interval, Run, markdown, plot, summarise, verdict
-from vgpo_trainer.callbacks import read_metrics
 from vgpo_trainer.cli import main
+from vgpo_trainer.commands import ablate
+from vgpo_trainer.reports.ablation import ARMS, Interval, Run, markdown, plot, summarise, verdict
+from vgpo_trainer.runs.metrics import read_metrics
 
 from vgpo_kernels import VGPOConfig
 

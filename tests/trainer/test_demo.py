@@ -14,13 +14,13 @@ pytest.importorskip("trl")
 
 from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from vgpo_trainer.callbacks import read_metrics
 from vgpo_trainer.cli import main
-from vgpo_trainer.demo import DemoSettings, run_demo
-from vgpo_trainer.demo_display import DemoDisplay, describe_accuracy, sparkline
-from vgpo_trainer.digits import make_problems
-from vgpo_trainer.evaluation import Evaluation, evaluate
-from vgpo_trainer.run_folder import RunFolder
+from vgpo_trainer.demo.digits import make_problems
+from vgpo_trainer.demo.display import DemoDisplay, describe_accuracy, sparkline
+from vgpo_trainer.demo.evaluation import Evaluation, evaluate
+from vgpo_trainer.demo.training import DemoSettings, run_demo
+from vgpo_trainer.runs.folder import RunFolder
+from vgpo_trainer.runs.metrics import read_metrics
 
 torch.set_num_threads(1)
 SMALL = {"steps": 2, "prompts": 3, "generations": 4, "evaluation_problems": 8, "evaluate_every": 1}
@@ -168,7 +168,7 @@ def test_interruption_is_one_line(tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vgpo_trainer.demo.run_demo", interrupt)
+    monkeypatch.setattr("vgpo_trainer.demo.training.run_demo", interrupt)
     assert main(demo_command(tmp_path / "run")) == 130
     assert capsys.readouterr().err.startswith("vgpo demo: interrupted")
 
@@ -219,7 +219,7 @@ def test_missing_dependency_is_one_line(monkeypatch, capsys):
     def missing(_):
         raise ModuleNotFoundError("No module named 'trl'", name="trl")
 
-    monkeypatch.setattr("vgpo_trainer.doctor.run", missing)
+    monkeypatch.setattr("vgpo_trainer.commands.doctor.run", missing)
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err.startswith("vgpo doctor: trl is not installed; pip install")
 

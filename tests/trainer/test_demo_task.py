@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from vgpo_trainer.digits import (
+from vgpo_trainer.demo.digits import (
     CELL,
     GRID,
     MAX_DIGITS,
@@ -18,9 +18,9 @@ from vgpo_trainer.digits import (
     scan_indices,
     solution_text,
 )
-from vgpo_trainer.evaluation import encode_prompts, evaluate, wilson_interval
-from vgpo_trainer.tiny_vlm import IMAGE, RESPOND, build_model, build_processor
-from vgpo_trainer.warm_start import SHIPPED, WarmStartSettings, imitation_batch, load_checkpoint, warm_start
+from vgpo_trainer.demo.evaluation import encode_prompts, evaluate, wilson_interval
+from vgpo_trainer.demo.tiny_vlm import IMAGE, RESPOND, build_model, build_processor
+from vgpo_trainer.demo.warm_start import SHIPPED, WarmStartSettings, imitation_batch, load_checkpoint, warm_start
 
 torch.set_num_threads(1)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from vgpo_trainer import doctor, fused_head, model_checks, trainer
+from vgpo_trainer import fused_head, trainer
 from vgpo_trainer.cli import main
+from vgpo_trainer.commands import doctor, model_checks
 
 import vgpo_kernels
 from vgpo_kernels import backends

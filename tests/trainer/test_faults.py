@@ -22,10 +22,11 @@ pytest.importorskip("trl")
 from safetensors import safe_open
 from trainer.tiny_runs import picture, save_model
 from transformers import AutoModelForImageTextToText
-from vgpo_trainer import cli, train
-from vgpo_trainer.callbacks import read_metrics
-from vgpo_trainer.run_folder import RunFolder
-from vgpo_trainer.storage import CheckpointError, RunFailure, check_checkpoint, checkpoints, writing
+from vgpo_trainer import cli
+from vgpo_trainer.commands import train
+from vgpo_trainer.runs.checkpoints import CheckpointError, RunFailure, check_checkpoint, checkpoints, writing
+from vgpo_trainer.runs.folder import RunFolder
+from vgpo_trainer.runs.metrics import read_metrics
 
 from vgpo_kernels.integrations.transformers import final_norm
 
@@ -322,6 +323,6 @@ def test_a_package_of_another_is_not_promised_by_the_extra(monkeypatch, capsys):
     def missing(_):
         raise ModuleNotFoundError("No module named 'timm'", name="timm")
 
-    monkeypatch.setattr("vgpo_trainer.doctor.run", missing)
+    monkeypatch.setattr("vgpo_trainer.commands.doctor.run", missing)
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err == "vgpo doctor: timm is not installed\n"

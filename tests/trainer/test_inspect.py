@@ -21,9 +21,9 @@ from PIL import Image
 from trainer.test_report import Page
 from trainer.tiny_runs import FAMILIES, llava, picture, qwen2_5_vl
 from vgpo_trainer.cli import main
-from vgpo_trainer.inspect import Inspection, inspect_answer
-from vgpo_trainer.inspect_page import build_page
-from vgpo_trainer.warm_start import SHIPPED
+from vgpo_trainer.commands.inspect import Inspection, inspect_answer
+from vgpo_trainer.demo.warm_start import SHIPPED
+from vgpo_trainer.reports.inspection import build_page
 
 from vgpo_kernels import VGPOConfig, visual_focus, visual_weights
 
@@ -171,7 +171,7 @@ def words(dom: str, name: str) -> str:
 @pytest.fixture(scope="module")
 def shipped_page(tmp_path_factory) -> Path:
     """The page of a held-out problem, answered by the checkpoint that ships."""
-    from vgpo_trainer.digits import PROMPT, make_problems
+    from vgpo_trainer.demo.digits import PROMPT, make_problems
 
     folder = tmp_path_factory.mktemp("inspect")
     make_problems(7, "held_out", 5)[6].image.save(folder / "digits.png")

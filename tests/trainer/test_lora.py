@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 import peft
 from architectures.zoo import example
-from vgpo_trainer import train
+from vgpo_trainer.commands import train
 from vgpo_trainer.lora import LoraTargetError, decoder_targets, lora_config
 
 

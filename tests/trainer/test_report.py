@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
-from vgpo_trainer.charts import Axis, Series, axis_around, histogram, line_chart, median, running_mean
 from vgpo_trainer.cli import main
-from vgpo_trainer.report import choose_groups, focus_curve, paired_change, split_by_reading, write_report
-from vgpo_trainer.run_folder import RunFolder, RunFolderError, StoredRollout
+from vgpo_trainer.reports.charts import Axis, Series, axis_around, histogram, line_chart, median, running_mean
+from vgpo_trainer.reports.run import choose_groups, focus_curve, paired_change, split_by_reading, write_report
+from vgpo_trainer.runs.folder import RunFolder, RunFolderError, StoredRollout
 
 ATTACK = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 VOID = {"meta", "img", "br", "line", "circle", "path", "i"}

@@ -16,8 +16,9 @@ pytest.importorskip("trl")
 from safetensors.torch import load_file
 from trainer.test_report import Page
 from trainer.tiny_runs import picture, save_model
-from vgpo_trainer import ablate, cli, train
-from vgpo_trainer.storage import CheckpointError, check_checkpoint
+from vgpo_trainer import cli
+from vgpo_trainer.commands import ablate, train
+from vgpo_trainer.runs.checkpoints import CheckpointError, check_checkpoint
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
@@ -214,7 +215,12 @@ def test_an_offence_would_be_found(source):
 
 def test_all_sources_are_looked_at():
     names = {path.relative_to(ROOT).as_posix() for path in SOURCES}
-    assert {"setup.py", "python/vgpo_trainer/train.py", "vgpo_kernels/backends.py", "benchmarks/measure.py"} <= names
+    assert {
+        "setup.py",
+        "python/vgpo_trainer/commands/train.py",
+        "vgpo_kernels/backends.py",
+        "benchmarks/measure.py",
+    } <= names
 
 
 # Pages.

@@ -11,9 +11,9 @@ pytest.importorskip("trl")
 
 from trainer.test_trainer_signal import capture_unshuffled
 from trainer.tiny_runs import FAMILIES, generation_batch, make_trainer, rows
-from vgpo_trainer import train
-from vgpo_trainer.callbacks import read_metrics
+from vgpo_trainer.commands import train
 from vgpo_trainer.config import VGPOTrainingConfig
+from vgpo_trainer.runs.metrics import read_metrics
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
 
 from vgpo_kernels import VGPOConfig

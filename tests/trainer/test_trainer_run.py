@@ -17,9 +17,9 @@ import vgpo_trainer
 from trainer.tiny_runs import llava, make_trainer, parity_reward, picture, rows, save_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2ForCausalLM, TrainerCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
-from vgpo_trainer import train
-from vgpo_trainer.callbacks import MetricsFile, read_metrics
+from vgpo_trainer.commands import train
 from vgpo_trainer.config import VGPOTrainingConfig
+from vgpo_trainer.runs.metrics import MetricsFile, read_metrics
 from vgpo_trainer.trl_surface import check_surface
 
 from vgpo_kernels.integrations.surface import UnknownSurfaceError

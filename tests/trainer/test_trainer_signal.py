@@ -17,8 +17,8 @@ pytest.importorskip("trl")
 import transformers
 from trainer.tiny_runs import FAMILIES, generation_batch, make_trainer, picture, rows
 from vgpo_trainer.rollouts import prompt_id, prompt_text, row_images
+from vgpo_trainer.signals.factors import combine, compute_signal, image_positions, late_early_ratio
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
-from vgpo_trainer.visual_signal import combine, compute_signal, image_positions, late_early_ratio
 
 from vgpo_kernels import VGPOConfig, visual_focus, visual_weights
 from vgpo_kernels.integrations import model_surface

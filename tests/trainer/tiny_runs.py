@@ -17,7 +17,7 @@ from datasets import Dataset
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from vgpo_trainer.config import VGPOTrainingConfig
-from vgpo_trainer.tiny_vlm import build_model, build_processor
+from vgpo_trainer.demo.tiny_vlm import build_model, build_processor
 from vgpo_trainer.trainer import VGPOTrainer
 
 FAMILIES = ("llava", "qwen2_5_vl")

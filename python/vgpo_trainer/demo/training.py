@@ -1,0 +1,356 @@
+"""``vgpo demo``: train a small vision-language model with VGPO on a laptop, and show what it learned.
+
+A model that adds up handwritten digits two times in five (see :mod:`vgpo_trainer.demo.warm_start`) is trained with
+reinforcement learning: it answers, the answers are checked, and VGPO weighs each token's advantage by how much the
+token looks at the image. Held-out accuracy is measured before, during and after, on scans that no training problem
+uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vgpo_trainer.runs.checkpoints import writing
+from vgpo_trainer.runs.folder import RunFolder, versions_of_a_run
+
+if TYPE_CHECKING:
+    from vgpo_trainer.demo.digits import Problem
+    from vgpo_trainer.demo.display import Listener
+    from vgpo_trainer.demo.evaluation import Evaluation
+    from vgpo_trainer.trainer import VGPOTrainer
+
+DESCRIPTION = (
+    "Train a small vision-language model with VGPO on images of handwritten digits, and report what it learned."
+)
+EVALUATION_SEED = 2_000_003  # the held-out problems are the same for every run
+SHOWN_EXAMPLES = 12
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Everything that decides how a demo runs.
+
+    Attributes:
+        out: Folder of the run.
+        algo: ``"vgpo"``, or ``"dapo"``: the same run without the visual signal in its loss.
+        seed: Of the problems, of sampling, and of the weights of a fresh warm start.
+        steps: Optimisation steps of reinforcement learning.
+        warm_start: ``"shipped"`` starts from the checkpoint in the package, ``"fresh"`` makes one first.
+        minutes: Reinforcement stops early where it would not end in this time.
+        prompts: Problems a step.
+        generations: Responses a problem.
+        learning_rate: AdamW's, after a short linear rise.
+        temperature: Of sampling.
+        evaluate_every: Steps between two measurements of held-out accuracy.
+        evaluation_problems: Held-out problems of a measurement.
+        warm_start_steps: At most this many steps of a fresh warm start.
+        changes: Fields of :class:`~vgpo_kernels.VGPOConfig` that are not to be the paper's.
+    """
+
+    out: Path
+    algo: str = "vgpo"
+    seed: int = 0
+    steps: int = 120
+    warm_start: str = "shipped"
+    minutes: float = 6.0
+    prompts: int = 64
+    generations: int = 4
+    learning_rate: float = 1e-4
+    temperature: float = 1.0
+    evaluate_every: int = 20
+    evaluation_problems: int = 400
+    warm_start_steps: int = 800
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reinforcement:
+    """A run of reinforcement that has ended: its trainer, the held-out problems, and the answers to them."""
+
+    trainer: VGPOTrainer
+    problems: list[Problem]
+    before: Evaluation
+    after: Evaluation
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a demo showed: held-out evaluations before and after, the folder, steps done and seconds taken."""
+
+    before: Evaluation
+    after: Evaluation
+    folder: RunFolder
+    steps: int
+    seconds: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``vgpo demo`` to a parser."""
+    default = DemoSettings(Path())
+    add = parser.add_argument
+    add("--algo", choices=("vgpo", "dapo"), default=default.algo, help="dapo: the same without the visual signal")
+    add("--seed", type=_natural, default=default.seed, help="(default: %(default)s)")
+    add("--steps", type=_positive, default=default.steps, help="steps of reinforcement (default: %(default)s)")
+    add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/demo-<algo>-<time>)")
+    add(
+        "--warm-start",
+        choices=("shipped", "fresh"),
+        default=default.warm_start,
+        help="start from the shipped checkpoint, or imitate worked solutions first (default: %(default)s)",
+    )
+    add("--minutes", type=float, default=default.minutes, help="stop early to end in this time (default: %(default)s)")
+    add("--prompts", type=_positive, default=default.prompts, help="problems a step (default: %(default)s)")
+    add("--generations", type=_positive, default=default.generations, help="responses each (default: %(default)s)")
+    add("--learning-rate", type=float, default=default.learning_rate, help="(default: %(default)s)")
+    add("--temperature", type=float, default=default.temperature, help="of sampling (default: %(default)s)")
+    add("--evaluate-every", type=_positive, default=default.evaluate_every, metavar="STEPS", help=argparse.SUPPRESS)
+    add("--evaluation-problems", type=_positive, default=default.evaluation_problems, help=argparse.SUPPRESS)
+    add("--warm-start-steps", type=_positive, default=default.warm_start_steps, help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo as the command line says: 0 when done, 2 when it cannot start, 130 when interrupted."""
+    chosen = {name: value for name, value in vars(arguments).items() if name in DemoSettings.__dataclass_fields__}
+    if chosen["out"] is None:
+        chosen["out"] = Path("runs") / f"demo-{arguments.algo}-{datetime.now():%Y%m%d-%H%M%S}"
+    settings = DemoSettings(**chosen)
+    # First, so that a package that is missing leaves no folder behind.
+    from vgpo_trainer.demo.display import DemoDisplay
+
+    try:
+        check(settings)
+        RunFolder(settings.out).create()
+    except ValueError as error:
+        print(f"vgpo demo: {error}", file=sys.stderr)
+        return 2
+    with DemoDisplay(settings.steps) as display:
+        try:
+            result = run_demo(settings, display)
+        except KeyboardInterrupt:
+            display.close()
+            print(f"vgpo demo: interrupted; what there is lies in {settings.out}", file=sys.stderr)
+            return 130
+    display.summary(result)
+    return 0
+
+
+def check(settings: DemoSettings) -> None:
+    """Refuse settings that cannot run.
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    if settings.generations < 2:
+        raise ValueError(f"--generations must be at least 2 to compare responses, got {settings.generations}")
+    if not settings.learning_rate > 0:
+        raise ValueError(f"--learning-rate must be positive, got {settings.learning_rate}")
+    if not settings.temperature > 0:
+        raise ValueError(f"--temperature must be positive, got {settings.temperature}")
+    if not settings.minutes > 0:
+        raise ValueError(f"--minutes must be positive, got {settings.minutes}")
+
+
+def run_demo(settings: DemoSettings, display: Listener) -> DemoResult:
+    """Run the demo into a folder that exists, and return what it showed.
+
+    Args:
+        settings: What to run.
+        display: What is told as it happens.
+    """
+    start = time.monotonic()
+    display.stage("loading PyTorch, transformers and TRL")
+    run = reinforce(settings, display, start)
+    trainer, folder = run.trainer, RunFolder(settings.out)
+
+    display.stage("writing the checkpoint and the report")
+    from vgpo_trainer.demo.inspections import write_inspections
+    from vgpo_trainer.reports.run import write_report
+
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    with writing(folder.model):
+        policy.save_pretrained(folder.model)
+        trainer.processing_class.save_pretrained(folder.model)
+    store_evaluation(folder, run.problems, run.before, run.after)
+    write_inspections(folder, policy, trainer.processing_class, f"model trained with {settings.algo.upper()}")
+    seconds = time.monotonic() - start
+    record = config_record(settings)
+    record["result"] = {"seconds": round(seconds, 1), "steps": trainer.state.global_step}
+    folder.write_config(record)
+    write_report(folder)
+    return DemoResult(run.before, run.after, folder, trainer.state.global_step, time.monotonic() - start)
+
+
+def reinforce(
+    settings: DemoSettings, display: Listener, start: float | None = None, before: Evaluation | None = None
+) -> Reinforcement:
+    """Train into a folder that exists, with settings, metrics and rollouts as its files, and measure before and after.
+
+    Args:
+        settings: What to run.
+        display: What is told as it happens.
+        start: When the time of ``settings.minutes`` began, on :func:`time.monotonic`; default: now.
+        before: The evaluation of the starting point, where it is known already.
+    """
+    start = time.monotonic() if start is None else start
+    import torch
+
+    from vgpo_trainer.demo.callback import DemoCallback
+    from vgpo_trainer.demo.digits import make_problems
+    from vgpo_trainer.demo.evaluation import evaluate
+
+    silence_libraries()
+    # The matrices are small: past a few threads, waiting for each other costs more than they gain.
+    torch.set_num_threads(min(torch.get_num_threads(), 4))
+    folder = RunFolder(settings.out)
+    folder.write_config(config_record(settings))
+
+    model, processor = starting_point(settings, display)
+    held_out = make_problems(settings.evaluation_problems, "held_out", EVALUATION_SEED)
+    if before is None:
+        display.stage(f"measuring accuracy on {len(held_out)} held-out problems")
+        before = evaluate(model, processor, held_out)
+    display.evaluated(0, before)
+
+    trainer = build_trainer(settings, model, processor)
+    # What comes after training, evaluation and report, takes about as long as what came before it.
+    deadline = start + 60 * settings.minutes - max(10.0, 0.05 * 60 * settings.minutes)
+    callback = DemoCallback(trainer, folder, held_out, before, settings.evaluate_every, deadline, display)
+    trainer.add_callback(callback)
+    display.stage(f"training with {settings.algo.upper()}")
+    trainer.train()
+    return Reinforcement(trainer, held_out, before, callback.latest)
+
+
+def starting_point(settings: DemoSettings, display: Listener) -> tuple[Any, Any]:
+    """The model and processor that reinforcement starts from: shipped, or made now."""
+    from vgpo_trainer.demo.tiny_vlm import build_model, build_processor
+    from vgpo_trainer.demo.warm_start import SHIPPED, WarmStartSettings, load_checkpoint, warm_start
+
+    if settings.warm_start == "shipped":
+        return load_checkpoint(SHIPPED)
+    display.stage("warm start: imitating worked solutions until two in five training problems are solved")
+    processor = build_processor()
+    model = build_model(processor, settings.seed)
+    imitation = WarmStartSettings(max_steps=settings.warm_start_steps)
+    warm_start(model, processor, settings.seed, imitation, display.imitated)
+    return model, processor
+
+
+def build_trainer(settings: DemoSettings, model: Any, processor: Any) -> VGPOTrainer:
+    """The trainer of the demo: whole groups in one batch, one generation a step."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+
+    from vgpo_trainer.config import VGPOTrainingConfig
+    from vgpo_trainer.demo.digits import MAX_RESPONSE_TOKENS, exact_answer_reward, make_problems
+    from vgpo_trainer.trainer import VGPOTrainer
+
+    problems = make_problems(settings.prompts * settings.steps, "train", settings.seed)
+    rows = [{**problem.row(), "prompt_id": index} for index, problem in enumerate(problems)]
+    responses = settings.prompts * settings.generations
+    training = VGPOTrainingConfig(
+        output_dir=str(settings.out),
+        vgpo="paper" if settings.algo == "vgpo" else None,
+        vgpo_diagnostics=settings.algo != "vgpo",
+        **{f"vgpo_{name}": value for name, value in settings.changes.items()},
+        rollout_samples=responses,
+        loss_type="dapo",
+        epsilon_high=0.28,
+        per_device_train_batch_size=responses,
+        num_generations=settings.generations,
+        max_completion_length=MAX_RESPONSE_TOKENS,
+        temperature=settings.temperature,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=min(5, settings.steps // 4),
+        max_steps=settings.steps,
+        seed=settings.seed,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = VGPOTrainer(model, exact_answer_reward, training, Dataset.from_list(rows), processing_class=processor)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def store_evaluation(folder: RunFolder, problems: Sequence[Any], before: Evaluation, after: Evaluation) -> None:
+    """Write the held-out results: counts, intervals, all responses, and some problems with their image."""
+    answered = list(zip(problems, before.responses, after.responses, before.correct, after.correct, strict=True))
+    learned = [item for item in answered if item[4] and not item[3]]
+    failing = [item for item in answered if not item[4]]
+    shown = learned[: SHOWN_EXAMPLES - 4] + failing[:4]
+    folder.write_evaluation(
+        {
+            "problems": len(answered),
+            "before": {"accuracy": before.accuracy, "interval": before.interval},
+            "after": {"accuracy": after.accuracy, "interval": after.interval},
+            "newly_right": len(learned),
+            "newly_wrong": sum(was and not now for *_, was, now in answered),
+            "examples": [
+                {
+                    "image": folder.store_image(problem.image),
+                    "answer": problem.answer,
+                    "before": first,
+                    "after": last,
+                    "right_before": was,
+                    "right_after": now,
+                }
+                for problem, first, last, was, now in shown
+            ],
+            "responses": [
+                {"digits": problem.digits, "answer": problem.answer, "before": first, "after": last}
+                for problem, first, last, *_ in answered
+            ],
+        }
+    )
+
+
+def config_record(settings: DemoSettings) -> dict[str, Any]:
+    """What ``config.json`` says of a run."""
+    from vgpo_kernels import VGPOConfig, backends
+
+    return {
+        "command": "demo",
+        "settings": asdict(settings),
+        "vgpo": asdict(VGPOConfig.paper(**settings.changes)) if settings.algo == "vgpo" else None,
+        "versions": versions_of_a_run(),
+        "backend": backends.describe()["serves"],
+    }
+
+
+def silence_libraries() -> None:
+    """Keep progress bars and notices of the libraries out of the display; warnings and errors still show."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    return value

@@ -1,0 +1,146 @@
+"""What torch asks of an operator: schema, fake kernel, autograd, and tracing into one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import EDGES, Batch, make_batch
+from tolerance import assert_close
+from torch import Tensor
+
+import vgpo_kernels
+from vgpo_kernels import VGPOConfig
+from vgpo_kernels.ops import registry
+from vgpo_kernels.ops.policy_loss import POLICY_METRICS
+
+ROOT = Path(__file__).resolve().parents[2]
+# Where every op has a file of its stem.
+ROOMS = {
+    "vgpo_kernels/ops": "{}.py",
+    "vgpo_kernels/reference": "{}.py",
+    "vgpo_kernels/triton_kernels": "{}.py",
+    "csrc/cpu": "{}.cpp",
+    "csrc/cuda": "{}.cu",
+    "benchmarks": "bench_{}.py",
+    "tests/ops": "test_{}.py",
+}
+CONFIG = VGPOConfig.paper().as_floats()
+OPTIONS = vgpo_kernels.PolicyLossOptions(max_length=32).as_floats()
+
+
+def operator_arguments(batch: Batch) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, as its public function would pass them."""
+    cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.long()
+    mask = batch.response_mask
+    logp = batch.logp.nan_to_num().requires_grad_()
+    entropy = batch.entropy.nan_to_num().requires_grad_()
+    old, reference = batch.old_logp.nan_to_num(), batch.ref_logp.nan_to_num()
+    hidden = batch.hidden.nan_to_num()
+    score = torch.rand(len(batch.group_ids), device=mask.device)
+    cos = torch.where(mask, torch.rand(mask.shape, device=mask.device), 0.0)
+    policy = (reference, entropy, None, None, None)
+    image = (batch.visual_mask, mask)
+    return {
+        "visual_prototype": (hidden, batch.visual_mask, cu_seqlens),
+        "visual_focus": (hidden, *image, cu_seqlens, None, None),
+        "visual_weights": (cos, mask, batch.group_ids, batch.has_visual, cu_seqlens, CONFIG),
+        "group_weights": (score, batch.group_ids, None, CONFIG),
+        "policy_loss": (logp, old, batch.advantages, mask, cos, cu_seqlens, *policy, OPTIONS),
+        "vgpo_loss": (
+            *(hidden, logp, old, batch.advantages, *image, batch.group_ids, cu_seqlens, None, None),
+            *(*policy, CONFIG, OPTIONS),
+        ),
+    }
+
+
+NAMES = list(operator_arguments(make_batch(EDGES["plain"])))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(exact_backend: str, device: torch.device, name: str, packed: bool) -> None:
+    arguments = operator_arguments(make_batch(EDGES["plain"], packed=packed).to(device))[name]
+    torch.library.opcheck(registry.implementation(name, exact_backend), arguments)
+
+
+def focus(batch: Batch, hidden: Tensor) -> Tensor:
+    return vgpo_kernels.visual_focus(hidden, batch.visual_mask, batch.response_mask, cu_seqlens=batch.cu_seqlens)
+
+
+def factors(batch: Batch, hidden: Tensor) -> Tensor:
+    cos = focus(batch, hidden)
+    return vgpo_kernels.visual_weights(
+        cos, batch.response_mask, batch.group_ids, VGPOConfig.paper(), cu_seqlens=batch.cu_seqlens
+    ).factors
+
+
+def policy(batch: Batch, hidden: Tensor) -> Tensor:
+    logp = batch.logp * hidden.detach().nan_to_num().mean().abs()
+    result = vgpo_kernels.policy_loss(
+        logp,
+        batch.old_logp,
+        batch.advantages,
+        batch.response_mask,
+        factors=factors(batch, hidden),
+        cu_seqlens=batch.cu_seqlens,
+        num_tokens=100,
+    )
+    return result.loss + result.metrics["ratio_mean"]
+
+
+def composed(batch: Batch, hidden: Tensor) -> Tensor:
+    return vgpo_kernels.vgpo_loss(
+        hidden,
+        batch.logp,
+        batch.old_logp,
+        batch.advantages,
+        batch.visual_mask,
+        batch.response_mask,
+        batch.group_ids,
+        VGPOConfig.released(),
+        cu_seqlens=batch.cu_seqlens,
+    ).loss
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("function", [focus, factors, policy, composed])
+def test_traces_into_one_graph(
+    backend_name: str, device: torch.device, function: Callable[[Batch, Tensor], Tensor], packed: bool
+) -> None:
+    batch = make_batch(EDGES["shuffled groups"], packed=packed).to(device)
+    expected = function(batch, batch.hidden)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(batch, batch.hidden), expected.double(), name=function.__name__, floor=1e-5)
+
+
+def test_a_traced_loss_has_its_gradient(backend_name: str, device: torch.device) -> None:
+    batch = make_batch(EDGES["plain"]).to(device)
+
+    def loss(logp: Tensor) -> Tensor:
+        return vgpo_kernels.policy_loss(logp, batch.old_logp, batch.advantages, batch.response_mask).loss * 3
+
+    gradients = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        logp = batch.logp.clone().requires_grad_()
+        function(logp).backward()
+        gradients.append(logp.grad)
+    assert_close(gradients[1], gradients[0].double(), name="gradient")
+
+
+def test_metrics_are_read_without_being_computed(backend_name: str, device: torch.device) -> None:
+    batch = make_batch(EDGES["plain"]).to(device)
+    metrics = vgpo_kernels.policy_loss(batch.logp, batch.old_logp, batch.advantages, batch.response_mask).metrics
+    assert tuple(metrics) == POLICY_METRICS
+    assert all(value.dim() == 0 and not value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_operator_has_its_stem_in_every_room(room: str) -> None:
+    stems = {operator.stem for operator in registry.OPERATORS.values()}
+    assert len(stems) >= 6
+    missing = [stem for stem in stems if not (ROOT / room / ROOMS[room].format(stem)).is_file()]
+    assert not missing
