@@ -175,6 +175,7 @@ def example_scope() -> dict[str, object]:
     visual_mask[:, :2] = True
     logp = torch.randn(batch, 3).sub(3).requires_grad_()
     return {
+        "torch": torch,
         "hidden": torch.randn(batch, length, features, requires_grad=True),
         "visual_mask": visual_mask,
         "response_mask": torch.ones(batch, 3, dtype=torch.bool),
@@ -222,7 +223,7 @@ def test_python_blocks_compile_and_run_if_they_can(code: str) -> None:
 def test_enough_blocks_run() -> None:
     scope = set(example_scope())
     run = {name for name, code in blocks("python") if free_names(code) <= scope and not NEEDS_MORE.search(code)}
-    assert run >= {"README-0", "adding-a-signal-0", "how-it-works-0", "how-it-works-1", "how-it-works-2"}
+    assert run >= {"README-0", "README-1", "adding-a-signal-0", "how-it-works-0", "how-it-works-1", "how-it-works-2"}
 
 
 def test_imports_in_python_blocks_exist() -> None:
