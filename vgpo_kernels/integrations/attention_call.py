@@ -1,10 +1,9 @@
-"""A layer's attention as transformers is about to compute it: queries, keys, and which keys each query sees.
+"""The arguments of a layer's attention in transformers: queries, keys, and which keys each query sees.
 
-transformers hands an attention function a mask (dense, of padding alone, a block mask, or none), and whether it is
-causal. Nearly always that means "every key up to the query's own, within a window perhaps, padding aside", which the
-kernels compute without an array of queries by keys. Where a mask says anything else (chunks, images seen in both
-directions, blocks chosen by the data) it is taken at its word: the shares are those under this mask, computed a few
-queries at a time.
+transformers passes an attention function a mask (dense, padding only, a block mask, or none) and whether it is causal.
+Usually a query sees every key up to its own position, perhaps within a window, without padding; then the kernels
+compute the shares without an array of queries by keys. Under any other mask (chunks, images seen in both directions,
+blocks chosen by the data) the shares are computed from the mask itself, a few queries at a time.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ PACKED = "cu_seq_lens_q"
 
 
 class AttentionCall(NamedTuple):
-    """Queries and keys as a layer's attention is about to use them.
+    """Queries and keys of one call of a layer's attention.
 
     Attributes:
         layer: Index of the layer in the decoder.
         q: Queries after position embedding, ``[B, Hq, T, d]``.
-        k: Keys, those of the cache included, ``[B, Hk, S, d]``.
-        query_positions: The last of the keys that each query sees, ``[B, T]``.
+        k: Keys, including those of the cache, ``[B, Hk, S, d]``.
+        query_positions: Index of the last key that each query sees, ``[B, T]``.
         first_query: Index of the first query's token in the sequence.
         first_key: Index of the first key's token: not 0 where a sliding-window cache has dropped keys.
         scale: Factor of the scores, or ``None`` for the usual one.
         window: Positions that a query of a sliding-window layer sees, else ``None``.
         kept: True at keys that the model's mask shows to any query, bool ``[B, S]``; ``None``: all.
-        visible: Which keys each query sees, bool ``[B, 1, T, S]`` or ``[B, Hq, T, S]``, where that is anything else
-            than those of ``kept`` up to its position within the window; else ``None``.
-        sequence: Number of the sequence in the block: passes that go on with one cache share it.
+        visible: Which keys each query sees, bool ``[B, 1, T, S]`` or ``[B, Hq, T, S]``; ``None`` where these are the
+            keys of ``kept`` up to its position within the window.
+        sequence: Number of the sequence in the block: passes that continue one cache share it.
         reordered: Whether beam search has exchanged rows of the cache, so that they are not those of earlier passes.
 
     """
@@ -232,7 +231,7 @@ def mask_is_padding(mask: Any) -> bool:
 
 
 class MaskReader:
-    """Reads dense masks, each once: the layers of a pass share theirs."""
+    """Reads each dense mask once, since the layers of a pass share it."""
 
     def __init__(self) -> None:
         self._known: list[tuple[Any, int | None, tuple[Tensor, Tensor | None]]] = []

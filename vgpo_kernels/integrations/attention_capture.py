@@ -1,19 +1,19 @@
-"""What the attention of an unmodified transformers model looks at, while the model's own kernels do the work.
+"""Shows what an unmodified transformers model attends to, while the model's own attention kernels run.
 
-A layer of transformers asks for its attention function by name. Inside the ``with`` block of a capture it gets one that
-calls what it would have got (sdpa, flash attention, its own eager attention), and hands queries and keys on to a
-consumer: outputs, gradients and caches are the model's own. Training forwards, scoring passes and ``generate`` are
-captured alike::
+A layer of transformers looks up its attention function by name. Inside the ``with`` block of a capture it gets a
+function that calls the original one (sdpa, flash attention, its own eager attention) and also passes queries and keys
+to a consumer. Outputs, gradients and caches do not change. This works in training passes, scoring passes and
+``generate``::
 
     segments = attention_segments(inputs["input_ids"], model, inputs["attention_mask"])
     with capture_attention_mass(model, segments, layers=(-1,)) as captured:
         model.generate(**inputs)
     image_share = captured.masses[..., IMAGE]  # [B, layers, tokens]
 
-A token's attention is that of the query at the token itself. The last token of ``generate`` is never a query. What a
-query sees is what the model's mask shows it: everything up to itself in most layers, a window, a chunk, or an image and
-prompt in both directions (Gemma, PaliGemma). That a layer's output really is the softmax of ``q k^T`` under its mask is
-computed for a few queries when the layer is first seen; a layer that does something else is refused, not guessed.
+A token's attention is that of the query at the token itself. The last token of ``generate`` is never a query. A query
+sees the keys that the model's mask shows it: everything up to itself in most layers, a window, a chunk, or an image and
+prompt in both directions (Gemma, PaliGemma). When a layer is first seen, a few of its queries are computed again to
+check that its output is the softmax of ``q k^T`` under its mask. A layer that does something else raises an error.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ def capture_attention(
     layers: Sequence[int] | None = None,
     norm: str | nn.Module | None = None,
 ) -> Iterator[None]:
-    """Hand queries and keys of chosen decoder layers to ``consumer`` during every forward pass in the block.
+    """Pass queries and keys of chosen decoder layers to ``consumer`` during every forward pass in the block.
 
-    Not seen are passes that a compiled graph replays without Python, and recomputation under gradient checkpointing.
-    The look-up of attention functions is process-wide: other models keep working inside the block, and are not
-    captured. Blocks may nest, overlap and run in several threads, each with a model of its own.
+    Not captured: passes that a compiled graph replays without Python, and recomputation under gradient checkpointing.
+    The look-up of attention functions is process-wide. Other models work normally inside the block and are not
+    captured. Blocks may nest, overlap and run in several threads, each with its own model.
 
     Args:
         model: A model of transformers, or one wrapped by DistributedDataParallel, FSDP, DeepSpeed, accelerate or PEFT.
-        consumer: Called after each attention, in the order of layers. What it does counts for gradients.
-        layers: Indices of decoder layers, negative ones counted from the last; by default all that have attention:
-            hybrid models have others.
+        consumer: Called after the attention of each layer, in the order of layers. It runs under autograd, as the pass
+            does.
+        layers: Indices of decoder layers; negative ones count from the last. Default: all layers that have attention.
         norm: The final norm, as for :func:`capture_hidden_states`; its decoder is the one that is captured.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Following a decoder's forward passes: which tokens each has, and how layers are given an attention function.
+"""Follows a decoder's forward passes: which tokens each pass has, and how layers get an attention function.
 
-What a layer's queries and keys are is known from outside of it only: how many tokens a pass has, how many its cache
-held, and which of them. Nothing here is guessed: a cache that is not recognised, or that keeps other keys than the
-last ones, is refused.
+Which tokens the queries and keys of a layer belong to is only known outside the layer: how many tokens the pass has,
+how many the cache held, and which ones. A cache that is not recognised, or that keeps other keys than the last ones,
+raises an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CACHES = "transformers.cache_utils"
 
 
 class CapturedFunction(partial[Any]):
-    """An attention function inside a capture's; its first argument is the function it stands for."""
+    """A capture's attention function; its first argument is the function that it calls."""
 
 
 def plain_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,13 +48,13 @@ def _find(registry: Any, attn_implementation: str, default: Callable[..., Any]) 
 
 @contextmanager
 def looked_up_by(capture: Callable[..., Any]) -> Iterator[None]:
-    """Let every layer of transformers that asks for its attention function inside the block get ``capture`` of it.
+    """Make ``capture`` the attention function of every layer of transformers inside the block.
 
     Args:
         capture: Called with the function, its name, and the arguments of the layer's call.
 
     Raises:
-        UnknownSurfaceError: Layers of this transformers ask for it in another way.
+        UnknownSurfaceError: In this release of transformers, layers look up their attention function in another way.
 
     """
     from transformers import AttentionInterface, Cache, EncoderDecoderCache

@@ -9,13 +9,13 @@
 
 The driver and every worker import that module, so all of them are patched:
 
-- ``DataParallelPPOActor._forward_micro_batch`` scores visual focus while ``compute_log_prob`` runs: a hook on the
-  final norm, no extra pass. The scores travel beside the log-probs, so dynamic batching and sequence parallelism put
-  them back in order as they do those;
-- ``FSDPWorker.compute_log_probs`` hands them to the driver as ``visual_focus``;
-- ``compute_advantage`` on the driver multiplies the advantages by the factors, over the whole rollout batch and with
+- ``DataParallelPPOActor._forward_micro_batch`` computes the visual focus while ``compute_log_prob`` runs, with a hook
+  on the final norm and no extra pass. It travels beside the log-probs, so dynamic batching and sequence parallelism
+  restore its order too;
+- ``FSDPWorker.compute_log_probs`` sends it to the driver as ``visual_focus``;
+- ``compute_advantage`` on the driver multiplies the advantages by the factors, over the whole rollout batch, with
   groups known by uid;
-- ``compute_policy_loss`` is answered by :func:`vgpo_kernels.policy_loss`.
+- ``compute_policy_loss`` becomes :func:`vgpo_kernels.policy_loss`.
 
 EasyR1 is installed from its repository under the name of ``verl``; nothing of it is imported before
 :func:`patch_easyr1` is called.
@@ -96,7 +96,7 @@ def patch_easyr1(
         trainer_module: ``verl.trainer.ray_trainer`` unless given.
 
     Raises:
-        UnknownSurfaceError: This EasyR1 has another surface than the versions known.
+        UnknownSurfaceError: EasyR1's functions are not those of the known versions.
 
     """
     checks.settings("config", config, VGPOConfig)

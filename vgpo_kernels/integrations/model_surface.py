@@ -1,6 +1,6 @@
-"""What a model of transformers is known by: its final norm, the wrappers around it, the ids of its visual tokens.
+"""Finds the parts of a transformers model: its final norm, its decoder, the ids of its visual tokens.
 
-Nothing here imports transformers: a model is known by its surface (``get_decoder()``, a final norm, ``config``), which
+Nothing here imports transformers. The parts are found by attributes (``get_decoder()``, a final norm, ``config``) that
 LLaVA, Qwen2-VL, Qwen2.5-VL, Qwen3-VL and most other decoders share.
 """
 
@@ -64,7 +64,7 @@ def final_norm(model: nn.Module, norm: str | nn.Module | None = None) -> nn.Modu
 
 
 def decoder_of(model: nn.Module, norm: str | nn.Module | None = None) -> tuple[str, Any]:
-    """Return the module that runs the decoder layers and then the final norm, after its name in the unwrapped model.
+    """Return the module that runs the decoder layers and the final norm: its name in the unwrapped model, and itself.
 
     Args:
         model: A model of transformers, wrapped or not.
@@ -103,7 +103,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _inside(model: nn.Module) -> nn.Module | None:
-    """Return what a wrapper wraps, and ``None`` of a model that is none."""
+    """Return the model inside a wrapper, or ``None`` if the model is not a wrapper."""
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
         return model._orig_mod  # type: ignore[return-value]
     if callable(getattr(model, "get_base_model", None)):  # PEFT
@@ -131,8 +131,8 @@ def visual_token_ids(model_or_config: Any, processor: Any = None) -> tuple[int, 
         processor: The model's processor, asked where the config says nothing.
 
     Raises:
-        ValueError: Neither names such a token, as a text-only model's, or the model's image features enter by
-            cross-attention, so that no position of the sequence holds one.
+        ValueError: Neither has such an id (a text-only model), or the model's image features enter by cross-attention,
+            so that no position of the sequence holds one.
 
     """
     config = model_or_config

@@ -1,4 +1,4 @@
-"""What the adapters to other codebases share: checking the surface they attach to, and their settings."""
+"""Shared by the adapters to other codebases: checks of the functions they attach to, settings, re-weighting."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def known(name: str) -> str:
 
 
 def require(owner: Any, name: str, parameters: Sequence[str], known: str) -> Callable[..., Any]:
-    """Return ``owner.name`` if it takes ``parameters``, among others.
+    """Return the function ``owner.name``, after checking that it takes ``parameters``.
 
     Args:
         owner: The module or class.
@@ -40,7 +40,7 @@ def require(owner: Any, name: str, parameters: Sequence[str], known: str) -> Cal
         known: The versions that the adapter was written for, for the message.
 
     Raises:
-        UnknownSurfaceError: The function is gone, or takes something else.
+        UnknownSurfaceError: The function does not exist, or does not take these parameters.
 
     """
     place = f"{getattr(owner, '__module__', '')}.{owner.__name__}".lstrip(".")
@@ -77,7 +77,7 @@ def config_from(settings: Mapping[str, Any]) -> VGPOConfig:
 
 
 def group_numbers(names: Sequence[Any], device: torch.device) -> Tensor:
-    """Number the prompts that responses carry as names: integers ``[B]``, equal where the names are."""
+    """Return group ids ``[B]`` from the name of each response's prompt: equal ids for equal names."""
     numbers: dict[Any, int] = {}
     return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], dtype=torch.int64, device=device)
 
@@ -94,7 +94,7 @@ def reweight(
 
     Args:
         advantages: Per token, ``[B, T]`` or packed ``[N]``.
-        cos: Focus scores in the same shape; a response whose scores are all zero has no image.
+        cos: Cosines of :func:`visual_focus`, in the same shape; a response with only zeros has no image.
         response_mask: The scored tokens, in the same shape.
         prompts: Name of each response's prompt, B of them.
         config: The settings.

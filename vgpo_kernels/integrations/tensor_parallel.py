@@ -28,9 +28,10 @@ def parallel_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`vgpo_kernels.linear_logprob` where each rank holds some rows of the weight.
 
-    Every rank calls it with the same hidden states and targets, gets the same results, and is to make the same loss of
-    them. Four numbers a target are gathered; no logit leaves its rank. The gradient by the weight's rows is complete,
-    and that by hidden is summed over ranks: both are those of one process with the whole weight.
+    Every rank calls it with the same hidden states and targets, gets the same results, and has to compute the same loss
+    from them. The ranks exchange four numbers per target; no logit leaves its rank. The gradient w.r.t. this rank's
+    rows of the weight is complete, and the one w.r.t. hidden is summed over ranks: both are those of one process with
+    the whole weight.
 
     Args:
         hidden: As in :func:`vgpo_kernels.linear_logprob`, ``[..., D]``, the same on every rank.
@@ -72,7 +73,7 @@ def parallel_logprob(
 
 
 class _Replicated(torch.autograd.Function):
-    """What every rank holds alike: each contributes a share of its gradient."""
+    """Marks a tensor that is the same on every rank: backward sums its gradient over ranks."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -1,14 +1,14 @@
-"""Hidden states, attention shares and visual tokens of a vision-language model as transformers builds it.
+"""Hidden states, attention shares and visual tokens of an unmodified vision-language model of transformers.
 
-The hidden states that VGPO scores are the decoder's after its final norm. ``output_hidden_states=True`` would keep
-those of every layer; a hook on the final norm keeps exactly one tensor, and it is the one that the LM head reads, so
-it costs no memory beyond a reference::
+VGPO reads the decoder's hidden states after its final norm. ``output_hidden_states=True`` would keep those of every
+layer. A hook on the final norm keeps a reference to one tensor, the one that the LM head reads anyway, so it needs no
+further memory::
 
     with capture_hidden_states(model) as captured:
         logits = model(**inputs).logits
     cos = visual_focus(captured.hidden, visual_mask(inputs["input_ids"], model), response_mask)
 
-What the attention of its layers looks at is captured the same way, without the attention matrix::
+The attention of its layers is captured the same way, without the attention matrix::
 
     segments = attention_segments(inputs["input_ids"], model, inputs["attention_mask"])
     with capture_attention_mass(model, segments, layers=(-1,)) as captured:
@@ -73,7 +73,7 @@ __all__ = [
 
 
 class CapturedHiddenStates:
-    """What :func:`capture_hidden_states` yields: the last hidden states of the forward passes inside its block."""
+    """The hidden states after the final norm of the forward passes inside a :func:`capture_hidden_states` block."""
 
     def __init__(self) -> None:
         self._passes: list[Tensor] = []

@@ -9,11 +9,11 @@ r"""VGPO in verl (0.9): one environment variable and two lines of configuration.
 
 verl imports the module in the driver and in every worker. There it
 
-- scores visual focus in the old-log-prob pass (a hook on the final norm; no extra forward pass), as one more value a
-  token beside the log-prob and the entropy: ``visual_focus`` in the engine's model output;
-- re-weights advantages on the driver, where the rollout batch is whole and groups are known by uid
+- computes the visual focus in the old-log-prob pass (a hook on the final norm, no extra forward pass): one more value
+  per token beside the log-prob and the entropy, named ``visual_focus`` in the engine's model output;
+- re-weights the advantages on the driver, which has the whole rollout batch and knows the groups by uid
   (``trainer_mode=vgpo``);
-- offers this library's losses as ``loss_mode`` ``vgpo`` (PPO with dual clip, as ``vanilla``), ``vgpo_gspo``,
+- registers this library's losses as ``loss_mode`` ``vgpo`` (PPO with dual clip, as ``vanilla``), ``vgpo_gspo``,
   ``vgpo_cispo`` and ``vgpo_sapo``. The re-weighted advantages work with verl's own losses as well.
 
 Importing this module imports verl and registers all of it; nothing else in the library imports it.
@@ -61,7 +61,7 @@ def compute_policy_loss(
     *,
     loss_mode: str = "vgpo",
 ) -> tuple[Tensor, dict[str, float]]:
-    """Answer verl's signature for a policy loss by :func:`vgpo_kernels.policy_loss`.
+    """:func:`vgpo_kernels.policy_loss` with the signature of verl's policy losses.
 
     Args:
         old_log_prob: ``[B, T]``, as all that follow.
@@ -121,7 +121,7 @@ def compute_policy_loss(
 
 
 def focus_of_packed(hidden: Tensor, input_ids: Any, model: Any) -> Tensor:
-    """Score the tokens of a nested batch of sequences, each the prompt with its response.
+    """Compute the focus of all tokens of a nested batch of sequences (prompt and response).
 
     Args:
         hidden: Last hidden states of the forward pass: packed ``[1, N (+ padding), D]``, or ``[B, S, D]`` padded
@@ -130,7 +130,7 @@ def focus_of_packed(hidden: Tensor, input_ids: Any, model: Any) -> Tensor:
         model: The model, whose configuration names its visual tokens.
 
     Returns:
-        fp32 ``[N]``: cosines **shifted one place to the left**, as verl keeps log-probs, so that its own slicing
+        fp32 ``[N]``: cosines **shifted one place to the left**, as verl stores log-probs, so that verl's own slicing
         finds the focus of token t where it finds the log-prob of token t.
 
     Raises:
@@ -149,13 +149,13 @@ def focus_of_packed(hidden: Tensor, input_ids: Any, model: Any) -> Tensor:
 
 
 def score_focus(engine: type) -> None:
-    """Let an FSDP engine of verl answer ``calculate_visual_focus`` in its forward pass.
+    """Make an FSDP engine of verl compute the focus in its forward pass when ``calculate_visual_focus`` is set.
 
     Args:
         engine: The class, whose ``forward_step`` is replaced, once.
 
     Raises:
-        UnknownSurfaceError: The engine has another surface than those of the versions known.
+        UnknownSurfaceError: The engine's methods are not those of the known versions.
 
     """
     forward_step = require(engine, "forward_step", ("self", "micro_batch", "loss_function", "forward_only"), KNOWN)
@@ -182,7 +182,7 @@ def score_focus(engine: type) -> None:
 
 
 def visually_guided(trainer: type) -> type:
-    """Return a subclass of one of verl's trainers whose advantages carry VGPO's factors.
+    """Return a subclass of one of verl's trainers that multiplies the advantages by VGPO's factors.
 
     Register it for another way of running than verl's synchronous one::
 
@@ -192,7 +192,7 @@ def visually_guided(trainer: type) -> type:
         trainer: A trainer that computes old log-probabilities and advantages as verl's synchronous one does.
 
     Raises:
-        UnknownSurfaceError: The trainer has another surface than those of the versions known.
+        UnknownSurfaceError: The trainer's methods are not those of the known versions.
 
     """
     require(trainer, "_compute_old_log_prob", ("self", "batch", "metrics"), KNOWN)
@@ -245,7 +245,7 @@ def register() -> None:
     """Register the losses, the scoring engine and, where verl's trainer can be imported, ``trainer_mode=vgpo``.
 
     Raises:
-        UnknownSurfaceError: This verl has another surface than the versions known.
+        UnknownSurfaceError: verl's functions are not those of the known versions.
 
     """
     parameters = ("name",)
