@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from vgpo_trainer.commands import ablate, doctor, inspect, train
-from vgpo_trainer.demo import training as demo
-from vgpo_trainer.runs.checkpoints import RunFailure
+from vgpo_trainer.commands import ablate, demo, doctor, inspect, report, train
+from vgpo_trainer.runs.writing import RunFailure
 
 DESCRIPTION = """\
 Visually-guided reinforcement learning of vision-language models.
@@ -37,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module, summary in (
         ("demo", demo, "train a small model on a laptop and see what it learns"),
         ("train", train, "train any Hugging Face vision-language model"),
+        ("report", report, "make the report of a run again"),
         ("inspect", inspect, "see what each token of an answer looks at"),
         ("ablate", ablate, "compare DAPO, VGPO and its parts over seeds"),
         ("doctor", doctor, "what is installed, what is built, does it work"),
@@ -44,9 +43,6 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=module.DESCRIPTION)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    report = commands.add_parser("report", help="make the report of a run again", description=_report.__doc__)
-    report.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
-    report.set_defaults(run=_report)
     return parser
 
 
@@ -85,19 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vgpo {arguments.command}: {package} is not installed{remedy}", file=sys.stderr)
         return 2
     return status
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    """Make report.html of a run again from the files in its folder."""
-    from vgpo_trainer.reports.run import write_report
-    from vgpo_trainer.runs.folder import RunFolder, RunFolderError
-
-    try:
-        print(write_report(RunFolder(arguments.folder)))
-    except RunFolderError as error:
-        print(f"vgpo report: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":

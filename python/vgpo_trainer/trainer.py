@@ -66,8 +66,9 @@ from vgpo_trainer.rollouts import (
     prompt_text,
     row_images,
 )
-from vgpo_trainer.runs.checkpoints import RunFailure, store_batch, writing
+from vgpo_trainer.runs.checkpoints import store_batch
 from vgpo_trainer.runs.metrics import MetricsFile
+from vgpo_trainer.runs.writing import RunFailure, writing
 from vgpo_trainer.signals.attention import AttentionPass, check_attention
 from vgpo_trainer.signals.factors import FocusPass, VisualSignal, compute_signal, image_positions, visual_tokens_told
 from vgpo_trainer.trl_surface import (

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("trl")
 
 from vgpo_trainer.cli import main
-from vgpo_trainer.commands import ablate
+from vgpo_trainer.demo import ablation as demo_ablation
 from vgpo_trainer.reports.ablation import ARMS, Interval, Run, markdown, plot, summarise, verdict
 from vgpo_trainer.runs.metrics import read_metrics
 
@@ -40,7 +40,7 @@ def result(arm: str, seed: int, accuracy: float, ratio: float = 1.0) -> Run:
 def ablation(tmp_path_factory):
     """Two arms with two seeds, interrupted in the second run, then gone on with."""
     out = tmp_path_factory.mktemp("ablation") / "out"
-    reinforce, calls = ablate.reinforce, []
+    reinforce, calls = demo_ablation.reinforce, []
 
     def interrupted(settings, *rest, **named):
         calls.append((settings.algo, settings.seed))
@@ -50,7 +50,7 @@ def ablation(tmp_path_factory):
         return reinforce(settings, *rest, **named)
 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
-        patch.setattr(ablate, "reinforce", interrupted)
+        patch.setattr(demo_ablation, "reinforce", interrupted)
         assert main(command(out, "--arms", "dapo", "vgpo", "--seeds", "2")) == 130
         first = {path.name for path in (out / "results").iterdir()}
         assert main(command(out, "--arms", "dapo", "vgpo", "--seeds", "2")) == 0
@@ -101,7 +101,7 @@ def test_files_hold_every_run(ablation):
 
 def test_the_report_is_made_again_without_training(ablation, tmp_path, monkeypatch, capsys):
     out, _, _ = ablation
-    monkeypatch.setattr(ablate, "reinforce", None)
+    monkeypatch.setattr(demo_ablation, "reinforce", None)
     assert main(["ablate", "--out", str(out), "--report-only", "--report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'ablation.md'}\n"
     for name in ("ablation.md", "images/ablation.svg"):
@@ -110,7 +110,7 @@ def test_the_report_is_made_again_without_training(ablation, tmp_path, monkeypat
 
 def test_it_says_at_once_how_long_it_will_take(ablation, capsys, monkeypatch):
     out, _, _ = ablation
-    monkeypatch.setattr(ablate, "reinforce", lambda *_, **__: pytest.fail("trains before it says how long"))
+    monkeypatch.setattr(demo_ablation, "reinforce", lambda *_, **__: pytest.fail("trains before it says how long"))
     with pytest.raises(pytest.fail.Exception):
         main(command(out, "--arms", "dapo", "vgpo", "--seeds", "4"))
     said = capsys.readouterr().out
@@ -120,8 +120,8 @@ def test_it_says_at_once_how_long_it_will_take(ablation, capsys, monkeypatch):
 
 def test_the_time_of_a_first_run_follows_from_its_steps(capsys, monkeypatch):
     clock = iter([10.0, 12.0, 14.0, 16.0])
-    monkeypatch.setattr(ablate.time, "monotonic", lambda: next(clock))
-    display = ablate.AblationDisplay(steps=50, runs=3, total=3, seconds=[])
+    monkeypatch.setattr(demo_ablation.time, "monotonic", lambda: next(clock))
+    display = demo_ablation.AblationDisplay(steps=50, runs=3, total=3, seconds=[])
     display.start()
     for step in (1, 2, 3, 4):
         display.stepped(step, {})
@@ -157,7 +157,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
 
 
 def test_a_broken_result_is_named(tmp_path, capsys):
-    folder = ablate.AblationFolder(tmp_path)
+    folder = demo_ablation.AblationFolder(tmp_path)
     folder.open(BUDGET)
     (folder.results / "dapo-0.json").write_text('{"arm": "da')
     assert main(["ablate", "--out", str(tmp_path), "--report-only"]) == 2

@@ -18,7 +18,8 @@ from vgpo_trainer.cli import main
 from vgpo_trainer.demo.digits import make_problems
 from vgpo_trainer.demo.display import DemoDisplay, describe_accuracy, sparkline
 from vgpo_trainer.demo.evaluation import Evaluation, evaluate
-from vgpo_trainer.demo.training import DemoSettings, run_demo
+from vgpo_trainer.demo.settings import DemoSettings
+from vgpo_trainer.demo.training import run_demo
 from vgpo_trainer.runs.folder import RunFolder
 from vgpo_trainer.runs.metrics import read_metrics
 

@@ -24,9 +24,10 @@ from trainer.tiny_runs import picture, save_model
 from transformers import AutoModelForImageTextToText
 from vgpo_trainer import cli
 from vgpo_trainer.commands import train
-from vgpo_trainer.runs.checkpoints import CheckpointError, RunFailure, check_checkpoint, checkpoints, writing
+from vgpo_trainer.runs.checkpoints import CheckpointError, check_checkpoint, checkpoints
 from vgpo_trainer.runs.folder import RunFolder
 from vgpo_trainer.runs.metrics import read_metrics
+from vgpo_trainer.runs.writing import RunFailure, writing
 
 from vgpo_kernels.integrations.transformers import final_norm
 

@@ -21,8 +21,8 @@ from PIL import Image
 from trainer.test_report import Page
 from trainer.tiny_runs import FAMILIES, llava, picture, qwen2_5_vl
 from vgpo_trainer.cli import main
-from vgpo_trainer.commands.inspect import Inspection, inspect_answer
 from vgpo_trainer.demo.warm_start import SHIPPED
+from vgpo_trainer.inspection import Inspection, inspect_answer
 from vgpo_trainer.reports.inspection import build_page
 
 from vgpo_kernels import VGPOConfig, visual_focus, visual_weights

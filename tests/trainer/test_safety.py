@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from trainer.test_report import Page
 from trainer.tiny_runs import picture, save_model
 from vgpo_trainer import cli
-from vgpo_trainer.commands import ablate, train
+from vgpo_trainer.commands import train
+from vgpo_trainer.demo import ablation as demo_ablation
 from vgpo_trainer.runs.checkpoints import CheckpointError, check_checkpoint
 
 torch.set_num_threads(1)
@@ -245,12 +246,12 @@ def test_a_report_escapes_the_names_of_runs_models_datasets_and_prompts(model, t
 
 
 def test_an_ablations_page_escapes_its_results(tmp_path):
-    folder = ablate.AblationFolder(tmp_path)
-    settings = ablate.AblationSettings()
+    folder = demo_ablation.AblationFolder(tmp_path)
+    settings = demo_ablation.AblationSettings()
     folder.open(settings.budget())
-    run = ablate.Run("dapo", 0, 0.3, 0.4, 1.0, 0.5, 1, 2.0, 1.5, 1, {"torch": f"{ATTACK}<script>"}, [0.5])
+    run = demo_ablation.Run("dapo", 0, 0.3, 0.4, 1.0, 0.5, 1, 2.0, 1.5, 1, {"torch": f"{ATTACK}<script>"}, [0.5])
     folder.store(run)
-    folder.store(ablate.Run(**{**vars(run), "arm": f"{ATTACK}"}))  # an arm that nobody knows has no row
+    folder.store(demo_ablation.Run(**{**vars(run), "arm": f"{ATTACK}"}))  # an arm that nobody knows has no row
     assert cli.main(["ablate", "--out", str(tmp_path), "--report-only"]) == 0
     page, plot = (tmp_path / name for name in ("ablation.md", "images/ablation.svg"))
     assert "<script" not in page.read_text() and "<img" not in page.read_text() + plot.read_text()

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgpo_trainer.runs.checkpoints import CheckpointError, RunFailure, check_checkpoint, checkpoints, writing
-from vgpo_trainer.runs.folder import versions_of_a_run, write_atomically
+from vgpo_trainer.commands.arguments import positive
+from vgpo_trainer.runs.checkpoints import CheckpointError, check_checkpoint, checkpoints
+from vgpo_trainer.runs.folder import versions_of_a_run
+from vgpo_trainer.runs.writing import RunFailure, write_atomically, writing
 
 if TYPE_CHECKING:
     from vgpo_trainer.config import VGPOTrainingConfig
@@ -56,28 +58,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weigh tokens by visual focus, or by their attention on the image (default: %(default)s)",
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=_positive, help="optimisation steps")
+    length.add_argument("--steps", type=positive, help="optimisation steps")
     length.add_argument("--epochs", type=float, default=1.0, help="passes over the dataset (default: %(default)s)")
     add = parser.add_argument
-    add("--batch-size", type=_positive, default=8, help="responses a process and micro-batch (default: %(default)s)")
-    add("--accumulate", type=_positive, default=1, help="micro-batches a step (default: %(default)s)")
-    add("--generations", type=_positive, default=8, help="responses a prompt (default: %(default)s)")
-    add("--max-completion-length", type=_positive, default=512, help="tokens a response (default: %(default)s)")
+    add("--batch-size", type=positive, default=8, help="responses a process and micro-batch (default: %(default)s)")
+    add("--accumulate", type=positive, default=1, help="micro-batches a step (default: %(default)s)")
+    add("--generations", type=positive, default=8, help="responses a prompt (default: %(default)s)")
+    add("--max-completion-length", type=positive, default=512, help="tokens a response (default: %(default)s)")
     add("--learning-rate", type=float, default=1e-6, help="(default: %(default)s)")
     add("--kl", type=float, default=0.0, metavar="BETA", help="weight of the KL term (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="of sampling (default: %(default)s)")
     add("--seed", type=int, default=42, help="(default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)")
-    add("--lora-rank", type=_positive, help="train a LoRA adapter of this rank instead of all weights")
-    add("--lora-alpha", type=_positive, help="scale of the adapter; default: twice the rank")
+    add("--lora-rank", type=positive, help="train a LoRA adapter of this rank instead of all weights")
+    add("--lora-alpha", type=positive, help="scale of the adapter; default: twice the rank")
     add(
         "--lora-targets",
         nargs="+",
         metavar="NAME",
         help="linear layers of the decoder that the adapter is added to, q_proj say; default: all-linear",
     )
-    add("--save-every", type=_positive, default=50, metavar="STEPS", help="checkpoint (default: %(default)s)")
-    add("--eval-every", type=_positive, default=50, metavar="STEPS", help="evaluate (default: %(default)s)")
+    add("--save-every", type=positive, default=50, metavar="STEPS", help="checkpoint (default: %(default)s)")
+    add("--eval-every", type=positive, default=50, metavar="STEPS", help="evaluate (default: %(default)s)")
     add(
         "--set",
         action="append",
@@ -319,13 +321,6 @@ def write_run_config(arguments: argparse.Namespace, training: VGPOTrainingConfig
     with writing(arguments.out / RUN_CONFIG):
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_atomically(arguments.out / RUN_CONFIG, json.dumps(content, indent=2, default=str) + "\n")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
-    return value
 
 
 if __name__ == "__main__":

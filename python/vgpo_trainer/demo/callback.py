@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -14,10 +14,26 @@ from vgpo_trainer.rollouts import RolloutSample
 from vgpo_trainer.runs.folder import RunFolder, StoredRollout
 
 if TYPE_CHECKING:
-    from vgpo_trainer.demo.display import Listener
+    from vgpo_trainer.demo.warm_start import WarmStartProgress
     from vgpo_trainer.trainer import VGPOTrainer
 
 KEPT_GROUPS = 8  # problems of a step whose responses go to rollouts.jsonl
+
+
+class Listener(Protocol):
+    """What a run tells of itself as it happens."""
+
+    def stage(self, name: str) -> None:
+        """Something else starts now."""
+
+    def imitated(self, progress: WarmStartProgress) -> None:
+        """A step of the warm start is done."""
+
+    def stepped(self, step: int, record: Mapping[str, Any]) -> None:
+        """A step of reinforcement is done and left this record."""
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """Held-out accuracy was measured."""
 
 
 class DemoCallback(TrainerCallback):  # type: ignore[misc]

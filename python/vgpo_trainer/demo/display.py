@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,22 +20,6 @@ if TYPE_CHECKING:
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 40
-
-
-class Listener(Protocol):
-    """What a run tells of itself as it happens."""
-
-    def stage(self, name: str) -> None:
-        """Something else starts now."""
-
-    def imitated(self, progress: WarmStartProgress) -> None:
-        """A step of the warm start is done."""
-
-    def stepped(self, step: int, record: Mapping[str, Any]) -> None:
-        """A step of reinforcement is done and left this record."""
-
-    def evaluated(self, step: int, evaluation: Evaluation) -> None:
-        """Held-out accuracy was measured."""
 
 
 class DemoDisplay:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from vgpo_trainer.runs.folder import RunFolder
+from PIL import Image
+
+from vgpo_trainer.demo.digits import MAX_RESPONSE_TOKENS, PROMPT
+from vgpo_trainer.inspection import inspect_answer
+from vgpo_trainer.reports.inspection import write_page
+from vgpo_trainer.runs.folder import RunFolder
 
 PAGES = 4
 
@@ -20,12 +24,6 @@ def write_inspections(folder: RunFolder, model: Any, processor: Any, name: str) 
         processor: Its processor.
         name: What to call the model.
     """
-    from PIL import Image
-
-    from vgpo_trainer.commands.inspect import inspect_answer
-    from vgpo_trainer.demo.digits import MAX_RESPONSE_TOKENS, PROMPT
-    from vgpo_trainer.reports.inspection import write_page
-
     training = model.training
     model.eval()
     folder.inspections.mkdir(exist_ok=True)

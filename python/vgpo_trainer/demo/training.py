@@ -1,4 +1,4 @@
-"""``vgpo demo``: train a small vision-language model with VGPO on a laptop, and show what it learned.
+"""The demo: train a small vision-language model with VGPO on a laptop, and show what it learned.
 
 A model that adds up handwritten digits two times in five (see :mod:`vgpo_trainer.demo.warm_start`) is trained with
 reinforcement learning: it answers, the answers are checked, and VGPO weighs each token's advantage by how much the
@@ -8,66 +8,23 @@ uses.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from vgpo_trainer.runs.checkpoints import writing
+from vgpo_trainer.demo.settings import EVALUATION_SEED, DemoSettings
 from vgpo_trainer.runs.folder import RunFolder, versions_of_a_run
+from vgpo_trainer.runs.writing import writing
 
+# The modules of PyTorch, transformers and TRL are imported where they are used, after the display has said so.
 if TYPE_CHECKING:
+    from vgpo_trainer.demo.callback import Listener
     from vgpo_trainer.demo.digits import Problem
-    from vgpo_trainer.demo.display import Listener
     from vgpo_trainer.demo.evaluation import Evaluation
     from vgpo_trainer.trainer import VGPOTrainer
 
-DESCRIPTION = (
-    "Train a small vision-language model with VGPO on images of handwritten digits, and report what it learned."
-)
-EVALUATION_SEED = 2_000_003  # the held-out problems are the same for every run
 SHOWN_EXAMPLES = 12
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """Everything that decides how a demo runs.
-
-    Attributes:
-        out: Folder of the run.
-        algo: ``"vgpo"``, or ``"dapo"``: the same run without the visual signal in its loss.
-        seed: Of the problems, of sampling, and of the weights of a fresh warm start.
-        steps: Optimisation steps of reinforcement learning.
-        warm_start: ``"shipped"`` starts from the checkpoint in the package, ``"fresh"`` makes one first.
-        minutes: Reinforcement stops early where it would not end in this time.
-        prompts: Problems a step.
-        generations: Responses a problem.
-        learning_rate: AdamW's, after a short linear rise.
-        temperature: Of sampling.
-        evaluate_every: Steps between two measurements of held-out accuracy.
-        evaluation_problems: Held-out problems of a measurement.
-        warm_start_steps: At most this many steps of a fresh warm start.
-        changes: Fields of :class:`~vgpo_kernels.VGPOConfig` that are not to be the paper's.
-    """
-
-    out: Path
-    algo: str = "vgpo"
-    seed: int = 0
-    steps: int = 120
-    warm_start: str = "shipped"
-    minutes: float = 6.0
-    prompts: int = 64
-    generations: int = 4
-    learning_rate: float = 1e-4
-    temperature: float = 1.0
-    evaluate_every: int = 20
-    evaluation_problems: int = 400
-    warm_start_steps: int = 800
-    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,72 +46,6 @@ class DemoResult:
     folder: RunFolder
     steps: int
     seconds: float
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``vgpo demo`` to a parser."""
-    default = DemoSettings(Path())
-    add = parser.add_argument
-    add("--algo", choices=("vgpo", "dapo"), default=default.algo, help="dapo: the same without the visual signal")
-    add("--seed", type=_natural, default=default.seed, help="(default: %(default)s)")
-    add("--steps", type=_positive, default=default.steps, help="steps of reinforcement (default: %(default)s)")
-    add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/demo-<algo>-<time>)")
-    add(
-        "--warm-start",
-        choices=("shipped", "fresh"),
-        default=default.warm_start,
-        help="start from the shipped checkpoint, or imitate worked solutions first (default: %(default)s)",
-    )
-    add("--minutes", type=float, default=default.minutes, help="stop early to end in this time (default: %(default)s)")
-    add("--prompts", type=_positive, default=default.prompts, help="problems a step (default: %(default)s)")
-    add("--generations", type=_positive, default=default.generations, help="responses each (default: %(default)s)")
-    add("--learning-rate", type=float, default=default.learning_rate, help="(default: %(default)s)")
-    add("--temperature", type=float, default=default.temperature, help="of sampling (default: %(default)s)")
-    add("--evaluate-every", type=_positive, default=default.evaluate_every, metavar="STEPS", help=argparse.SUPPRESS)
-    add("--evaluation-problems", type=_positive, default=default.evaluation_problems, help=argparse.SUPPRESS)
-    add("--warm-start-steps", type=_positive, default=default.warm_start_steps, help=argparse.SUPPRESS)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run the demo as the command line says: 0 when done, 2 when it cannot start, 130 when interrupted."""
-    chosen = {name: value for name, value in vars(arguments).items() if name in DemoSettings.__dataclass_fields__}
-    if chosen["out"] is None:
-        chosen["out"] = Path("runs") / f"demo-{arguments.algo}-{datetime.now():%Y%m%d-%H%M%S}"
-    settings = DemoSettings(**chosen)
-    # First, so that a package that is missing leaves no folder behind.
-    from vgpo_trainer.demo.display import DemoDisplay
-
-    try:
-        check(settings)
-        RunFolder(settings.out).create()
-    except ValueError as error:
-        print(f"vgpo demo: {error}", file=sys.stderr)
-        return 2
-    with DemoDisplay(settings.steps) as display:
-        try:
-            result = run_demo(settings, display)
-        except KeyboardInterrupt:
-            display.close()
-            print(f"vgpo demo: interrupted; what there is lies in {settings.out}", file=sys.stderr)
-            return 130
-    display.summary(result)
-    return 0
-
-
-def check(settings: DemoSettings) -> None:
-    """Refuse settings that cannot run.
-
-    Raises:
-        ValueError: Naming the option.
-    """
-    if settings.generations < 2:
-        raise ValueError(f"--generations must be at least 2 to compare responses, got {settings.generations}")
-    if not settings.learning_rate > 0:
-        raise ValueError(f"--learning-rate must be positive, got {settings.learning_rate}")
-    if not settings.temperature > 0:
-        raise ValueError(f"--temperature must be positive, got {settings.temperature}")
-    if not settings.minutes > 0:
-        raise ValueError(f"--minutes must be positive, got {settings.minutes}")
 
 
 def run_demo(settings: DemoSettings, display: Listener) -> DemoResult:
@@ -340,17 +231,3 @@ def silence_libraries() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
-    return value
-
-
-def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
-    return value

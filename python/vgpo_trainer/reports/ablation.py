@@ -14,8 +14,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from vgpo_trainer.runs.checkpoints import writing
-from vgpo_trainer.runs.folder import write_atomically
+from vgpo_trainer.runs.writing import write_atomically, writing
 
 BASELINE = "dapo"
 LEVEL = 0.95

@@ -20,7 +20,7 @@ from vgpo_trainer.reports.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH,
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vgpo_trainer.commands.inspect import Inspection
+    from vgpo_trainer.inspection import Inspection
 
 ASSETS = Path(__file__).parent / "assets"
 LONGEST_SIDE = 1024  # pixels of the picture in the page

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vgpo_trainer.reports.charts import Axis, Series, axis_around, histogram, line_chart
-from vgpo_trainer.runs.checkpoints import writing
-from vgpo_trainer.runs.folder import RunFolder, RunFolderError, StoredRollout, write_atomically
+from vgpo_trainer.runs.folder import RunFolder, RunFolderError, StoredRollout
 from vgpo_trainer.runs.metrics import read_metrics
+from vgpo_trainer.runs.writing import write_atomically, writing
 
 STYLE = Path(__file__).parent / "assets" / "report.css"
 SHOWN_GROUPS = 6

@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from vgpo_trainer.runs.writing import first_line, writing
 
 STATE = "trainer_state.json"  # written last, so a checkpoint that has it was not cut short
 WRITTEN_FOR_PEOPLE = ("training_args.bin",)  # a pickle that no run reads
 
 
-class RunFailure(RuntimeError):
-    """A run that broke off; the message says why, and names the file that is to blame or that holds the evidence."""
-
-
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message names the file."""
-
-
-@contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Turn what goes wrong while a file or folder is written into a :class:`RunFailure` that names it.
-
-    A full disk shows in as many ways as there are libraries that write: an OSError without a name, safetensors' own
-    error, and from PyTorch's archives a RuntimeError about a position.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise RunFailure(f"cannot write {error.filename or path}: {error.strerror or error}") from error
-    except Exception as error:
-        reason = _first_line(error)
-        if type(error).__name__ == "SafetensorError":  # by its name, so that writing text waits for no library
-            raise RunFailure(f"cannot write {path}: {reason}") from error
-        if "inline_container" not in reason and "PytorchStreamWriter" not in reason:
-            raise
-        raise RunFailure(f"cannot write {path}, is the disk full? {reason}") from error
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -77,7 +54,7 @@ def check_checkpoint(folder: Path) -> None:
         except (SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
         except Exception as error:  # a truncated archive is a RuntimeError, a pickle anything that it runs into
-            raise CheckpointError(f"{path} is damaged, or not what its name says: {_first_line(error)}") from error
+            raise CheckpointError(f"{path} is damaged, or not what its name says: {first_line(error)}") from error
 
 
 def store_batch(path: Path, batch: Mapping[str, Any], reason: str) -> None:
@@ -106,7 +83,3 @@ def _is_json(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

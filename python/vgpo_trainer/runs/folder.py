@@ -19,7 +19,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -27,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from vgpo_trainer.runs.checkpoints import writing
+from vgpo_trainer.runs.json import finite
+from vgpo_trainer.runs.writing import write_atomically, writing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,38 +71,12 @@ class StoredRollout:
     correct: bool
 
 
-@dataclass(frozen=True)
-class HeldOutExample:
-    """One held-out problem and what the model answered before and after training."""
-
-    image: str
-    answer: str
-    before: str
-    after: str
-    right_before: bool
-    right_after: bool
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that whoever reads it finds the old content or the new, whatever happens meanwhile."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 class RunFolderError(ValueError):
     """A folder that cannot be used as asked; the message says which file and why."""
 
 
 class RunFolder:
-    """The folder of one run. What writes to it raises :class:`~vgpo_trainer.runs.checkpoints.RunFailure` where it cannot.
+    """The folder of one run. What writes to it raises :class:`~vgpo_trainer.runs.writing.RunFailure` where it cannot.
 
     Args:
         path: It need not exist yet.
@@ -157,8 +131,7 @@ class RunFolder:
         """Append to ``rollouts.jsonl``; numbers that are not finite become null."""
         with writing(self.rollouts), self.rollouts.open("a", encoding="utf-8") as file:
             for rollout in rollouts:
-                record = {name: _finite(value) for name, value in asdict(rollout).items()}
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(finite(asdict(rollout))) + "\n")
 
     def read_rollouts(self) -> list[StoredRollout]:
         """Read ``rollouts.jsonl``; none if there is no such file.
@@ -233,17 +206,8 @@ class RunFolder:
 _MAY_BE_NULL = ("reward", "advantage", "phi", "late_early_ratio")
 
 
-def _finite(value: Any) -> Any:
-    """The value with numbers that are not finite replaced by None, which JSON can hold."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value
-
-
 def _number(name: str, value: Any) -> Any:
-    """The inverse of :func:`_finite` for the numbers of a rollout."""
+    """Undo :func:`finite` for the numbers of a rollout."""
     if name in _MAY_BE_NULL:
         return math.nan if value is None else float(value)
     if name in ("cos", "psi", "factors"):

@@ -1,17 +1,16 @@
-"""Callbacks of a training run."""
+"""``metrics.jsonl``: written while a run trains, and read afterwards."""
 
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vgpo_trainer.runs.folder import write_atomically
-from vgpo_trainer.runs.checkpoints import writing
+from vgpo_trainer.runs.json import finite
+from vgpo_trainer.runs.writing import write_atomically, writing
 
 
 class MetricsFile(TrainerCallback):
@@ -61,7 +60,7 @@ class MetricsFile(TrainerCallback):
             return
         seconds = round(self._earlier_seconds + time.perf_counter() - self._start, 3)
         record = {"step": state.global_step, "seconds": seconds}
-        record.update((name, _finite(value)) for name, value in logs.items())
+        record.update(finite(logs))
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a" if self._written else "w") as file:
@@ -78,7 +77,3 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
