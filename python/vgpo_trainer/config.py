@@ -8,10 +8,10 @@ from typing import Any
 from trl import GRPOConfig
 
 from vgpo_kernels import VGPOConfig
+from vgpo_trainer.signals import SIGNALS, signal_class
 
 PRESETS = ("paper", "released")
 SOURCES = ("auto", "scoring", "loss")
-SIGNALS = ("focus", "attention")
 
 
 @dataclass
@@ -55,7 +55,7 @@ class VGPOTrainingConfig(GRPOConfig):
     logging_steps: float = field(default=1, metadata={"help": "Log every this many optimisation steps."})
 
     vgpo: str | None = field(default="paper", metadata={"help": "Preset: paper, released or none."})
-    signal: str = field(default="focus", metadata={"help": "What the factors follow from: focus or attention."})
+    signal: str = field(default="focus", metadata={"help": f"Visual signal: {' or '.join(SIGNALS)}."})
     signal_layers: list[int] | None = field(default=None, metadata={"help": "Layers whose attention counts."})
     vgpo_signal: str = field(default="auto", metadata={"help": "Pass the signal is read from: auto, scoring or loss."})
     fused_head: bool = field(default=True, metadata={"help": "Log-probabilities by linear_logprob, without logits."})
@@ -108,10 +108,10 @@ class VGPOTrainingConfig(GRPOConfig):
 
     def check_signal(self) -> None:
         """Raise ValueError for a signal that does not exist, or layers that it does not read."""
-        if self.signal not in SIGNALS:
-            raise ValueError(f"signal must be one of {', '.join(SIGNALS)}, got {self.signal!r}")
-        if self.signal_layers is not None and self.signal != "attention":
-            raise ValueError(f"signal_layers has no effect with signal={self.signal!r}; it belongs to 'attention'")
+        reads_layers = signal_class(self.signal).reads_layers
+        if self.signal_layers is not None and not reads_layers:
+            readers = " or ".join(repr(name) for name in SIGNALS if signal_class(name).reads_layers)
+            raise ValueError(f"signal_layers has no effect with signal={self.signal!r}; it belongs to {readers}")
 
     def vgpo_config(self) -> VGPOConfig | None:
         """Return the settings of the visual signal: the preset with the changes made to it; ``None`` without VGPO."""

@@ -14,13 +14,13 @@ training) added. TRL's keys keep their names: ``loss``, ``reward``, ``reward_std
 with TRL's ``log_metric("accuracy", value)``. Ours:
 
 =========================  ==================================================================================
-``vgpo/visual_focus``      mean cosine of response tokens to their image prototype; with ``signal="attention"``
-                           their mean share of attention on the image
+``vgpo/visual_focus``      mean signal of response tokens: with ``signal="focus"`` their cosine to the image
+                           prototype, with ``"attention"`` their share of attention on the image
 ``vgpo/gate_rate``         share of those tokens that the gate lets through
-``vgpo/late_early_ratio``  focus score (attention share) of a response's second half over its first
+``vgpo/late_early_ratio``  score (visual focus, attention share) of a response's second half over its first
 ``vgpo/psi_std``           standard deviation of the token weights psi
 ``vgpo/phi_std``           standard deviation of the trajectory weights phi
-``vgpo/weighted_share``    share of responses that have an image (and finite hidden states)
+``vgpo/weighted_share``    share of responses that have an image (and a finite signal)
 ``vgpo/factor_mean``       the factors (1 + psi)(1 + phi) that multiply advantages; also ``_min``, ``_max``
 ``vgpo/old_policy_kl``     divergence of the policy from the one that generated
 =========================  ==================================================================================
@@ -42,7 +42,6 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,7 +53,6 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from vgpo_kernels import VGPOConfig, policy_loss
-from vgpo_kernels.integrations.transformers import final_norm as find_norm
 from vgpo_kernels.integrations.transformers import visual_token_ids
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.fused_head import fuse_heads
@@ -69,8 +67,9 @@ from vgpo_trainer.rollouts import (
 from vgpo_trainer.runs.checkpoints import store_batch
 from vgpo_trainer.runs.metrics import MetricsFile
 from vgpo_trainer.runs.writing import RunFailure, writing
-from vgpo_trainer.signals.attention import AttentionPass, check_attention
-from vgpo_trainer.signals.factors import FocusPass, VisualSignal, compute_signal, image_positions, visual_tokens_told
+from vgpo_trainer.signals import SignalSettings, VisualSignal, signal_class
+from vgpo_trainer.signals.factors import SignalFactors, compute_factors
+from vgpo_trainer.signals.reader import SignalReader, visual_tokens_told
 from vgpo_trainer.trl_surface import (
     AGGREGATIONS,
     CLIPPED,
@@ -84,7 +83,6 @@ from vgpo_trainer.trl_surface import (
     refuse_video,
 )
 
-SignalPass = FocusPass | AttentionPass
 POLICY_RECORD = {  # metric of policy_loss: key of the log
     "clip_fraction_low": "clip_ratio/low_mean",
     "clip_fraction_high": "clip_ratio/high_mean",
@@ -105,7 +103,7 @@ class VGPOTrainer(GRPOTrainer):
         train_dataset: As TRL's. Rows that share prompt and images (or a ``prompt_id`` column) form a group.
         eval_dataset: As TRL's.
         processing_class: As TRL's.
-        signal: ``"focus"`` or ``"attention"``, in place of ``args.signal``.
+        signal: Name of a visual signal (``"focus"``, ``"attention"``), in place of ``args.signal``.
         visual_tokens: Ids of image and video tokens, for a model whose configuration and processor do not say.
         final_norm: The norm after the last decoder layer, or its name in the model (``"model.text.ln_out"``), for a
             model in which it is not found.
@@ -152,8 +150,7 @@ class VGPOTrainer(GRPOTrainer):
         self._vgpo = args.vgpo_config()
         # What the signal is computed with; diagnostics without VGPO look at a run through the paper's eyes.
         self._signal_config = self._vgpo or (VGPOConfig.paper() if args.vgpo_diagnostics else None)
-        self._scoring = False
-        self._scored: list[tuple[Tensor, SignalPass]] = []
+        self._reader: SignalReader | None = None
         self._rewards: Tensor | None = None
         self._correct: list[Any] = []
         self._loss_inputs: dict[str, Any] = {}
@@ -165,18 +162,18 @@ class VGPOTrainer(GRPOTrainer):
             fused=args.fused_head,
             norm=final_norm,
         )
-        self._final_norm = final_norm
         if self._signal_config is not None:
-            find_norm(self.model, final_norm)
-            if args.signal == "attention":
-                check_attention(self.model, args.signal_layers, final_norm)
+            kind = signal_class(args.signal)
+            settings = SignalSettings(self._signal_config, args.signal_layers, final_norm)
+            kind.check(self.model, settings)
             told = visual_tokens_told(visual_tokens, self.model)
             try:
-                self._visual_tokens = told or visual_token_ids(self.model, self.processing_class)
+                tokens = told or visual_token_ids(self.model, self.processing_class)
             except ValueError as error:
                 raise ValueError(
                     f"{error} (visual_tokens=(id, ...)); vgpo=None trains without the visual signal"
                 ) from error
+            self._reader = SignalReader(kind, settings, tokens)
         capacity = args.rollout_samples if self.accelerator.is_main_process else 0
         self._recorder = RolloutRecorder(capacity, cache(lambda token: self._tokenizer.decode([token])))
         self.add_callback(MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
@@ -194,25 +191,26 @@ class VGPOTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         # In evaluation a batch is neither cut nor used twice.
         source = self.args.signal_source() if mode == "train" else "loss"
-        groups = None if self._signal_config is None else prompt_ids(inputs, self.accelerator.device)
-        self._scored = []
-        self._scoring = groups is not None and source == "scoring"
-        try:
+        groups = None if self._reader is None else prompt_ids(inputs, self.accelerator.device)
+        follows = self._reader is not None and source == "scoring"
+        with self._reader.following() if follows else nullcontext() as passes:
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        finally:
-            self._scoring = False
 
         batch["rollout_index"] = torch.arange(len(inputs), device=self.accelerator.device)
         if self._recorder.enabled:
             self._recorder.begin(mode, self._pending_rollouts(inputs, batch["advantages"]))
         if groups is None:
-            self._record(batch, None, mode)
+            self._record(batch, mode)
         else:
             batch["prompt_group"] = groups
-            if source == "scoring":
-                focus = self._focus_of_old_policy(batch) or self._scoring_pass(batch, mode)
-                batch["visual_factors"] = self._visual_signal(batch, focus, mode).factors
-        self._scored = []
+        if passes is not None:
+            old_logp = batch.get("old_per_token_logps")
+            # TRL's pass does not know which completion tokens are tool output, hence which images a tool showed.
+            if old_logp is None or "tool_mask" in batch:
+                signal = self._scoring_pass(batch, mode)
+            else:
+                signal = passes.that_returned(old_logp)
+            batch["visual_factors"] = self._signal_factors(batch, signal, mode).factors
         return batch
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
@@ -247,44 +245,25 @@ class VGPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *rest: Any, **named: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """TRL's pass; before the loss, the policy's hidden states are scored on the way."""
+        """TRL's pass; before the loss, the policy's signal is read on the way."""
         arguments = (model, input_ids, attention_mask, logits_to_keep, *rest)
         if self.is_fsdp_enabled and torch.is_grad_enabled():
             gather_head(model)
-        if not self._scoring or model is not self.model:
+        reader = self._reader
+        if reader is None or reader.passes is None or model is not self.model:
             return super()._get_per_token_logps_and_entropies(*arguments, **named)
-        focus = self._focus_pass(input_ids, attention_mask, attention_mask[:, -logits_to_keep:])
-        with focus.capture(model):
+        with reader.read(model, input_ids, attention_mask, attention_mask[:, -logits_to_keep:]) as signal:
             result = super()._get_per_token_logps_and_entropies(*arguments, **named)
-        self._scored.append((result[0], focus))
+        reader.passes.add(result[0], signal)
         return result
 
-    def _focus_pass(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> SignalPass:
-        images = image_positions(input_ids, attention_mask, response_mask, self._visual_tokens)
-        if self.args.signal == "attention":
-            assert self._signal_config is not None
-            layers = self.args.signal_layers
-            return AttentionPass(images, response_mask, attention_mask, self._signal_config, layers, self._final_norm)
-        return FocusPass(images, response_mask, self._final_norm)
-
-    def _focus_of_old_policy(self, batch: Mapping[str, Any]) -> SignalPass | None:
-        """Focus that was scored on the way to the old log-probabilities, if TRL computed any.
-
-        That pass does not know which completion tokens are tool output, hence which images a tool showed.
-        """
-        old = batch.get("old_per_token_logps")
-        if old is None or "tool_mask" in batch:
-            return None
-        # The reference's pass of a PEFT model goes through the same model, with its adapter off.
-        return next(focus for logps, focus in self._scored if logps is old)
-
-    def _scoring_pass(self, batch: Mapping[str, Any], mode: str) -> SignalPass:
-        """Score the policy's hidden states of a whole generation batch: one forward pass without its LM head."""
+    def _scoring_pass(self, batch: Mapping[str, Any], mode: str) -> VisualSignal:
+        """Read the signal of a whole generation batch: one forward pass of the policy without its LM head."""
+        assert self._reader is not None
         sequence = Sequences.of(batch)
-        focus = self._focus_pass(sequence.input_ids, sequence.attention_mask, sequence.response_mask)
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), checkpointing, focus.capture(self.model):
+        with torch.no_grad(), checkpointing, self._reader.read(self.model, *sequence) as signal:
             super()._get_per_token_logps_and_entropies(
                 WithoutHead(self.model),
                 sequence.input_ids,
@@ -293,26 +272,30 @@ class VGPOTrainer(GRPOTrainer):
                 batch_size=size,
                 **{name: batch.get(name) for name in FORWARD_INPUTS},
             )
-        return focus
+        return signal
 
-    def _visual_signal(self, batch: Mapping[str, Any], focus: SignalPass, mode: str) -> VisualSignal:
+    def _signal_factors(self, batch: Mapping[str, Any], signal: VisualSignal, mode: str) -> SignalFactors:
+        """Compute the factors of a batch from its signal; both are recorded and logged."""
         assert self._signal_config is not None
         response_mask = Sequences.of(batch).response_mask
-        signal = compute_signal(
-            focus.cos,
+        found = compute_factors(
+            signal.values,
             response_mask,
             batch["prompt_group"],
-            focus.image_mask.any(dim=1),
+            signal.batch.image_mask.any(dim=1),
             self._signal_config,
             gather=self.accelerator.gather,
             process_index=self.accelerator.process_index,
         )
-        signal = replace(signal, cos=focus.shown)
-        self._record(batch, signal, mode)
-        self._log_signal(signal, response_mask, mode)
-        return signal
+        shown = signal.shown
+        self._record(batch, mode, shown, found)
+        self._log_signal(shown, found, response_mask, mode)
+        return found
 
-    def _record(self, batch: Mapping[str, Any], signal: VisualSignal | None, mode: str) -> None:
+    def _record(
+        self, batch: Mapping[str, Any], mode: str, shown: Tensor | None = None, found: SignalFactors | None = None
+    ) -> None:
+        """Complete the rollouts of a batch; without a signal they have zeros in its place."""
         if not self._recorder.enabled:
             return
         response_mask = Sequences.of(batch).response_mask
@@ -324,11 +307,11 @@ class VGPOTrainer(GRPOTrainer):
             batch["completion_ids"],
             batch["completion_mask"],
             response_mask,
-            cos=zeros if signal is None else signal.cos,
-            psi=zeros if signal is None else signal.psi,
-            factors=ones if signal is None or self._vgpo is None else signal.factors,
-            phi=nothing if signal is None else signal.phi,
-            late_early=nothing + torch.nan if signal is None else signal.late_early,
+            cos=zeros if shown is None else shown,
+            psi=zeros if found is None else found.psi,
+            factors=ones if found is None or self._vgpo is None else found.factors,
+            phi=nothing if found is None else found.phi,
+            late_early=nothing + torch.nan if found is None else found.late_early,
         )
 
     # The loss.
@@ -337,10 +320,9 @@ class VGPOTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         sequence = Sequences.of(inputs)
         mask = sequence.response_mask
-        focus = None
-        if self._signal_config is not None and "visual_factors" not in inputs:
-            focus = self._focus_pass(sequence.input_ids, sequence.attention_mask, mask)
-        with nullcontext() if focus is None else focus.capture(model):
+        factors = inputs.get("visual_factors")
+        reads = self._reader is not None and factors is None
+        with self._reader.read(model, *sequence) if reads else nullcontext() as signal:
             logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
                 model,
                 sequence.input_ids,
@@ -351,9 +333,8 @@ class VGPOTrainer(GRPOTrainer):
                 **{name: inputs.get(name) for name in FORWARD_INPUTS},
             )
         assert entropy is not None
-        factors = inputs.get("visual_factors")
-        if focus is not None:
-            factors = self._visual_signal(inputs, focus, mode).factors
+        if signal is not None:
+            factors = self._signal_factors(inputs, signal, mode).factors
         if self._vgpo is None:
             factors = None
 
@@ -509,38 +490,39 @@ class VGPOTrainer(GRPOTrainer):
             self._metrics[mode]["vgpo/factor_min"].append(extremes[:, 0].min().item())
             self._metrics[mode]["vgpo/factor_max"].append(extremes[:, 1].max().item())
 
-    def _log_signal(self, signal: VisualSignal, response_mask: Tensor, mode: str) -> None:
-        tokens = response_mask.bool() & signal.weighted[:, None]
-        number, responses = tokens.sum().float(), signal.weighted.sum().float()
-        defined = signal.late_early.isfinite()
-        psi, phi = signal.psi[tokens], signal.phi[signal.weighted]
-        sums = torch.stack(
-            [
-                number,
-                responses,
-                defined.sum().float(),
-                torch.ones_like(responses) * response_mask.shape[0],
-                signal.cos[tokens].sum(),
-                signal.gate_rate * number,
-                signal.late_early[defined].sum(),
-                psi.sum(),
-                psi.square().sum(),
-                phi.sum(),
-                phi.square().sum(),
-            ]
-        )
-        number, responses, halves, batch, *values = self.accelerator.reduce(sums, reduction="sum").tolist()
-        cos, gate, late_early, psi_sum, psi_square, phi_sum, phi_square = values
+    def _log_signal(self, shown: Tensor, found: SignalFactors, response_mask: Tensor, mode: str) -> None:
+        tokens = response_mask.bool() & found.weighted[:, None]
+        halves = found.late_early.isfinite()
+        psi, phi = found.psi[tokens], found.phi[found.weighted]
+        sums = {
+            "batch": torch.full((), response_mask.shape[0], device=response_mask.device),
+            "responses": found.weighted.sum(),
+            "tokens": tokens.sum(),
+            "ratios": halves.sum(),
+            "shown": shown[tokens].sum(),
+            "gated": found.gate_rate * tokens.sum(),
+            "late_early": found.late_early[halves].sum(),
+            "psi": psi.sum(),
+            "psi_square": psi.square().sum(),
+            "phi": phi.sum(),
+            "phi_square": phi.square().sum(),
+        }
+        reduced = self.accelerator.reduce(torch.stack([value.float() for value in sums.values()]), reduction="sum")
+        total = dict(zip(sums, reduced.tolist(), strict=True))
+        for name, value in {
+            "visual_focus": mean(total["shown"], total["tokens"]),
+            "gate_rate": mean(total["gated"], total["tokens"]),
+            "late_early_ratio": mean(total["late_early"], total["ratios"]),
+            "psi_std": standard_deviation(total["psi"], total["psi_square"], total["tokens"]),
+            "phi_std": standard_deviation(total["phi"], total["phi_square"], total["responses"]),
+            "weighted_share": mean(total["responses"], total["batch"]),
+        }.items():
+            self._metrics[mode][f"vgpo/{name}"].append(value)
 
-        def add(name: str, value: float, count: float) -> None:
-            self._metrics[mode][f"vgpo/{name}"].append(value / count if count else float("nan"))
 
-        add("visual_focus", cos, number)
-        add("gate_rate", gate, number)
-        add("late_early_ratio", late_early, halves)
-        add("psi_std", standard_deviation(psi_sum, psi_square, number), 1)
-        add("phi_std", standard_deviation(phi_sum, phi_square, responses), 1)
-        add("weighted_share", responses, batch)
+def mean(total: float, count: float) -> float:
+    """A mean from a sum; NaN of nothing."""
+    return total / count if count else float("nan")
 
 
 def standard_deviation(total: float, squares: float, count: float) -> float:

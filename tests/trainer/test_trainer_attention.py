@@ -72,18 +72,18 @@ def test_the_pass_of_the_loss_gives_the_same(tmp_path, monkeypatch):
     trainer.current_gradient_accumulation_steps = 1
     assert trainer.args.signal_source() == "loss"
     signals = []
-    plain = trainer._visual_signal
+    plain = trainer._signal_factors
 
-    def keeping(batch, focus, mode):
-        signals.append(plain(batch, focus, mode))
-        return signals[-1]
+    def keeping(batch, signal, mode):
+        signals.append(signal)
+        return plain(batch, signal, mode)
 
-    monkeypatch.setattr(trainer, "_visual_signal", keeping)
+    monkeypatch.setattr(trainer, "_signal_factors", keeping)
     inputs = generation_batch(trainer)
     batch = trainer._prepare_inputs(inputs)
     trainer._compute_loss(trainer.model, batch)
     shares, mask = eager_shares(trainer, batch, slice(None))
-    torch.testing.assert_close(signals[0].cos, shares * mask, atol=1e-5, rtol=0)
+    torch.testing.assert_close(signals[0].shown, shares * mask, atol=1e-5, rtol=0)
 
 
 def test_a_run_with_it(tmp_path):

@@ -17,7 +17,8 @@ pytest.importorskip("trl")
 import transformers
 from trainer.tiny_runs import FAMILIES, generation_batch, make_trainer, picture, rows
 from vgpo_trainer.rollouts import prompt_id, prompt_text, row_images
-from vgpo_trainer.signals.factors import combine, compute_signal, image_positions, late_early_ratio
+from vgpo_trainer.signals.factors import combine, compute_factors, late_early_ratio
+from vgpo_trainer.signals.reader import image_positions
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
 
 from vgpo_kernels import VGPOConfig, visual_focus, visual_weights
@@ -98,13 +99,13 @@ def test_both_sources_give_the_same_factors(tmp_path, monkeypatch):
     assert trainer.args.signal_source() == "loss"
     inputs = generation_batch(trainer)
     signals = []
-    plain = trainer._visual_signal
+    plain = trainer._signal_factors
 
-    def keeping(batch, focus, mode):
-        signals.append((batch["rollout_index"], plain(batch, focus, mode)))
+    def keeping(batch, signal, mode):
+        signals.append((batch["rollout_index"], plain(batch, signal, mode)))
         return signals[-1][1]
 
-    monkeypatch.setattr(trainer, "_visual_signal", keeping)
+    monkeypatch.setattr(trainer, "_signal_factors", keeping)
     torch.manual_seed(8)
     trainer._compute_loss(trainer.model, trainer._prepare_inputs(inputs))
     monkeypatch.setattr(trainer.args, "vgpo_signal", "scoring")
@@ -179,7 +180,7 @@ def test_two_processes_have_the_signal_of_one(preset):
     def process(index: int):
         half = slice(4 * index, 4 * index + 4)
         gather = partial(exchange.gather, index)
-        return compute_signal(
+        return compute_factors(
             cos[half], mask[half], groups[half], images[half], config, gather=gather, process_index=index
         )
 

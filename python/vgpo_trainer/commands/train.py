@@ -20,6 +20,7 @@ from vgpo_trainer.commands.arguments import positive
 from vgpo_trainer.runs.checkpoints import CheckpointError, check_checkpoint, checkpoints
 from vgpo_trainer.runs.folder import versions_of_a_run
 from vgpo_trainer.runs.writing import RunFailure, write_atomically, writing
+from vgpo_trainer.signals import SIGNALS
 
 if TYPE_CHECKING:
     from vgpo_trainer.config import VGPOTrainingConfig
@@ -53,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--signal",
-        choices=("focus", "attention"),
+        choices=tuple(SIGNALS),
         default="focus",
-        help="weigh tokens by visual focus, or by their attention on the image (default: %(default)s)",
+        help="what tokens are weighed by: %(choices)s (default: %(default)s)",
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, help="optimisation steps")

@@ -1,1 +1,105 @@
-"""Visual signals: what the trainer reads from a forward pass, and the factors that it becomes."""
+"""Visual signals: what the trainer reads from forward passes of the policy, and the factors that it becomes.
+
+A signal is one number per response token, higher where the token leans on the image. It is a subclass of
+:class:`VisualSignal` in a file of its own, and a line in :data:`SIGNALS`; everything else asks the table.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vgpo_kernels import VGPOConfig
+
+# Name and class of every signal. The class is imported when it is asked for: a command line needs the names alone.
+SIGNALS = {
+    "focus": "vgpo_trainer.signals.focus:FocusSignal",
+    "attention": "vgpo_trainer.signals.attention:AttentionSignal",
+}
+
+
+def signal_class(name: str) -> type[VisualSignal]:
+    """Return the class of a signal.
+
+    Raises:
+        ValueError: There is no signal of this name.
+    """
+    if name not in SIGNALS:
+        raise ValueError(f"signal must be one of {', '.join(SIGNALS)}, got {name!r}")
+    module, _, attribute = SIGNALS[name].partition(":")
+    found: type[VisualSignal] = getattr(import_module(module), attribute)
+    return found
+
+
+class SignalBatch(NamedTuple):
+    """Where the images and responses of B sequences are.
+
+    Attributes:
+        image_mask: True at visual tokens, ``[B, S]``.
+        response_mask: True at scored response tokens, ``[B, T]``: the last T positions.
+        attention_mask: True at tokens, ``[B, S]``.
+    """
+
+    image_mask: Tensor
+    response_mask: Tensor
+    attention_mask: Tensor
+
+
+@dataclass(frozen=True)
+class SignalSettings:
+    """What a signal is told once per run.
+
+    Attributes:
+        config: The settings that the signal's values are scored with.
+        layers: Indices of decoder layers, negative ones counted from the last; ``None``: all.
+        norm: The model's final norm or its name, where it has to be told.
+    """
+
+    config: VGPOConfig
+    layers: Sequence[int] | None = None
+    norm: str | nn.Module | None = None
+
+
+class VisualSignal(ABC):
+    """The signal of one batch: made before the forward pass, filled while the pass runs, read after it.
+
+    Args:
+        batch: Where images and responses are.
+        settings: Those of the run.
+    """
+
+    reads_layers: ClassVar[bool] = False  # whether ``signal_layers`` has a meaning
+
+    def __init__(self, batch: SignalBatch, settings: SignalSettings) -> None:
+        self.batch = batch
+        self.settings = settings
+
+    @classmethod
+    @abstractmethod
+    def check(cls, model: nn.Module, settings: SignalSettings) -> None:
+        """Raise TypeError or ValueError for a model that the signal cannot be read from, before any work is done."""
+
+    @abstractmethod
+    def capture(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Read every forward pass of the model in the block; a batch may pass in slices of its rows, in order."""
+
+    @property
+    @abstractmethod
+    def values(self) -> Tensor:
+        """The signal as ``visual_weights`` takes it, in place of cosines, ``[B, T]``, fp32; off the mask anything.
+
+        Raises:
+            RuntimeError: Not every row was read.
+        """
+
+    @property
+    def shown(self) -> Tensor:
+        """The signal as logs and rollouts show it, ``[B, T]``; by default :attr:`values`."""
+        return self.values

@@ -1,0 +1,113 @@
+"""Where the visual signal is read: in forward passes of the policy, whoever asks for them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vgpo_kernels.integrations.transformers import visual_mask
+from vgpo_trainer.signals import SignalBatch, SignalSettings, VisualSignal
+
+
+class PolicyPasses:
+    """Signals that were read in TRL's own passes of the policy over a generation batch.
+
+    TRL makes up to two: for old log-probabilities and, where the reference is the policy with its adapter off, for the
+    reference's. What a pass returned tells which one it was.
+    """
+
+    def __init__(self) -> None:
+        self._read: list[tuple[Tensor, VisualSignal]] = []
+
+    def add(self, logp: Tensor, signal: VisualSignal) -> None:
+        """Keep the signal of the pass that returned these log-probabilities."""
+        self._read.append((logp, signal))
+
+    def that_returned(self, logp: Tensor) -> VisualSignal:
+        """Return the signal of the pass that returned these log-probabilities, the very tensor."""
+        return next(signal for returned, signal in self._read if returned is logp)
+
+
+class SignalReader:
+    """Reads the visual signal of responses while the policy passes over them.
+
+    The pass of the loss and the trainer's own pass over a generation batch are read by :meth:`read`. TRL's pass for old
+    log-probabilities is hidden in its scoring of a generation batch: :meth:`following` says that passes of the policy
+    are to be read along, and :class:`PolicyPasses` keeps what was read.
+
+    Args:
+        kind: The signal.
+        settings: What it is told.
+        visual_tokens: Ids of image and video tokens.
+    """
+
+    def __init__(self, kind: type[VisualSignal], settings: SignalSettings, visual_tokens: tuple[int, ...]) -> None:
+        self.passes: PolicyPasses | None = None  # while TRL's passes are followed
+        self._kind = kind
+        self._settings = settings
+        self._visual_tokens = visual_tokens
+
+    @contextmanager
+    def read(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,  # [B, S]
+        attention_mask: Tensor,  # [B, S]
+        response_mask: Tensor,  # [B, T], the last T positions
+    ) -> Iterator[VisualSignal]:
+        """Read the signal of some sequences from the model's passes over them in the block."""
+        images = image_positions(input_ids, attention_mask, response_mask, self._visual_tokens)
+        signal = self._kind(SignalBatch(images, response_mask, attention_mask), self._settings)
+        with signal.capture(model):
+            yield signal
+
+    @contextmanager
+    def following(self) -> Iterator[PolicyPasses]:
+        """Have :attr:`passes` in the block."""
+        self.passes = PolicyPasses()
+        try:
+            yield self.passes
+        finally:
+            self.passes = None
+
+
+def visual_tokens_told(ids: Any, model: PreTrainedModel) -> tuple[int, ...]:
+    """Return ids of visual tokens that a caller gives for a model; none, where there are none.
+
+    Raises:
+        TypeError: They are no sequence of integers.
+        ValueError: One is no token of the model.
+
+    """
+    if ids is None:
+        return ()
+    try:
+        found = tuple(operator.index(token) for token in ids)
+    except TypeError:
+        found = ()
+    if not found or any(isinstance(token, bool) for token in ids):
+        raise TypeError(f"visual_tokens must be ids, which are integers, got {ids!r}")
+    number = model.get_input_embeddings().weight.shape[0]
+    if not all(0 <= token < number for token in found):
+        raise ValueError(f"visual_tokens must lie in [0, {number}), the tokens of the model, got {ids!r}")
+    return found
+
+
+def image_positions(
+    input_ids: Tensor,  # [B, S]
+    attention_mask: Tensor,  # [B, S]
+    response_mask: Tensor,  # [B, T], the last T positions
+    visual_tokens: tuple[int, ...],
+) -> Tensor:
+    """Return True at image and video tokens the model was shown, ``[B, S]``.
+
+    A visual token that the model sampled itself stands for no image, so scored response tokens never count.
+    """
+    shown = visual_mask(input_ids, visual_tokens) & attention_mask.bool()
+    shown[:, shown.shape[1] - response_mask.shape[1] :] &= ~response_mask.bool()
+    return shown
