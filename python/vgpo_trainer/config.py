@@ -24,20 +24,21 @@ class VGPOTrainingConfig(GRPOConfig):
     Args:
         vgpo: Preset of :class:`vgpo_kernels.VGPOConfig`: ``"paper"``, ``"released"``, or ``None`` (``"none"``), which
             trains without the visual signal and gives TRL's own loss.
-        signal: What the factors follow from: ``"focus"``, the cosine of a token's hidden state to its image prototype,
-            or ``"attention"``, its query's share of attention on the image, which takes the place of the focus score.
+        signal: The visual signal, a name of :data:`vgpo_trainer.signals.SIGNALS`: ``"focus"``, the cosine of a token's
+            hidden state to its image prototype, or ``"attention"``, its query's share of attention on the image, which
+            takes the place of the focus score.
         signal_layers: Decoder layers whose attention is averaged, negative ones counted from the last; default: all.
-        vgpo_signal: Which forward pass the visual signal is read from.
+        vgpo_signal: The forward pass in which the visual signal is read.
 
-            - ``"loss"``: the forward pass of the loss. Costs nothing, but trajectory factors compare the responses
-              of a prompt, so all of them must be in the same micro-batch, on whatever processes: it needs
-              ``steps_per_generation=1`` and ``num_iterations=1``, unless ``vgpo_inter=False`` (and the score needs no
-              offset of the batch).
-            - ``"scoring"``: a pass without gradient over the whole generation batch before its first micro-batch.
-              It is the pass in which TRL computes old log-probabilities, wherever TRL does (vLLM, ``num_iterations >
-              1``, generations kept for several optimisation steps); otherwise it is one forward pass of the decoder
-              more, about a third of the cost of the loss and its gradient, and no generation.
-            - ``"auto"`` (default): ``"loss"`` where that is exact, else ``"scoring"``.
+            - ``"loss"``: the forward pass of the loss. It costs nothing. But the responses of a prompt are compared
+              with each other, so all of them must be in the same micro-batch (over all processes). This needs
+              ``steps_per_generation=1`` and ``num_iterations=1``, unless ``vgpo_inter=False`` and the score needs no
+              offset of the batch.
+            - ``"scoring"``: a forward pass without gradient over the whole generation batch, before its first
+              micro-batch. Where TRL computes old log-probabilities (vLLM, ``num_iterations > 1``, generations kept for
+              several optimisation steps), it is that pass and costs nothing more. Elsewhere it is one more pass of the
+              decoder: about a third of the cost of the loss and its gradient, and nothing is generated again.
+            - ``"auto"`` (default): ``"loss"`` where it gives the same factors, else ``"scoring"``.
         fused_head: Compute log-probabilities and entropies by :func:`vgpo_kernels.linear_logprob`, from hidden states
             and the LM head without all logits. A few tokens are compared with the model's own logits at the start;
             where they differ, TRL's own head or all logits are used, with a warning.
@@ -57,7 +58,9 @@ class VGPOTrainingConfig(GRPOConfig):
     vgpo: str | None = field(default="paper", metadata={"help": "Preset: paper, released or none."})
     signal: str = field(default="focus", metadata={"help": f"Visual signal: {' or '.join(SIGNALS)}."})
     signal_layers: list[int] | None = field(default=None, metadata={"help": "Layers whose attention counts."})
-    vgpo_signal: str = field(default="auto", metadata={"help": "Pass the signal is read from: auto, scoring or loss."})
+    vgpo_signal: str = field(
+        default="auto", metadata={"help": "Forward pass that the signal is read in: auto, scoring or loss."}
+    )
     fused_head: bool = field(default=True, metadata={"help": "Log-probabilities by linear_logprob, without logits."})
     vgpo_diagnostics: bool = field(
         default=False, metadata={"help": "Log the visual signal even without VGPO; the loss does not change."}

@@ -31,13 +31,14 @@ class RolloutSample:
         answer: The row's ``answer`` column, ``None`` without one.
         tokens: Text of each completion token, special tokens included.
         scored: Whether a token was sampled by the model (tool output was not, and takes no part in the loss).
-        cos: Cosine of each token's hidden state to the image prototype.
+        cos: Visual signal of each token: the cosine of its hidden state to the image prototype, or what the signal
+            chosen in its place shows (a share of attention).
         psi: Intra-trajectory weight of each token.
         factors: What each token's advantage is multiplied by; all 1 where VGPO is off.
         phi: Inter-trajectory weight of the response.
         reward: Weighted sum of the rewards; NaN if no reward function scored the response.
         advantage: Group-relative advantage before the factors.
-        late_early_ratio: Visual focus of the second half over the first; NaN for a response shorter than two tokens
+        late_early_ratio: Score of the second half over that of the first; NaN for a response shorter than two tokens
             and for one without image.
         correct: What a reward function reported with ``log_extra("correct", [...])``, else ``None``.
 

@@ -16,12 +16,13 @@ pytest.importorskip("trl")
 import vgpo_trainer
 from trainer.tiny_runs import llava, make_trainer, parity_reward, picture, rows, save_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2ForCausalLM, TrainerCallback, TrainerState
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, TrlParser
 from vgpo_trainer.commands import train
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.runs.metrics import MetricsFile, read_metrics
 from vgpo_trainer.trl_surface import check_surface
 
+from vgpo_kernels import VGPOConfig
 from vgpo_kernels.integrations.surface import UnknownSurfaceError
 
 RECORD = {
@@ -372,6 +373,17 @@ def test_the_source_of_the_signal(tmp_path, settings, source):
         str(tmp_path), bf16=False, use_cpu=True, per_device_train_batch_size=8, num_generations=4, **settings
     )
     assert config.signal_source() == source
+
+
+def test_trls_parser_explains_and_reads_the_settings(tmp_path):
+    """The fields' help is for scripts that build their command line with it."""
+    parser = TrlParser(VGPOTrainingConfig)
+    explained = {action.dest for action in parser._actions if action.help}
+    assert explained >= {name for name in VGPOTrainingConfig.__annotations__ if name in vars(VGPOTrainingConfig)}
+    given = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--vgpo_intra_clamp", "0.5", "2"]
+    (config,) = parser.parse_args_and_config([*given, "--signal", "attention", "--signal_layers", "-1"])
+    assert config.vgpo_config() == VGPOConfig.paper(intra_clamp=(0.5, 2.0))
+    assert (config.signal, config.signal_layers) == ("attention", [-1])
 
 
 def test_metrics_of_a_resumed_run_drop_what_comes_again(tmp_path):
