@@ -18,7 +18,7 @@ import transformers
 from trainer.tiny_runs import FAMILIES, generation_batch, make_trainer, picture, rows
 from vgpo_trainer.rollouts import prompt_id, prompt_text, row_images
 from vgpo_trainer.signals.factors import combine, compute_factors, late_early_ratio
-from vgpo_trainer.signals.reader import image_positions
+from vgpo_trainer.signals.reader import PolicyPasses, image_positions
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
 
 from vgpo_kernels import VGPOConfig, visual_focus, visual_weights
@@ -136,6 +136,13 @@ def test_the_pass_for_old_log_probs_is_reused(tmp_path, monkeypatch, lora):
     expected, mask = defined_factors(trainer, inputs, kept[0], VGPOConfig.paper())
     torch.testing.assert_close(kept[0]["visual_factors"][mask], expected.factors[mask], atol=2e-5, rtol=2e-5)
     assert ("ref_per_token_logps" in kept[0]) == lora
+
+
+def test_old_log_probs_of_no_pass_are_refused():
+    passes, logp = PolicyPasses(), torch.zeros(2, 3)
+    passes.add(torch.zeros(2, 3), None)
+    with pytest.raises(RuntimeError, match="old log-probabilities did not come from a pass"):
+        passes.that_returned(logp)
 
 
 def test_a_pass_of_its_own_leaves_out_the_head(tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from vgpo_trainer.commands.arguments import positive
 from vgpo_trainer.runs.checkpoints import CheckpointError, check_checkpoint, checkpoints
-from vgpo_trainer.runs.folder import versions_of_a_run
-from vgpo_trainer.runs.writing import RunFailure, write_atomically, writing
+from vgpo_trainer.runs.folder import RunFolder, versions_of_a_run
+from vgpo_trainer.runs.writing import RunFailure, writing
 from vgpo_trainer.signals import SIGNALS
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from vgpo_trainer.trainer import VGPOTrainer
 
 DESCRIPTION = "Train a vision-language model with VGPO on images, prompts and answers."
-RUN_CONFIG = "config.json"
-MODEL_FOLDER = "model"
 
 
 class RunError(ValueError):
@@ -118,6 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from vgpo_kernels.integrations.surface import UnknownSurfaceError
 
+    folder = RunFolder(arguments.out)
     try:
         checkpoint = checkpoint_to_resume(arguments.out, arguments.resume)
         if checkpoint is not None:
@@ -138,8 +137,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        with writing(arguments.out / MODEL_FOLDER):
-            trainer.save_model(str(arguments.out / MODEL_FOLDER))
+        with writing(folder.model):
+            trainer.save_model(str(folder.model))
     except (KeyboardInterrupt, RunFailure) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         last = last_checkpoint(arguments.out)
@@ -147,7 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"vgpo train: {'interrupted' if interrupted else error}; {ending}", file=sys.stderr)
         return 130 if interrupted else 1
     if trainer.is_world_process_zero():
-        print(f"model: {arguments.out / MODEL_FOLDER}\nmetrics: {arguments.out / 'metrics.jsonl'}", flush=True)
+        print(f"model: {folder.model}\nmetrics: {folder.metrics}", flush=True)
     return 0
 
 
@@ -292,7 +291,7 @@ def run_identity(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def refuse_another_run(arguments: argparse.Namespace) -> None:
     """Raise RunError if the run folder belongs to a run of another model, dataset or method."""
-    path = arguments.out / RUN_CONFIG
+    path = RunFolder(arguments.out).config
     if not path.is_file():
         return
     try:
@@ -319,9 +318,10 @@ def write_run_config(arguments: argparse.Namespace, training: VGPOTrainingConfig
         "training": training.to_dict(),
         "versions": versions_of_a_run(),
     }
-    with writing(arguments.out / RUN_CONFIG):
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.out / RUN_CONFIG, json.dumps(content, indent=2, default=str) + "\n")
+    folder = RunFolder(arguments.out)
+    with writing(folder.config):
+        folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write_config(content)
 
 
 if __name__ == "__main__":

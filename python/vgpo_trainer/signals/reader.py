@@ -1,4 +1,4 @@
-"""Where the visual signal is read: in forward passes of the policy, whoever asks for them."""
+"""Reading the visual signal in forward passes of the policy: the trainer's own, and those that TRL makes."""
 
 from __future__ import annotations
 
@@ -29,16 +29,23 @@ class PolicyPasses:
         self._read.append((logp, signal))
 
     def that_returned(self, logp: Tensor) -> VisualSignal:
-        """Return the signal of the pass that returned these log-probabilities, the very tensor."""
-        return next(signal for returned, signal in self._read if returned is logp)
+        """Return the signal of the pass that returned these log-probabilities, the very tensor.
+
+        Raises:
+            RuntimeError: No pass did.
+        """
+        for returned, signal in self._read:
+            if returned is logp:
+                return signal
+        raise RuntimeError("old log-probabilities did not come from a pass of the policy whose signal was read")
 
 
 class SignalReader:
-    """Reads the visual signal of responses while the policy passes over them.
+    """Reads the visual signal of responses in forward passes of the policy.
 
-    The pass of the loss and the trainer's own pass over a generation batch are read by :meth:`read`. TRL's pass for old
-    log-probabilities is hidden in its scoring of a generation batch: :meth:`following` says that passes of the policy
-    are to be read along, and :class:`PolicyPasses` keeps what was read.
+    There are three such passes. That of the loss and the trainer's own over a generation batch are read by
+    :meth:`read`. TRL's pass for old log-probabilities happens inside TRL: within :meth:`following` the trainer reads
+    every pass that TRL makes of the policy and keeps the signals in :attr:`passes`.
 
     Args:
         kind: The signal.
@@ -47,7 +54,7 @@ class SignalReader:
     """
 
     def __init__(self, kind: type[VisualSignal], settings: SignalSettings, visual_tokens: tuple[int, ...]) -> None:
-        self.passes: PolicyPasses | None = None  # while TRL's passes are followed
+        self.passes: PolicyPasses | None = None  # set while TRL's passes are read
         self._kind = kind
         self._settings = settings
         self._visual_tokens = visual_tokens
@@ -68,7 +75,7 @@ class SignalReader:
 
     @contextmanager
     def following(self) -> Iterator[PolicyPasses]:
-        """Have :attr:`passes` in the block."""
+        """Set :attr:`passes` in the block, to keep the signals of TRL's passes."""
         self.passes = PolicyPasses()
         try:
             yield self.passes
