@@ -71,9 +71,8 @@ from vgpo_trainer.signals import SignalSettings, VisualSignal, signal_class
 from vgpo_trainer.signals.factors import SignalFactors, compute_factors
 from vgpo_trainer.signals.reader import SignalReader, visual_tokens_told
 from vgpo_trainer.trl_surface import (
-    AGGREGATIONS,
-    CLIPPED,
     FORWARD_INPUTS,
+    LOSS_TYPES,
     Sequences,
     WithoutHead,
     check_surface,
@@ -397,10 +396,10 @@ class VGPOTrainer(GRPOTrainer):
         sequence_level = self.importance_sampling_level == "sequence"
         return {
             "loss_type": "gspo" if sequence_level else self.loss_type,
-            "aggregation": AGGREGATIONS[self.loss_type],
+            "aggregation": LOSS_TYPES[self.loss_type].aggregation,
             "epsilon_low": self.epsilon_low,
             "epsilon_high": self.epsilon_high,
-            "dual_clip": self.args.delta if self.loss_type in CLIPPED else None,
+            "dual_clip": self.args.delta if LOSS_TYPES[self.loss_type].clipped else None,
             "cispo_cap": self.epsilon_high if self.loss_type == "cispo" else None,
             "sapo_temperature_positive": self.args.sapo_temperature_pos,
             "sapo_temperature_negative": self.args.sapo_temperature_neg,
@@ -413,13 +412,14 @@ class VGPOTrainer(GRPOTrainer):
     def _denominators(self, inputs: Mapping[str, Any], mask: Tensor, mode: str) -> dict[str, Any]:
         """Denominators of TRL's normalisation, so that the sum over micro-batches and processes is the batch's loss."""
         accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
-        if self.loss_type in ("dapo", "cispo"):
+        average_over = LOSS_TYPES[self.loss_type].average_over
+        if average_over == "generation batch":
             # The count spans the generation batches of all processes; gradients are averaged over processes.
             tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
             if mode == "train":
                 tokens = tokens * accumulated / self.args.steps_per_generation
             return {"num_tokens": tokens}
-        if self.loss_type == "bnpo":
+        if average_over == "tokens":
             return {"num_tokens": mask.sum().clamp(min=1) * accumulated}
         return {"num_sequences": mask.shape[0] * accumulated, "max_length": self.max_completion_length}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import trl
@@ -34,16 +34,31 @@ FORWARD_INPUTS = (
     "image_position_ids",
 )
 
-# How TRL aggregates each loss type, in policy_loss's words.
-AGGREGATIONS = {
-    "grpo": "seq-mean-token-mean",
-    "sapo": "seq-mean-token-mean",
-    "bnpo": "token-mean",
-    "dapo": "token-mean",
-    "cispo": "token-mean",
-    "dr_grpo": "seq-mean-token-sum-norm",
+
+class LossType(NamedTuple):
+    """How TRL computes a loss type.
+
+    Attributes:
+        aggregation: The aggregation, as ``policy_loss`` names it.
+        average_over: What is averaged over: the ``"sequences"`` or the ``"tokens"`` of the optimisation step, or the
+            tokens of the whole ``"generation batch"``.
+        clipped: Whether the token ratio is clipped on both sides, so that ``delta`` and sequence ratios have a meaning.
+
+    """
+
+    aggregation: str
+    average_over: Literal["sequences", "tokens", "generation batch"]
+    clipped: bool
+
+
+LOSS_TYPES = {
+    "grpo": LossType("seq-mean-token-mean", "sequences", clipped=True),
+    "bnpo": LossType("token-mean", "tokens", clipped=True),
+    "dapo": LossType("token-mean", "generation batch", clipped=True),
+    "dr_grpo": LossType("seq-mean-token-sum-norm", "sequences", clipped=True),
+    "cispo": LossType("token-mean", "generation batch", clipped=False),
+    "sapo": LossType("seq-mean-token-mean", "sequences", clipped=False),
 }
-CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo")
 
 # The methods of GRPOTrainer that VGPOTrainer overrides or calls, and the arguments that it relies on.
 SURFACE = {
@@ -143,16 +158,16 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
 
 def refuse_unsupported(args: VGPOTrainingConfig) -> None:
     """Raise ValueError for settings of TRL that the loss of this trainer does not carry."""
-    if args.loss_type not in AGGREGATIONS:
-        raise ValueError(f"loss_type must be one of {', '.join(AGGREGATIONS)}, got {args.loss_type!r}")
+    if args.loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {args.loss_type!r}")
+    clipped = LOSS_TYPES[args.loss_type].clipped
     if args.importance_sampling_level not in ("token", "sequence"):
         raise ValueError(f"importance_sampling_level must be token or sequence, got {args.importance_sampling_level!r}")
-    if args.importance_sampling_level == "sequence" and args.loss_type not in CLIPPED:
-        raise ValueError(
-            f"importance_sampling_level='sequence' goes with loss_type {', '.join(CLIPPED)}, got {args.loss_type!r}"
-        )
+    if args.importance_sampling_level == "sequence" and not clipped:
+        names = ", ".join(name for name, loss in LOSS_TYPES.items() if loss.clipped)
+        raise ValueError(f"importance_sampling_level='sequence' goes with loss_type {names}, got {args.loss_type!r}")
     epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-    if args.delta is not None and args.loss_type in CLIPPED and args.delta <= 1 + epsilon_high:
+    if args.delta is not None and clipped and args.delta <= 1 + epsilon_high:
         raise ValueError(
             f"delta must exceed 1 + epsilon_high = {1 + epsilon_high}, got {args.delta}: it bounds what clipping leaves"
         )
