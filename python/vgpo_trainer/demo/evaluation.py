@@ -1,4 +1,4 @@
-"""Held-out accuracy of a model on the digit task, with the uncertainty that comes with a finite number of problems."""
+"""Held-out accuracy of a model on the digit task, with its 95% interval."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Evaluation:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95% Wilson interval of the accuracy, which keeps to 0..1 and holds its level near the ends."""
+        """The 95% Wilson score interval of the accuracy: it stays within 0 and 1, and holds its level near both."""
         from scipy.stats import binomtest
 
         found = binomtest(sum(self.correct), len(self.correct)).proportion_ci(method="wilson")

@@ -1,4 +1,4 @@
-"""The comparison of an ablation: statistics over seeds, the table, the plot, and the files they are written to."""
+"""The comparison of an ablation: statistics over seeds, the table, the plot, and their files."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from markupsafe import Markup
 from vgpo_trainer.reports.charts import Panel, interval_chart
 from vgpo_trainer.reports.intervals import LEVEL, Interval
 from vgpo_trainer.reports.pages import asset, percent, render
+from vgpo_trainer.runs.json import finite
 from vgpo_trainer.runs.writing import write_atomically, writing
 
 BASELINE = "dapo"
@@ -149,7 +150,7 @@ def _write(folder: Path, report: Path, budget: Mapping[str, Any], runs: Sequence
     table.writerows(asdict(run) for run in runs)
     write_atomically(folder / "results.csv", buffer.getvalue())
     results = {"budget": budget, "arms": [asdict(arm) for arm in summary], "runs": [asdict(run) for run in runs]}
-    write_atomically(folder / "results.json", json.dumps(_without_nan(results), indent=2) + "\n")
+    write_atomically(folder / "results.json", json.dumps(finite(results), indent=2) + "\n")
     image = report / "images" / "ablation.svg"
     image.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(image, plot(summary, runs))
@@ -159,7 +160,7 @@ def _write(folder: Path, report: Path, budget: Mapping[str, Any], runs: Sequence
 
 
 def markdown(summary: Sequence[ArmStatistics], runs: Sequence[Run], budget: Mapping[str, Any]) -> str:
-    """The comparison as a page: table, plot, what it says and how it was measured."""
+    """The comparison as Markdown: table, plot, what the intervals say and how it was measured."""
     rows = [
         (
             ARMS[arm.arm].title,
@@ -198,12 +199,13 @@ def verdict(summary: Sequence[ArmStatistics]) -> Markup:
     if not apart:
         half = max((arm.difference.high - arm.difference.low) / 2 for arm in compared)
         return Markup(
-            "With {} seeds an arm, no difference from DAPO in held-out accuracy is shown: every interval holds zero. "
-            "{} The widest interval is ± {:.1f} points; smaller effects would not show here."
+            "With {} seeds per arm, no difference from DAPO in held-out accuracy is shown: every interval contains "
+            "zero. {} The widest interval is ± {:.1f} points; smaller effects cannot be seen here."
         ).format(seeds, direction, 100 * half)
     return Markup(
-        "With {} seeds an arm, the interval of the difference from DAPO excludes zero for: {}. {} "
-        "Of {} such intervals, at least one misses a true zero by chance alone in up to {:.0%} of ablations."
+        "With {} seeds per arm, the interval of the difference from DAPO excludes zero for: {}. {} "
+        "Of {} such intervals, at least one excludes zero by chance in up to {:.0%} of ablations, even if no arm "
+        "differs from DAPO."
     ).format(
         seeds,
         "; ".join(f"{ARMS[arm.arm].title} {_points(arm.difference)} points" for arm in apart),
@@ -243,14 +245,3 @@ def _written(interval: Interval, write: Any) -> str:
     if math.isfinite(interval.low):
         text += f" ({write(interval.low)} to {write(interval.high)})"
     return str(text).replace("-", "\N{MINUS SIGN}")
-
-
-def _without_nan(value: Any) -> Any:
-    """The value with None for every number that JSON cannot hold."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return value

@@ -1,4 +1,4 @@
-"""Charts as SVG: no script, no font, no file beside the page.
+"""Charts as SVG: no script, no font, no other file.
 
 Colours come from ``assets/chart.css`` (``.series-0``, ``.axis``, ``.grid``, ...), so the same chart works on light and
 dark pages. Markup is always written with :meth:`markupsafe.Markup.format`, which escapes every value.
@@ -169,7 +169,7 @@ def histogram(groups: Sequence[tuple[str, Sequence[float]]], x_label: str, title
 
 
 def interval_chart(names: Sequence[str], panels: Sequence[Panel], title: str, *, baseline: str, style: str) -> Markup:
-    """Means with their 95% intervals, a row a name and a column a panel, as an SVG file that needs nothing beside it.
+    """Means with 95% intervals, one row per name and one column per panel, as an SVG file that needs no other file.
 
     Args:
         names: Of the rows.
@@ -196,15 +196,15 @@ def interval_chart(names: Sequence[str], panels: Sequence[Panel], title: str, *,
 def _panel(
     panel: Panel, rows: Sequence[tuple[float, str]], left: float, right: float, floor: float
 ) -> Iterator[Markup]:
-    """Grid, axis, intervals, values and means of one panel; of each row its height and its colour."""
+    """Grid, axis, intervals, values and means of one panel; a row is its height and its colour."""
     intervals = [Interval.of(values) for values in panel.values]
     shown = [value for values in panel.values for value in values]
     shown += [edge for interval in intervals for edge in (interval.low, interval.high)]
-    axis = axis_around(panel.label, shown if panel.reference is None else [*shown, panel.reference])
+    axis = axis_around(panel.label, shown if panel.reference is None else [*shown, panel.reference], pad=0.03)
     place = _scale(axis, left, right)
     upright = Markup('<line class="{}" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/>')
-    yield from (upright.format("grid", TOP, floor, x=place(value)) for value in axis.ticks(6))
-    yield _bottom(axis, axis.ticks(6), place, floor)
+    yield from (upright.format("grid", TOP, floor, x=place(value)) for value in axis.ticks())
+    yield _bottom(axis, axis.ticks(), place, floor)
     if panel.reference is not None:
         yield upright.format("reference", TOP, floor, x=place(panel.reference))
     for (y, colour), values, interval in zip(rows, panel.values, intervals, strict=True):

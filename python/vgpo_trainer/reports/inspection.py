@@ -1,7 +1,7 @@
-"""The page of ``vgpo inspect``: one HTML file that needs nothing beside it and nothing from the network.
+"""The page of ``vgpo inspect``: one HTML file that needs no other file and no network.
 
-What a model, a prompt or a file name said is escaped (see :mod:`vgpo_trainer.reports.pages`), or is data that the
-page's script writes as text only. The content security policy names that script by its digest, so no other can run.
+All text from a model, a prompt or a file name is escaped (see :mod:`vgpo_trainer.reports.pages`), or is data that the
+script of the page writes only as text. The content security policy allows that script by its digest, and no other.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vgpo_trainer.reports.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Series, axis_around, line_chart
 from vgpo_trainer.reports.pages import asset, render
+from vgpo_trainer.runs.json import finite
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,13 +65,13 @@ def build_page(inspection: Inspection) -> str:
 
 
 def _layers(layers: list[int]) -> str:
-    """Layers in words: a range where they are one, else a list."""
+    """Layers in words: a range where they are consecutive, else a list."""
     if len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1)):
         return f"layers {layers[0]} to {layers[-1]}"
     return f"layer{'' if len(layers) == 1 else 's'} {', '.join(map(str, layers))}"
 
 
-def _data(inspection: Inspection) -> dict[str, Any]:
+def _data(inspection: Inspection) -> Any:
     """Return the numbers behind the page, for its script; None for those that JSON cannot hold."""
     peaks = [max(row, default=0.0) for row in inspection.maps]
     levels = bytes(
@@ -78,13 +79,13 @@ def _data(inspection: Inspection) -> dict[str, Any]:
         for row, peak in zip(inspection.maps, peaks, strict=True)
         for value in row
     )
-    return {
+    data = {
         "tokens": inspection.tokens,
-        "shares": [[_finite(share) for share in row] for row in inspection.shares],
-        "cos": [_finite(cos) for cos in inspection.cos],
-        "psi": [_finite(psi) for psi in inspection.psi],
-        "factors": [_finite(factor) for factor in inspection.factors],
-        "peaks": [_finite(peak) for peak in peaks],
+        "shares": inspection.shares,
+        "cos": inspection.cos,
+        "psi": inspection.psi,
+        "factors": inspection.factors,
+        "peaks": peaks,
         "columns": 0 if inspection.grid is None else inspection.grid[1],
         "levels": base64.b64encode(levels).decode(),
         "chart": {
@@ -95,6 +96,7 @@ def _data(inspection: Inspection) -> dict[str, Any]:
             "last": max(len(inspection.tokens), 2),
         },
     }
+    return finite(data, digits=6)
 
 
 def image_data(picture: Image.Image) -> str:
@@ -108,16 +110,12 @@ def image_data(picture: Image.Image) -> str:
 
 
 def mean(values: list[float]) -> float:
-    """The mean; NaN of nothing."""
+    """The mean; NaN if there are no values."""
     return fmean(values) if values else math.nan
 
 
 def _late_over_early(values: list[float]) -> float:
-    """Mean of the second half over that of the first, the longer one; NaN where the first has no positive mean."""
+    """Mean of the second half divided by that of the first, the longer one; NaN if the latter is not positive."""
     middle = (len(values) + 1) // 2
     early, late = mean(values[:middle]), mean(values[middle:])
     return late / early if early > 0 else math.nan
-
-
-def _finite(value: float) -> float | None:
-    return round(value, 6) if math.isfinite(value) else None

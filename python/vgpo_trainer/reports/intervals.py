@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 LEVEL = 0.95
 
@@ -23,12 +23,12 @@ class Interval:
         """The mean of some values and its interval. Of one value the interval is unknown, of none the mean as well."""
         if not values:
             return cls(math.nan, math.nan, math.nan)
-        mean = statistics.fmean(values)
+        mean = fmean(values)
         if len(values) == 1:
             return cls(mean, math.nan, math.nan)
-        from scipy.stats import t
+        from scipy.stats import sem, t
 
-        half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+        half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1) * sem(values))
         return cls(mean, mean - half, mean + half)
 
     @property

@@ -1,7 +1,7 @@
 """Pages from the templates in ``templates/``, and how they write numbers.
 
-Autoescape is on in every template: what a model, a dataset or a file said is shown as text. Only our own charts, styles
-and scripts are :class:`~markupsafe.Markup`.
+Autoescape is on in every template, so all text from a model, a dataset or a file is shown as text. Only our own charts,
+styles and scripts are :class:`~markupsafe.Markup`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def render(template: str, **data: Any) -> str:
     Raises:
         jinja2.UndefinedError: The template names something that the data does not have.
     """
-    return _ENVIRONMENT.get_template(template).render(data)
+    return ENVIRONMENT.get_template(template).render(data)
 
 
 def asset(*names: str) -> Markup:
@@ -59,7 +59,7 @@ def fold(text: Markup) -> Markup:
     return Markup(fill(str(text), 118, break_long_words=False, break_on_hyphens=False))
 
 
-_ENVIRONMENT = Environment(
+ENVIRONMENT = Environment(
     loader=FileSystemLoader(FOLDER / "templates"),
     autoescape=True,
     undefined=StrictUndefined,
@@ -67,7 +67,7 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_ENVIRONMENT.filters |= {filter.__name__: filter for filter in (factor_colour, fold, percent, plain, signed)}
-_ENVIRONMENT.tests["special_token"] = lambda text: text.startswith("<") and text.endswith(">")
-_ENVIRONMENT.globals |= {"asset": asset, "zip": zip}
-_ENVIRONMENT.policies["json.dumps_kwargs"] = {"allow_nan": False}
+ENVIRONMENT.filters |= {filter.__name__: filter for filter in (factor_colour, fold, percent, plain, signed)}
+ENVIRONMENT.tests["special_token"] = lambda text: text.startswith("<") and text.endswith(">")
+ENVIRONMENT.globals |= {"asset": asset, "zip": zip}
+ENVIRONMENT.policies["json.dumps_kwargs"] = {"allow_nan": False}

@@ -1,9 +1,9 @@
-"""The report of a run: one HTML file that needs nothing beside it and nothing from the network. It links the pages of
-``vgpo inspect`` that lie in the run's folder.
+"""The report of a run: one HTML file that needs no other file and no network. It links to the pages of
+``vgpo inspect`` in the folder of the run.
 
-It is made from the files of the run folder alone, so it can be made again at any time. What a model, a
-dataset or a file said is escaped (see :mod:`vgpo_trainer.reports.pages`), images are decoded and encoded again, and
-there is no script.
+The report is made only from the files of the run folder, so it can be made again at any time. All text from a model, a
+dataset or a file is escaped (see :mod:`vgpo_trainer.reports.pages`), images are decoded and encoded again, and there is
+no script.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def write_report(folder: RunFolder) -> Path:
 
 
 def _learning(records: Sequence[dict[str, Any]]) -> dict[str, Markup]:
-    """Charts of the reward and of held-out accuracy by step, each where it was measured."""
+    """Charts of the reward and of held-out accuracy by step, each only if it was measured."""
     steps = [record for record in records if _is_number(record.get("reward"))]
     measured = [record for record in records if _is_number(record.get("eval_accuracy"))]
     across = Axis("step", 0, max((record["step"] for record in records), default=0) or 1)
@@ -91,7 +91,7 @@ def _learning(records: Sequence[dict[str, Any]]) -> dict[str, Markup]:
 
 
 def _signal(rollouts: Sequence[StoredRollout]) -> dict[str, Markup]:
-    """Charts of what was stored about the visual signal of responses, at least one."""
+    """Charts of the visual signal of the stored responses, of which there is at least one."""
     stages = sorted({rollout.step for rollout in rollouts})
     curves = [
         focus_curve(f"step {step}", [rollout for rollout in rollouts if rollout.step == step])
@@ -159,7 +159,7 @@ def split_by_reading(rollouts: Iterable[StoredRollout]) -> tuple[list[float], li
 
 
 def choose_groups(rollouts: Sequence[StoredRollout]) -> list[list[StoredRollout]]:
-    """Problems to show, latest first, those with right and wrong answers before the others; wrong answers lead."""
+    """Problems to show: first those with right and wrong answers, then the others; later steps first."""
     groups: dict[tuple[int, str | None], list[StoredRollout]] = {}
     for rollout in rollouts:
         groups.setdefault((rollout.step, rollout.image), []).append(rollout)
