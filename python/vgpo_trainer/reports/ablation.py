@@ -14,14 +14,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from vgpo_trainer.reports.charts import Panel, interval_chart
+from vgpo_trainer.reports.charts import MINUS, Panel, interval_chart
 from vgpo_trainer.reports.intervals import LEVEL, Interval
-from vgpo_trainer.reports.pages import asset, percent, render
+from vgpo_trainer.reports.pages import NOTHING, asset, percent, render
 from vgpo_trainer.runs.json import finite
 from vgpo_trainer.runs.writing import write_atomically, writing
 
 BASELINE = "dapo"
-FEWEST_PAIRS = 3  # for a difference to be spoken of
+FEWEST_PAIRS = 3  # of a difference that the verdict mentions
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What came out of one arm with one seed.
+    """Result of one arm with one seed.
 
     Attributes:
-        accuracy_before, accuracy: Held-out, of greedy answers, 0 to 1.
-        late_early_ratio: Visual accumulation of a response's second half over its first, of the responses sampled in
-            the last ten steps.
-        reward: Mean of the last ten steps.
-        steps: Done.
-        seconds: On the wall.
-        cpu_seconds: Of all threads.
-        rewards: Of every step.
+        accuracy_before, accuracy: Held-out accuracy of greedy answers, 0 to 1.
+        late_early_ratio: Visual accumulation of the second half of a response divided by that of the first half, mean
+            over the responses sampled in the last ten steps.
+        reward: Mean over the last ten steps.
+        steps: Optimisation steps that were done.
+        seconds: Wall-clock time.
+        cpu_seconds: CPU time of all threads.
+        rewards: Mean reward of every step.
     """
 
     arm: str
@@ -84,11 +84,11 @@ class ArmStatistics:
     Attributes:
         arm: Its name.
         seeds: Of the finished runs.
-        pairs: How many of them have a run of DAPO beside them.
+        pairs: Number of these runs with a DAPO run of the same seed.
         accuracy: Held-out.
-        difference: Of accuracy to DAPO's with the same seed.
+        difference: Accuracy minus that of DAPO with the same seed.
         late_early_ratio: As in :class:`Run`.
-        ratio_difference: Of the late/early ratio to DAPO's with the same seed.
+        ratio_difference: Late/early ratio minus that of DAPO with the same seed.
     """
 
     arm: str
@@ -126,9 +126,9 @@ def write_ablation(folder: Path, report: Path, budget: Mapping[str, Any], runs: 
     """Write ``results.csv`` and ``results.json`` to one folder, ``ablation.md`` and ``images/ablation.svg`` to another.
 
     Args:
-        folder: The ablation's.
-        report: For the comparison; it may be the same.
-        budget: What the runs share.
+        folder: Folder of the ablation.
+        report: Folder of the comparison; it may be the same.
+        budget: Settings that all runs share.
         runs: At least one.
 
     Returns:
@@ -216,7 +216,7 @@ def verdict(summary: Sequence[ArmStatistics]) -> Markup:
 
 
 def plot(summary: Sequence[ArmStatistics], runs: Sequence[Run]) -> Markup:
-    """Accuracy, its difference from DAPO and late/early accumulation of each arm as an SVG, seeds as dots."""
+    """Accuracy, its difference from DAPO and late/early accumulation of each arm as an SVG; one circle per seed."""
     own = [[run for run in runs if run.arm == arm.arm] for arm in summary]
     baseline = {run.seed: run.accuracy for run in runs if run.arm == BASELINE}
     differences = [
@@ -240,8 +240,8 @@ def _points(interval: Interval) -> str:
 
 def _written(interval: Interval, write: Any) -> str:
     if math.isnan(interval.mean):
-        return "\N{EN DASH}"
+        return NOTHING
     text = write(interval.mean)
     if math.isfinite(interval.low):
         text += f" ({write(interval.low)} to {write(interval.high)})"
-    return str(text).replace("-", "\N{MINUS SIGN}")
+    return str(text).replace("-", MINUS)

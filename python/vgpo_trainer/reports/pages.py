@@ -14,22 +14,23 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from vgpo_trainer.reports.charts import MINUS
+
 FOLDER = Path(__file__).parent
-NOTHING = "\N{EN DASH}"  # in place of a number that is not finite
-MINUS = "\N{MINUS SIGN}"
+NOTHING = "\N{EN DASH}"  # instead of a number that is not finite
 
 
 def render(template: str, **data: Any) -> str:
     """Return the page that a template makes of some data.
 
     Raises:
-        jinja2.UndefinedError: The template names something that the data does not have.
+        jinja2.UndefinedError: The template needs a value that is not in the data.
     """
     return ENVIRONMENT.get_template(template).render(data)
 
 
 def asset(*names: str) -> Markup:
-    """Return the text of files of ``assets/``, which are part of the package, one after the other."""
+    """Return the concatenated text of files of ``assets/``, which are part of this package."""
     return Markup("").join(Markup((FOLDER / "assets" / name).read_text(encoding="utf-8")) for name in names)
 
 
@@ -44,18 +45,18 @@ def plain(value: float) -> str:
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """Write a number with its sign, also where it is positive."""
+    """Write a number with its sign, including a plus."""
     return f"{value:+.{digits}f}".replace("-", MINUS) if math.isfinite(value) else NOTHING
 
 
 def factor_colour(factor: float) -> str:
-    """Return the CSS colour of a token with this factor: transparent at 1, full at 0 and from 2 on."""
+    """Return the CSS colour of a token with this factor: transparent at 1, strongest at 0 and from 2 on."""
     strength = min(abs(factor - 1.0), 1.0) if math.isfinite(factor) else 0.0
     return f"rgba(var(--{'up' if factor > 1.0 else 'down'}),{0.85 * strength:.2f})"
 
 
 def fold(text: Markup) -> Markup:
-    """Break a paragraph into lines of the width of our Markdown."""
+    """Join the lines of a paragraph and break it at 118 characters, the width of our Markdown."""
     return Markup(fill(str(text), 118, break_long_words=False, break_on_hyphens=False))
 
 
