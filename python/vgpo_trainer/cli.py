@@ -21,8 +21,8 @@ Visually-guided reinforcement learning of vision-language models.
 """
 
 # Modules that the extra "train" brings, by itself or by what it depends on.
-TRAIN_EXTRA = ("accelerate", "datasets", "huggingface_hub", "matplotlib", "peft", "PIL", "rich", "safetensors", "scipy")
-TRAIN_EXTRA += ("sklearn", "tokenizers", "transformers", "trl")
+TRAIN_EXTRA = ("accelerate", "datasets", "huggingface_hub", "jinja2", "markupsafe", "peft", "PIL", "rich")
+TRAIN_EXTRA += ("safetensors", "scipy", "sklearn", "tokenizers", "transformers", "trl")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -440,6 +441,18 @@ def test_metadata(project: Path) -> None:
     assert "vgpo = vgpo_trainer.cli:main" in (info / "entry_points.txt").read_text()
     assert (info / "top_level.txt").read_text().split() == ["vgpo_kernels", "vgpo_trainer"]
     assert "Version: 0.0\n" in (info / "PKG-INFO").read_text()
+
+
+def test_a_wheel_holds_what_the_trainer_reads(project: Path) -> None:
+    shutil.copytree(ROOT / "python", project / "python", ignore=shutil.ignore_patterns("__pycache__"))
+    result = run([sys.executable, "setup.py", "-q", "bdist_wheel"], project, VGPO_BUILD="none")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (project / "dist").glob("*.whl")
+    held = {name.rpartition("purelib/")[2] for name in zipfile.ZipFile(wheel).namelist()}
+    source = project / "python"
+    files = {path.relative_to(source).as_posix() for path in (source / "vgpo_trainer").rglob("*") if path.is_file()}
+    assert {"vgpo_trainer/reports/templates/run.html.j2", "vgpo_trainer/reports/assets/report.css"} <= files
+    assert files <= held
 
 
 def test_the_command_names_the_extra_it_lacks(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ pytest.importorskip("trl")
 
 from vgpo_trainer.cli import main
 from vgpo_trainer.demo import ablation as demo_ablation
-from vgpo_trainer.reports.ablation import ARMS, Interval, Run, markdown, plot, summarise, verdict
+from vgpo_trainer.reports.ablation import ARMS, Run, markdown, plot, summarise, verdict
+from vgpo_trainer.reports.intervals import Interval
 from vgpo_trainer.runs.metrics import read_metrics
 
 from vgpo_kernels import VGPOConfig

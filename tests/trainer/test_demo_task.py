@@ -18,7 +18,7 @@ from vgpo_trainer.demo.digits import (
     scan_indices,
     solution_text,
 )
-from vgpo_trainer.demo.evaluation import encode_prompts, evaluate, wilson_interval
+from vgpo_trainer.demo.evaluation import Evaluation, encode_prompts, evaluate
 from vgpo_trainer.demo.tiny_vlm import IMAGE, RESPOND, build_model, build_processor
 from vgpo_trainer.demo.warm_start import SHIPPED, WarmStartSettings, imitation_batch, load_checkpoint, warm_start
 
@@ -184,11 +184,11 @@ def test_checkpoint_of_a_folder_without_one(tmp_path):
         (20, 20, 0.8389, 1.0),
     ],
 )
-def test_wilson_interval(successes, trials, low, high):
-    assert wilson_interval(successes, trials) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+def test_the_interval_of_an_accuracy_is_wilsons(successes, trials, low, high):
+    evaluation = Evaluation([""] * trials, [index < successes for index in range(trials)])
+    assert evaluation.interval == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
 
 
-@pytest.mark.parametrize(("successes", "trials"), [(1, 0), (-1, 5), (6, 5)])
-def test_wilson_interval_refuses(successes, trials):
-    with pytest.raises(ValueError, match="successes must be"):
-        wilson_interval(successes, trials)
+def test_no_problems_have_no_interval():
+    with pytest.raises(ValueError, match="must be"):
+        _ = Evaluation([], []).interval

@@ -223,7 +223,7 @@ def test_metrics_of_a_step_are_judged():
 def test_without_the_packages_of_the_trainer_the_kernels_are_checked():
     program = """
 import sys
-names = ("PIL", "rich", "trl", "transformers", "accelerate", "datasets", "sklearn", "peft", "matplotlib")
+names = ("PIL", "rich", "trl", "transformers", "accelerate", "datasets", "sklearn", "scipy", "peft")
 sys.modules.update(dict.fromkeys(names))
 from vgpo_trainer.cli import main
 raise SystemExit(main(["doctor"]))

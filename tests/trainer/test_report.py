@@ -6,12 +6,23 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 from vgpo_trainer.cli import main
-from vgpo_trainer.reports.charts import Axis, Series, axis_around, histogram, line_chart, median, running_mean
-from vgpo_trainer.reports.run import choose_groups, focus_curve, paired_change, split_by_reading, write_report
+from vgpo_trainer.reports.charts import (
+    Axis,
+    Panel,
+    Series,
+    axis_around,
+    histogram,
+    interval_chart,
+    line_chart,
+    running_mean,
+)
+from vgpo_trainer.reports.intervals import paired_change
+from vgpo_trainer.reports.run import choose_groups, focus_curve, split_by_reading, write_report
 from vgpo_trainer.runs.folder import RunFolder, RunFolderError, StoredRollout
 
 ATTACK = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
@@ -300,6 +311,20 @@ def test_charts_place_points_and_escape_labels():
     assert len(points) == 2 and points[0][0] < points[1][0] and points[0][1] > points[1][1]
 
 
+def test_interval_chart_places_means_and_intervals_and_escapes_names():
+    panels = [Panel(ATTACK, [[1.0, 3.0], [4.0], [], [math.nan, 2.0]], reference=0.0), Panel("none", [[], [], [], []])]
+    chart = interval_chart(["base", ATTACK, "empty", "unknown"], panels, ATTACK, baseline="base", style="")
+    page = Page(chart)
+    assert "script" not in page.tags and ElementTree.fromstring(chart).tag.endswith("svg")
+    assert "nan" not in chart
+    means = [float(x) for x in re.findall(r'class="mean [^"]*" d="M([\d.]+) ', chart)]
+    edges = [(float(low), float(high)) for low, high in re.findall(r'"line [^"]*" x1="([\d.]+)" x2="([\d.]+)"', chart)]
+    # One value has a mean and no interval.
+    assert len(means) == 2 and len(edges) == 1 and means[0] < means[1]
+    assert means[0] == pytest.approx(sum(edges[0]) / 2, abs=0.11)
+    assert chart.count('class="value') == 4 and chart.count("baseline") == 4
+
+
 def test_histogram_counts_shares_and_names_medians():
     chart = histogram([("left", [0.0] * 3 + [0.1]), ("right", [0.9, math.nan]), ("none", [])], "x", "t", bins=10)
     Page(chart)
@@ -309,9 +334,6 @@ def test_histogram_counts_shares_and_names_medians():
     Page(histogram([("none", [])], "x", "t"))
 
 
-def test_median_and_running_mean():
-    assert median([3.0, 1.0, 2.0]) == 2.0
-    assert median([4.0, 1.0, 2.0, 3.0]) == 2.5
-    assert math.isnan(median([]))
+def test_running_mean_leaves_out_what_is_not_finite():
     means = running_mean([(0, 1.0), (1, 2.0), (2, math.nan), (3, 6.0)], window=3)
     assert means == [(0, 1.5), (1, 3.0), (3, 4.0)]

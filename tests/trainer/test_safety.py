@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from trainer.tiny_runs import picture, save_model
 from vgpo_trainer import cli
 from vgpo_trainer.commands import train
 from vgpo_trainer.demo import ablation as demo_ablation
+from vgpo_trainer.reports import pages
 from vgpo_trainer.runs.checkpoints import CheckpointError, check_checkpoint
 
 torch.set_num_threads(1)
@@ -186,8 +189,9 @@ def offences(source: str) -> list[str]:
             "marshal.loads",
         )
         trusting = named.get("trust_remote_code", "False") == "True"
+        unescaped = name.endswith("Markup") and bool(node.args) and isinstance(node.args[0], ast.JoinedStr)
         unpickles = name == "torch.load" and named.get("weights_only") != "True"
-        if shell or text or forbidden or trusting or unpickles:
+        if shell or text or forbidden or trusting or unescaped or unpickles:
             found.append(f"line {node.lineno}: {ast.unparse(node)}")
     return found
 
@@ -208,6 +212,7 @@ def test_sources_run_no_shell_and_no_pickle(path):
         "pickle.load(file)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
         "eval(text)",
+        "Markup(f'<b>{name}</b>')",
     ],
 )
 def test_an_offence_would_be_found(source):
@@ -225,6 +230,20 @@ def test_all_sources_are_looked_at():
 
 
 # Pages.
+
+
+def test_no_template_leaves_out_the_escaping():
+    templates = sorted((ROOT / "python/vgpo_trainer/reports/templates").iterdir())
+    assert {path.name for path in templates} == set(pages.ENVIRONMENT.list_templates())
+    for path in templates:
+        assert not re.search(r"\|\s*safe\b|autoescape|Markup", path.read_text(encoding="utf-8")), path.name
+    text = pages.ENVIRONMENT.from_string("{{ text }} {{ [text] | join }} {{ data | tojson }}")
+    assert "<" not in text.render(text=ATTACK, data={ATTACK: ATTACK})
+
+
+def test_a_template_that_lacks_a_value_makes_no_page():
+    with pytest.raises(jinja2.UndefinedError, match="'inspection' is undefined"):
+        pages.render("inspection.html.j2", title="", digest="")
 
 
 def test_a_report_escapes_the_names_of_runs_models_datasets_and_prompts(model, tmp_path, capsys):
@@ -252,7 +271,8 @@ def test_an_ablations_page_escapes_its_results(tmp_path):
     run = demo_ablation.Run("dapo", 0, 0.3, 0.4, 1.0, 0.5, 1, 2.0, 1.5, 1, {"torch": f"{ATTACK}<script>"}, [0.5])
     folder.store(run)
     folder.store(demo_ablation.Run(**{**vars(run), "arm": f"{ATTACK}"}))  # an arm that nobody knows has no row
+    folder.budget.write_text(json.dumps({**settings.budget(), "steps": f"{ATTACK}<script>"}))
     assert cli.main(["ablate", "--out", str(tmp_path), "--report-only"]) == 0
     page, plot = (tmp_path / name for name in ("ablation.md", "images/ablation.svg"))
     assert "<script" not in page.read_text() and "<img" not in page.read_text() + plot.read_text()
-    assert "&lt;script&gt;" in page.read_text()
+    assert page.read_text().count("&lt;script&gt;") == 3  # the version, and the steps in words and in the command

@@ -1,4 +1,4 @@
-"""The comparison of an ablation: statistics over seeds, the table, the plot, and the files they are written to."""
+"""The comparison of an ablation: statistics over seeds, the table, the plot, and their files."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from html import escape
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
+from markupsafe import Markup
+
+from vgpo_trainer.reports.charts import MINUS, Panel, interval_chart
+from vgpo_trainer.reports.intervals import LEVEL, Interval
+from vgpo_trainer.reports.pages import NOTHING, asset, percent, render
+from vgpo_trainer.runs.json import finite
 from vgpo_trainer.runs.writing import write_atomically, writing
 
 BASELINE = "dapo"
-LEVEL = 0.95
-FEWEST_PAIRS = 3  # for a difference to be spoken of
+FEWEST_PAIRS = 3  # of a difference that the verdict mentions
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,17 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What came out of one arm with one seed.
+    """Result of one arm with one seed.
 
     Attributes:
-        accuracy_before, accuracy: Held-out, of greedy answers, 0 to 1.
-        late_early_ratio: Visual accumulation of a response's second half over its first, of the responses sampled in
-            the last ten steps.
-        reward: Mean of the last ten steps.
-        steps: Done.
-        seconds: On the wall.
-        cpu_seconds: Of all threads.
-        rewards: Of every step.
+        accuracy_before, accuracy: Held-out accuracy of greedy answers, 0 to 1.
+        late_early_ratio: Visual accumulation of the second half of a response divided by that of the first half, mean
+            over the responses sampled in the last ten steps.
+        reward: Mean over the last ten steps.
+        steps: Optimisation steps that were done.
+        seconds: Wall-clock time.
+        cpu_seconds: CPU time of all threads.
+        rewards: Mean reward of every step.
     """
 
     arm: str
@@ -75,44 +78,17 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean over seeds with its 95% interval (Student's t); NaN where there are too few."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
-        """The interval of the mean of some values; of one value, and of none, it is unknown."""
-        if not values:
-            return cls(math.nan, math.nan, math.nan)
-        mean = statistics.fmean(values)
-        if len(values) == 1:
-            return cls(mean, math.nan, math.nan)
-        from scipy.stats import t
-
-        half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-        return cls(mean, mean - half, mean + half)
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0
-
-
-@dataclass(frozen=True)
 class ArmStatistics:
     """An arm over its seeds.
 
     Attributes:
         arm: Its name.
         seeds: Of the finished runs.
-        pairs: How many of them have a run of DAPO beside them.
+        pairs: Number of these runs with a DAPO run of the same seed.
         accuracy: Held-out.
-        difference: Of accuracy to DAPO's with the same seed.
+        difference: Accuracy minus that of DAPO with the same seed.
         late_early_ratio: As in :class:`Run`.
-        ratio_difference: Of the late/early ratio to DAPO's with the same seed.
+        ratio_difference: Late/early ratio minus that of DAPO with the same seed.
     """
 
     arm: str
@@ -150,9 +126,9 @@ def write_ablation(folder: Path, report: Path, budget: Mapping[str, Any], runs: 
     """Write ``results.csv`` and ``results.json`` to one folder, ``ablation.md`` and ``images/ablation.svg`` to another.
 
     Args:
-        folder: The ablation's.
-        report: For the comparison; it may be the same.
-        budget: What the runs share.
+        folder: Folder of the ablation.
+        report: Folder of the comparison; it may be the same.
+        budget: Settings that all runs share.
         runs: At least one.
 
     Returns:
@@ -174,7 +150,7 @@ def _write(folder: Path, report: Path, budget: Mapping[str, Any], runs: Sequence
     table.writerows(asdict(run) for run in runs)
     write_atomically(folder / "results.csv", buffer.getvalue())
     results = {"budget": budget, "arms": [asdict(arm) for arm in summary], "runs": [asdict(run) for run in runs]}
-    write_atomically(folder / "results.json", json.dumps(_without_nan(results), indent=2) + "\n")
+    write_atomically(folder / "results.json", json.dumps(finite(results), indent=2) + "\n")
     image = report / "images" / "ablation.svg"
     image.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(image, plot(summary, runs))
@@ -184,166 +160,88 @@ def _write(folder: Path, report: Path, budget: Mapping[str, Any], runs: Sequence
 
 
 def markdown(summary: Sequence[ArmStatistics], runs: Sequence[Run], budget: Mapping[str, Any]) -> str:
-    """The comparison as a page: table, plot, what it says and how it was measured."""
-    lines = [
-        "| | seeds | held-out accuracy | against DAPO, same seed | late/early accumulation | against DAPO, same seed |",
-        "| :-- | --: | :-- | :-- | :-- | :-- |",
-    ]
-    for arm in summary:
-        cells = [
+    """The comparison as Markdown: table, plot, what the intervals say and how it was measured."""
+    rows = [
+        (
             ARMS[arm.arm].title,
-            str(len(arm.seeds)),
-            _percent(arm.accuracy),
+            len(arm.seeds),
+            _written(arm.accuracy, percent),
             "" if arm.arm == BASELINE else _points(arm.difference),
-            _ratio(arm.late_early_ratio),
-            "" if arm.arm == BASELINE else _ratio(arm.ratio_difference, sign=True),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    before = statistics.fmean(run.accuracy_before for run in runs)
-    versions = sorted({escape(f"{name} {number}") for run in runs for name, number in run.versions.items()})
-    threads = sorted({run.threads for run in runs})
-    shapes = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in budget.items())
-    measured = (
-        f"Every run takes {budget['steps']} optimisation steps of {budget['prompts']} problems with "
-        f"{budget['generations']} responses each, from the same warm-started checkpoint, which solves {before:.1%} of "
-        f"the {budget['problems']} held-out problems; learning rate {budget['learning_rate']:g}, sampling temperature "
-        f"{budget['temperature']:g}. Runs with the same seed see the same problems. Accuracy is that of greedy answers "
-        "to problems whose scans no training problem uses, the same for every run. Intervals are 95% intervals of the "
-        "mean over seeds (Student's t), so they hold the chance of training and sampling, not that of drawing other "
-        "held-out problems. Late/early accumulation is the visual focus of a response's second half over that of its "
-        f"first, over the responses sampled in the last ten steps. Measured with {', '.join(versions)} on "
-        f"{' or '.join(map(str, threads))} CPU thread{'s' if threads != [1] else ''}, "
-        f"{statistics.fmean(run.cpu_seconds for run in runs):.0f} CPU seconds a run."
-    )
-    return (
-        "# Ablation\n\n"
-        + _wrap("What the parts of VGPO do on the task of `vgpo demo`, as measured.")
-        + "\n"
-        + "\n".join(lines)
-        + "\n\n![Held-out accuracy, its difference from DAPO and late/early accumulation of each arm]"
-        + "(images/ablation.svg)\n\n"
-        + _wrap(verdict(summary))
-        + "\n"
-        + _wrap(measured)
-        + "\nTo measure it again, or to go on with it:\n\n"
-        + f"```bash\nvgpo ablate --out DIR --seeds {max(len(arm.seeds) for arm in summary)} {shapes}\n```\n"
+            _written(arm.late_early_ratio, "{:.4f}".format),
+            "" if arm.arm == BASELINE else _written(arm.ratio_difference, "{:+.4f}".format),
+        )
+        for arm in summary
+    ]
+    return render(
+        "ablation.md.j2",
+        rows=rows,
+        verdict=verdict(summary),
+        budget=budget,
+        seeds=max(len(arm.seeds) for arm in summary),
+        before=statistics.fmean(run.accuracy_before for run in runs),
+        versions=sorted({f"{name} {number}" for run in runs for name, number in run.versions.items()}),
+        threads=sorted({run.threads for run in runs}),
+        cpu_seconds=statistics.fmean(run.cpu_seconds for run in runs),
     )
 
 
-def verdict(summary: Sequence[ArmStatistics]) -> str:
+def verdict(summary: Sequence[ArmStatistics]) -> Markup:
     """What the intervals say, in words."""
     # Of two values even Student's interval is a guess: they may agree by chance.
     compared = [arm for arm in summary if arm.arm != BASELINE and arm.pairs >= FEWEST_PAIRS]
     counts = sorted({len(arm.seeds) for arm in summary})
     seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     if not compared:
-        return "There are too few finished runs to compare arms yet."
-    by_chance = 1 - LEVEL ** len(compared)
-    caution = (
-        f"Of {len(compared)} such intervals, at least one misses a true zero by chance alone in up to "
-        f"{by_chance:.0%} of ablations."
-    )
+        return Markup("There are too few finished runs to compare arms yet.")
     apart = [arm for arm in compared if arm.difference.excludes_zero]
     below = sum(arm.difference.mean < 0 for arm in compared)
-    direction = f"{below} of {len(compared)} means lie below DAPO's."
+    direction = Markup("{} of {} means lie below DAPO's.").format(below, len(compared))
     if not apart:
         half = max((arm.difference.high - arm.difference.low) / 2 for arm in compared)
-        return (
-            f"With {seeds} seeds an arm, no difference from DAPO in held-out accuracy is shown: every interval holds "
-            f"zero. {direction} The widest interval is ± {100 * half:.1f} points; smaller effects would not show here."
-        )
-    told = "; ".join(f"{ARMS[arm.arm].title} {_points(arm.difference)} points" for arm in apart)
-    return (
-        f"With {seeds} seeds an arm, the interval of the difference from DAPO excludes zero for: {told}. "
-        f"{direction} {caution}"
+        return Markup(
+            "With {} seeds per arm, no difference from DAPO in held-out accuracy is shown: every interval contains "
+            "zero. {} The widest interval is ± {:.1f} points; smaller effects cannot be seen here."
+        ).format(seeds, direction, 100 * half)
+    return Markup(
+        "With {} seeds per arm, the interval of the difference from DAPO excludes zero for: {}. {} "
+        "Of {} such intervals, at least one excludes zero by chance in up to {:.0%} of ablations, even if no arm "
+        "differs from DAPO."
+    ).format(
+        seeds,
+        "; ".join(f"{ARMS[arm.arm].title} {_points(arm.difference)} points" for arm in apart),
+        direction,
+        len(compared),
+        1 - LEVEL ** len(compared),
     )
 
 
-def plot(summary: Sequence[ArmStatistics], runs: Sequence[Run]) -> str:
-    """Accuracy, its difference from DAPO and late/early accumulation of each arm as an SVG, seeds as dots."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    order = [arm.arm for arm in summary]
-    baseline = {run.seed: run for run in runs if run.arm == BASELINE}
-    own = {name: [run for run in runs if run.arm == name] for name in order}
-    paired = {name: [run for run in own[name] if run.seed in baseline and name != BASELINE] for name in order}
-    panels = [
-        (
-            "held-out accuracy, %",
-            {arm.arm: arm.accuracy for arm in summary},
-            {name: [run.accuracy for run in own[name]] for name in order},
-            100,
-        ),
-        (
-            "accuracy minus DAPO's, same seed, points",
-            {arm.arm: arm.difference for arm in summary},
-            {name: [run.accuracy - baseline[run.seed].accuracy for run in paired[name]] for name in order},
-            100,
-        ),
-        (
-            "late/early accumulation",
-            {arm.arm: arm.late_early_ratio for arm in summary},
-            {name: [run.late_early_ratio for run in own[name]] for name in order},
-            1,
-        ),
+def plot(summary: Sequence[ArmStatistics], runs: Sequence[Run]) -> Markup:
+    """Accuracy, its difference from DAPO and late/early accumulation of each arm as an SVG; one circle per seed."""
+    own = [[run for run in runs if run.arm == arm.arm] for arm in summary]
+    baseline = {run.seed: run.accuracy for run in runs if run.arm == BASELINE}
+    differences = [
+        [100 * (run.accuracy - baseline[run.seed]) for run in arm if run.seed in baseline and run.arm != BASELINE]
+        for arm in own
     ]
-    # The same runs give the same file: identifiers from a fixed salt, no date.
-    with mpl.rc_context({"svg.hashsalt": "ablation", "svg.fonttype": "path", "font.size": 9}):
-        figure = Figure(figsize=(11, 0.9 + 0.4 * len(order)), layout="constrained")
-        axes = figure.subplots(1, len(panels), sharey=True)
-        for axis, (label, intervals, values, scale) in zip(axes, panels, strict=True):
-            for row, name in enumerate(order):
-                colour = "#7a7a7a" if name == BASELINE else "#c8501e"
-                interval, dots = intervals[name], [scale * value for value in values[name]]
-                axis.plot(dots, [row] * len(dots), "o", color=colour, markerfacecolor="white", markersize=4.5, zorder=3)
-                axis.plot([scale * interval.low, scale * interval.high], [row, row], color=colour, linewidth=1.8)
-                axis.plot([scale * interval.mean], [row], "D", color=colour, markersize=5, zorder=4)
-            axis.set_xlabel(label)
-            axis.locator_params(axis="x", nbins=5)
-            axis.grid(axis="x", color="#dddddd", linewidth=0.6)
-            axis.set_axisbelow(True)
-            axis.spines[["top", "right", "left"]].set_visible(False)
-            axis.tick_params(axis="y", length=0)
-        axes[1].axvline(0, color="#7a7a7a", linewidth=1, linestyle=(0, (4, 3)))
-        axes[0].set_yticks(range(len(order)), [ARMS[name].title for name in order])
-        axes[0].set_ylim(len(order) - 0.5, -0.5)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
-
-
-def _percent(interval: Interval) -> str:
-    return _written(interval, lambda value: f"{100 * value:.1f}%")
+    panels = [
+        Panel("held-out accuracy, %", [[100 * run.accuracy for run in arm] for arm in own]),
+        Panel("accuracy minus DAPO's, same seed, points", differences, reference=0.0),
+        Panel("late/early accumulation", [[run.late_early_ratio for run in arm] for arm in own]),
+    ]
+    titles = [ARMS[arm.arm].title for arm in summary]
+    return interval_chart(
+        titles, panels, "Means of each arm with 95% intervals", baseline=ARMS[BASELINE].title, style=asset("chart.css")
+    )
 
 
 def _points(interval: Interval) -> str:
     return _written(interval, lambda value: f"{100 * value:+.1f}")
 
 
-def _ratio(interval: Interval, sign: bool = False) -> str:
-    return _written(interval, lambda value: f"{value:{'+' if sign else ''}.4f}")
-
-
 def _written(interval: Interval, write: Any) -> str:
     if math.isnan(interval.mean):
-        return "\N{EN DASH}"
+        return NOTHING
     text = write(interval.mean)
     if math.isfinite(interval.low):
         text += f" ({write(interval.low)} to {write(interval.high)})"
-    return str(text).replace("-", "\N{MINUS SIGN}")
-
-
-def _wrap(text: str) -> str:
-    return fill(text, 118, break_long_words=False, break_on_hyphens=False) + "\n"
-
-
-def _without_nan(value: Any) -> Any:
-    """The value with None for every number that JSON cannot hold."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return value
+    return str(text).replace("-", MINUS)

@@ -25,7 +25,7 @@
     return `rgb(${mix.map(Math.round).join(",")})`;
   };
 
-  const cursors = [...document.querySelectorAll(".curve .chart")].map((chart) => {
+  const cursors = [...document.querySelectorAll(".curves .chart")].map((chart) => {
     const line = document.createElementNS("http://www.w3.org/2000/svg", "line");
     line.setAttribute("class", "cursor");
     line.setAttribute("y1", data.chart.top);
