@@ -21,7 +21,7 @@ void gather(const void* data, const int64_t* offsets, int64_t count, int64_t siz
 
 }  // namespace
 
-Scores::Scores(const AttentionInput& input)
+Scores::Scores(const AttentionTensors& input)
     : input_(input),
       on_matrix_units_(input.type == HiddenType::kBFloat16 && has_bf16_products()),
       scores_(kPanelKeys * std::max(kMatrixRows, kQueryRows)) {

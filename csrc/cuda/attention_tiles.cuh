@@ -23,9 +23,6 @@ constexpr int kAttentionBlocks = 2;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// What attention_heatmap calls its keys.
-constexpr int kLabels = 2, kShown = 1;
-
 // Rows of a streamed tile; and, where a warp keeps no more than scores, how many times 16 rows it holds.
 template <typename T>
 constexpr int kStreamRows = sizeof(T) == 2 ? 64 : 32;
