@@ -173,8 +173,8 @@ AttentionTensors ArgumentReader::attention(const at::Tensor& q, const at::Tensor
     TORCH_CHECK_VALUE(k.scalar_type() == q.scalar_type() && k.size(-1) == input.size && input.size > 0 &&
                           input.k.heads > 0 && input.q.heads > 0 && input.q.heads % input.k.heads == 0 &&
                           input.batch == (packed ? cu_seqlens_k->size(0) - 1 : k.size(0)),
-                      "k must have q's dtype, batch and head size and a divisor of its heads, got ", k.scalar_type(), " ",
-                      k.sizes(), " and q ", q.scalar_type(), " ", q.sizes());
+                      "k must have q's dtype, batch and head size and a divisor of its heads, got ", k.scalar_type(),
+                      " ", k.sizes(), " and q ", q.scalar_type(), " ", q.sizes());
     TORCH_CHECK_VALUE(num_segments >= 1 && window >= 0, "num_segments must be positive and window not negative, got ",
                       num_segments, " and ", window);
     input.segments = tensor<int32_t>("key_segments", key_segments, input.token_shape(input.k));

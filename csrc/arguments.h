@@ -41,8 +41,8 @@ public:
 
     HiddenType type(const char* name, const at::Tensor& tensor) const;
 
-    // The layout of response arrays shaped as `mask`. It has as many rows as tokens: with hidden states, `focus` has the
-    // layout with their rows.
+    // The layout of response arrays shaped as `mask`, with as many rows as tokens. `focus` gives it the rows of hidden
+    // states.
     Layout layout(const at::Tensor& mask, const OptionalTensor& cu_seqlens) const;
 
     FocusTensors focus(const at::Tensor& hidden, const OptionalTensor& visual_mask, const Layout& layout,

@@ -1,6 +1,6 @@
 // The scalar formulas of visually-guided policy optimisation, written once for the CPU and for CUDA.
 //
-// Nothing here includes a torch header. Formulas that run once a token are templates over the number type `F`:
+// Nothing here includes a torch header. Formulas that run once per token are templates over the number type `F`:
 // CUDA instantiates them with `float`, the CPU backend with its SIMD vectors, which bring their own `select`,
 // `minimum`, `maximum`, `exponential` and `power` (found by argument-dependent lookup). A comparison of two `F`
 // gives a mask; masks combine with `&`, `|` and `!`.
@@ -161,7 +161,7 @@ struct WeightsConfig {
     VGPO_HD bool needs_batch_offset() const { return score == Score::kOffset && score_offset != score_offset; }
 };
 
-// The tail is the valid tokens with 0-based ordinal >= tail_first; double arithmetic, as the definition has it.
+// The tail is the valid tokens with 0-based ordinal >= tail_first; in double, as the reference implementation.
 VGPO_HD inline int64_t tail_first(int64_t length, const WeightsConfig& config) {
     return static_cast<int64_t>(static_cast<double>(length) * (1.0 - config.tail_ratio));
 }
@@ -296,13 +296,13 @@ struct LossOptions {
         reader.code("importance_mode", importance_mode);
     }
 
-    // The ratio of these losses is one number a response: its mean log-ratio must be known first.
+    // The ratio of these losses is one number per response: its mean log-ratio must be known first.
     VGPO_HD bool sequence_level() const {
         return loss_type == LossType::kGspo || loss_type == LossType::kGspoToken;
     }
 };
 
-// An importance ratio and its derivative with respect to the log-ratio (zero where the clamp is active).
+// An importance ratio and its derivative w.r.t. the log-ratio (zero where the clamp is active).
 template <typename F>
 struct Ratio {
     F value;
@@ -317,7 +317,7 @@ VGPO_HD inline Ratio<F> importance_ratio(F log_ratio, const LossOptions& options
     return {value, select(outside, zero, value)};
 }
 
-// The surrogate of one token: its value, its derivative with respect to the log-ratio, and 0/1 indicators.
+// The surrogate of one token: its value, its derivative w.r.t. the log-ratio, and 0/1 indicators.
 template <typename F>
 struct Surrogate {
     F value;
@@ -366,7 +366,7 @@ VGPO_HD inline Surrogate<F> surrogate(Ratio<F> ratio, F log_prob, F advantage, c
     return result;
 }
 
-// A KL estimate and its derivative with respect to logp.
+// A KL estimate and its derivative w.r.t. logp.
 template <typename F>
 struct Kl {
     F value;

@@ -220,7 +220,7 @@ at::Tensor mean_of_heads(const AttentionTensors& input, const at::Tensor& by_hea
     shape.erase(shape.begin() + (packed ? 0 : 1));
     at::Tensor mean = at::empty(shape, by_head.options());
     const int64_t batch = packed ? 1 : input.batch, heads = input.q.heads;
-    const int64_t count = by_head.numel() / std::max<int64_t>(batch * heads, 1);  // numbers a head
+    const int64_t count = by_head.numel() / std::max<int64_t>(batch * heads, 1);  // numbers per head
     const float* from = by_head.const_data_ptr<float>();
     float* to = mean.mutable_data_ptr<float>();
     at::parallel_for(0, batch * count, kItemRows, [&](int64_t begin, int64_t end) {

@@ -11,7 +11,7 @@
 namespace vgpo {
 namespace {
 
-// Token positions in one piece of work. Sums are taken a piece, then over pieces in order: the same for any number
+// Token positions in one piece of work. Sums are taken per piece, then over pieces in order: the same for any number
 // of threads.
 constexpr int64_t kPiece = 1024;
 

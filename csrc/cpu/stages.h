@@ -8,7 +8,7 @@
 
 namespace vgpo {
 
-// Means of the visual rows, zeros without any; counts them a response.
+// Means of the visual rows, zeros without any; counts them per response.
 void visual_prototype(const FocusTensors& input, float* means /* [B, D] */, int64_t* visual_counts /* [B] */);
 
 // Cosines, 0 off the mask; also says which responses have an image.

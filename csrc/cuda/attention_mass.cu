@@ -50,11 +50,12 @@ AttentionInput<T> attention_input(const AttentionTensors& given) {
 }
 
 template <typename Arguments>
-void launch(void (*kernel)(Arguments), const Arguments& arguments, const LaunchShape& shape, c10::Device device) {
+void launch(void (*kernel)(Arguments), const Arguments& arguments, const LaunchShape& shape, const at::Tensor& q) {
+    const c10::Device device = q.device();
     int most = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index()));
-    TORCH_CHECK_VALUE(shape.shared_bytes <= most, "heads of ", arguments.input.size, " components need ",
-                      shape.shared_bytes, " bytes of shared memory, and this GPU has ", most,
+    TORCH_CHECK_VALUE(shape.shared_bytes <= most, "heads of ", q.size(-1), " components in ", q.scalar_type(),
+                      " need ", shape.shared_bytes, " bytes of shared memory, and this GPU has ", most,
                       " for a block: vgpo_kernels.backend('triton') serves them");
     const dim3 grid(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.heads),
                     static_cast<unsigned>(shape.parts));
@@ -92,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_mass(
         using T = std::remove_pointer_t<decltype(type)>;
         const AttentionMassArguments<T> arguments{attention_input<T>(given), mass.mutable_data_ptr<float>(),
                                                   lse.mutable_data_ptr<float>()};
-        launch(attention_mass_kernel<T>, arguments, launch_shape(arguments), reader.device());
+        launch(attention_mass_kernel<T>, arguments, launch_shape(arguments), q);
     });
     if (per_head) return {mass, at::empty({0}, lse.options()), lse};
     return {mean_of_heads(mass, given.packed()), mass, lse};
@@ -112,7 +113,7 @@ at::Tensor attention_heatmap(const at::Tensor& q, const at::Tensor& k, const at:
         using T = std::remove_pointer_t<decltype(type)>;
         const AttentionHeatmapArguments<T> arguments{attention_input<T>(given), weights, lse_data,
                                                      heat.mutable_data_ptr<float>()};
-        launch(attention_heatmap_kernel<T>, arguments, launch_shape(arguments), reader.device());
+        launch(attention_heatmap_kernel<T>, arguments, launch_shape(arguments), q);
     });
     return per_head ? heat : mean_of_heads(heat, given.packed());
 }
@@ -128,8 +129,8 @@ std::tuple<at::Tensor, at::Tensor> gradients(const AttentionTensors& given, cons
         const AttentionGradientArguments<T> arguments{attention_input<T>(given), grad, mass, weights, lse,
                                                       means.mutable_data_ptr<float>(), gradient_of<T>(grad_q),
                                                       gradient_of<T>(grad_k)};
-        launch(attention_query_gradient_kernel<T>, arguments, query_gradient_shape(arguments), q.device());
-        launch(attention_key_gradient_kernel<T>, arguments, key_gradient_shape(arguments), q.device());
+        launch(attention_query_gradient_kernel<T>, arguments, query_gradient_shape(arguments), q);
+        launch(attention_key_gradient_kernel<T>, arguments, key_gradient_shape(arguments), q);
     });
     return {grad_q, grad_k};
 }

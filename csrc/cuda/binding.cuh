@@ -56,7 +56,7 @@ auto by_type(HiddenType type, Body body) {
 
 // ---- launches -------------------------------------------------------------------------------------------------
 
-// Blocks of a kernel that the current device holds at once. Asked of the driver once a device; neither question
+// Blocks of a kernel that the current device holds at once. Asked of the driver once per device; neither question
 // synchronises, and both are allowed while a stream is captured.
 template <typename Arguments>
 int resident_blocks(void (*kernel)(Arguments)) {

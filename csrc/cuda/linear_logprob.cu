@@ -11,7 +11,7 @@ namespace vgpo {
 namespace cuda {
 namespace {
 
-// The overloads of mm and addmm with a dtype of the result are as old as the oldest torch that serves. Until 2.9 that of
+// The overloads of mm and addmm with a dtype of the result are as old as the oldest torch supported. Until 2.9 that of
 // addmm wants self in the dtype of the matrices; since 2.10 self may have the dtype of the result, and so be the result.
 constexpr bool kAccumulates = TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10;
 

@@ -5,7 +5,7 @@
 // added up in the order of the pieces.
 //
 // Memory traffic: the mask, logp, old_logp and, where given, advantages, factors, ref_logp, entropy and importance
-// weights in, the gradients out; 4 bytes a token each. Sequence-level losses read logp and old_logp once more.
+// weights in, the gradients out; 4 bytes per token each. Sequence-level losses read logp and old_logp once more.
 #pragma once
 
 #include "../inputs.h"
@@ -14,8 +14,8 @@
 namespace vgpo {
 namespace cuda {
 
-// The loss cancels, so its sum is fp64; the metrics are sums of like terms, at most a few hundred of them a thread and
-// a tree from there.
+// The loss cancels, so its sum is fp64; the metrics are sums of like terms, at most a few hundred of them per
+// thread and a tree from there.
 struct PolicySums {
     double loss;
     float ratio;
@@ -51,7 +51,7 @@ struct PolicySums {
 
 // ---- a token --------------------------------------------------------------------------------------------------
 
-// What a token adds to the loss before aggregation, and its derivatives: with respect to its own logp, and through the
+// What a token adds to the loss before aggregation, and its derivatives: w.r.t. its own logp, and through the
 // ratio of the whole sequence.
 struct TokenLoss {
     float value;

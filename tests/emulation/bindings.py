@@ -13,6 +13,8 @@ from torch.utils import cpp_extension
 from vgpo_kernels.ops import registry
 
 NAMESPACE = "vgpo_emulated"
+# Kept: the operators end with it.
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 
 @functools.cache
@@ -20,13 +22,12 @@ def emulated_operators() -> dict[str, Any]:
     """Return ``torch.ops.vgpo_emulated.<name>`` for every operator that csrc/cuda registers."""
     folders = [flag for folder in cpp_extension.include_paths() for flag in ("-isystem", folder)]
     torch_library = Path(torch.__file__).parent / "lib"
-    libraries = [f"-L{torch_library}", f"-Wl,-rpath,{torch_library}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    path = compile_library("bindings.cpp", "-std=c++20", f"-DFOR_TORCH={torch.__version__}", *folders, *libraries)
-    library = torch.library.Library(NAMESPACE, "DEF")
+    libraries = [f"-L{torch_library}", f"-Wl,-rpath,{torch_library},--no-as-needed", "-ltorch_cpu", "-lc10"]
+    version = f"-DBUILT_FOR_TORCH={torch.__version__}"  # another torch is another command, which compiles anew
+    path = compile_library("bindings.cpp", "-std=c++20", version, *folders, *libraries)
     for operator in registry.OPERATORS.values():
-        library.define(str(operator.compiled._schema).removeprefix(f"{registry.NAMESPACE}::"))
+        _library.define(str(operator.compiled._schema).removeprefix(f"{registry.NAMESPACE}::"))
     torch.ops.load_library(path)
-    emulated_operators.library = library  # type: ignore[attr-defined]  # its end would be the operators'
     return {
         name: getattr(getattr(torch.ops, NAMESPACE), name).default
         for name in registry.OPERATORS
