@@ -1,13 +1,11 @@
 """Settings: how cosines become factors (with the two named presets), and how log-probs become a loss."""
 
-# ruff: noqa: RUF009  (`_setting` makes a dataclass field)
-
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import Field, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -133,18 +131,23 @@ class Bounds:
 Kind = Number | Flag | Choice | Bounds
 
 
-def _setting(default: Any, kind: Kind) -> Any:
-    return field(default=default, metadata={"kind": kind})
+def _kind_of(hint: Any) -> Kind:
+    """Return the kind that an annotation names, or that goes without saying."""
+    if get_origin(hint) is Annotated:
+        return hint.__metadata__[0]  # type: ignore[no-any-return]
+    if get_origin(hint) is Literal:
+        return Choice(get_args(hint))
+    return Flag() if hint is bool else Number()
 
 
 class _Settings:
-    """A dataclass whose fields are checked, and turned into numbers and back, each as its kind says."""
+    """A dataclass whose fields are checked, and turned into numbers and back, each as its annotation says."""
 
-    kinds: ClassVar[dict[str, Kind]] = {}  # of the fields, in their order
+    kinds: ClassVar[dict[str, Kind]]  # of the fields, in their order
 
     def __init_subclass__(cls) -> None:
-        own = {name: value.metadata["kind"] for name, value in vars(cls).items() if isinstance(value, Field)}
-        cls.kinds = cls.kinds | own
+        hints = get_type_hints(cls, include_extras=True)
+        cls.kinds = {name: _kind_of(hint) for name, hint in hints.items() if get_origin(hint) is not ClassVar}
 
     def __post_init__(self) -> None:
         for name, kind in self.kinds.items():
@@ -194,22 +197,22 @@ class VGPOConfig(_Settings):
 
     """
 
-    beta: float = _setting(0.3, Number(">= 0"))
-    tail_ratio: float = _setting(0.5, Number("in [0, 1]"))
-    top_ratio: float = _setting(0.2, Number("in (0, 1]"))
-    schedule: Schedule = _setting("linear", Choice(get_args(Schedule)))
-    start_ratio: float = _setting(0.0, Number("in [0, 1)"))
-    exponent: float = _setting(2.0, Number("> 0"))
-    step_ratio: float = _setting(0.5, Number("in [0, 1]"))
-    gate: bool = _setting(True, Flag())
-    intra: bool = _setting(True, Flag())
-    inter: bool = _setting(True, Flag())
-    score: Score = _setting("affine", Choice(get_args(Score)))
-    score_offset: float | None = _setting(None, Number(none=math.nan))
-    position: Position = _setting("one_based", Choice(get_args(Position)))
-    accumulation: Accumulation = _setting("compensated", Choice(get_args(Accumulation)))
-    intra_clamp: Clamp | None = _setting(None, Bounds())
-    inter_clamp: Clamp | None = _setting(None, Bounds())
+    beta: Annotated[float, Number(">= 0")] = 0.3
+    tail_ratio: Annotated[float, Number("in [0, 1]")] = 0.5
+    top_ratio: Annotated[float, Number("in (0, 1]")] = 0.2
+    schedule: Schedule = "linear"
+    start_ratio: Annotated[float, Number("in [0, 1)")] = 0.0
+    exponent: Annotated[float, Number("> 0")] = 2.0
+    step_ratio: Annotated[float, Number("in [0, 1]")] = 0.5
+    gate: bool = True
+    intra: bool = True
+    inter: bool = True
+    score: Score = "affine"
+    score_offset: Annotated[float | None, Number(none=math.nan)] = None
+    position: Position = "one_based"
+    accumulation: Accumulation = "compensated"
+    intra_clamp: Annotated[Clamp | None, Bounds()] = None
+    inter_clamp: Annotated[Clamp | None, Bounds()] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,22 +267,22 @@ class PolicyLossOptions(_Settings):
 
     """
 
-    loss_type: LossType = _setting("dapo", Choice(get_args(LossType)))
-    aggregation: Aggregation | None = _setting(None, Choice(get_args(Aggregation)))
-    epsilon_low: float = _setting(0.2, Number(">= 0"))
-    epsilon_high: float = _setting(0.28, Number(">= 0"))
-    dual_clip: float | None = _setting(None, Number("> 1", none=math.inf))
-    kl_coef: float = _setting(0.0, Number())
-    kl_estimator: KLEstimator = _setting("k3", Choice(get_args(KLEstimator)))
-    entropy_coef: float = _setting(0.0, Number())
-    max_length: float | None = _setting(None, Number("> 0", none=0.0))
-    sapo_temperature_positive: float = _setting(1.0, Number("> 0"))
-    sapo_temperature_negative: float = _setting(1.05, Number("> 0"))
-    ratio_clamp: float | None = _setting(20.0, Number("> 0", none=math.inf))
-    cispo_cap: float | None = _setting(None, Number("> 0", none=math.nan))
-    kl_bias_correction: bool = _setting(False, Flag())
-    importance_cap: float | None = _setting(None, Number("> 0", none=math.inf))
-    importance_mode: ImportanceMode = _setting("truncate", Choice(get_args(ImportanceMode)))
+    loss_type: LossType = "dapo"
+    aggregation: Annotated[Aggregation | None, Choice(get_args(Aggregation))] = None
+    epsilon_low: Annotated[float, Number(">= 0")] = 0.2
+    epsilon_high: Annotated[float, Number(">= 0")] = 0.28
+    dual_clip: Annotated[float | None, Number("> 1", none=math.inf)] = None
+    kl_coef: float = 0.0
+    kl_estimator: KLEstimator = "k3"
+    entropy_coef: float = 0.0
+    max_length: Annotated[float | None, Number("> 0", none=0.0)] = None
+    sapo_temperature_positive: Annotated[float, Number("> 0")] = 1.0
+    sapo_temperature_negative: Annotated[float, Number("> 0")] = 1.05
+    ratio_clamp: Annotated[float | None, Number("> 0", none=math.inf)] = 20.0
+    cispo_cap: Annotated[float | None, Number("> 0", none=math.nan)] = None
+    kl_bias_correction: bool = False
+    importance_cap: Annotated[float | None, Number("> 0", none=math.inf)] = None
+    importance_mode: ImportanceMode = "truncate"
 
     def __post_init__(self) -> None:
         if self.aggregation is None and self.loss_type in CHOICES["loss_type"]:
