@@ -189,7 +189,7 @@ def configure(extension: Extension, target: str, build_folder: str) -> str:
     # runtime is not linked: the symbols come from the one that torch has loaded, so that there is only one.
     cxx += ["-fopenmp"] if sys.platform == "linux" else []
     nvcc = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
-    files = ["csrc/library.cpp", *sources("cpu", ".cpp"), write_digest(build_folder)]
+    files = [*sources("", ".cpp"), *sources("cpu", ".cpp"), write_digest(build_folder)]
     if target == "cuda":
         description = f"its CPU and CUDA kernels ({choose_architectures(torch)})"
         files += sources("cuda", ".cu")

@@ -48,6 +48,13 @@ struct Layout {
     VGPO_HD int64_t num_rows() const { return cu_seqlens == nullptr ? batch * rows : rows; }
 };
 
+// How attention_heatmap labels its keys: shown, or another.
+constexpr int kLabels = 2, kShown = 1;
+
+// Element types of hidden states, and of queries and keys.
+enum class HiddenType { kFloat, kBFloat16, kHalf };
+constexpr int kHiddenTypes = 3;
+
 // `hidden` keeps its own strides, in elements; the last dimension is contiguous.
 struct HiddenStrides {
     int64_t batch;  // of [B, S, D]; unused for [N, D]

@@ -1,38 +1,22 @@
-// Registers the CPU operators, whose schemas Python defines, and the module vgpo_kernels._C: what was built, and the
-// memory ceilings that benchmarks compare with.
+// The module vgpo_kernels._C: what was built, which settings are read, and the memory ceilings that benchmarks compare
+// with. The operators register beside their functions; Python defines their schemas.
 #include <ATen/Parallel.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/library.h>
 #include <torch/version.h>
 
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/ops.h"
 #include "cpu/parallel.h"
+#include "settings.h"
 
 // Defined in a source that setup.py writes: what follows the colon is a digest of all sources, which vgpo_kernels
 // compares with those beside it before it loads the extension.
 namespace vgpo {
 extern const char source_digest[];
-}
-
-TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
-    library.impl("visual_prototype", &vgpo::ops::visual_prototype);
-    library.impl("visual_focus", &vgpo::ops::visual_focus);
-    library.impl("visual_weights", &vgpo::ops::visual_weights);
-    library.impl("group_weights", &vgpo::ops::group_weights);
-    library.impl("policy_loss", &vgpo::ops::policy_loss);
-    library.impl("vgpo_loss", &vgpo::ops::vgpo_loss);
-    library.impl("attention_mass", &vgpo::ops::attention_mass);
-    library.impl("attention_mass_backward", &vgpo::ops::attention_mass_backward);
-    library.impl("attention_heatmap", &vgpo::ops::attention_heatmap);
-    library.impl("attention_heatmap_backward", &vgpo::ops::attention_heatmap_backward);
-    library.impl("head_statistics", &vgpo::ops::head_statistics);
-    library.impl("head_gradient", &vgpo::ops::head_gradient);
-    library.impl("head_product", &vgpo::ops::head_product);
 }
 
 namespace {
@@ -62,7 +46,8 @@ std::vector<std::string> simd_levels() {
 }
 
 void set_simd(const std::string& name) {
-    TORCH_CHECK_VALUE(vgpo::choose_kernels(name.c_str()), "simd must be one of ", simd_levels(), ", got '", name, "'");
+    TORCH_CHECK_VALUE(vgpo::choose_kernels(name.c_str()), "simd must be one of ",
+                      c10::ArrayRef<std::string>(simd_levels()), ", got '", name, "'");
 }
 
 pybind11::dict build_info() {
@@ -75,6 +60,17 @@ pybind11::dict build_info() {
     info["source_digest"] = std::strchr(vgpo::source_digest, ':') + 1;
     info["threads"] = at::get_num_threads();
     return info;
+}
+
+// The name and kind of every field, and the number of choices of those that are codes.
+template <typename Settings>
+std::vector<std::tuple<std::string, std::string, int>> fields_read() {
+    vgpo::SettingsReader reader(nullptr, 0);
+    Settings settings = {};
+    settings.read(reader);
+    std::vector<std::tuple<std::string, std::string, int>> fields;
+    for (const auto& field : reader.fields()) fields.emplace_back(field.name, field.kind, field.choices);
+    return fields;
 }
 
 int64_t contiguous_bytes(const at::Tensor& tensor) {
@@ -117,9 +113,11 @@ void copy_memory(const at::Tensor& from, const at::Tensor& to) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "Build information of vgpo_kernels, and memory ceilings for its benchmarks.";
+    module.doc() = "Build information of vgpo_kernels, the settings it reads, and memory ceilings for its benchmarks.";
     module.def("has_cuda", [] { return kHasCuda; }, "Whether CUDA kernels were compiled.");
     module.def("build_info", &build_info, "What was built, and the SIMD level in use.");
+    module.def("config_fields", &fields_read<vgpo::WeightsConfig>, "Fields of VGPOConfig as kernels read them.");
+    module.def("options_fields", &fields_read<vgpo::LossOptions>, "Fields of PolicyLossOptions as kernels read them.");
     module.def("simd_levels", &simd_levels, "SIMD levels that this processor runs, the simplest first.");
     module.def("simd", [] { return std::string(vgpo::kernels().name); }, "The SIMD level in use.");
     module.def("threads_used", [] { return vgpo::threads_used.load(); }, "Whether work has run on several threads.");

@@ -1,6 +1,6 @@
 // The scalar formulas of visually-guided policy optimisation, written once for the CPU and for CUDA.
 //
-// Nothing here includes a torch header. Formulas that run once a token are templates over the number type `F`:
+// Nothing here includes a torch header. Formulas that run once per token are templates over the number type `F`:
 // CUDA instantiates them with `float`, the CPU backend with its SIMD vectors, which bring their own `select`,
 // `minimum`, `maximum`, `exponential` and `power` (found by argument-dependent lookup). A comparison of two `F`
 // gives a mask; masks combine with `&`, `|` and `!`.
@@ -109,20 +109,21 @@ VGPO_HD inline float cosine(float dot, float squared_norm, float prototype_norm)
 
 // ---- visual weights (Eq. 5-11) --------------------------------------------------------------------------------
 
-enum class Schedule { kLinear, kExponential, kStep };
-enum class Score { kAffine, kOffset };
-enum class Position { kOneBased, kZeroBased };
-enum class Accumulation { kCompensated, kNormalized, kMean };
+// In the order of the choices of vgpo_kernels/config.py, as are all enums of settings; kCount is their number.
+enum class Schedule { kLinear, kExponential, kStep, kCount };
+enum class Score { kAffine, kOffset, kCount };
+enum class Position { kOneBased, kZeroBased, kCount };
+enum class Accumulation { kCompensated, kNormalized, kMean, kCount };
 
 constexpr float kRangeFloor = 1e-8f;   // keeps a min-max normalisation of equal values at zero
 constexpr float kStepSlack = 1e-6f;    // a position one rounding error below the step still counts
-constexpr int kConfigFields = 18;
 
+// VGPOConfig for kernels.
 struct WeightsConfig {
-    Schedule schedule;
     float beta;
     double tail_ratio;
     double top_ratio;
+    Schedule schedule;
     float start_ratio;
     float exponent;
     float step_ratio;
@@ -136,34 +137,31 @@ struct WeightsConfig {
     float intra_low, intra_high;
     float inter_low, inter_high;
 
-    // `fields` is VGPOConfig.as_floats(), in its order.
-    static WeightsConfig from(const double* fields /* [18] */) {
-        WeightsConfig config;
-        config.schedule = static_cast<Schedule>(static_cast<int>(fields[0]));
-        config.beta = static_cast<float>(fields[1]);
-        config.tail_ratio = fields[2];
-        config.top_ratio = fields[3];
-        config.start_ratio = static_cast<float>(fields[4]);
-        config.exponent = static_cast<float>(fields[5]);
-        config.step_ratio = static_cast<float>(fields[6]);
-        config.gate = fields[7] != 0.0;
-        config.intra = fields[8] != 0.0;
-        config.inter = fields[9] != 0.0;
-        config.score = static_cast<Score>(static_cast<int>(fields[10]));
-        config.score_offset = static_cast<float>(fields[11]);
-        config.position = static_cast<Position>(static_cast<int>(fields[12]));
-        config.accumulation = static_cast<Accumulation>(static_cast<int>(fields[13]));
-        config.intra_low = static_cast<float>(fields[14]);
-        config.intra_high = static_cast<float>(fields[15]);
-        config.inter_low = static_cast<float>(fields[16]);
-        config.inter_high = static_cast<float>(fields[17]);
-        return config;
+    // Reads every field of VGPOConfig, in its order (see SettingsReader).
+    template <typename Reader>
+    void read(Reader& reader) {
+        reader.number("beta", beta);
+        reader.ratio("tail_ratio", tail_ratio);
+        reader.ratio("top_ratio", top_ratio);
+        reader.code("schedule", schedule);
+        reader.ratio("start_ratio", start_ratio);
+        reader.number("exponent", exponent);
+        reader.ratio("step_ratio", step_ratio);
+        reader.flag("gate", gate);
+        reader.flag("intra", intra);
+        reader.flag("inter", inter);
+        reader.code("score", score);
+        reader.optional("score_offset", score_offset);
+        reader.code("position", position);
+        reader.code("accumulation", accumulation);
+        reader.bounds("intra_clamp", intra_low, intra_high);
+        reader.bounds("inter_clamp", inter_low, inter_high);
     }
 
     VGPO_HD bool needs_batch_offset() const { return score == Score::kOffset && score_offset != score_offset; }
 };
 
-// The tail is the valid tokens with 0-based ordinal >= tail_first; double arithmetic, as the definition has it.
+// The tail is the valid tokens with 0-based ordinal >= tail_first; in double, as the reference implementation.
 VGPO_HD inline int64_t tail_first(int64_t length, const WeightsConfig& config) {
     return static_cast<int64_t>(static_cast<double>(length) * (1.0 - config.tail_ratio));
 }
@@ -246,15 +244,21 @@ enum FocusMetric {
 
 // ---- policy loss ----------------------------------------------------------------------------------------------
 
-enum class LossType { kGrpo, kBnpo, kDapo, kDrGrpo, kGspo, kGspoToken, kCispo, kSapo };
-enum class Aggregation { kTokenMean, kSequenceMeanTokenMean, kSequenceMeanTokenSum, kSequenceMeanTokenSumNorm };
-enum class KlEstimator { kK1, kK2, kK3, kK3Clamped };
-enum class ImportanceMode { kTruncate, kMask };
+enum class LossType { kGrpo, kBnpo, kDapo, kDrGrpo, kGspo, kGspoToken, kCispo, kSapo, kCount };
+enum class Aggregation {
+    kTokenMean,
+    kSequenceMeanTokenMean,
+    kSequenceMeanTokenSum,
+    kSequenceMeanTokenSumNorm,
+    kCount,
+};
+enum class KlEstimator { kK1, kK2, kK3, kK3Clamped, kCount };
+enum class ImportanceMode { kTruncate, kMask, kCount };
 
 constexpr float kKlLogRatioLimit = 20.0f;  // k3_clamped: bound of the log-ratio
 constexpr float kKlLimit = 10.0f;          // k3_clamped: bound of the estimate
-constexpr int kOptionFields = 16;
 
+// PolicyLossOptions for kernels.
 struct LossOptions {
     LossType loss_type;
     Aggregation aggregation;
@@ -263,7 +267,7 @@ struct LossOptions {
     float kl_coef;
     KlEstimator kl_estimator;
     float entropy_coef;
-    float max_length;
+    float max_length;  // 0: none
     float tau_positive, tau_negative;
     float ratio_clamp;  // bound of |log-ratio|; infinity: none
     float cispo_cap;    // NaN: clip to [1 - epsilon_low, 1 + epsilon_high]
@@ -271,35 +275,34 @@ struct LossOptions {
     float importance_cap;  // infinity: none
     ImportanceMode importance_mode;
 
-    // `fields` is PolicyLossOptions.as_floats(), in its order.
-    static LossOptions from(const double* fields /* [16] */) {
-        LossOptions options;
-        options.loss_type = static_cast<LossType>(static_cast<int>(fields[0]));
-        options.aggregation = static_cast<Aggregation>(static_cast<int>(fields[1]));
-        options.epsilon_low = static_cast<float>(fields[2]);
-        options.epsilon_high = static_cast<float>(fields[3]);
-        options.dual_clip = static_cast<float>(fields[4]);
-        options.kl_coef = static_cast<float>(fields[5]);
-        options.kl_estimator = static_cast<KlEstimator>(static_cast<int>(fields[6]));
-        options.entropy_coef = static_cast<float>(fields[7]);
-        options.max_length = static_cast<float>(fields[8]);
-        options.tau_positive = static_cast<float>(fields[9]);
-        options.tau_negative = static_cast<float>(fields[10]);
-        options.ratio_clamp = static_cast<float>(fields[11]);
-        options.cispo_cap = static_cast<float>(fields[12]);
-        options.kl_bias_correction = fields[13] != 0.0;
-        options.importance_cap = static_cast<float>(fields[14]);
-        options.importance_mode = static_cast<ImportanceMode>(static_cast<int>(fields[15]));
-        return options;
+    // Reads every field of PolicyLossOptions, in its order (see SettingsReader).
+    template <typename Reader>
+    void read(Reader& reader) {
+        reader.code("loss_type", loss_type);
+        reader.code("aggregation", aggregation);
+        reader.number("epsilon_low", epsilon_low);
+        reader.number("epsilon_high", epsilon_high);
+        reader.optional("dual_clip", dual_clip);
+        reader.number("kl_coef", kl_coef);
+        reader.code("kl_estimator", kl_estimator);
+        reader.number("entropy_coef", entropy_coef);
+        reader.optional("max_length", max_length);
+        reader.number("sapo_temperature_positive", tau_positive);
+        reader.number("sapo_temperature_negative", tau_negative);
+        reader.optional("ratio_clamp", ratio_clamp);
+        reader.optional("cispo_cap", cispo_cap);
+        reader.flag("kl_bias_correction", kl_bias_correction);
+        reader.optional("importance_cap", importance_cap);
+        reader.code("importance_mode", importance_mode);
     }
 
-    // The ratio of these losses is one number a response: its mean log-ratio must be known first.
+    // The ratio of these losses is one number per response: its mean log-ratio must be known first.
     VGPO_HD bool sequence_level() const {
         return loss_type == LossType::kGspo || loss_type == LossType::kGspoToken;
     }
 };
 
-// An importance ratio and its derivative with respect to the log-ratio (zero where the clamp is active).
+// An importance ratio and its derivative w.r.t. the log-ratio (zero where the clamp is active).
 template <typename F>
 struct Ratio {
     F value;
@@ -314,7 +317,7 @@ VGPO_HD inline Ratio<F> importance_ratio(F log_ratio, const LossOptions& options
     return {value, select(outside, zero, value)};
 }
 
-// The surrogate of one token: its value, its derivative with respect to the log-ratio, and 0/1 indicators.
+// The surrogate of one token: its value, its derivative w.r.t. the log-ratio, and 0/1 indicators.
 template <typename F>
 struct Surrogate {
     F value;
@@ -363,7 +366,7 @@ VGPO_HD inline Surrogate<F> surrogate(Ratio<F> ratio, F log_prob, F advantage, c
     return result;
 }
 
-// A KL estimate and its derivative with respect to logp.
+// A KL estimate and its derivative w.r.t. logp.
 template <typename F>
 struct Kl {
     F value;

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Kernels know a choice by its place in these lists (csrc/math.h has enums of the same order: LossType, ...).
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gspo_token", "cispo", "sapo"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 KLEstimator = Literal["k1", "k2", "k3", "k3_clamped"]
@@ -16,20 +21,8 @@ Position = Literal["one_based", "zero_based"]
 Accumulation = Literal["compensated", "normalized", "mean"]
 Clamp = tuple[float, float]
 
-# The order is the code by which kernels know a choice (csrc/math.h: Schedule, Score, ...).
-CHOICES: dict[str, tuple[str, ...]] = {
-    "schedule": ("linear", "exponential", "step"),
-    "score": ("affine", "offset"),
-    "position": ("one_based", "zero_based"),
-    "accumulation": ("compensated", "normalized", "mean"),
-    "loss_type": ("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gspo_token", "cispo", "sapo"),
-    "aggregation": ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"),
-    "kl_estimator": ("k1", "k2", "k3", "k3_clamped"),
-    "importance_mode": ("truncate", "mask"),
-}
-
 # What a loss type averages over unless the caller says otherwise.
-DEFAULT_AGGREGATION: dict[str, Aggregation] = {
+DEFAULT_AGGREGATION: dict[LossType, Aggregation] = {
     "grpo": "seq-mean-token-mean",
     "bnpo": "token-mean",
     "dapo": "token-mean",
@@ -41,8 +34,141 @@ DEFAULT_AGGREGATION: dict[str, Aggregation] = {
 }
 
 
+# ---- kinds of fields: what a value may be, and how it travels to kernels, which take numbers -----------------------
+
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "finite": lambda value: True,  # asked of every number
+    ">= 0": lambda value: value >= 0,
+    "> 0": lambda value: value > 0,
+    "> 1": lambda value: value > 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+}
+
+
 @dataclass(frozen=True)
-class VGPOConfig:
+class Number:
+    """A finite number of a range. A field that may be ``None`` has a number that travels in its place."""
+
+    expected: str = "finite"
+    none: float | None = None
+
+    def check(self, name: str, value: Any) -> None:
+        if value is None and self.none is not None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+        if not _RANGES[self.expected](value):
+            raise ValueError(f"{name} must be {self.expected}, got {value}")
+
+    def encode(self, value: Any) -> list[float]:
+        return [self.none if value is None and self.none is not None else float(value)]
+
+    def decode(self, numbers: Iterator[float]) -> float | None:
+        number = next(numbers)
+        stands_for_none = self.none is not None and (number == self.none or math.isnan(number))
+        return None if stands_for_none else number
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A bool, which travels as 0 or 1."""
+
+    def check(self, name: str, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
+
+    def encode(self, value: bool) -> list[float]:
+        return [float(value)]
+
+    def decode(self, numbers: Iterator[float]) -> bool:
+        return bool(next(numbers))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some strings, which travels as its place among them."""
+
+    choices: tuple[str, ...]
+
+    def check(self, name: str, value: Any) -> None:
+        if value not in self.choices:
+            raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
+
+    def encode(self, value: str) -> list[float]:
+        return [float(self.choices.index(value))]
+
+    def decode(self, numbers: Iterator[float]) -> str:
+        return self.choices[int(next(numbers))]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A pair (low, high), which travels as two numbers; ``None`` as -inf and inf."""
+
+    def check(self, name: str, value: Any) -> None:
+        if value is None:
+            return
+        if not isinstance(value, tuple) or len(value) != 2:
+            raise TypeError(f"{name} must be a pair (low, high) or None, got {value!r}")
+        for bound in value:
+            Number().check(name, bound)
+        if value[0] > value[1]:
+            raise ValueError(f"{name} must have low <= high, got {value}")
+
+    def encode(self, value: Clamp | None) -> list[float]:
+        low, high = value or (-math.inf, math.inf)
+        return [float(low), float(high)]
+
+    def decode(self, numbers: Iterator[float]) -> Clamp | None:
+        low, high = next(numbers), next(numbers)
+        return None if math.isinf(low) else (low, high)
+
+
+Kind = Number | Flag | Choice | Bounds
+
+
+def _kind_of(hint: Any) -> Kind:
+    """Return the kind that an annotation names, or that goes without saying."""
+    if get_origin(hint) is Annotated:
+        return hint.__metadata__[0]  # type: ignore[no-any-return]
+    if get_origin(hint) is Literal:
+        return Choice(get_args(hint))
+    return Flag() if hint is bool else Number()
+
+
+class _Settings:
+    """A dataclass whose fields are checked, and turned into numbers and back, each as its annotation says."""
+
+    kinds: ClassVar[dict[str, Kind]]  # of the fields, in their order
+
+    def __init_subclass__(cls) -> None:
+        hints = get_type_hints(cls, include_extras=True)
+        cls.kinds = {name: _kind_of(hint) for name, hint in hints.items() if get_origin(hint) is not ClassVar}
+
+    def __post_init__(self) -> None:
+        for name, kind in self.kinds.items():
+            kind.check(name, getattr(self, name))
+
+    def as_floats(self) -> list[float]:
+        """Flatten to the numbers that kernels take, field by field (``read`` in csrc/math.h)."""
+        return [number for name, kind in self.kinds.items() for number in kind.encode(getattr(self, name))]
+
+    @classmethod
+    def from_floats(cls, floats: list[float]) -> Self:
+        """Return the settings that :meth:`as_floats` flattened."""
+        numbers = iter(floats)
+        return cls(**{name: kind.decode(numbers) for name, kind in cls.kinds.items()})
+
+
+# ---- the settings --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VGPOConfig(_Settings):
     """How cosines become token and trajectory factors. The defaults are the paper's.
 
     Args:
@@ -71,43 +197,27 @@ class VGPOConfig:
 
     """
 
-    beta: float = 0.3
-    tail_ratio: float = 0.5
-    top_ratio: float = 0.2
+    beta: Annotated[float, Number(">= 0")] = 0.3
+    tail_ratio: Annotated[float, Number("in [0, 1]")] = 0.5
+    top_ratio: Annotated[float, Number("in (0, 1]")] = 0.2
     schedule: Schedule = "linear"
-    start_ratio: float = 0.0
-    exponent: float = 2.0
-    step_ratio: float = 0.5
+    start_ratio: Annotated[float, Number("in [0, 1)")] = 0.0
+    exponent: Annotated[float, Number("> 0")] = 2.0
+    step_ratio: Annotated[float, Number("in [0, 1]")] = 0.5
     gate: bool = True
     intra: bool = True
     inter: bool = True
     score: Score = "affine"
-    score_offset: float | None = None
+    score_offset: Annotated[float | None, Number(none=math.nan)] = None
     position: Position = "one_based"
     accumulation: Accumulation = "compensated"
-    intra_clamp: Clamp | None = None
-    inter_clamp: Clamp | None = None
+    intra_clamp: Annotated[Clamp | None, Bounds()] = None
+    inter_clamp: Annotated[Clamp | None, Bounds()] = None
 
     def __post_init__(self) -> None:
-        for name in ("beta", "tail_ratio", "top_ratio", "start_ratio", "exponent", "step_ratio"):
-            _check_number(name, getattr(self, name))
-        for name in ("gate", "intra", "inter"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        for name in ("schedule", "score", "position", "accumulation"):
-            _check_choice(name, getattr(self, name))
-        _check_range("beta", self.beta, self.beta >= 0, ">= 0")
-        _check_range("tail_ratio", self.tail_ratio, 0 <= self.tail_ratio <= 1, "in [0, 1]")
-        _check_range("top_ratio", self.top_ratio, 0 < self.top_ratio <= 1, "in (0, 1]")
-        _check_range("start_ratio", self.start_ratio, 0 <= self.start_ratio < 1, "in [0, 1)")
-        _check_range("exponent", self.exponent, self.exponent > 0, "> 0")
-        _check_range("step_ratio", self.step_ratio, 0 <= self.step_ratio <= 1, "in [0, 1]")
-        if self.score_offset is not None:
-            _check_number("score_offset", self.score_offset)
-            if self.score != "offset":
-                raise ValueError(f"score_offset={self.score_offset} needs score='offset', got {self.score!r}")
-        for name in ("intra_clamp", "inter_clamp"):
-            _check_clamp(name, getattr(self, name))
+        super().__post_init__()
+        if self.score_offset is not None and self.score != "offset":
+            raise ValueError(f"score_offset={self.score_offset} needs score='offset', got {self.score!r}")
 
     @classmethod
     def paper(cls, **changes: Any) -> VGPOConfig:
@@ -126,56 +236,9 @@ class VGPOConfig:
         )
         return replace(released, **changes)
 
-    def as_floats(self) -> list[float]:
-        """Flatten to the 18 numbers that kernels take, in the order of ``WeightsConfig`` in csrc/math.h."""
-        unclamped = (-math.inf, math.inf)
-        return [
-            _code("schedule", self.schedule),
-            float(self.beta),
-            float(self.tail_ratio),
-            float(self.top_ratio),
-            float(self.start_ratio),
-            float(self.exponent),
-            float(self.step_ratio),
-            float(self.gate),
-            float(self.intra),
-            float(self.inter),
-            _code("score", self.score),
-            math.nan if self.score_offset is None else float(self.score_offset),
-            _code("position", self.position),
-            _code("accumulation", self.accumulation),
-            *(float(bound) for bound in self.intra_clamp or unclamped),
-            *(float(bound) for bound in self.inter_clamp or unclamped),
-        ]
-
-    @classmethod
-    def from_floats(cls, floats: list[float]) -> VGPOConfig:
-        """Return the settings that :meth:`as_floats` flattened."""
-        schedule, beta, tail, top, start, exponent, step, gate, intra, inter, score, offset = floats[:12]
-        position, accumulation, *clamps = floats[12:]
-        intra_clamp, inter_clamp = (clamps[0], clamps[1]), (clamps[2], clamps[3])
-        return cls(
-            beta=beta,
-            tail_ratio=tail,
-            top_ratio=top,
-            schedule=_choice("schedule", schedule),
-            start_ratio=start,
-            exponent=exponent,
-            step_ratio=step,
-            gate=bool(gate),
-            intra=bool(intra),
-            inter=bool(inter),
-            score=_choice("score", score),
-            score_offset=None if math.isnan(offset) else offset,
-            position=_choice("position", position),
-            accumulation=_choice("accumulation", accumulation),
-            intra_clamp=None if math.isinf(intra_clamp[0]) else intra_clamp,
-            inter_clamp=None if math.isinf(inter_clamp[0]) else inter_clamp,
-        )
-
 
 @dataclass(frozen=True)
-class PolicyLossOptions:
+class PolicyLossOptions(_Settings):
     """How log-probs and advantages become a loss. ``policy_loss`` takes these fields as keyword arguments.
 
     Args:
@@ -205,125 +268,30 @@ class PolicyLossOptions:
     """
 
     loss_type: LossType = "dapo"
-    aggregation: Aggregation | None = None
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.28
-    dual_clip: float | None = None
+    aggregation: Annotated[Aggregation | None, Choice(get_args(Aggregation))] = None
+    epsilon_low: Annotated[float, Number(">= 0")] = 0.2
+    epsilon_high: Annotated[float, Number(">= 0")] = 0.28
+    dual_clip: Annotated[float | None, Number("> 1", none=math.inf)] = None
     kl_coef: float = 0.0
     kl_estimator: KLEstimator = "k3"
     entropy_coef: float = 0.0
-    max_length: float | None = None
-    sapo_temperature_positive: float = 1.0
-    sapo_temperature_negative: float = 1.05
-    ratio_clamp: float | None = 20.0
-    cispo_cap: float | None = None
+    max_length: Annotated[float | None, Number("> 0", none=0.0)] = None
+    sapo_temperature_positive: Annotated[float, Number("> 0")] = 1.0
+    sapo_temperature_negative: Annotated[float, Number("> 0")] = 1.05
+    ratio_clamp: Annotated[float | None, Number("> 0", none=math.inf)] = 20.0
+    cispo_cap: Annotated[float | None, Number("> 0", none=math.nan)] = None
     kl_bias_correction: bool = False
-    importance_cap: float | None = None
+    importance_cap: Annotated[float | None, Number("> 0", none=math.inf)] = None
     importance_mode: ImportanceMode = "truncate"
 
     def __post_init__(self) -> None:
-        for name in ("loss_type", "kl_estimator", "importance_mode"):
-            _check_choice(name, getattr(self, name))
-        if self.aggregation is None:
+        if self.aggregation is None and self.loss_type in CHOICES["loss_type"]:
             object.__setattr__(self, "aggregation", DEFAULT_AGGREGATION[self.loss_type])
-        _check_choice("aggregation", self.aggregation)
-        for name in ("epsilon_low", "epsilon_high", "kl_coef", "entropy_coef"):
-            _check_number(name, getattr(self, name))
-        for name in ("epsilon_low", "epsilon_high"):
-            _check_range(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
-        for name in ("sapo_temperature_positive", "sapo_temperature_negative"):
-            _check_positive(name, getattr(self, name))
-        for name in ("dual_clip", "max_length", "ratio_clamp", "cispo_cap", "importance_cap"):
-            if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
-        if self.dual_clip is not None:
-            _check_range("dual_clip", self.dual_clip, self.dual_clip > 1, "> 1")
-        if not isinstance(self.kl_bias_correction, bool):
-            raise TypeError(f"kl_bias_correction must be a bool, got {self.kl_bias_correction!r}")
-
-    def as_floats(self) -> list[float]:
-        """Flatten to the 16 numbers that kernels take, in the order of ``LossOptions`` in csrc/math.h."""
-        assert self.aggregation is not None
-        return [
-            _code("loss_type", self.loss_type),
-            _code("aggregation", self.aggregation),
-            float(self.epsilon_low),
-            float(self.epsilon_high),
-            math.inf if self.dual_clip is None else float(self.dual_clip),
-            float(self.kl_coef),
-            _code("kl_estimator", self.kl_estimator),
-            float(self.entropy_coef),
-            0.0 if self.max_length is None else float(self.max_length),
-            float(self.sapo_temperature_positive),
-            float(self.sapo_temperature_negative),
-            math.inf if self.ratio_clamp is None else float(self.ratio_clamp),
-            math.nan if self.cispo_cap is None else float(self.cispo_cap),
-            float(self.kl_bias_correction),
-            math.inf if self.importance_cap is None else float(self.importance_cap),
-            _code("importance_mode", self.importance_mode),
-        ]
-
-    @classmethod
-    def from_floats(cls, floats: list[float]) -> PolicyLossOptions:
-        """Return the options that :meth:`as_floats` flattened."""
-        loss_type, aggregation, low, high, dual, kl_coef, estimator, entropy_coef = floats[:8]
-        max_length, positive, negative, clamp, cap, correction, importance_cap, mode = floats[8:]
-        return cls(
-            loss_type=_choice("loss_type", loss_type),
-            aggregation=_choice("aggregation", aggregation),
-            epsilon_low=low,
-            epsilon_high=high,
-            dual_clip=None if math.isinf(dual) else dual,
-            kl_coef=kl_coef,
-            kl_estimator=_choice("kl_estimator", estimator),
-            entropy_coef=entropy_coef,
-            max_length=None if max_length == 0 else max_length,
-            sapo_temperature_positive=positive,
-            sapo_temperature_negative=negative,
-            ratio_clamp=None if math.isinf(clamp) else clamp,
-            cispo_cap=None if math.isnan(cap) else cap,
-            kl_bias_correction=bool(correction),
-            importance_cap=None if math.isinf(importance_cap) else importance_cap,
-            importance_mode=_choice("importance_mode", mode),
-        )
+        super().__post_init__()
 
 
-def _code(name: str, choice: str) -> float:
-    return float(CHOICES[name].index(choice))
-
-
-def _choice(name: str, code: float) -> Any:
-    return CHOICES[name][int(code)]
-
-
-def _check_choice(name: str, value: object) -> None:
-    if value not in CHOICES[name]:
-        raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    _check_number(name, value)
-    _check_range(name, value, value > 0, "> 0")
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-
-
-def _check_range(name: str, value: float, valid: bool, expected: str) -> None:
-    if not valid:
-        raise ValueError(f"{name} must be {expected}, got {value}")
-
-
-def _check_clamp(name: str, clamp: Clamp | None) -> None:
-    if clamp is None:
-        return
-    if not isinstance(clamp, tuple) or len(clamp) != 2:
-        raise TypeError(f"{name} must be a pair (low, high) or None, got {clamp!r}")
-    for bound in clamp:
-        _check_number(name, bound)
-    if clamp[0] > clamp[1]:
-        raise ValueError(f"{name} must have low <= high, got {clamp}")
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: kind.choices
+    for name, kind in (VGPOConfig.kinds | PolicyLossOptions.kinds).items()
+    if isinstance(kind, Choice)
+}

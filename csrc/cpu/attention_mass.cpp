@@ -1,13 +1,13 @@
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
 
 #include <cmath>
 #include <limits>
 
-#include "arguments.h"
+#include "../arguments.h"
 #include "attention_keys.h"
 #include "attention_scores.h"
-#include "ops.h"
 #include "parallel.h"
 
 namespace vgpo {
@@ -28,7 +28,7 @@ struct Row {
     int64_t offset;  // of its first component in q
 };
 
-std::vector<KeyOrder> key_orders(const AttentionInput& input) {
+std::vector<KeyOrder> key_orders(const AttentionTensors& input) {
     std::vector<KeyOrder> orders;
     orders.reserve(input.batch);
     for (int64_t b = 0; b < input.batch; ++b) orders.emplace_back(input, b);
@@ -46,7 +46,7 @@ std::vector<Run> panels_of(const KeyOrder& order) {
     return panels;
 }
 
-void pack_panel(const AttentionInput& input, int64_t b, int64_t key_head, const KeyOrder& order, const Run& panel,
+void pack_panel(const AttentionTensors& input, int64_t b, int64_t key_head, const KeyOrder& order, const Run& panel,
                 Scores& scores) {
     int64_t offsets[kPanelKeys];
     for (int64_t i = panel.begin; i < panel.end; ++i) {
@@ -58,7 +58,7 @@ void pack_panel(const AttentionInput& input, int64_t b, int64_t key_head, const 
 // Scores of the panel for the rows that see any of it, a tile of rows after the other; calls use(row, scores, begin,
 // end) with the keys of the panel that the row sees.
 template <typename Use>
-void visit_rows(const AttentionInput& input, const KeyOrder& order, const Run& panel, const std::vector<Row>& rows,
+void visit_rows(const AttentionTensors& input, const KeyOrder& order, const Run& panel, const std::vector<Row>& rows,
                 Scores& scores, const Use& use) {
     KeyOrder::Range ranges[kMatrixRows];
     int64_t offsets[kMatrixRows];
@@ -82,7 +82,7 @@ void visit_rows(const AttentionInput& input, const KeyOrder& order, const Run& p
 }
 
 // Masses and log-sum-exp of the queries [first, last) of a response, in the heads that share `key_head`.
-void mass_of_rows(const AttentionInput& input, int64_t b, int64_t key_head, int64_t first, int64_t last,
+void mass_of_rows(const AttentionTensors& input, int64_t b, int64_t key_head, int64_t first, int64_t last,
                   const KeyOrder& order, const std::vector<Run>& panels, float* mass, float* lse) {
     const int64_t segments = input.num_segments;
     std::vector<Row> rows;
@@ -121,7 +121,7 @@ void mass_of_rows(const AttentionInput& input, int64_t b, int64_t key_head, int6
 }
 
 // What the keys of a panel receive from the weighted queries of a response, in the heads that share `key_head`.
-void heat_of_panel(const AttentionInput& input, int64_t b, int64_t key_head, const KeyOrder& order, const Run& panel,
+void heat_of_panel(const AttentionTensors& input, int64_t b, int64_t key_head, const KeyOrder& order, const Run& panel,
                    const float* weights, const float* lse, float* heat) {
     Scores scores(input);
     pack_panel(input, b, key_head, order, panel, scores);
@@ -145,7 +145,7 @@ void heat_of_panel(const AttentionInput& input, int64_t b, int64_t key_head, con
 }
 
 // The tokens of one head of a response, a view of [B, H, L, d] or [L, H, d].
-at::Tensor head_of(const at::Tensor& tensor, const HeadTensor& layout, int64_t b, int64_t head) {
+at::Tensor head_of(const at::Tensor& tensor, const Heads& layout, int64_t b, int64_t head) {
     if (layout.boundaries == nullptr) return tensor.select(0, b).select(0, head);
     return tensor.narrow(0, layout.boundaries[b], layout.tokens(b)).select(1, head);
 }
@@ -154,7 +154,7 @@ at::Tensor head_of(const at::Tensor& tensor, const HeadTensor& layout, int64_t b
 // p (g - <p, g>), where g is the gradient of the probabilities p. slopes(index, token, probabilities) turns a row of
 // p, in the order of keys, into that.
 template <typename Slopes>
-void backward_of_head(const AttentionInput& input, int64_t b, int64_t key_head, const at::Tensor& q,
+void backward_of_head(const AttentionTensors& input, int64_t b, int64_t key_head, const at::Tensor& q,
                       const at::Tensor& k, const float* lse, const Slopes& slopes, at::Tensor& grad_q,
                       at::Tensor& grad_k) {
     // Worker threads of at::parallel_for do not inherit that autograd is off.
@@ -196,7 +196,7 @@ void backward_of_head(const AttentionInput& input, int64_t b, int64_t key_head, 
 }
 
 template <typename Slopes>
-std::tuple<at::Tensor, at::Tensor> backward(const AttentionInput& input, const at::Tensor& q, const at::Tensor& k,
+std::tuple<at::Tensor, at::Tensor> backward(const AttentionTensors& input, const at::Tensor& q, const at::Tensor& k,
                                             const at::Tensor& lse, const Slopes& slopes) {
     at::Tensor grad_q = at::zeros(q.sizes(), q.options()), grad_k = at::zeros(k.sizes(), k.options());
     const float* lse_data = lse.const_data_ptr<float>();
@@ -213,19 +213,14 @@ std::tuple<at::Tensor, at::Tensor> backward(const AttentionInput& input, const a
     return {grad_q, grad_k};
 }
 
-std::vector<int64_t> by_head_shape(const AttentionInput& input, int64_t length) {
-    if (input.q.boundaries != nullptr) return {input.q.heads, length};
-    return {input.batch, input.q.heads, length};
-}
-
 // The mean over heads of [B, Hq, L, ...] or [Hq, L, ...], added up in the order of heads whatever the layout.
-at::Tensor mean_of_heads(const AttentionInput& input, const at::Tensor& by_head) {
-    const bool packed = input.q.boundaries != nullptr;
+at::Tensor mean_of_heads(const AttentionTensors& input, const at::Tensor& by_head) {
+    const bool packed = input.packed();
     std::vector<int64_t> shape = by_head.sizes().vec();
     shape.erase(shape.begin() + (packed ? 0 : 1));
     at::Tensor mean = at::empty(shape, by_head.options());
     const int64_t batch = packed ? 1 : input.batch, heads = input.q.heads;
-    const int64_t count = by_head.numel() / std::max<int64_t>(batch * heads, 1);  // numbers a head
+    const int64_t count = by_head.numel() / std::max<int64_t>(batch * heads, 1);  // numbers per head
     const float* from = by_head.const_data_ptr<float>();
     float* to = mean.mutable_data_ptr<float>();
     at::parallel_for(0, batch * count, kItemRows, [&](int64_t begin, int64_t end) {
@@ -239,22 +234,19 @@ at::Tensor mean_of_heads(const AttentionInput& input, const at::Tensor& by_head)
     return mean;
 }
 
-const float* checked_weights(const AttentionInput& input, const at::Tensor& query_weights) {
-    if (input.q.boundaries != nullptr) return checked<float>("query_weights", query_weights, {input.q.length});
-    return checked<float>("query_weights", query_weights, {input.batch, input.q.length});
-}
-
 }  // namespace
 
 namespace ops {
+namespace {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_mass(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments, const OptionalTensor& query_positions,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, int64_t num_segments, double scale,
     int64_t window, bool per_head) {
-    const AttentionInput input = attention_input(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
+    const ArgumentReader reader(at::kCPU, Values::kChecked);
+    const AttentionTensors input = reader.attention(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
                                                  num_segments, scale, window);
-    std::vector<int64_t> shape = by_head_shape(input, input.q.length);
+    std::vector<int64_t> shape = input.head_shape(input.q);
     at::Tensor lse = at::empty(shape, q.options().dtype(at::kFloat));
     shape.push_back(num_segments);
     at::Tensor mass = at::empty(shape, lse.options());
@@ -287,13 +279,14 @@ std::tuple<at::Tensor, at::Tensor> attention_mass_backward(
     const at::Tensor& head_mass, const at::Tensor& lse, double scale, int64_t window) {
     TORCH_CHECK_VALUE(head_mass.dim() > 0, "head_mass must have shape [..., segments], got ", head_mass.sizes());
     const int64_t segments = head_mass.size(-1);
-    const AttentionInput input = attention_input(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
+    const ArgumentReader reader(at::kCPU, Values::kChecked);
+    const AttentionTensors input = reader.attention(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
                                                  segments, scale, window);
-    std::vector<int64_t> shape = by_head_shape(input, input.q.length);
-    checked<float>("lse", lse, shape);
+    std::vector<int64_t> shape = input.head_shape(input.q);
+    reader.tensor<float>("lse", lse, shape);
     shape.push_back(segments);
-    const float* masses = checked<float>("head_mass", head_mass, shape);
-    const float* grads = checked<float>("grad_mass", grad_mass, shape);
+    const float* masses = reader.tensor<float>("head_mass", head_mass, shape);
+    const float* grads = reader.tensor<float>("grad_mass", grad_mass, shape);
     return backward(input, q, k, lse, [&](int64_t b) {
         return [&, b](const KeyOrder& order, int64_t head, int64_t token, float* row) {
             const int64_t index = input.query_index(b, head, token) * segments;
@@ -311,11 +304,12 @@ at::Tensor attention_heatmap(const at::Tensor& q, const at::Tensor& k, const at:
                              const OptionalTensor& query_positions, const at::Tensor& query_weights,
                              const at::Tensor& lse, const OptionalTensor& cu_seqlens_q,
                              const OptionalTensor& cu_seqlens_k, double scale, int64_t window, bool per_head) {
-    const AttentionInput input =
-        attention_input(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k, kLabels, scale, window);
-    const float* lse_data = checked<float>("lse", lse, by_head_shape(input, input.q.length));
-    const float* weights = checked_weights(input, query_weights);
-    at::Tensor heat = at::zeros(by_head_shape(input, input.k.length), lse.options());
+    const ArgumentReader reader(at::kCPU, Values::kChecked);
+    const AttentionTensors input = reader.attention(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
+                                                 kLabels, scale, window);
+    const float* lse_data = reader.tensor<float>("lse", lse, input.head_shape(input.q));
+    const float* weights = reader.tensor<float>("query_weights", query_weights, input.token_shape(input.q));
+    at::Tensor heat = at::zeros(input.head_shape(input.k), lse.options());
     float* heat_data = heat.mutable_data_ptr<float>();
 
     const std::vector<KeyOrder> orders = key_orders(input);
@@ -340,11 +334,12 @@ std::tuple<at::Tensor, at::Tensor> attention_heatmap_backward(
     const at::Tensor& grad_heat, const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
     const OptionalTensor& query_positions, const at::Tensor& query_weights, const at::Tensor& lse,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, double scale, int64_t window) {
-    const AttentionInput input =
-        attention_input(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k, kLabels, scale, window);
-    checked<float>("lse", lse, by_head_shape(input, input.q.length));
-    const float* grads = checked<float>("grad_heat", grad_heat, by_head_shape(input, input.k.length));
-    const float* weights = checked_weights(input, query_weights);
+    const ArgumentReader reader(at::kCPU, Values::kChecked);
+    const AttentionTensors input = reader.attention(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
+                                                 kLabels, scale, window);
+    reader.tensor<float>("lse", lse, input.head_shape(input.q));
+    const float* grads = reader.tensor<float>("grad_heat", grad_heat, input.head_shape(input.k));
+    const float* weights = reader.tensor<float>("query_weights", query_weights, input.token_shape(input.q));
     return backward(input, q, k, lse, [&](int64_t b) {
         return [&, b](const KeyOrder& order, int64_t head, int64_t token, float* row) {
             const float* grad = grads + input.key_index(b, head, 0);
@@ -365,5 +360,13 @@ std::tuple<at::Tensor, at::Tensor> attention_heatmap_backward(
     });
 }
 
+}  // namespace
 }  // namespace ops
 }  // namespace vgpo
+
+TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
+    library.impl("attention_mass", &vgpo::ops::attention_mass);
+    library.impl("attention_mass_backward", &vgpo::ops::attention_mass_backward);
+    library.impl("attention_heatmap", &vgpo::ops::attention_heatmap);
+    library.impl("attention_heatmap_backward", &vgpo::ops::attention_heatmap_backward);
+}

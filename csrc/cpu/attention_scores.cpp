@@ -21,7 +21,7 @@ void gather(const void* data, const int64_t* offsets, int64_t count, int64_t siz
 
 }  // namespace
 
-Scores::Scores(const AttentionInput& input)
+Scores::Scores(const AttentionTensors& input)
     : input_(input),
       on_matrix_units_(input.type == HiddenType::kBFloat16 && has_bf16_products()),
       scores_(kPanelKeys * std::max(kMatrixRows, kQueryRows)) {
@@ -56,7 +56,7 @@ void Scores::multiply(const int64_t* offsets, int64_t count) {
                                                                   scores_.data());
         return;
     }
-    // A whole tile whatever the count: one kernel serves all, and rows know nothing of each other.
+    // A whole tile whatever the count: one kernel for all, and rows are independent of each other.
     gather(input_.q.data, offsets, count, input_.size, depth_, rows_.data());
     std::fill(rows_.data() + count * depth_, rows_.data() + kMatrixRows * depth_, BFloat16{0});
     multiply_panel(rows_.data(), kMatrixRows, depth_, packed_.data(), kPanelColumns, depth_, scores_.data(), kPanelKeys,

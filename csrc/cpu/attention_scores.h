@@ -17,7 +17,7 @@ constexpr int64_t kMatrixRows = 32;
 // One thread's panel, tile and scratch memory.
 class Scores {
 public:
-    explicit Scores(const AttentionInput& input);
+    explicit Scores(const AttentionTensors& input);
     ~Scores();
     Scores(const Scores&) = delete;
     Scores& operator=(const Scores&) = delete;
@@ -32,7 +32,7 @@ public:
     float* row(int64_t r) { return scores_.data() + r * kPanelKeys; }
 
 private:
-    const AttentionInput& input_;
+    const AttentionTensors& input_;
     bool on_matrix_units_;
     int64_t keys_ = 0;   // of the panel
     int64_t depth_ = 0;  // components of a row in `rows_`, an even number

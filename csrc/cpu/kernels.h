@@ -5,12 +5,9 @@
 
 #include <cstdint>
 
-#include "../math.h"
+#include "../layout.h"
 
 namespace vgpo {
-
-enum class HiddenType { kFloat, kBFloat16, kHalf };
-constexpr int kHiddenTypes = 3;
 
 // What visual_weights keeps of one response.
 struct ResponseWeights {

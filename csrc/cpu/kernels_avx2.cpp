@@ -1,4 +1,4 @@
-// The kernels compiled for AVX2, by pragma instead of by compiler flag: one build serves every processor.
+// The kernels compiled for AVX2, by pragma instead of by compiler flag: one build runs on every processor.
 #if defined(__x86_64__) && defined(__GNUC__)
 
 // Standard headers come before the pragma, so that no shared function is compiled for this instruction set.

@@ -1,12 +1,13 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "../arguments.h"
 #include "bf16_product.h"
 #include "kernels.h"
-#include "ops.h"
 #include "parallel.h"
 
 namespace vgpo {
@@ -55,15 +56,12 @@ BFloat16Matrix matrix_of(const at::Tensor& tensor) {
 }
 
 Rows rows_of(const char* name, const at::Tensor& tensor, int64_t rows, int64_t columns) {
-    TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.scalar_type() == at::kFloat && tensor.dim() == 2 &&
-                          tensor.size(0) == rows && tensor.size(1) == columns && tensor.stride(1) == 1,
-                      name, " must be fp32 [", rows, ", ", columns, "] with contiguous rows on the CPU, got ",
-                      tensor.scalar_type(), " ", tensor.sizes());
-    return {tensor.mutable_data_ptr<float>(), tensor.stride(0)};
+    return {ArgumentReader(at::kCPU, Values::kChecked).rows(name, tensor, rows, columns), tensor.stride(0)};
 }
 
 Chunk chunk_of(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
                const at::Tensor& targets, int64_t first, double temperature) {
+    const ArgumentReader reader(at::kCPU, Values::kChecked);
     for (const at::Tensor* tensor : {&hidden, &weight}) {
         TORCH_CHECK_VALUE(tensor->device().is_cpu() && tensor->dim() == 2 && tensor->stride(1) == 1 &&
                               (tensor->scalar_type() == at::kFloat || tensor->scalar_type() == at::kBFloat16),
@@ -76,8 +74,8 @@ Chunk chunk_of(const at::Tensor& hidden, const at::Tensor& weight, const Optiona
                       " and ", weight.sizes());
     return {hidden,
             weight,
-            checked<float>("bias", bias, {weight.size(0)}),
-            checked<int64_t>("targets", targets, {hidden.size(0)}),
+            reader.tensor<float>("bias", bias, {weight.size(0)}),
+            reader.tensor<int64_t>("targets", targets, {hidden.size(0)}),
             first,
             static_cast<float>(1.0 / temperature)};
 }
@@ -138,6 +136,7 @@ void for_each_product(const Chunk& chunk, const Rows& kept, const Work& work) {
 }  // namespace
 
 namespace ops {
+namespace {
 
 void head_statistics(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
                      const at::Tensor& targets, int64_t first, double temperature, at::Tensor& statistics,
@@ -234,10 +233,18 @@ void head_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& r
         const int64_t begin = item % parts * columns_of_part;
         const int64_t columns = std::min(columns_of_part, right.size(1) - begin);
         if (columns <= 0) return;
-        multiply(LeftRows(matrix, row, rows), packed_right, begin, columns, products.at(row, begin), products.stride, accumulate);
+        multiply(LeftRows(matrix, row, rows), packed_right, begin, columns, products.at(row, begin), products.stride,
+                 accumulate);
         release_products();
     });
 }
 
+}  // namespace
 }  // namespace ops
 }  // namespace vgpo
+
+TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
+    library.impl("head_statistics", &vgpo::ops::head_statistics);
+    library.impl("head_gradient", &vgpo::ops::head_gradient);
+    library.impl("head_product", &vgpo::ops::head_product);
+}

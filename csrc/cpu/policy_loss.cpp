@@ -1,24 +1,24 @@
-#include <ATen/ops/empty.h>
+#include <torch/library.h>
 
 #include <cmath>
 
-#include "arguments.h"
+#include "../arguments.h"
+#include "kernels.h"
 #include "masks.h"
-#include "ops.h"
 #include "parallel.h"
 #include "stages.h"
 
 namespace vgpo {
 namespace {
 
-// Token positions in one piece of work. Sums are taken a piece, then over pieces in order: the same for any number
+// Token positions in one piece of work. Sums are taken per piece, then over pieces in order: the same for any number
 // of threads.
 constexpr int64_t kPiece = 1024;
 
 // The inputs of a piece's valid tokens, side by side, and where its gradient goes.
 class PieceTokens {
 public:
-    PieceTokens(const LossInput& input, int64_t response, int64_t begin, int64_t end)
+    PieceTokens(const LossInput& input, const float* factors, int64_t response, int64_t begin, int64_t end)
         : mask_(input.response_mask + begin),
           positions_(end - begin),
           span_(span_of(mask_, positions_)),
@@ -26,19 +26,19 @@ public:
         tokens.length = span_.count;
         tokens.logp = gathered(input.logp, buffers_[0]);
         tokens.old_logp = gathered(input.old_logp, buffers_[1]);
-        tokens.factors = gathered(input.factors, buffers_[2]);
+        tokens.factors = gathered(factors, buffers_[2]);
         tokens.ref_logp = gathered(input.ref_logp, buffers_[3]);
         tokens.entropy = gathered(input.entropy, buffers_[4]);
-        if (input.advantages_per_response) {
-            tokens.advantage = input.advantages[response];
+        if (input.advantages.per_token) {
+            tokens.advantages = gathered(input.advantages.values, buffers_[5]);
         } else {
-            tokens.advantages = gathered(input.advantages, buffers_[5]);
+            tokens.advantage = input.advantages.values[response];
         }
         tokens.importance_weight = 1.0f;
-        if (input.importance_per_response) {
-            tokens.importance_weight = input.importance_weights[response];
-        } else {
-            tokens.importance = gathered(input.importance_weights, buffers_[6]);
+        if (input.importance.per_token) {
+            tokens.importance = gathered(input.importance.values, buffers_[6]);
+        } else if (input.importance.values != nullptr) {
+            tokens.importance_weight = input.importance.values[response];
         }
     }
 
@@ -110,7 +110,7 @@ struct Batch {
 std::vector<float> mean_log_ratios(const Batch& batch) {
     std::vector<double> sums(batch.pieces.count());
     batch.for_pieces([&](int64_t piece, int64_t b, int64_t begin, int64_t end) {
-        const PieceTokens gathered(batch.input, b, begin, end);
+        const PieceTokens gathered(batch.input, nullptr, b, begin, end);
         sums[piece] = kernels().log_ratio_sum(gathered.tokens.logp, gathered.tokens.old_logp, gathered.tokens.length);
     });
     const std::vector<double> totals = batch.per_response([&](int64_t piece) { return sums[piece]; });
@@ -171,7 +171,8 @@ void write_metrics(const LossSums& sums, float* metrics) {
 
 }  // namespace
 
-void policy_loss(const LossInput& input, const LossOptions& options, const LossOutput& output) {
+void policy_loss(const LossInput& input, const float* factors, const LossOutput& output) {
+    const LossOptions& options = input.options;
     const Batch batch(input);
     int64_t valid = 0;
     for (int64_t count : batch.counts) valid += count;
@@ -183,7 +184,7 @@ void policy_loss(const LossInput& input, const LossOptions& options, const LossO
 
     std::vector<LossSums> sums(batch.pieces.count());
     batch.for_pieces([&](int64_t piece, int64_t b, int64_t begin, int64_t end) {
-        PieceTokens gathered(input, b, begin, end);
+        PieceTokens gathered(input, factors, b, begin, end);
         gathered.tokens.mean_log_ratio = means[b];
         gathered.tokens.scale = token_scale(batch.counts[b], num_tokens, num_sequences, options);
         kernels().policy_loss(gathered.tokens, options, gathered.place(output.grad_logp), sums[piece]);
@@ -210,6 +211,7 @@ void policy_loss(const LossInput& input, const LossOptions& options, const LossO
 }
 
 namespace ops {
+namespace {
 
 LossTensors policy_loss(const at::Tensor& logp, const at::Tensor& old_logp, const at::Tensor& advantages,
                         const at::Tensor& response_mask, const OptionalTensor& factors,
@@ -217,14 +219,18 @@ LossTensors policy_loss(const at::Tensor& logp, const at::Tensor& old_logp, cons
                         const OptionalTensor& entropy, const OptionalTensor& importance_weights,
                         const OptionalTensor& num_tokens, const OptionalTensor& num_sequences,
                         at::ArrayRef<double> options) {
-    const Layout layout = layout_of(response_mask, cu_seqlens);
-    LossInput input = loss_input(logp, old_logp, advantages, response_mask, layout, ref_logp, entropy,
-                                 importance_weights, num_tokens, num_sequences);
-    input.factors = checked<float>("factors", factors, response_mask.sizes());
+    const ArgumentReader reader(at::kCPU, Values::kChecked);
+    const Layout layout = reader.layout(response_mask, cu_seqlens);
+    const LossInput input = reader.loss(logp, old_logp, advantages, response_mask, layout, ref_logp, entropy,
+                                        importance_weights, num_tokens, num_sequences, options);
+    const float* given = reader.tensor<float>("factors", factors, response_mask.sizes());
     const LossTensors result = empty_loss(logp, entropy, kPolicyMetrics);
-    vgpo::policy_loss(input, options_of(options), loss_output(result));
+    vgpo::policy_loss(input, given, loss_output(result, entropy));
     return result;
 }
 
+}  // namespace
 }  // namespace ops
 }  // namespace vgpo
+
+TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) { library.impl("policy_loss", &vgpo::ops::policy_loss); }

@@ -1,12 +1,12 @@
-#include <ATen/ops/empty.h>
+#include <torch/library.h>
 
 #include <memory>
 
-#include "arguments.h"
-#include "ops.h"
+#include "../arguments.h"
 #include "stages.h"
 
 namespace vgpo::ops {
+namespace {
 
 // The three stages one after the other. Between them stand four arrays of N floats and the prototypes, nothing of
 // the size of the hidden states.
@@ -17,26 +17,28 @@ LossTensors vgpo_loss(const at::Tensor& hidden, const at::Tensor& logp, const at
                       const OptionalTensor& entropy, const OptionalTensor& importance_weights,
                       const OptionalTensor& num_tokens, const OptionalTensor& num_sequences,
                       at::ArrayRef<double> config, at::ArrayRef<double> options) {
-    Layout layout = layout_of(response_mask, cu_seqlens);
-    const FocusInput focus = focus_input(hidden, visual_mask, layout, prototype, prototype_index);
-    LossInput input = loss_input(logp, old_logp, advantages, response_mask, layout, ref_logp, entropy,
-                                 importance_weights, num_tokens, num_sequences);
-    const int64_t* groups = checked<int64_t>("group_ids", group_ids, {layout.batch});
-    const WeightsConfig weights_config = config_of(config);
-    const LossOptions loss_options = options_of(options);
+    const ArgumentReader reader(at::kCPU, Values::kChecked);
+    const Layout layout = reader.layout(response_mask, cu_seqlens);
+    const FocusTensors focus = reader.focus(hidden, visual_mask, layout, prototype, prototype_index);
+    const LossInput input = reader.loss(logp, old_logp, advantages, response_mask, layout, ref_logp, entropy,
+                                        importance_weights, num_tokens, num_sequences, options);
+    const int64_t* groups = reader.tensor<int64_t>("group_ids", group_ids, {layout.batch});
+    const WeightsConfig weights_config = reader.config(config);
 
     const int64_t tokens = layout.num_tokens();
     std::unique_ptr<float[]> cos(new float[tokens]), factors(new float[tokens]), psi(new float[tokens]);
     std::unique_ptr<float[]> w(new float[tokens]), phi(new float[layout.batch]), score(new float[layout.batch]);
     std::unique_ptr<bool[]> has_visual(new bool[layout.batch]);
     const LossTensors result = empty_loss(logp, entropy, int64_t{kPolicyMetrics} + int64_t{kFocusMetrics});
-    const LossOutput output = loss_output(result);
+    const LossOutput output = loss_output(result, entropy);
     visual_focus(focus, input.response_mask, cos.get(), has_visual.get());
-    visual_weights(cos.get(), input.response_mask, groups, has_visual.get(), layout, weights_config,
+    visual_weights(cos.get(), input.response_mask, groups, has_visual.get(), focus.layout, weights_config,
                    {factors.get(), psi.get(), w.get(), phi.get(), score.get(), output.metrics + kPolicyMetrics});
-    input.factors = factors.get();
-    policy_loss(input, loss_options, output);
+    policy_loss(input, factors.get(), output);
     return result;
 }
 
+}  // namespace
 }  // namespace vgpo::ops
+
+TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) { library.impl("vgpo_loss", &vgpo::ops::vgpo_loss); }

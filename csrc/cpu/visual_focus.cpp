@@ -1,12 +1,13 @@
-#include "ops.h"
-
 #include <ATen/ops/empty.h>
+#include <torch/library.h>
 
 #include <memory>
 
-#include "arguments.h"
+#include "../arguments.h"
+#include "kernels.h"
 #include "masks.h"
 #include "parallel.h"
+#include "stages.h"
 
 namespace vgpo {
 namespace {
@@ -20,7 +21,7 @@ constexpr int64_t kItemBytes = 512 * 1024;
 
 int64_t element_bytes(HiddenType type) { return type == HiddenType::kFloat ? 4 : 2; }
 
-const void* address_of(const FocusInput& input, int64_t offset) {
+const void* address_of(const FocusTensors& input, int64_t offset) {
     return static_cast<const char*>(input.hidden) + offset * element_bytes(input.type);
 }
 
@@ -32,7 +33,7 @@ struct Prototypes {
 };
 
 // The means of the visual rows, or the given prototypes that are not zero: zeros stand for a response without image.
-Prototypes find_prototypes(const FocusInput& input) {
+Prototypes find_prototypes(const FocusTensors& input) {
     const int64_t batch = input.layout.batch, columns = input.columns;
     std::vector<float> means;
     std::vector<int64_t> visual_counts(batch);
@@ -62,7 +63,7 @@ Prototypes find_prototypes(const FocusInput& input) {
 
 }  // namespace
 
-void visual_prototype(const FocusInput& input, float* means, int64_t* visual_counts) {
+void visual_prototype(const FocusTensors& input, float* means, int64_t* visual_counts) {
     const Layout& layout = input.layout;
     const int64_t wanted_items = kItemsPerThread * at::get_num_threads();
     const int64_t most_slices = std::max<int64_t>(input.columns / kNarrowestSlice, 1);
@@ -86,7 +87,7 @@ void visual_prototype(const FocusInput& input, float* means, int64_t* visual_cou
     });
 }
 
-void visual_focus(const FocusInput& input, const bool* response_mask, float* cos, bool* has_visual) {
+void visual_focus(const FocusTensors& input, const bool* response_mask, float* cos, bool* has_visual) {
     const Layout& layout = input.layout;
     const Prototypes prototypes = find_prototypes(input);
     std::vector<int64_t> lengths(layout.batch);
@@ -114,11 +115,13 @@ void visual_focus(const FocusInput& input, const bool* response_mask, float* cos
 }
 
 namespace ops {
+namespace {
 
 at::Tensor visual_prototype(const at::Tensor& hidden, const at::Tensor& visual_mask,
                             const OptionalTensor& cu_seqlens) {
-    Layout layout = layout_of(visual_mask, cu_seqlens);
-    const FocusInput input = focus_input(hidden, visual_mask, layout, std::nullopt, std::nullopt);
+    const ArgumentReader reader(at::kCPU, Values::kChecked);
+    const Layout layout = reader.layout(visual_mask, cu_seqlens);
+    const FocusTensors input = reader.focus(hidden, visual_mask, layout, std::nullopt, std::nullopt);
     at::Tensor means = at::empty({layout.batch, input.columns}, hidden.options().dtype(at::kFloat));
     std::vector<int64_t> counts(layout.batch);
     vgpo::visual_prototype(input, means.mutable_data_ptr<float>(), counts.data());
@@ -128,14 +131,21 @@ at::Tensor visual_prototype(const at::Tensor& hidden, const at::Tensor& visual_m
 at::Tensor visual_focus(const at::Tensor& hidden, const OptionalTensor& visual_mask, const at::Tensor& response_mask,
                         const OptionalTensor& cu_seqlens, const OptionalTensor& prototype,
                         const OptionalTensor& prototype_index) {
-    Layout layout = layout_of(response_mask, cu_seqlens);
-    const FocusInput input = focus_input(hidden, visual_mask, layout, prototype, prototype_index);
-    const bool* mask = checked<bool>("response_mask", response_mask, response_mask.sizes());
+    const ArgumentReader reader(at::kCPU, Values::kChecked);
+    const Layout layout = reader.layout(response_mask, cu_seqlens);
+    const FocusTensors input = reader.focus(hidden, visual_mask, layout, prototype, prototype_index);
+    const bool* mask = reader.tensor<bool>("response_mask", response_mask, response_mask.sizes());
     at::Tensor cos = at::empty(response_mask.sizes(), hidden.options().dtype(at::kFloat));
     std::unique_ptr<bool[]> has_visual(new bool[layout.batch]);
     vgpo::visual_focus(input, mask, cos.mutable_data_ptr<float>(), has_visual.get());
     return cos;
 }
 
+}  // namespace
 }  // namespace ops
 }  // namespace vgpo
+
+TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
+    library.impl("visual_prototype", &vgpo::ops::visual_prototype);
+    library.impl("visual_focus", &vgpo::ops::visual_focus);
+}

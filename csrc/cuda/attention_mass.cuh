@@ -1,5 +1,5 @@
 // Attention by segment and by key: tiles of queries stream past the keys they see, as in flash attention, but no values
-// are read and no output of d components is kept. What leaves is one number a query and segment, or one a key.
+// are read and no output of d components is kept. What leaves is one number per query and segment, or one per key.
 //
 // Cost: the products of queries and keys, 2 d operations a pair, once (and again for every eight segments beyond the
 // first eight); one exponential a pair. Of memory next to nothing: every block reads the keys it sees, through the

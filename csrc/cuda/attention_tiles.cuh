@@ -23,9 +23,6 @@ constexpr int kAttentionBlocks = 2;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// What attention_heatmap calls its keys.
-constexpr int kLabels = 2, kShown = 1;
-
 // Rows of a streamed tile; and, where a warp keeps no more than scores, how many times 16 rows it holds.
 template <typename T>
 constexpr int kStreamRows = sizeof(T) == 2 ? 64 : 32;
@@ -67,7 +64,7 @@ struct AttentionInput {
 
     __host__ __device__ int group() const { return heads / key_heads; }
     __device__ bool packed() const { return query_boundaries != nullptr; }
-    // Index of a head's first number in an array of one entry a query head and token: [B, Hq, L], packed [Hq, L].
+    // Index of a head's first number in an array of one entry per query head and token: [B, Hq, L], packed [Hq, L].
     __device__ int64_t head_index(int64_t response, int64_t begin, int head, int64_t length) const {
         return packed() ? head * length + begin : (response * heads + head) * length;
     }
@@ -109,7 +106,7 @@ struct BlockRows {
     int first;  // row of the response
 };
 
-// `tokens` has `rows_per_token` rows a token. All threads of a warp call this together.
+// `tokens` has `rows_per_token` rows per token. All threads of a warp call this together.
 __device__ inline BlockRows find_rows(const int64_t* boundaries, int64_t batch, int64_t tokens, int rows_per_token,
                                       int tile, int64_t block) {
     if (boundaries == nullptr) {
@@ -139,7 +136,7 @@ struct QueryRows {
     int group;
     int first_position;        // of the first query, where there are no positions
     int64_t token_begin;       // flat index of the first query
-    int64_t head_begin;        // index of the first query and head in arrays of one entry a head and query
+    int64_t head_begin;        // index of the first query and head in arrays of one entry per head and query
     int64_t head_length;       // distance of heads there
 
     __device__ int token(int row) const { return row / group; }
@@ -220,7 +217,7 @@ struct TileShape {
 template <typename T, typename Offset>
 __device__ void copy_rows(const T* source, bool aligned, const TileShape<T>& shape, int count, Offset offset,
                           unsigned char* tile) {
-    // Neighbouring lanes take neighbouring vectors, as many lanes a row as it has vectors: a power of two.
+    // Neighbouring lanes take neighbouring vectors, as many lanes per row as it has vectors: a power of two.
     int lanes = 1, shift = 0;
     while (lanes < shape.vectors() && lanes < kWarpSize) {
         lanes *= 2;

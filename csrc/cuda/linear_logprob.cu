@@ -11,35 +11,24 @@ namespace vgpo {
 namespace cuda {
 namespace {
 
-// The overloads of mm and addmm with a dtype of the result are as old as the oldest torch that serves. Until 2.9 that of
+// The overloads of mm and addmm with a dtype of the result are as old as the oldest torch supported. Until 2.9 that of
 // addmm wants self in the dtype of the matrices; since 2.10 self may have the dtype of the result, and so be the result.
 constexpr bool kAccumulates = TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10;
 
-// A matrix of fp32 with contiguous rows.
-float* checked_rows(const char* name, const at::Tensor& tensor, int64_t rows, int64_t columns, c10::Device device) {
-    TORCH_CHECK_VALUE(tensor.device() == device && tensor.scalar_type() == at::kFloat && tensor.dim() == 2 &&
-                          tensor.size(0) == rows && tensor.size(1) == columns &&
-                          (tensor.stride(1) == 1 || columns == 1),
-                      name, " must be fp32 [", rows, ", ", columns, "] with contiguous rows on ", device, ", got ",
-                      tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device());
-    return tensor.mutable_data_ptr<float>();
-}
-
-HeadRows checked_head(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
-                      const at::Tensor& targets, int64_t first, double temperature, const at::Tensor& logits) {
-    TORCH_CHECK_VALUE(hidden.is_cuda() && hidden.dim() == 2 && weight.dim() == 2 &&
-                          weight.device() == hidden.device() && weight.scalar_type() == hidden.scalar_type() &&
-                          weight.size(1) == hidden.size(1),
-                      "hidden and weight must be matrices of one dtype with as many columns on one GPU, got ",
+HeadRows head_rows(const ArgumentReader& reader, const at::Tensor& hidden, const at::Tensor& weight,
+                   const OptionalTensor& bias, const at::Tensor& targets, int64_t first, double temperature,
+                   const at::Tensor& logits) {
+    TORCH_CHECK_VALUE(hidden.dim() == 2 && weight.dim() == 2 && weight.device() == hidden.device() &&
+                          weight.scalar_type() == hidden.scalar_type() && weight.size(1) == hidden.size(1),
+                      "hidden and weight must be matrices of one dtype with as many columns on one device, got ",
                       hidden.scalar_type(), " ", hidden.sizes(), " and ", weight.scalar_type(), " ", weight.sizes());
-    const c10::Device device = hidden.device();
     const int64_t rows = hidden.size(0), columns = weight.size(0);
-    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-    TORCH_CHECK_VALUE(rows <= kMost && columns <= kMost, "more than ", kMost, " rows or columns: ", logits.sizes());
-    return {checked_rows("logits", logits, rows, columns, device),
+    TORCH_CHECK_VALUE(rows <= kMostRows && columns <= kMostRows, "more than ", kMostRows,
+                      " rows or columns: ", logits.sizes());
+    return {reader.rows("logits", logits, rows, columns),
             logits.stride(0),
-            checked<float>("bias", bias, {columns}, device),
-            checked<int64_t>("targets", targets, {rows}, device),
+            reader.tensor<float>("bias", bias, {columns}),
+            reader.tensor<int64_t>("targets", targets, {rows}),
             first,
             static_cast<int>(columns),
             static_cast<float>(1.0 / temperature)};
@@ -56,8 +45,7 @@ void head_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& r
                           left.scalar_type() == right.scalar_type(),
                       "left and right must be matrices of one dtype that can be multiplied, got ", left.scalar_type(),
                       " ", left.sizes(), " and ", right.scalar_type(), " ", right.sizes());
-    checked_rows("result", result, left.size(0), right.size(1), left.device());
-    const c10::cuda::CUDAGuard guard(left.device());
+    ArgumentReader(left.device(), Values::kClamped).rows("result", result, left.size(0), right.size(1));
     if (left.scalar_type() == at::kFloat) {
         at::addmm_out(result, result, left, right, accumulate ? 1.0 : 0.0);
     } else if (!accumulate) {
@@ -72,10 +60,10 @@ void head_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& r
 void head_statistics(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
                      const at::Tensor& targets, int64_t first, double temperature, at::Tensor& statistics,
                      at::Tensor& logits, bool /*keep: they stay in any case*/) {
-    const c10::cuda::CUDAGuard guard(hidden.device());
+    const ArgumentReader reader(hidden.device(), Values::kClamped);
     HeadStatisticsArguments arguments = {};
-    arguments.rows = checked_head(hidden, weight, bias, targets, first, temperature, logits);
-    arguments.statistics = checked_rows("statistics", statistics, 4, hidden.size(0), hidden.device());
+    arguments.rows = head_rows(reader, hidden, weight, bias, targets, first, temperature, logits);
+    arguments.statistics = reader.rows("statistics", statistics, 4, hidden.size(0));
     arguments.statistics_stride = statistics.stride(0);
     head_product(hidden, weight.t(), logits, false);
     launch_rows(head_statistics_kernel<kHeadThreads>, arguments, logits);
@@ -84,14 +72,15 @@ void head_statistics(const at::Tensor& hidden, const at::Tensor& weight, const O
 void head_gradient(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
                    const at::Tensor& targets, int64_t first, double temperature, const at::Tensor& coefficients,
                    at::Tensor& logits, bool recompute) {
-    const c10::cuda::CUDAGuard guard(hidden.device());
+    const ArgumentReader reader(hidden.device(), Values::kClamped);
+    const HiddenType type = reader.type("hidden", hidden);
     HeadGradientArguments arguments = {};
-    arguments.rows = checked_head(hidden, weight, bias, targets, first, temperature, logits);
-    arguments.coefficients = checked_rows("coefficients", coefficients, 5, hidden.size(0), hidden.device());
+    arguments.rows = head_rows(reader, hidden, weight, bias, targets, first, temperature, logits);
+    arguments.coefficients = reader.rows("coefficients", coefficients, 5, hidden.size(0));
     arguments.coefficients_stride = coefficients.stride(0);
     if (recompute) head_product(hidden, weight.t(), logits, false);
-    by_dtype(hidden, [&](auto* type) {
-        launch_rows(head_gradient_kernel<std::remove_pointer_t<decltype(type)>>, arguments, logits);
+    by_type(type, [&](auto* element) {
+        launch_rows(head_gradient_kernel<std::remove_pointer_t<decltype(element)>>, arguments, logits);
     });
 }
 

@@ -15,16 +15,16 @@ LossTensors policy_loss(const at::Tensor& logp, const at::Tensor& old_logp, cons
                         const OptionalTensor& entropy, const OptionalTensor& importance_weights,
                         const OptionalTensor& num_tokens, const OptionalTensor& num_sequences,
                         at::ArrayRef<double> options) {
-    const c10::Device device = response_mask.device();
-    const c10::cuda::CUDAGuard guard(device);
-    const Layout layout = checked_layout(response_mask, cu_seqlens, response_mask.size(-1));
+    const ArgumentReader reader(response_mask.device(), Values::kClamped);
+    const Layout layout = reader.layout(response_mask, cu_seqlens);
+    check_rows(layout);
     PolicyLossArguments arguments = {};
-    arguments.input = checked_policy(logp, old_logp, advantages, response_mask, layout, ref_logp, entropy,
-                                     importance_weights, num_tokens, num_sequences, options);
-    arguments.factors = checked<float>("factors", factors, response_mask.sizes(), device);
+    arguments.input = reader.loss(logp, old_logp, advantages, response_mask, layout, ref_logp, entropy,
+                                  importance_weights, num_tokens, num_sequences, options);
+    arguments.factors = reader.tensor<float>("factors", factors, response_mask.sizes());
     LossTensors result = empty_loss(logp, entropy, kPolicyMetrics);
     arguments.output = loss_output(result, entropy);
-    launch_with_workspace(policy_loss_kernel<kThreads>, arguments, device);
+    launch_with_workspace(policy_loss_kernel<kThreads>, arguments, reader.device());
     return result;
 }
 

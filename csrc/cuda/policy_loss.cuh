@@ -5,50 +5,17 @@
 // added up in the order of the pieces.
 //
 // Memory traffic: the mask, logp, old_logp and, where given, advantages, factors, ref_logp, entropy and importance
-// weights in, the gradients out; 4 bytes a token each. Sequence-level losses read logp and old_logp once more.
+// weights in, the gradients out; 4 bytes per token each. Sequence-level losses read logp and old_logp once more.
 #pragma once
 
+#include "../inputs.h"
 #include "visual_weights.cuh"
 
 namespace vgpo {
 namespace cuda {
 
-// A value a response or a token.
-struct SpreadInput {
-    const float* values;  // [B] or [tokens], or null
-    bool per_token;
-
-    __device__ float at(int64_t response, int64_t token) const { return values[per_token ? token : response]; }
-};
-
-struct PolicyInput {
-    Layout layout;
-    const float* logp;           // [tokens], as all per-token arrays
-    const float* old_logp;
-    SpreadInput advantages;
-    const bool* response_mask;
-    const float* ref_logp;       // or null
-    const float* entropy;        // or null
-    SpreadInput importance;
-    const float* num_tokens;     // [], or null: the valid tokens of this call
-    const float* num_sequences;  // [], or null: B
-    LossOptions options;
-};
-
-struct PolicyOutput {
-    float* loss;          // []
-    float* grad_logp;     // [tokens]
-    float* grad_entropy;  // [tokens], or null
-    float* metrics;       // [kPolicyMetrics]
-
-    __device__ void clear(int64_t token) const {
-        grad_logp[token] = 0.0f;
-        if (grad_entropy != nullptr) grad_entropy[token] = 0.0f;
-    }
-};
-
-// The loss cancels, so its sum is fp64; the metrics are sums of like terms, at most a few hundred of them a thread and
-// a tree from there.
+// The loss cancels, so its sum is fp64; the metrics are sums of like terms, at most a few hundred of them per
+// thread and a tree from there.
 struct PolicySums {
     double loss;
     float ratio;
@@ -84,7 +51,7 @@ struct PolicySums {
 
 // ---- a token --------------------------------------------------------------------------------------------------
 
-// What a token adds to the loss before aggregation, and its derivatives: with respect to its own logp, and through the
+// What a token adds to the loss before aggregation, and its derivatives: w.r.t. its own logp, and through the
 // ratio of the whole sequence.
 struct TokenLoss {
     float value;
@@ -92,7 +59,7 @@ struct TokenLoss {
     float sequence_slope;
 };
 
-__device__ inline TokenLoss token_loss(const PolicyInput& input, int64_t response, int64_t token, float factor,
+__device__ inline TokenLoss token_loss(const LossInput& input, int64_t response, int64_t token, float factor,
                                        Ratio<float> sequence_ratio, PolicySums& sums) {
     const LossOptions& options = input.options;
     const float logp = input.logp[token], log_ratio = logp - input.old_logp[token];
@@ -205,7 +172,7 @@ __device__ inline int64_t total_tokens(const int32_t* token_count, int64_t batch
 }
 
 // What a token of a response counts in the loss.
-__device__ inline float scale_of(const PolicyInput& input, int length, float num_tokens) {
+__device__ inline float scale_of(const LossInput& input, int length, float num_tokens) {
     const float sequences =
         input.num_sequences == nullptr ? static_cast<float>(input.layout.batch) : *input.num_sequences;
     return token_scale(length, num_tokens, sequences, input.options);
@@ -213,7 +180,7 @@ __device__ inline float scale_of(const PolicyInput& input, int length, float num
 
 // A block computes the loss and gradient of a piece. `factor(ordinal, token)` is the advantage's factor.
 template <typename Factor>
-__device__ void piece_loss(const PolicyInput& input, const PolicyOutput& output, const LossWorkspace& workspace,
+__device__ void piece_loss(const LossInput& input, const LossOutput& output, const LossWorkspace& workspace,
                            const Piece& piece, float num_tokens, Factor factor) {
     const LossOptions& options = input.options;
     const float scale = scale_of(input, piece.tokens.length, num_tokens);
@@ -245,7 +212,7 @@ __device__ void piece_loss(const PolicyInput& input, const PolicyOutput& output,
 // The losses and gradients of the whole batch, once the tokens are listed. The caller puts a grid barrier before the
 // metrics. `response_factor(response)` is called by whole blocks and gives the `factor` of piece_loss.
 template <typename ResponseFactor>
-__device__ void batch_loss(const PolicyInput& input, const PolicyOutput& output, const FocusWorkspace& lists,
+__device__ void batch_loss(const LossInput& input, const LossOutput& output, const FocusWorkspace& lists,
                            const LossWorkspace& workspace, ResponseFactor response_factor) {
     const LossOptions& options = input.options;
     if (options.sequence_level()) {
@@ -283,7 +250,7 @@ __device__ void batch_loss(const PolicyInput& input, const PolicyOutput& output,
 
 // A block adds up the pieces and writes the loss and the metrics.
 __device__ inline void write_policy_metrics(const PolicySums* pieces, const int32_t* token_count, int64_t batch,
-                                            const PolicyOutput& output) {
+                                            const LossOutput& output) {
     int count = 0;
     for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) count += piece_count(token_count[i]);
     count = block_sum(count);
@@ -317,11 +284,11 @@ __device__ inline void write_policy_metrics(const PolicySums* pieces, const int3
 // ---- kernel ---------------------------------------------------------------------------------------------------
 
 struct PolicyLossArguments {
-    PolicyInput input;
+    LossInput input;
     const float* factors;   // [tokens], or null: all one
     FocusWorkspace lists;   // of tokens alone
     LossWorkspace workspace;
-    PolicyOutput output;
+    LossOutput output;
 };
 
 template <typename Arena>
@@ -338,8 +305,8 @@ inline int64_t useful_blocks(const PolicyLossArguments& arguments) {
 template <int kBlock>
 __global__ void __launch_bounds__(kBlock, 1)
     policy_loss_kernel(const __grid_constant__ PolicyLossArguments arguments) {
-    const PolicyInput& input = arguments.input;
-    const PolicyOutput& output = arguments.output;
+    const LossInput& input = arguments.input;
+    const LossOutput& output = arguments.output;
     for (int64_t response = blockIdx.x; response < input.layout.batch; response += gridDim.x) {
         index_tokens(input.layout, input.response_mask, arguments.lists.token_index, arguments.lists.token_count,
                      response, [&](int64_t token) { output.clear(token); });

@@ -20,7 +20,7 @@ constexpr int kWarpSize = 32;
 constexpr int kMaxWarps = 32;  // of a block
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The shape of every launch. One block of 512 threads a multiprocessor leaves a thread 128 registers: enough to keep
+// The shape of every launch. One block of 512 threads per multiprocessor leaves a thread 128 registers: enough to keep
 // eight 16-byte loads on their way, and few blocks make the grid's barriers quick. Kernels without a type to be
 // templates over are templates over it: a header may not define an ordinary kernel.
 constexpr int kThreads = 512;
@@ -206,7 +206,7 @@ __device__ RaggedCursor<Size> ragged_cursor(int64_t batch, Size size) {
 // makes padding, packing and holes invisible to everything after it.
 template <typename OffMask>
 __device__ int compact_mask(const bool* mask, int64_t begin, int64_t end, int32_t* index, OffMask off_mask) {
-    constexpr int kLoads = 16;  // mask bytes in flight a thread
+    constexpr int kLoads = 16;  // mask bytes in flight per thread
     __shared__ int before[kLoads * kMaxWarps];  // set entries of the chunk before each warp's piece
     __shared__ int chunk_total;
     const int pieces = kLoads * warps_per_block();

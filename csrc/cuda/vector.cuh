@@ -20,7 +20,7 @@ template <typename T>
 constexpr int kVectorWidth = static_cast<int>(sizeof(uint4) / sizeof(T));  // elements of a 16-byte vector
 
 template <typename T>
-constexpr int kWarpColumns = kWarpSize * kVectorWidth<T>;  // columns that a warp covers with a vector a lane
+constexpr int kWarpColumns = kWarpSize * kVectorWidth<T>;  // columns that a warp covers with one vector per lane
 
 // Columns [column, column + width) of a row of `dim` columns; zero beyond the end. Read once: evict first.
 template <bool kAligned, typename T>

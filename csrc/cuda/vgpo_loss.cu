@@ -17,25 +17,24 @@ LossTensors vgpo_loss(const at::Tensor& hidden, const at::Tensor& logp, const at
                       const OptionalTensor& importance_weights, const OptionalTensor& num_tokens,
                       const OptionalTensor& num_sequences, at::ArrayRef<double> config,
                       at::ArrayRef<double> options) {
-    check_hidden(hidden, cu_seqlens.has_value());
-    const c10::Device device = hidden.device();
-    const c10::cuda::CUDAGuard guard(device);
-    TORCH_CHECK_VALUE(response_mask.device() == device, "response_mask must be on ", device, ", got ",
-                      response_mask.device());
-    const Layout layout = checked_layout(response_mask, cu_seqlens, hidden.size(-2));
-    const PolicyInput policy = checked_policy(logp, old_logp, advantages, response_mask, layout, ref_logp, entropy,
-                                              importance_weights, num_tokens, num_sequences, options);
+    const ArgumentReader reader(hidden.device(), Values::kClamped);
+    const Layout layout = reader.layout(response_mask, cu_seqlens);
+    const FocusTensors focus = reader.focus(hidden, visual_mask, layout, prototype, prototype_index);
+    const LossInput policy = reader.loss(logp, old_logp, advantages, response_mask, focus.layout, ref_logp, entropy,
+                                         importance_weights, num_tokens, num_sequences, options);
+    const int64_t* groups = reader.tensor<int64_t>("group_ids", group_ids, {layout.batch});
+    const WeightsConfig weights_config = reader.config(config);
     LossTensors result = empty_loss(logp, entropy, int64_t{kPolicyMetrics} + kFocusMetrics);
-    by_dtype(hidden, [&](auto* type) {
+    by_type(focus.type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         VgpoLossArguments<T> arguments = {};
-        arguments.focus = checked_focus<T>(hidden, visual_mask, layout, prototype, prototype_index);
+        arguments.focus = focus_input<T>(focus);
         arguments.focus.response_mask = policy.response_mask;
         arguments.policy = policy;
-        arguments.group_ids = checked<int64_t>("group_ids", group_ids, {layout.batch}, device);
-        arguments.config = checked_config(config);
+        arguments.group_ids = groups;
+        arguments.config = weights_config;
         arguments.output = loss_output(result, entropy);
-        launch_with_workspace(vgpo_loss_kernel<T>, arguments, device);
+        launch_with_workspace(vgpo_loss_kernel<T>, arguments, reader.device());
     });
     return result;
 }

@@ -14,14 +14,14 @@ namespace cuda {
 template <typename T>
 struct VgpoLossArguments {
     FocusInput<T> focus;
-    PolicyInput policy;
+    LossInput policy;
     const int64_t* group_ids;  // [B]
     WeightsConfig config;
     FocusWorkspace lists;
     WeightsWorkspace weights;
     LossWorkspace loss;
     float* cos;           // [tokens]
-    PolicyOutput output;  // metrics: [kPolicyMetrics + kFocusMetrics]
+    LossOutput output;  // metrics: [kPolicyMetrics + kFocusMetrics]
 };
 
 template <typename T, typename Arena>
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const FocusWorkspace& lists = arguments.lists;
     const WeightsWorkspace& weights = arguments.weights;
     const WeightsConfig& config = arguments.config;
-    const PolicyOutput& output = arguments.output;
+    const LossOutput& output = arguments.output;
     const Layout& layout = arguments.focus.layout;
 
     focus_cosines(arguments.focus, lists, arguments.cos, [&](int64_t token) { output.clear(token); });

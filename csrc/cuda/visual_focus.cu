@@ -10,16 +10,15 @@ namespace cuda {
 namespace {
 
 at::Tensor visual_prototype(const at::Tensor& hidden, const at::Tensor& visual_mask, const OptionalTensor& cu_seqlens) {
-    check_hidden(hidden, cu_seqlens.has_value());
-    const c10::cuda::CUDAGuard guard(hidden.device());
-    const Layout layout = checked_layout(visual_mask, cu_seqlens, hidden.size(-2));
-    at::Tensor prototypes = at::empty({layout.batch, hidden.size(-1)}, hidden.options().dtype(at::kFloat));
-    by_dtype(hidden, [&](auto* type) {
+    const ArgumentReader reader(hidden.device(), Values::kClamped);
+    const Layout layout = reader.layout(visual_mask, cu_seqlens);
+    const FocusTensors focus = reader.focus(hidden, visual_mask, layout, std::nullopt, std::nullopt);
+    at::Tensor prototypes = at::empty({layout.batch, focus.columns}, hidden.options().dtype(at::kFloat));
+    by_type(focus.type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        VisualPrototypeArguments<T> arguments{
-            checked_focus<T>(hidden, visual_mask, layout, std::nullopt, std::nullopt), {}};
+        VisualPrototypeArguments<T> arguments{focus_input<T>(focus), {}};
         arguments.workspace.prototypes = prototypes.mutable_data_ptr<float>();
-        launch_with_workspace(visual_prototype_kernel<T>, arguments, hidden.device());
+        launch_with_workspace(visual_prototype_kernel<T>, arguments, reader.device());
     });
     return prototypes;
 }
@@ -27,17 +26,16 @@ at::Tensor visual_prototype(const at::Tensor& hidden, const at::Tensor& visual_m
 at::Tensor visual_focus(const at::Tensor& hidden, const OptionalTensor& visual_mask, const at::Tensor& response_mask,
                         const OptionalTensor& cu_seqlens, const OptionalTensor& prototype,
                         const OptionalTensor& prototype_index) {
-    check_hidden(hidden, cu_seqlens.has_value());
-    const c10::cuda::CUDAGuard guard(hidden.device());
-    const Layout layout = checked_layout(response_mask, cu_seqlens, hidden.size(-2));
+    const ArgumentReader reader(hidden.device(), Values::kClamped);
+    const Layout layout = reader.layout(response_mask, cu_seqlens);
+    const FocusTensors focus = reader.focus(hidden, visual_mask, layout, prototype, prototype_index);
+    const bool* mask = reader.tensor<bool>("response_mask", response_mask, response_mask.sizes());
     at::Tensor cos = at::empty(response_mask.sizes(), hidden.options().dtype(at::kFloat));
-    by_dtype(hidden, [&](auto* type) {
+    by_type(focus.type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        VisualFocusArguments<T> arguments{
-            checked_focus<T>(hidden, visual_mask, layout, prototype, prototype_index), {}, cos.mutable_data_ptr<float>()};
-        arguments.input.response_mask =
-            checked<bool>("response_mask", response_mask, response_mask.sizes(), hidden.device());
-        launch_with_workspace(visual_focus_kernel<T>, arguments, hidden.device());
+        VisualFocusArguments<T> arguments{focus_input<T>(focus), {}, cos.mutable_data_ptr<float>()};
+        arguments.input.response_mask = mask;
+        launch_with_workspace(visual_focus_kernel<T>, arguments, reader.device());
     });
     return cos;
 }

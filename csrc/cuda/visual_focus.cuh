@@ -1,9 +1,9 @@
 // Visual prototypes, and the cosine of every response token with its image's prototype (Eq. 3-4).
 //
-// Memory traffic: each visual row and each scored response row is read once, 2 D bytes a row in half precision, and
+// Memory traffic: each visual row and each scored response row is read once, 2 D bytes per row in half precision, and
 // nothing else counts. At D = 3584 with 8 responses of 1,024 image and 2,048 response tokens that is 176 MB, 41 us at
 // a copy bandwidth of 4.3 TB/s. A multiprocessor needs some 30 KB in flight to sustain that (bandwidth times latency
-// over 132): 16 warps with eight 16-byte loads a lane have 64 KB.
+// over 132): 16 warps with eight 16-byte loads per lane have 64 KB.
 //
 // Masks leave work scattered, so the first phase lists the rows that count and later phases share the lists out over
 // all warps of a persistent grid. Everything downstream sees ordinals, not positions: padding, packing and holes do

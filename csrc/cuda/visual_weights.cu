@@ -12,17 +12,17 @@ namespace {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> visual_weights(
     const at::Tensor& cos, const at::Tensor& response_mask, const at::Tensor& group_ids,
     const OptionalTensor& has_visual, const OptionalTensor& cu_seqlens, at::ArrayRef<double> config) {
-    const c10::Device device = response_mask.device();
-    const c10::cuda::CUDAGuard guard(device);
-    const Layout layout = checked_layout(response_mask, cu_seqlens, response_mask.size(-1));
+    const ArgumentReader reader(response_mask.device(), Values::kClamped);
+    const Layout layout = reader.layout(response_mask, cu_seqlens);
+    check_rows(layout);
     const at::IntArrayRef tokens = response_mask.sizes(), each(layout.batch);
     VisualWeightsArguments arguments = {};
     arguments.layout = layout;
-    arguments.cos = checked<float>("cos", cos, tokens, device);
-    arguments.response_mask = checked<bool>("response_mask", response_mask, tokens, device);
-    arguments.group_ids = checked<int64_t>("group_ids", group_ids, each, device);
-    arguments.has_visual = checked<bool>("has_visual", has_visual, each, device);
-    arguments.config = checked_config(config);
+    arguments.cos = reader.tensor<float>("cos", cos, tokens);
+    arguments.response_mask = reader.tensor<bool>("response_mask", response_mask, tokens);
+    arguments.group_ids = reader.tensor<int64_t>("group_ids", group_ids, each);
+    arguments.has_visual = reader.tensor<bool>("has_visual", has_visual, each);
+    arguments.config = reader.config(config);
     const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, cos.options()); };
     at::Tensor factors = empty(tokens), psi = empty(tokens), w = empty(tokens);
     at::Tensor phi = empty(each), score = empty(each), metrics = empty({kFocusMetrics});
@@ -32,24 +32,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     arguments.phi = phi.mutable_data_ptr<float>();
     arguments.metrics = metrics.mutable_data_ptr<float>();
     arguments.workspace.scores = score.mutable_data_ptr<float>();
-    launch_with_workspace(visual_weights_kernel<kThreads>, arguments, device);
+    launch_with_workspace(visual_weights_kernel<kThreads>, arguments, reader.device());
     return {factors, psi, w, phi, score, metrics};
 }
 
 at::Tensor group_weights(const at::Tensor& score, const at::Tensor& group_ids, const OptionalTensor& has_visual,
                          at::ArrayRef<double> config) {
     TORCH_CHECK_VALUE(score.dim() == 1, "score must have shape [B], got ", score.sizes());
-    const c10::Device device = score.device();
-    const c10::cuda::CUDAGuard guard(device);
+    const ArgumentReader reader(score.device(), Values::kClamped);
     const at::IntArrayRef each = score.sizes();
     at::Tensor phi = at::empty(each, score.options());
-    const GroupWeightsArguments arguments{checked<float>("score", score, each, device),
-                                          checked<int64_t>("group_ids", group_ids, each, device),
-                                          checked<bool>("has_visual", has_visual, each, device),
+    const GroupWeightsArguments arguments{reader.tensor<float>("score", score, each),
+                                          reader.tensor<int64_t>("group_ids", group_ids, each),
+                                          reader.tensor<bool>("has_visual", has_visual, each),
                                           score.size(0),
-                                          checked_config(config),
+                                          reader.config(config),
                                           phi.mutable_data_ptr<float>()};
-    launch(group_weights_kernel<kThreads>, arguments, arguments.batch, device);
+    launch(group_weights_kernel<kThreads>, arguments, arguments.batch, reader.device());
     return phi;
 }
 

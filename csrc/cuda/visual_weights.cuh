@@ -5,7 +5,7 @@
 // selection, three passes over the tail for any length.
 //
 // Memory traffic: a few floats a token, all but the first read from the cache. Six passes over a response, bound by
-// latency: with four to eight loads in flight a thread, some microseconds for 2,048 tokens and some tens for 32,768
+// latency: with four to eight loads in flight per thread, some microseconds for 2,048 tokens and some tens for 32,768
 // (expected, not measured), of which as many responses as there are resident blocks go on at the same time.
 #pragma once
 

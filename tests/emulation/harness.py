@@ -54,11 +54,11 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("VGPO_EMULATION_CXX", "g++"))
 
 
-def build(source: str) -> ctypes.CDLL:
-    """Compile ``source``, a file of this folder, and load it; unchanged sources are compiled once."""
-    command = [compiler() or "g++", *FLAGS, f"-I{HERE / 'include'}"]
-    files = [HERE / source, *HERE.glob("*.h"), *HERE.glob("include/*.h"), *ROOT.glob("csrc/*.h")]
-    files += [*ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/cuda/*.h")]
+def compile_library(source: str, *flags: str) -> Path:
+    """Compile ``source``, a file of this folder; unchanged sources are compiled once."""
+    command = [compiler() or "g++", *FLAGS, f"-I{HERE / 'include'}", *flags]
+    files = [HERE / source, *HERE.glob("*.h"), *HERE.glob("include/**/*.h")]
+    files += [*ROOT.glob("csrc/*.*"), *ROOT.glob("csrc/cuda/*.*")]
     digest = hashlib.sha256(" ".join(command).encode())
     for file in sorted(files):
         digest.update(file.name.encode() + file.read_bytes())
@@ -74,7 +74,12 @@ def build(source: str) -> ctypes.CDLL:
             if result.returncode:
                 raise RuntimeError(f"{source} does not compile for emulation:\n{result.stderr}")
             built.replace(library)
-    loaded = ctypes.CDLL(str(library))
+    return library
+
+
+def build(source: str) -> ctypes.CDLL:
+    """Compile kernels behind C functions, and load them."""
+    loaded = ctypes.CDLL(str(compile_library(source)))
     loaded.buffer_new.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
     loaded.buffer_new.restype = ctypes.c_void_p
     for name in ("buffer_data", "buffer_protect", "buffer_delete"):

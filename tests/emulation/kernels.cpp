@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "../../csrc/cuda/vgpo_loss.cuh"
+#include "../../csrc/settings.h"
 #include "exports.h"
 #include "launch.h"
 
@@ -68,6 +69,15 @@ class GuardedArena {
 
 GuardedArena arena_of(const Call& call) { return GuardedArena(static_cast<emulation::Guard>(call.guard)); }
 
+// The harness passes as many numbers as are read; the buffer's guard would catch one more.
+template <typename Settings>
+Settings settings_of(const double* numbers) {
+    SettingsReader reader(numbers, std::numeric_limits<size_t>::max());
+    Settings settings = {};
+    settings.read(reader);
+    return settings;
+}
+
 Layout layout_of(const Call& call) {
     return call.cu_seqlens == nullptr ? Layout::padded(call.batch, call.tokens, call.rows)
                                       : Layout::packed(call.cu_seqlens, call.batch, call.tokens);
@@ -89,7 +99,7 @@ FocusInput<T> focus_of(const Call& call) {
             call.num_prototypes};
 }
 
-PolicyInput policy_of(const Call& call) {
+LossInput loss_of(const Call& call) {
     return {layout_of(call),
             call.logp,
             call.old_logp,
@@ -100,10 +110,10 @@ PolicyInput policy_of(const Call& call) {
             {call.importance_weights, call.importance_per_token != 0},
             call.num_tokens,
             call.num_sequences,
-            LossOptions::from(call.options)};
+            settings_of<LossOptions>(call.options)};
 }
 
-PolicyOutput output_of(const Call& call) { return {call.loss, call.grad_logp, call.grad_entropy, call.metrics}; }
+LossOutput output_of(const Call& call) { return {call.loss, call.grad_logp, call.grad_entropy, call.metrics}; }
 
 template <typename Kernel, typename Arguments>
 const char* run(const Call& call, Kernel kernel, const Arguments& arguments, bool cooperative = true) {
@@ -144,7 +154,7 @@ const char* visual_focus(const Call* call) {
 const char* visual_weights(const Call* call) {
     GuardedArena arena = arena_of(*call);
     VisualWeightsArguments arguments{layout_of(*call), call->cos, call->response_mask, call->group_ids,
-                                     call->has_visual, WeightsConfig::from(call->config), {}, {}, call->factors,
+                                     call->has_visual, settings_of<WeightsConfig>(call->config), {}, {}, call->factors,
                                      call->psi, call->w, call->phi, call->metrics};
     bind(arguments, arena);
     arguments.workspace.scores = call->score;
@@ -153,13 +163,13 @@ const char* visual_weights(const Call* call) {
 
 const char* group_weights(const Call* call) {
     const GroupWeightsArguments arguments{call->score_in, call->group_ids, call->has_visual,
-                                          call->batch, WeightsConfig::from(call->config), call->phi};
+                                          call->batch, settings_of<WeightsConfig>(call->config), call->phi};
     return run(*call, group_weights_kernel<kThreads>, arguments, false);
 }
 
 const char* policy_loss(const Call* call) {
     GuardedArena arena = arena_of(*call);
-    PolicyLossArguments arguments{policy_of(*call), call->factors_in, {}, {}, output_of(*call)};
+    PolicyLossArguments arguments{loss_of(*call), call->factors_in, {}, {}, output_of(*call)};
     bind(arguments, arena);
     return run(*call, policy_loss_kernel<kThreads>, arguments);
 }
@@ -168,8 +178,8 @@ const char* vgpo_loss(const Call* call) {
     return by_dtype(call->dtype, [&](auto* type) {
         using T = element_of<decltype(type)>;
         GuardedArena arena = arena_of(*call);
-        VgpoLossArguments<T> arguments{focus_of<T>(*call), policy_of(*call), call->group_ids,
-                                       WeightsConfig::from(call->config), {}, {}, {}, nullptr, output_of(*call)};
+        VgpoLossArguments<T> arguments{focus_of<T>(*call), loss_of(*call), call->group_ids,
+                                       settings_of<WeightsConfig>(call->config), {}, {}, {}, nullptr, output_of(*call)};
         bind(arguments, arena);
         return run(*call, vgpo_loss_kernel<T>, arguments);
     });

@@ -1,18 +1,25 @@
-"""Bad input to the operators themselves, past the public functions: a wrong shape raises and is never read beyond."""
+"""Bad input to the operators themselves, past the public functions: a wrong shape raises and is never read beyond.
+
+The operators are those of the C++ extension, and those of CUDA: their bindings, with all checks, on the emulated GPU.
+"""
 
 from __future__ import annotations
 
+import os
 from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from cases import Response, make_batch
+from emulation.bindings import emulated_operators
+from emulation.harness import compiler
 from test_attention_mass import draw
 from test_operators import operator_arguments
 from torch import Tensor
 
 from vgpo_kernels import PolicyLossOptions, VGPOConfig, backends
+from vgpo_kernels.config import Bounds, Choice, Flag, Number
 from vgpo_kernels.ops import registry
 
 pytestmark = pytest.mark.skipif(not backends.describe()["built"]["cpp"], reason="tests what only the extension has")
@@ -101,6 +108,7 @@ ARGUMENTS = {"padded": good_arguments(False), "packed": good_arguments(True)}
 # Changes that make another call, as good as the first.
 LAYOUTS = tuple(ARGUMENTS)
 FOCUSING = ("visual_focus", "vgpo_loss")
+HEADS = ("head_statistics", "head_gradient")
 ATTENTION = tuple(name for name in OPERATORS if name.startswith("attention"))
 DIVISORS = {"one fewer of dimension 1", "one more of dimension 1"}  # of six heads: two, and so one or three
 ANY_MATRIX = {"another dtype", "gaps"}
@@ -116,6 +124,14 @@ ACCEPTED: dict[str, set[str]] = {
     **{f"{name}, {layout}: k": DIVISORS for name, layout in product(ATTENTION, LAYOUTS)},
     **{f"head_product, {layout}: {side}": ANY_MATRIX for side, layout in product(("left", "right"), LAYOUTS)},
 }
+# No look at a GPU's values: kernels clamp boundaries and indices. Products are cuBLAS's, which takes any strides.
+OTHER_LENGTHS = {"one fewer of dimension 0", "one more of dimension 0"}
+ACCEPTED_BY_CUDA: dict[str, set[str]] = {
+    "visual_prototype, packed: cu_seqlens": OTHER_LENGTHS,
+    **{f"{name}, {layout}: prototype": OTHER_LENGTHS for name, layout in product(FOCUSING, LAYOUTS)},
+    **{f"{name}, {layout}: {side}": {"gaps"} for name, side, layout in product(HEADS, ("hidden", "weight"), LAYOUTS)},
+    **{f"head_product, {layout}: {side}": {"gaps"} for side, layout in product(("left", "right"), LAYOUTS)},
+}
 CASES = [
     pytest.param(layout, operator, name, id=f"{operator}, {layout}: {name}")
     for layout, operators in ARGUMENTS.items()
@@ -125,72 +141,107 @@ CASES = [
 ]
 
 
-def call(layout: str, operator: str, **changed: Any) -> Any:
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Run the test once per device: on the C++ extension's operators, and on those of CUDA, emulated."""
+    if request.param == "cuda" and compiler() is None:
+        pytest.skip("needs g++ to build bindings for emulation")
+    if request.param == "cuda" and "cuda" not in os.environ.get("VGPO_TEST_BACKENDS", "cuda").split(","):
+        pytest.skip("VGPO_TEST_BACKENDS leaves CUDA out")
+    return request.param
+
+
+def operators_of(device: str) -> dict[str, Any]:
+    return OPERATORS if device == "cpu" else emulated_operators()
+
+
+def call(device: str, layout: str, operator: str, **changed: Any) -> tuple[Tensor, ...]:
+    """Call an operator; return its results, or the arguments that it writes to."""
     arguments = {
         name: value.detach().clone() if isinstance(value, Tensor) else value
         for name, value in ARGUMENTS[layout][operator].items()
-    }
-    return OPERATORS[operator](**(arguments | changed))
+    } | changed
+    result = operators_of(device)[operator](**arguments)
+    if result is None:
+        return tuple(arguments[name] for name in ("statistics", "logits", "result") if name in arguments)
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def test_both_devices_have_the_same_operators() -> None:
+    assert operators_of("cuda").keys() == operators_of("cpu").keys()
 
 
 @pytest.mark.parametrize(("layout", "operator"), [(layout, name) for layout in ARGUMENTS for name in OPERATORS])
-def test_what_fits_is_accepted(layout: str, operator: str) -> None:
-    call(layout, operator)
+def test_what_fits_is_accepted(device: str, layout: str, operator: str) -> None:
+    found, expected = call(device, layout, operator), call("cpu", layout, operator)
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize(("layout", "operator", "name"), CASES)
-def test_what_does_not_fit_is_refused(layout: str, operator: str, name: str) -> None:
+def test_what_does_not_fit_is_refused(device: str, layout: str, operator: str, name: str) -> None:
     accepted = set()
     for why, value in worse(ARGUMENTS[layout][operator][name].detach()):
         try:
-            call(layout, operator, **{name: value})
+            call(device, layout, operator, **{name: value})
         except (ValueError, TypeError):
             continue
         accepted.add(why)
-    assert accepted == ACCEPTED.get(f"{operator}, {layout}: {name}", set())
+    case = f"{operator}, {layout}: {name}"
+    expected = ACCEPTED.get(case, set())
+    assert accepted == (expected if device == "cpu" else ACCEPTED_BY_CUDA.get(case, expected))
 
 
-CONFIG, OPTIONS = VGPOConfig.paper().as_floats(), PolicyLossOptions(max_length=8).as_floats()
 NAN, INFINITY = float("nan"), float("inf")
+SETTINGS: dict[str, VGPOConfig | PolicyLossOptions] = {
+    "config": VGPOConfig.paper(),
+    "options": PolicyLossOptions(max_length=8),
+}
+# What a field of a kind must not be, for any number that travels in its place.
+NONE_OF_KIND: dict[type, tuple[float, ...]] = {
+    Choice: (-1.0, 99.0, NAN, INFINITY),
+    Flag: (0.5, -1.0, NAN),
+    Bounds: (NAN,),
+}
 
 
-def changed(numbers: list[float], index: int, value: float) -> list[float]:
-    return [*numbers[:index], value, *numbers[index + 1 :]]
-
-
-CODES = {"schedule": 0, "score": 10, "position": 12, "accumulation": 13}
-RATIOS = {"tail_ratio": 2, "top_ratio": 3}
-CHOSEN = {"loss_type": 0, "aggregation": 1, "kl_estimator": 6, "importance_mode": 15}
-SETTINGS = [
-    *((name, "config", changed(CONFIG, CODES[name], code)) for name in CODES for code in (-1, 99, NAN, INFINITY)),
-    *((name, "config", changed(CONFIG, RATIOS[name], ratio)) for name in RATIOS for ratio in (-5.0, 1.5, NAN)),
-    *((name, "options", changed(OPTIONS, CHOSEN[name], code)) for name in CHOSEN for code in (-1, 99, NAN, INFINITY)),
-    *(("must have 18 numbers", "config", numbers) for numbers in ([], CONFIG[:-1], [*CONFIG, 0.0])),
-    *(("must have 16 numbers", "options", numbers) for numbers in ([], OPTIONS[:-1], [*OPTIONS, 0.0])),
-]
+def bad_settings(argument: str) -> list[tuple[str, list[float]]]:
+    """Return numbers that are no settings, each with what the error must say."""
+    settings = SETTINGS[argument]
+    good = settings.as_floats()
+    bad = [(f"{argument} must have {len(good)} numbers", numbers) for numbers in ([], good[:-1], [*good, 0.0])]
+    index = 0
+    for name, kind in settings.kinds.items():
+        values = NONE_OF_KIND.get(type(kind), ())
+        if isinstance(kind, Number) and kind.none is None:
+            values = (-5.0, 1.5, NAN) if kind.expected.startswith("in") else (NAN, INFINITY)
+        bad += [(name, [*good[:index], value, *good[index + 1 :]]) for value in values]
+        index += len(kind.encode(getattr(settings, name)))
+    return bad
 
 
 @pytest.mark.parametrize("operator", ["visual_weights", "group_weights", "policy_loss", "vgpo_loss"])
-def test_settings_that_are_none_are_refused(operator: str) -> None:
+def test_settings_that_are_none_are_refused(device: str, operator: str) -> None:
     """Codes choose, and ratios of a length become an index: the wrong ones would read anywhere."""
-    tried = [setting for setting in SETTINGS if setting[1] in ARGUMENTS["padded"][operator]]
+    tried = [argument for argument in SETTINGS if argument in ARGUMENTS["padded"][operator]]
     assert tried
-    for says, name, numbers in tried:
-        with pytest.raises(ValueError, match=says):
-            call("padded", operator, **{name: numbers})
+    for argument in tried:
+        for says, numbers in bad_settings(argument):
+            with pytest.raises(ValueError, match=says):
+                call(device, "padded", operator, **{argument: numbers})
 
 
 @pytest.mark.parametrize("operator", ATTENTION)
-def test_numbers_that_are_none_are_refused(operator: str) -> None:
+def test_numbers_that_are_none_are_refused(device: str, operator: str) -> None:
     numbers = {"window": -1, "num_segments": 0} if operator == "attention_mass" else {"window": -1}
     for name, number in numbers.items():
         with pytest.raises(ValueError, match=name):
-            call("packed", operator, **{name: number})
+            call(device, "packed", operator, **{name: number})
 
 
 @pytest.mark.parametrize("operator", ATTENTION)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_values_that_no_check_sees_stay_inside(layout: str, operator: str) -> None:
+def test_values_that_no_check_sees_stay_inside(device: str, layout: str, operator: str) -> None:
     """Positions and segments of any value, as an unchecked GPU tensor may hold them: nothing else is read for them."""
     arguments = ARGUMENTS[layout][operator]
     far = torch.tensor([-(2**63), -5, 2**63 - 1])
@@ -198,16 +249,13 @@ def test_values_that_no_check_sees_stay_inside(layout: str, operator: str) -> No
     segments = torch.tensor([-(2**31), 0, 2**31 - 1], dtype=torch.int32)
     labels = segments[torch.arange(arguments["key_segments"].numel()) % 3].view_as(arguments["key_segments"])
     for window in (0, 1, 2**63 - 1):
-        found = call(layout, operator, query_positions=positions, key_segments=labels, window=window)
-        assert all(torch.isfinite(result[result != -torch.inf]).all() for result in as_tuple(found))
-
-
-def as_tuple(result: Any) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+        found = call(device, layout, operator, query_positions=positions, key_segments=labels, window=window)
+        assert all(torch.isfinite(result[result != -torch.inf]).all() for result in found)
 
 
 @pytest.mark.parametrize("boundaries", [[1, 9], [0, 8], [0, 12, 9], [0, -3, 9], [0, 2**62, 9]])
 def test_boundaries_that_lie_are_refused(boundaries: list[int]) -> None:
+    """On a CPU; a look at a GPU's values would wait for it (test_cuda_emulation: its kernels stay inside)."""
     case = draw(((3, 9),), size=8, packed=True)
     lies, truth = torch.tensor(boundaries), torch.tensor([0, 9] if len(boundaries) == 2 else [0, 0, 9])
     queries = torch.tensor([0, 3] if len(boundaries) == 2 else [0, 0, 3])
@@ -217,7 +265,7 @@ def test_boundaries_that_lie_are_refused(boundaries: list[int]) -> None:
         OPERATORS["attention_mass"](*arguments, queries, lies, 3, 0.2, 0, False)
     values, mask, groups = torch.rand(9), torch.ones(9, dtype=torch.bool), torch.zeros(len(lies) - 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="cu_seqlens"):
-        OPERATORS["visual_weights"](values, mask, groups, None, lies, CONFIG)
+        OPERATORS["visual_weights"](values, mask, groups, None, lies, SETTINGS["config"].as_floats())
 
 
 def test_products_over_nothing_are_zero() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from tolerance import assert_close, assert_matches
 
 import vgpo_kernels
 from vgpo_kernels import VGPOConfig, backend, backends, policy_loss, visual_focus, visual_prototype, visual_weights
+from vgpo_kernels.config import Bounds, Choice, Flag, Kind, Number, PolicyLossOptions
 from vgpo_kernels.reference import visual_focus as focus_definition
 from vgpo_kernels.reference import visual_weights as weights_definition
 
@@ -43,6 +44,24 @@ def threads() -> Iterator[None]:
     previous = torch.get_num_threads()
     yield
     torch.set_num_threads(previous)
+
+
+def as_kernels_read(kind: Kind) -> tuple[str, int]:
+    """Return what C++ calls a kind of field, and how many choices it knows."""
+    if isinstance(kind, Number):
+        ratio = kind.expected.startswith("in")
+        return ("optional" if kind.none is not None else "ratio" if ratio else "number"), 0
+    return {Flag: "flag", Choice: "code", Bounds: "bounds"}[type(kind)], len(getattr(kind, "choices", ()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"), [(VGPOConfig, _C.config_fields), (PolicyLossOptions, _C.options_fields)]
+)
+def test_settings_are_read_as_they_are_written(
+    settings: type[VGPOConfig | PolicyLossOptions], fields: Callable[[], list[tuple[str, str, int]]]
+) -> None:
+    """Kernels read numbers without names: C++ and Python must have the same fields, kinds and choices in one order."""
+    assert fields() == [(name, *as_kernels_read(kind)) for name, kind in settings.kinds.items()]
 
 
 def test_levels_are_named_from_the_simplest() -> None:

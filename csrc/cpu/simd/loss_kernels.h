@@ -42,8 +42,8 @@ inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t e
             load_or(tokens.importance, i, lanes, tokens.importance_weight), options);
 
         Vector value = importance * term.value;
-        Vector slope = importance * term.slope;  // with respect to the (mean) log-ratio
-        Vector direct = zero;                    // with respect to logp otherwise
+        Vector slope = importance * term.slope;  // w.r.t. the (mean) log-ratio
+        Vector direct = zero;                    // w.r.t. logp otherwise
         if (tokens.ref_logp != nullptr) {
             Kl<Vector> kl = kl_estimate(logp, load_first(tokens.ref_logp + i, lanes), options);
             if (options.kl_bias_correction) {

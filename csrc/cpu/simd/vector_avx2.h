@@ -5,7 +5,7 @@
 constexpr int kStreams = 4;
 
 struct Mask {
-    __m256 bits;  // all ones or all zeros a lane
+    __m256 bits;  // all ones or all zeros per lane
 };
 
 inline Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.bits, b.bits)}; }

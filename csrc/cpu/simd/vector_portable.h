@@ -9,7 +9,7 @@ typedef uint32_t UInt4 __attribute__((vector_size(16)));
 constexpr int kStreams = 4;
 
 struct Mask {
-    Int4 bits;  // all ones or all zeros a lane
+    Int4 bits;  // all ones or all zeros per lane
 };
 
 inline Mask operator&(Mask a, Mask b) { return {a.bits & b.bits}; }

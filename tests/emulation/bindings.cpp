@@ -1,0 +1,15 @@
+// The bindings of csrc/cuda themselves, with checks, allocation, launches and registration, on the emulated GPU.
+#include <cuda_runtime.h>
+#include <torch/library.h>
+
+// They register for CUDA tensors; here the same functions take CPU tensors, under a namespace of their own.
+#undef TORCH_LIBRARY_IMPL
+#define TORCH_LIBRARY_IMPL(space, key, library) _TORCH_LIBRARY_IMPL(vgpo_emulated, CPU, library, C10_UID)
+
+#include "../../csrc/arguments.cpp"
+#include "../../csrc/cuda/attention_mass.cu"
+#include "../../csrc/cuda/linear_logprob.cu"
+#include "../../csrc/cuda/policy_loss.cu"
+#include "../../csrc/cuda/vgpo_loss.cu"
+#include "../../csrc/cuda/visual_focus.cu"
+#include "../../csrc/cuda/visual_weights.cu"
