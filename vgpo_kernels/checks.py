@@ -278,6 +278,11 @@ def per_response_or_token(name: str, value: object, like: Tensor, batch: int) ->
     return _computable(tensor, detach=True)
 
 
+def optional_per_response_or_token(name: str, value: object, like: Tensor, batch: int) -> Tensor | None:
+    """Apply :func:`per_response_or_token` to a value that may be ``None``."""
+    return None if value is None else per_response_or_token(name, value, like, batch)
+
+
 def count(name: str, value: object, device: torch.device) -> Tensor | None:
     """Return a denominator as a 0-dimensional fp32 tensor on ``device``; numbers are filled in without a copy."""
     if value is None:
@@ -372,6 +377,11 @@ def query_positions(
             "give query_positions"
         )
     return None
+
+
+def window(value: object) -> int:
+    """Return how many positions a query sees, 0 for ``None``: all."""
+    return 0 if value is None else positive_integer("window", value)
 
 
 def attention_scale(value: object, head_size: int) -> float:

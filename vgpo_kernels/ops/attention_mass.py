@@ -14,6 +14,7 @@ from vgpo_kernels.reference.layout import responses_of
 
 # What attention_heatmap calls its keys, in the segments of attention_mass.
 IGNORED, SEEN, SHOWN = -1, 0, 1
+LABELS = 2  # of keys that take part
 
 
 def attention_mass(
@@ -63,12 +64,22 @@ def attention_mass(
     number = checks.positive_integer("num_segments", num_segments, checks.MOST_SEGMENTS)
     segments = checks.key_segments(key_segments, k, number)
     positions = checks.query_positions(query_positions, q, k, boundaries)
-    factor = checks.attention_scale(scale, q.shape[-1])
-    width = 0 if window is None else checks.positive_integer("window", window)
     by_head = checks.flag("per_head", per_head)
     dtype = checks.compute_dtype(q)
     mass, _, _ = registry.call(
-        "attention_mass", q.device, dtype, q, k, segments, positions, *boundaries, number, factor, width, by_head
+        "attention_mass",
+        q.device,
+        dtype,
+        q=q,
+        k=k,
+        key_segments=segments,
+        query_positions=positions,
+        cu_seqlens_q=boundaries[0],
+        cu_seqlens_k=boundaries[1],
+        num_segments=number,
+        scale=checks.attention_scale(scale, q.shape[-1]),
+        window=checks.window(window),
+        per_head=by_head,
     )
     return mass.to(dtype)  # type: ignore[no-any-return]
 
@@ -129,14 +140,23 @@ def attention_heatmap(
             positions = reference.default_positions(chosen.shape[-1], shown.shape[-1], *boundaries, q.device)
         # A query at a negative position sees nothing, so kernels skip it.
         positions = torch.where(chosen, positions, -1).contiguous()
-    factor = checks.attention_scale(scale, q.shape[-1])
-    width = 0 if window is None else checks.positive_integer("window", window)
     by_head = checks.flag("per_head", per_head)
     dtype = checks.compute_dtype(q)
-    keys, layout = (q, k, labels, positions), (*boundaries, factor, width, by_head)
-    _, _, lse = registry.call("attention_mass", q.device, dtype, *keys, *boundaries, 2, factor, width, True)
+    arguments = {
+        "q": q,
+        "k": k,
+        "key_segments": labels,
+        "query_positions": positions,
+        "cu_seqlens_q": boundaries[0],
+        "cu_seqlens_k": boundaries[1],
+        "scale": checks.attention_scale(scale, q.shape[-1]),
+        "window": checks.window(window),
+    }
+    _, _, lse = registry.call("attention_mass", q.device, dtype, **arguments, num_segments=LABELS, per_head=True)
     weights = _query_weights(lse, boundaries[0])
-    heat = registry.call("attention_heatmap", q.device, dtype, *keys, weights, lse, *layout)
+    heat = registry.call(
+        "attention_heatmap", q.device, dtype, **arguments, query_weights=weights, lse=lse, per_head=by_head
+    )
     return heat.to(dtype)  # type: ignore[no-any-return]
 
 
@@ -152,18 +172,7 @@ def _query_weights(lse: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
     return counted / count.clamp(min=1)[response]
 
 
-def _fake_mass(
-    q: Tensor,
-    k: Tensor,
-    key_segments: Tensor,
-    query_positions: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    num_segments: int,
-    scale: float,
-    window: int,
-    per_head: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_mass(q: Tensor, num_segments: int, per_head: bool) -> tuple[Tensor, Tensor, Tensor]:
     *batch, heads, queries = _by_head(q)
     by_head = q.new_empty((*batch, heads, queries, num_segments), dtype=torch.float32)
     lse = q.new_empty((*batch, heads, queries), dtype=torch.float32)
@@ -172,25 +181,13 @@ def _fake_mass(
     return lse.new_empty((*batch, queries, num_segments)), by_head, lse
 
 
-def _fake_heatmap(
-    q: Tensor,
-    k: Tensor,
-    key_segments: Tensor,
-    query_positions: Tensor | None,
-    query_weights: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    window: int,
-    per_head: bool,
-) -> Tensor:
+def _fake_heatmap(q: Tensor, k: Tensor, per_head: bool) -> Tensor:
     *batch, heads, _ = _by_head(q)
     keys = _by_head(k)[-1]
     return q.new_empty((*batch, heads, keys) if per_head else (*batch, keys), dtype=torch.float32)
 
 
-def _fake_gradients(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_gradients(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
@@ -200,42 +197,48 @@ def _by_head(tensor: Tensor) -> tuple[int, ...]:
     return tuple(shape) if tensor.dim() == 4 else tuple(reversed(shape))
 
 
-def _save_mass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, _, ctx.scale, ctx.window, ctx.per_head = inputs
+def _save_mass(
+    ctx: Any, output: tuple[Tensor, Tensor, Tensor], num_segments: int, per_head: bool, **arguments: Any
+) -> None:
     mass, head_mass, lse = output
-    ctx.save_for_backward(*tensors, mass if ctx.per_head else head_mass, lse)
+    registry.keep(ctx, **arguments, head_mass=mass if per_head else head_mass, lse=lse)
+    ctx.averaged_heads = None if per_head else arguments["q"].shape[1]
     ctx.mark_non_differentiable(head_mass, lse)
     ctx.set_materialize_grads(False)
 
 
-def _backward_mass(ctx: Any, grad_mass: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_mass(ctx: Any, needed: set[str], grad_mass: Tensor | None, *_: Tensor | None) -> dict[str, Tensor]:
     if grad_mass is None:
-        return (None,) * 10
-    return *_gradients("attention_mass_backward", ctx, grad_mass, -3), *(None,) * 8
+        return {}
+    return _gradients("attention_mass_backward", ctx, grad_mass=_of_heads(grad_mass, ctx.averaged_heads, -3))
 
 
-def _save_heatmap(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scale, ctx.window, ctx.per_head = inputs
-    ctx.save_for_backward(*tensors)
+def _save_heatmap(ctx: Any, output: Tensor, per_head: bool, **arguments: Any) -> None:
+    registry.keep(ctx, **arguments)
+    ctx.averaged_heads = None if per_head else arguments["q"].shape[1]
     ctx.set_materialize_grads(False)
 
 
-def _backward_heatmap(ctx: Any, grad_heat: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_heatmap(ctx: Any, needed: set[str], grad_heat: Tensor | None) -> dict[str, Tensor]:
     if grad_heat is None:
-        return (None,) * 11
-    return *_gradients("attention_heatmap_backward", ctx, grad_heat, -2), *(None,) * 9
+        return {}
+    return _gradients("attention_heatmap_backward", ctx, grad_heat=_of_heads(grad_heat, ctx.averaged_heads, -2))
 
 
-def _gradients(name: str, ctx: Any, grad: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Gradients by q and k, which are the first two of the saved tensors, from that of the result."""
-    q, k, *_ = saved = ctx.saved_tensors
-    if not ctx.per_head:
-        heads = q.shape[1]
-        grad = (grad / heads).unsqueeze(head_dim)
-        grad = grad.expand(*grad.shape[:head_dim], heads, *grad.shape[head_dim + 1 :])
-    arguments = (grad.contiguous(), *saved, ctx.scale, ctx.window)
-    grad_q, grad_k = registry.call(name, grad.device, checks.compute_dtype(grad), *arguments)
-    return grad_q.to(q.dtype), grad_k.to(k.dtype)
+def _of_heads(grad: Tensor, averaged_heads: int | None, head_dim: int) -> Tensor:
+    """Gradient w.r.t. the result of every head, from that w.r.t. their mean (``None``: from itself)."""
+    if averaged_heads is not None:
+        grad = (grad / averaged_heads).unsqueeze(head_dim)
+        grad = grad.expand(*grad.shape[:head_dim], averaged_heads, *grad.shape[head_dim + 1 :])
+    return grad.contiguous()
+
+
+def _gradients(name: str, ctx: Any, **grad: Tensor) -> dict[str, Tensor]:
+    """Gradients w.r.t. q and k, by the operator ``name`` of the gradient w.r.t. the result of every head."""
+    arguments = registry.kept(ctx)
+    q, k = arguments["q"], arguments["k"]
+    grad_q, grad_k = registry.call(name, q.device, checks.compute_dtype(*grad.values()), **grad, **arguments)
+    return {"q": grad_q.to(q.dtype), "k": grad_k.to(k.dtype)}
 
 
 _KEYS = "Tensor q, Tensor k, Tensor key_segments, Tensor? query_positions"
@@ -251,7 +254,7 @@ registry.define(
 )
 registry.define(
     reference.attention_mass_backward,
-    f"(Tensor grad_mass, {_KEYS}, {_LAYOUT}, Tensor mass, Tensor lse, float scale, int window) "
+    f"(Tensor grad_mass, {_KEYS}, {_LAYOUT}, Tensor head_mass, Tensor lse, float scale, int window) "
     "-> (Tensor grad_q, Tensor grad_k)",
     _fake_gradients,
 )

@@ -80,8 +80,8 @@ def linear_logprob_slice(
     """Return what a slice of the vocabulary contributes to log-probabilities and entropies, for tensor parallelism.
 
     Each rank calls this with its rows of the weight, all ranks gather the results, and :func:`combine_slices` makes
-    log-probabilities of them. Differentiable like :func:`linear_logprob`: the gradient by the weight's rows is
-    complete, that by hidden is this slice's share, to be summed over ranks.
+    log-probabilities of them. Differentiable like :func:`linear_logprob`: the gradient w.r.t. the weight's rows
+    is complete; that w.r.t. hidden is this slice's share, and ranks have to add up theirs.
     :func:`vgpo_kernels.integrations.tensor_parallel.parallel_logprob` does all of this in a process group.
 
     Args:
@@ -159,9 +159,18 @@ def _statistics(
     divisor = checks.temperature(temperature)
     size = checks.chunk_bytes(chunk_bytes)
     dtype = checks.compute_dtype(hidden, weight, bias)
-    rows = hidden.reshape(-1, hidden.shape[-1])
     statistics = registry.call(
-        "linear_logprob", hidden.device, dtype, rows, weight, bias, ids.reshape(-1), begin, divisor, skipped, size
+        "linear_logprob",
+        hidden.device,
+        dtype,
+        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        weight=weight,
+        bias=bias,
+        targets=ids.reshape(-1),
+        first=begin,
+        temperature=divisor,
+        ignore_index=skipped,
+        chunk_bytes=size,
     )
     return statistics.to(dtype).reshape(4, *ids.shape)  # type: ignore[no-any-return]
 
@@ -231,82 +240,48 @@ def _kept(targets: Tensor, ignore_index: int | None) -> Tensor | None:
     return None if index.shape == targets.shape else index
 
 
-def _compiled(hidden: Tensor, *arguments: Any) -> Tensor:
-    return compute(compiled_kernels(hidden.device), hidden, *arguments)
+def _compiled(hidden: Tensor, **arguments: Any) -> Tensor:
+    return compute(compiled_kernels(hidden.device), hidden=hidden, **arguments)
 
 
-def _compiled_backward(grad_statistics: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return compute_backward(compiled_kernels(grad_statistics.device), grad_statistics, *arguments)
+def _compiled_backward(hidden: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return compute_backward(compiled_kernels(hidden.device), hidden=hidden, **arguments)
 
 
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    first: int,
-    temperature: float,
-    ignore_index: int | None,
-    chunk_bytes: int,
-) -> Tensor:
+def _fake(hidden: Tensor) -> Tensor:
     return hidden.new_empty((4, hidden.shape[0]), dtype=torch.float32)
 
 
-def _fake_backward(
-    grad_statistics: Tensor,
-    statistics: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    first: int,
-    temperature: float,
-    ignore_index: int | None,
-    gradients: list[bool],
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = hidden.new_empty(0)
+def _fake_backward(hidden: Tensor, weight: Tensor, gradients: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        hidden.new_empty(hidden.shape) if gradients[0] else nothing,
+        hidden.new_empty(hidden.shape if gradients[0] else 0),
         weight.new_empty(weight.shape) if gradients[1] else hidden.new_empty(0),
         hidden.new_empty(weight.shape[0], dtype=torch.float32) if gradients[2] else hidden.new_empty(0),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, weight, bias, targets, ctx.first, ctx.temperature, ctx.ignore_index, ctx.chunk_bytes = inputs
-    ctx.save_for_backward(output, hidden, weight, bias, targets)
+def _fake_nothing() -> None:
+    return None
 
 
-def _backward(ctx: Any, grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
-    statistics, hidden, weight, bias, targets = ctx.saved_tensors
-    needed = list(ctx.needs_input_grad[:3])
+def _save(ctx: Any, output: Tensor, **arguments: Any) -> None:
+    registry.keep(ctx, statistics=output, **arguments)
+
+
+def _backward(ctx: Any, needed: set[str], grad_statistics: Tensor) -> dict[str, Tensor]:
+    arguments = registry.kept(ctx)
+    inputs = {name: arguments[name] for name in ("hidden", "weight", "bias")}
     found = registry.call(
         "linear_logprob_backward",
-        hidden.device,
-        checks.compute_dtype(hidden, weight),
-        grad_statistics,
-        statistics,
-        hidden,
-        weight,
-        bias,
-        targets,
-        ctx.first,
-        ctx.temperature,
-        ctx.ignore_index,
-        needed,
-        ctx.chunk_bytes,
+        grad_statistics.device,
+        checks.compute_dtype(arguments["hidden"], arguments["weight"]),
+        grad_statistics=grad_statistics,
+        gradients=[name in needed for name in inputs],
+        **arguments,
     )
-    inputs = (hidden, weight, bias)
-    by_input = (
-        gradient.to(tensor.dtype) if wanted else None
-        for gradient, tensor, wanted in zip(found, inputs, needed, strict=True)
-    )
-    return *by_input, *(None,) * 5
-
-
-def _fake_nothing(*_: Any) -> None:
-    return None
+    return {
+        name: gradient.to(inputs[name].dtype) for name, gradient in zip(inputs, found, strict=True) if name in needed
+    }
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int first, float temperature"

@@ -20,7 +20,14 @@ from vgpo_kernels.ops.lm_head import (
     gradient_by_statistics,
     without_autocast,
 )
-from vgpo_kernels.ops.policy_loss import POLICY_METRICS, PolicyLoss, loss_arguments, unpack
+from vgpo_kernels.ops.policy_loss import (
+    POLICY_METRICS,
+    SHARED_TENSORS,
+    PolicyLoss,
+    compute_dtype,
+    shared_arguments,
+    unpack,
+)
 from vgpo_kernels.ops.visual_focus import visual_focus
 from vgpo_kernels.ops.visual_weights import visual_weights
 from vgpo_kernels.reference import linear_logprob as reference
@@ -131,11 +138,7 @@ def linear_policy_loss(
     temperature: float = 1.0,
     cu_seqlens: Tensor | None = None,
     chunk_bytes: int | None = None,
-    ref_logp: Tensor | None = None,
-    importance_weights: Tensor | None = None,
-    num_tokens: int | float | Tensor | None = None,
-    num_sequences: int | float | Tensor | None = None,
-    **options: Any,
+    **policy_loss_options: Any,
 ) -> PolicyLoss:
     """:func:`policy_loss` (paper, Eq. 11) of :func:`linear_logprob`, with every gradient computed in the forward pass.
 
@@ -163,11 +166,8 @@ def linear_policy_loss(
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where one
             sweep over the logits makes the gradients.
-        ref_logp: As in :func:`policy_loss`, like all that follow.
-        importance_weights: Off-policy correction of the surrogate.
-        num_tokens: Denominator of ``"token-mean"``.
-        num_sequences: Denominator over responses of the other aggregations.
-        **options: Fields of :class:`PolicyLossOptions`. ``entropy_coef`` works: entropies come with the logits.
+        **policy_loss_options: Every other keyword of :func:`policy_loss` but ``entropy``. ``entropy_coef`` works:
+            entropies are computed from the logits.
 
     Returns:
         A :class:`PolicyLoss`, differentiable in hidden, weight and bias.
@@ -186,100 +186,65 @@ def linear_policy_loss(
     checks.target_values(ids, mask, rows.shape[0])
     if checks.values_are_free(mask):
         checks.predicted_tokens(mask, first_tokens(mask, states, boundaries))
-    divisor = checks.temperature(temperature)
-    size = checks.chunk_bytes(chunk_bytes)
-    scale = checks.optional_per_token("factors", factors, mask)
-    old = checks.optional_per_token("old_logp", old_logp, mask)
-    # The shape is right for every argument that stands in for the log-probabilities and entropies to come.
-    standin = scale if scale is not None else torch.zeros(mask.shape, device=mask.device)
-    arguments, floats = loss_arguments(
-        mask,
-        boundaries,
-        standin,
-        advantages,
-        ref_logp=ref_logp,
-        entropy=standin,
-        importance_weights=importance_weights,
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
-        **options,
-    )
-    dtype = checks.compute_dtype(states, rows, offsets, scale, old, *arguments)
+    shared, _ = shared_arguments(mask, boundaries, advantages, **policy_loss_options)
     differentiable = torch.is_grad_enabled()
-    gradients = [tensor is not None and tensor.requires_grad and differentiable for tensor in (states, rows, offsets)]
-    result = registry.call(
-        "linear_policy_loss",
-        mask.device,
-        dtype,
-        states,
-        rows,
-        offsets,
-        ids,
-        old,
-        arguments.advantages,
-        mask,
-        scale,
-        boundaries,
-        arguments.ref_logp,
-        arguments.importance_weights,
-        arguments.num_tokens,
-        arguments.num_sequences,
-        divisor,
-        floats,
-        gradients,
-        size,
-    )
-    return unpack(result, POLICY_METRICS, dtype)
+    arguments = {
+        "hidden": states,
+        "weight": rows,
+        "bias": offsets,
+        "targets": ids,
+        "old_logp": checks.optional_per_token("old_logp", old_logp, mask),
+        "factors": checks.optional_per_token("factors", factors, mask),
+        "temperature": checks.temperature(temperature),
+        "gradients": [
+            tensor is not None and tensor.requires_grad and differentiable for tensor in (states, rows, offsets)
+        ],
+        "chunk_bytes": checks.chunk_bytes(chunk_bytes),
+        **shared,
+    }
+    dtype = compute_dtype(arguments)
+    return unpack(registry.call("linear_policy_loss", mask.device, dtype, **arguments), POLICY_METRICS, dtype)
 
 
 def compute(
     kernels: HeadKernels,
+    *,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     old_logp: Tensor | None,
-    advantages: Tensor,
     response_mask: Tensor,
-    factors: Tensor | None,
     cu_seqlens: Tensor | None,
-    ref_logp: Tensor | None,
-    importance_weights: Tensor | None,
-    num_tokens: Tensor | None,
-    num_sequences: Tensor | None,
     temperature: float,
     options: list[float],
     gradients: list[bool],
     chunk_bytes: int,
+    **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Implement the operator ``linear_policy_loss`` by a backend's kernels."""
+    """Implement the operator ``linear_policy_loss`` by a backend's kernels; the rest goes to ``policy_loss``."""
     checks.predicted_tokens(response_mask, first_tokens(response_mask, hidden, cu_seqlens))
     index = response_mask.reshape(-1).nonzero().squeeze(-1)
     rows = predicting_rows(response_mask, hidden)[index]
     place = (rows,) if hidden.dim() == 2 else (rows // hidden.shape[1], rows % hidden.shape[1])
     logp = torch.zeros(response_mask.shape, device=hidden.device)
     if old_logp is not None:
-        # Tokens whose chunk is still to come stand at a ratio of 1 meanwhile.
+        # A token has a ratio of 1 until its chunk is computed.
         logp.copy_(old_logp)
     entropy = torch.zeros_like(logp)
 
     def loss(part: slice, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Take a chunk's log-probabilities in; return loss, its gradients by those and by entropies, and metrics."""
+        """Take in a chunk's log-probs; return loss, gradients w.r.t. log-probs and entropies, and metrics."""
         for values, of_chunk in zip((logp, entropy), logp_and_entropy(statistics), strict=True):
             values.view(-1)[index[part]] = of_chunk
         value, by_logp, by_entropy, metrics = kernels.policy_loss(
-            logp,
-            logp if old_logp is None else old_logp,
-            advantages,
-            response_mask,
-            factors,
-            cu_seqlens,
-            ref_logp,
-            entropy,
-            importance_weights,
-            num_tokens,
-            num_sequences,
-            options,
+            logp=logp,
+            old_logp=logp if old_logp is None else old_logp,
+            response_mask=response_mask,
+            cu_seqlens=cu_seqlens,
+            entropy=entropy,
+            options=options,
+            **loss_arguments,
         )
         return value, by_logp, by_entropy, metrics
 
@@ -329,29 +294,11 @@ def saved_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
-def _compiled(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return compute(compiled_kernels(hidden.device), hidden, *arguments)
+def _compiled(hidden: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return compute(compiled_kernels(hidden.device), hidden=hidden, **arguments)
 
 
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    old_logp: Tensor | None,
-    advantages: Tensor,
-    response_mask: Tensor,
-    factors: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ref_logp: Tensor | None,
-    importance_weights: Tensor | None,
-    num_tokens: Tensor | None,
-    num_sequences: Tensor | None,
-    temperature: float,
-    options: list[float],
-    gradients: list[bool],
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(hidden: Tensor, weight: Tensor, gradients: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def gradient(tensor: Tensor, shape: torch.Size, needed: bool, dtype: torch.dtype) -> Tensor:
         return tensor.new_empty(shape, dtype=dtype) if needed else hidden.new_empty(0)
 
@@ -364,35 +311,34 @@ def _fake(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *gradients, metrics = output
-    ctx.save_for_backward(*gradients)
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
-    ctx.mark_non_differentiable(*gradients, metrics)
+def _save(ctx: Any, output: tuple[Tensor, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _, grad_hidden, grad_weight, grad_bias, metrics = output
+    registry.keep(ctx, hidden=grad_hidden, weight=grad_weight, bias=grad_bias)
+    ctx.dtypes = {"hidden": hidden.dtype, "weight": weight.dtype, "bias": None if bias is None else bias.dtype}
+    ctx.mark_non_differentiable(grad_hidden, grad_weight, grad_bias, metrics)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, needed: set[str], grad_loss: Tensor | None, *_: Tensor | None) -> dict[str, Tensor]:
     if grad_loss is None:
-        return (None,) * 17
-    # A gradient that no later backward pass will ask for again is scaled where it lies: a second one of the weight's
-    # size would be the largest tensor of the step. (Compilers, which see no plain tensors, place memory.)
+        return {}
+    # A gradient that no later backward pass will ask for again is scaled in place: a second one of the weight's size
+    # would be the largest tensor of the step. (Compilers, which see no plain tensors, place memory.)
     keeps = torch._C._autograd._get_current_graph_task_keep_graph()
     in_place = type(grad_loss) is Tensor and not keeps
-    scaled = (
-        (gradient.mul_(grad_loss) if in_place else gradient * grad_loss).to(dtype) if needed else None
-        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
-    )
-    # One gradient an argument: hidden, weight and bias are the first three of seventeen.
-    return *scaled, *(None,) * 14
+    return {
+        name: (gradient.mul_(grad_loss) if in_place else gradient * grad_loss).to(ctx.dtypes[name])
+        for name, gradient in registry.kept(ctx).items()
+        if name in needed
+    }
 
 
 registry.define(
     reference.linear_policy_loss,
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? old_logp, Tensor advantages, "
-    "Tensor response_mask, Tensor? factors, Tensor? cu_seqlens, Tensor? ref_logp, Tensor? importance_weights, "
-    "Tensor? num_tokens, Tensor? num_sequences, float temperature, float[] options, bool[3] gradients, "
-    "int chunk_bytes) -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor metrics)",
+    f"Tensor response_mask, Tensor? factors, Tensor? cu_seqlens, Tensor? ref_logp, {SHARED_TENSORS}, "
+    "float temperature, float[] options, bool[3] gradients, int chunk_bytes) "
+    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor metrics)",
     _fake,
     setup_context=_save,
     backward=_backward,

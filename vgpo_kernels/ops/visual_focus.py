@@ -30,7 +30,9 @@ def visual_prototype(hidden: Tensor, visual_mask: Tensor, *, cu_seqlens: Tensor 
     hidden, boundaries = checks.hidden_states(hidden, cu_seqlens)
     visible = checks.visual_mask(visual_mask, hidden)
     dtype = checks.compute_dtype(hidden)
-    means = registry.call("visual_prototype", hidden.device, dtype, hidden, visible, boundaries)
+    means = registry.call(
+        "visual_prototype", hidden.device, dtype, hidden=hidden, visual_mask=visible, cu_seqlens=boundaries
+    )
     return means.to(dtype)  # type: ignore[no-any-return]
 
 
@@ -73,23 +75,26 @@ def visual_focus(
     checks.response_rows(mask, hidden)
     visible, means, rows = checks.image(visual_mask, prototype, prototype_index, hidden, mask, boundaries)
     dtype = checks.compute_dtype(hidden, means)
-    cos = registry.call("visual_focus", hidden.device, dtype, hidden, visible, mask, boundaries, means, rows)
+    cos = registry.call(
+        "visual_focus",
+        hidden.device,
+        dtype,
+        hidden=hidden,
+        visual_mask=visible,
+        response_mask=mask,
+        cu_seqlens=boundaries,
+        prototype=means,
+        prototype_index=rows,
+    )
     return cos.to(dtype)  # type: ignore[no-any-return]
 
 
-def _fake_prototype(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _fake_prototype(hidden: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     batch = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return hidden.new_empty((batch, hidden.shape[-1]), dtype=torch.float32)
 
 
-def _fake_focus(
-    hidden: Tensor,
-    visual_mask: Tensor | None,
-    response_mask: Tensor,
-    cu_seqlens: Tensor | None,
-    prototype: Tensor | None,
-    prototype_index: Tensor | None,
-) -> Tensor:
+def _fake_focus(hidden: Tensor, response_mask: Tensor) -> Tensor:
     return hidden.new_empty(response_mask.shape, dtype=torch.float32)
 
 

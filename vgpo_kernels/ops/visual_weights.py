@@ -78,9 +78,18 @@ def visual_weights(
     batch = checks.batch_size(mask, boundaries)
     groups = checks.per_response_integers("group_ids", group_ids, batch, mask.device, "response_mask")
     images = checks.has_visual(has_visual, batch, mask.device, "response_mask")
-    floats = checks.settings("config", config, VGPOConfig).as_floats()
     dtype = checks.compute_dtype(values)
-    result = registry.call("visual_weights", mask.device, dtype, values, mask, groups, images, boundaries, floats)
+    result = registry.call(
+        "visual_weights",
+        mask.device,
+        dtype,
+        cos=values,
+        response_mask=mask,
+        group_ids=groups,
+        has_visual=images,
+        cu_seqlens=boundaries,
+        config=checks.settings("config", config, VGPOConfig).as_floats(),
+    )
     factors, psi, w, phi, score, metrics = (tensor.to(dtype) for tensor in result)
     return VisualWeights(factors, psi, w, phi, score, name_metrics(FOCUS_METRICS, metrics))
 
@@ -112,9 +121,16 @@ def group_weights(score: Tensor, group_ids: Tensor, config: VGPOConfig, *, has_v
     values = checks.per_response("score", score, batch, score.device)
     groups = checks.per_response_integers("group_ids", group_ids, batch, score.device, "score")
     images = checks.has_visual(has_visual, batch, score.device, "score")
-    floats = checks.settings("config", config, VGPOConfig).as_floats()
     dtype = checks.compute_dtype(values)
-    phi = registry.call("group_weights", score.device, dtype, values, groups, images, floats)
+    phi = registry.call(
+        "group_weights",
+        score.device,
+        dtype,
+        score=values,
+        group_ids=groups,
+        has_visual=images,
+        config=checks.settings("config", config, VGPOConfig).as_floats(),
+    )
     return phi.to(dtype)  # type: ignore[no-any-return]
 
 
@@ -123,14 +139,7 @@ def name_metrics(names: tuple[str, ...], values: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, values.detach().unbind(), strict=True))
 
 
-def _fake_weights(
-    cos: Tensor,
-    response_mask: Tensor,
-    group_ids: Tensor,
-    has_visual: Tensor | None,
-    cu_seqlens: Tensor | None,
-    config: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_weights(cos: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def per_token() -> Tensor:
         return cos.new_empty(cos.shape, dtype=torch.float32)
 
@@ -141,7 +150,7 @@ def _fake_weights(
     return per_token(), per_token(), per_token(), vector(batch), vector(batch), vector(len(FOCUS_METRICS))
 
 
-def _fake_group(score: Tensor, group_ids: Tensor, has_visual: Tensor | None, config: list[float]) -> Tensor:
+def _fake_group(score: Tensor) -> Tensor:
     return score.new_empty(score.shape, dtype=torch.float32)
 
 

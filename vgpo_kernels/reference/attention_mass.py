@@ -49,7 +49,7 @@ def attention_mass(
 def attention_heatmap(
     q: Tensor,  # [B, Hq, T, d]
     k: Tensor,  # [B, Hk, S, d]
-    key_labels: Tensor,  # [B, S], 1: shown, 0: seen but not shown, else ignored
+    key_segments: Tensor,  # [B, S], 1: shown, 0: seen but not shown, else ignored
     query_positions: Tensor | None,  # [B, T]
     query_weights: Tensor,  # [B, T]
     lse: Tensor,  # [B, Hq, T], of attention_mass
@@ -62,8 +62,8 @@ def attention_heatmap(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:  # [B, S], or [B, Hq, S] per head; packed without B
     """Return the weighted sum over queries of each shown key's attention; 0 for the other keys."""
-    scores, visible = _scores(q, k, key_labels, query_positions, cu_seqlens_q, cu_seqlens_k, 2, scale, window, dtype)
-    shown = visible & (_batch(key_labels, cu_seqlens_k)[:, None, None] == 1)
+    scores, visible = _scores(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k, 2, scale, window, dtype)
+    shown = visible & (_batch(key_segments, cu_seqlens_k)[:, None, None] == 1)
     lse, query_weights = (_batch(tensor, cu_seqlens_q).to(dtype) for tensor in (lse, query_weights))
     exponent = torch.where(shown, scores - lse[..., None], -torch.inf)
     heat = _unbatch((query_weights[:, None, None] @ exponent.exp())[:, :, 0], cu_seqlens_q)
@@ -85,7 +85,7 @@ def attention_mass_backward(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:  # of q's and k's shapes
-    """Gradients of :func:`attention_mass` per head by q and k."""
+    """Gradients of :func:`attention_mass` per head w.r.t. q and k."""
     layout = (query_positions, cu_seqlens_q, cu_seqlens_k)
     with torch.enable_grad():
         q, k = (tensor.detach().to(dtype).requires_grad_() for tensor in (q, k))
@@ -98,7 +98,7 @@ def attention_heatmap_backward(
     grad_heat: Tensor,  # [B, Hq, S]
     q: Tensor,
     k: Tensor,
-    key_labels: Tensor,
+    key_segments: Tensor,
     query_positions: Tensor | None,
     query_weights: Tensor,
     lse: Tensor,
@@ -109,11 +109,11 @@ def attention_heatmap_backward(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:  # of q's and k's shapes
-    """Gradients of :func:`attention_heatmap` per head by q and k, through the denominator ``lse`` as well."""
+    """Gradients of :func:`attention_heatmap` per head w.r.t. q and k, through the denominator ``lse`` as well."""
     boundaries = (cu_seqlens_q, cu_seqlens_k)
     with torch.enable_grad():
         q, k = (tensor.detach().to(dtype).requires_grad_() for tensor in (q, k))
-        keys = (q, k, key_labels, query_positions)
+        keys = (q, k, key_segments, query_positions)
         _, _, lse = attention_mass(*keys, *boundaries, 2, scale, window, True, dtype=dtype)
         result = attention_heatmap(*keys, query_weights, lse, *boundaries, scale, window, True, dtype=dtype)
         grad_q, grad_k = torch.autograd.grad(result, (q, k), grad_heat.to(dtype))

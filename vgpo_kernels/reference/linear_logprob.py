@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def linear_logprob(
 
     With z the logits of a row and m the largest: m (a constant to autograd), log sum exp(z - m), z_target - m
     (-infinity if the target is not in these rows of the vocabulary), and the mean of z - m under softmax(z).
-    ``chunk_bytes`` is no part of the definition.
+    ``chunk_bytes`` is not read.
     """
     kept = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
     # An ignored row may be NaN, and NaN times zero is NaN: replace it, do not scale it away.
@@ -67,7 +68,7 @@ def linear_logprob_backward(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`linear_logprob` by hidden, weight and bias; no elements where ``gradients`` is false."""
+    """Gradients of :func:`linear_logprob` w.r.t. hidden, weight and bias; empty where ``gradients`` is false."""
     inputs = [
         None if tensor is None else tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight, bias)
     ]
@@ -181,29 +182,23 @@ def predicting_rows(response_mask: Tensor, hidden: Tensor) -> Tensor:
 
 
 def linear_policy_loss(
+    *,
     hidden: Tensor,  # [B, S, D] or [N, D]
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
-    targets: Tensor,  # [B, T] or [N], as every per-token tensor
-    old_logp: Tensor | None,
-    advantages: Tensor,  # [B] or per token
-    response_mask: Tensor,
-    factors: Tensor | None,  # per token
-    cu_seqlens: Tensor | None,  # [B + 1]
-    ref_logp: Tensor | None,  # per token
-    importance_weights: Tensor | None,  # [B] or per token
-    num_tokens: Tensor | None,  # []
-    num_sequences: Tensor | None,  # []
+    targets: Tensor,  # [B, T] or [N]
+    old_logp: Tensor | None,  # targets' shape
+    response_mask: Tensor,  # targets' shape
     temperature: float,
-    options: list[float],
     gradients: list[bool] | None = None,
     chunk_bytes: int = 0,
-    *,
     dtype: torch.dtype = torch.float64,
+    **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and the policy metrics ``[15]``; without ``old_logp`` the policy is its own predecessor.
+    """Return the loss and the policy metrics ``[15]``. Without ``old_logp`` the log-probs are their own old ones.
 
-    ``gradients`` and ``chunk_bytes`` are no part of the definition, which autograd differentiates.
+    The rest are the other arguments of :func:`policy_loss`. ``gradients`` and ``chunk_bytes`` are not read: autograd
+    differentiates this.
     """
     valid = response_mask.reshape(-1)
     # What lies off the mask has no row, or one that nobody looks at.
@@ -212,19 +207,12 @@ def linear_policy_loss(
     statistics = linear_logprob(rows, weight, bias, scored, 0, temperature, IGNORED, dtype=dtype)
     logp, entropy = (values.reshape(response_mask.shape) for values in logp_and_entropy(statistics))
     return policy_loss(
-        logp,
-        logp.detach() if old_logp is None else old_logp,
-        advantages,
-        response_mask,
-        factors,
-        cu_seqlens,
-        ref_logp,
-        entropy,
-        importance_weights,
-        num_tokens,
-        num_sequences,
-        options,
+        logp=logp,
+        old_logp=logp.detach() if old_logp is None else old_logp,
+        response_mask=response_mask,
+        entropy=entropy,
         dtype=dtype,
+        **loss_arguments,
     )
 
 

@@ -7,6 +7,7 @@ Tokens are flat, as in csrc/layout.h: those of response i are ``[i * T, (i + 1) 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -171,24 +172,47 @@ def wrap_triton(kernel: Any) -> Any:
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
 
 
+# How schemas spell types, and Python does.
+ANNOTATIONS = {
+    "Tensor": Tensor,
+    "Optional[Tensor]": Tensor | None,
+    "List[float]": list[float],
+    "float": float,
+    "int": int,
+    "bool": bool,
+}
+
+
 def operator(launcher: Callable[..., Any]) -> Any:
     """Make a launcher the operator ``torch.ops.vgpo_kernels_triton.<name>``, which ``torch.compile`` traces into.
 
-    The schema is the launcher's; the fake kernel and the gradients are those of the operator of its name. Interpreted
-    kernels compute on the host and cannot be traced: there the operator is opaque.
+    Schema, fake kernel and gradients are those of the operator of its name; the launcher declares the arguments that it
+    reads. Interpreted kernels compute on the host and cannot be traced: there the operator is opaque.
     """
+    if INTERPRETED:
+        return opaque_operator(launcher.__name__, launcher)
     definition = registry.OPERATORS[launcher.__name__]
-    make: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
-    registered = make(f"vgpo_kernels_triton::{launcher.__name__}", launcher, mutates_args=())
+    bound: Any = registry.by_name(launcher, definition.arguments)
+    # torch reads the schema of an operator that it traces into from annotations.
+    schema = definition.compiled._schema  # type: ignore[attr-defined]
+    bound.__signature__ = inspect.Signature(
+        [
+            inspect.Parameter(one.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=ANNOTATIONS[str(one.type)])
+            for one in schema.arguments
+        ],
+        return_annotation=Tensor if len(schema.returns) == 1 else tuple[(Tensor,) * len(schema.returns)],  # type: ignore[misc]
+    )
+    registered = torch.library.triton_op(f"vgpo_kernels_triton::{launcher.__name__}", bound, mutates_args=())
     return _completed(registered, definition)
 
 
 def opaque_operator(name: str, implementation: Callable[..., Any]) -> Any:
-    """Make Python that drives kernels the operator ``torch.ops.vgpo_kernels_triton.<name>``, not to be traced into."""
+    """Make Python that calls kernels the operator ``torch.ops.vgpo_kernels_triton.<name>``, not to be traced into."""
     definition = registry.OPERATORS[name]
-    schema = str(definition.compiled._schema)  # type: ignore[attr-defined]
-    schema = schema.removeprefix(f"{registry.NAMESPACE}::{name}")
-    registered = torch.library.custom_op(f"vgpo_kernels_triton::{name}", implementation, mutates_args=(), schema=schema)
+    bound = registry.by_name(implementation, definition.arguments)
+    registered = torch.library.custom_op(
+        f"vgpo_kernels_triton::{name}", bound, mutates_args=(), schema=definition.signature
+    )
     return _completed(registered, definition)
 
 

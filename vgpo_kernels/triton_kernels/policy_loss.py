@@ -21,7 +21,7 @@ from torch import Tensor
 from vgpo_kernels.config import PolicyLossOptions
 from vgpo_kernels.ops.policy_loss import POLICY_METRICS
 from vgpo_kernels.ops.visual_weights import FOCUS_METRICS
-from vgpo_kernels.reference.policy_loss import SEQUENCE_LEVEL
+from vgpo_kernels.reference.policy_loss import SEQUENCE_LEVEL, LossArguments
 from vgpo_kernels.triton_kernels.common import (
     clamp,
     device_guard,
@@ -170,12 +170,12 @@ def loss_kernel(
     logp,  # [B, T] or [N]
     old_logp,
     advantages,  # [B] or per token
-    mask,
+    response_mask,
     factors,  # per token or None
     w,  # per token or None: with statistics and groups, factors are made here
     statistics,  # [B, STATISTICS] or None
     groups,  # [B] or None
-    boundaries,  # [B + 1] or None
+    cu_seqlens,  # [B + 1] or None
     lengths,  # int32 [B] or None
     ref_logp,  # per token or None
     entropy,  # per token or None
@@ -216,13 +216,13 @@ def loss_kernel(
     # A program is a slot, or all slots of a response.
     if SEQUENCE_RATIO:
         response = tl.program_id(0)
-        slot_begin = first_slot(boundaries, response, tokens, BLOCK)
-        slot_end = first_slot(boundaries, response + 1, tokens, BLOCK)
-        first_token, end = token_range(boundaries, response, tokens)
+        slot_begin = first_slot(cu_seqlens, response, tokens, BLOCK)
+        slot_end = first_slot(cu_seqlens, response + 1, tokens, BLOCK)
+        first_token, end = token_range(cu_seqlens, response, tokens)
     else:
         slot_begin = tl.program_id(0).to(tl.int64)
         slot_end = slot_begin + 1
-        response, first_token, end = slot_range(boundaries, slot_begin, batch, tokens, BLOCK)
+        response, first_token, end = slot_range(cu_seqlens, slot_begin, batch, tokens, BLOCK)
 
     if w is not None:
         phi = tl.zeros((), tl.float32)
@@ -238,7 +238,7 @@ def loss_kernel(
         summed = tl.zeros((BLOCK,), tl.float32)
         for slot in range(slot_end - slot_begin):
             token = first_token + slot * BLOCK + tl.arange(0, BLOCK)
-            valid = tl.load(mask + token, mask=token < end, other=0) != 0
+            valid = tl.load(response_mask + token, mask=token < end, other=0) != 0
             counted += valid.to(tl.int32)
             summed += tl.load(logp + token, mask=valid, other=0.0) - tl.load(old_logp + token, mask=valid, other=0.0)
         length = tl.sum(counted).to(tl.float32)
@@ -275,7 +275,7 @@ def loss_kernel(
         slope_sum = tl.zeros((BLOCK,), tl.float32)
         for slot in range(slot_end - slot_begin):
             token = first_token + slot * BLOCK + tl.arange(0, BLOCK)
-            valid = tl.load(mask + token, mask=token < end, other=0) != 0
+            valid = tl.load(response_mask + token, mask=token < end, other=0) != 0
             current = tl.load(logp + token, mask=valid, other=0.0)
             token_log_ratio = current - tl.load(old_logp + token, mask=valid, other=0.0)
             log_ratio = token_log_ratio
@@ -468,21 +468,6 @@ def needs_lengths(options: PolicyLossOptions, num_tokens: Tensor | None) -> bool
     return options.aggregation == "seq-mean-token-mean" and options.loss_type not in SEQUENCE_LEVEL
 
 
-class LossArguments(NamedTuple):
-    """The tensors that every loss shares, as the operators take them."""
-
-    logp: Tensor
-    old_logp: Tensor
-    advantages: Tensor
-    response_mask: Tensor
-    cu_seqlens: Tensor | None
-    ref_logp: Tensor | None
-    entropy: Tensor | None
-    importance_weights: Tensor | None
-    num_tokens: Tensor | None
-    num_sequences: Tensor | None
-
-
 class FactorSource(NamedTuple):
     """What factors are made of where they are not given: the results of ``launch_responses``, and the groups."""
 
@@ -520,26 +505,17 @@ def launch_loss(
     partials = logp.new_empty((slots, PARTIALS.value))
     with device_guard(logp):
         wrap_triton(loss_kernel)[(batch if options.loss_type in SEQUENCE_LEVEL else slots,)](
-            logp,
-            arguments.old_logp,
-            arguments.advantages,
-            arguments.response_mask,
-            factors,
-            w,
-            statistics,
-            groups,
-            arguments.cu_seqlens,
-            lengths,
-            arguments.ref_logp,
-            entropy,
-            weights,
-            arguments.num_tokens,
-            arguments.num_sequences,
-            grad_logp,
-            None if entropy is None else grad_entropy,
-            partials,
-            batch,
-            tokens,
+            **arguments._asdict(),
+            factors=factors,
+            w=w,
+            statistics=statistics,
+            groups=groups,
+            lengths=lengths,
+            grad_logp=grad_logp,
+            grad_entropy=None if entropy is None else grad_entropy,
+            partials=partials,
+            batch=batch,
+            tokens=tokens,
             **loss_settings(options),
             **settings,
             ADVANTAGE_PER_RESPONSE=is_per_response(arguments.advantages, batch),
@@ -568,32 +544,11 @@ def launch_lengths(response_mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 @operator
 def policy_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    factors: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ref_logp: Tensor | None,
-    entropy: Tensor | None,
-    importance_weights: Tensor | None,
-    num_tokens: Tensor | None,
-    num_sequences: Tensor | None,
-    options: list[float],
+    factors: Tensor | None, options: list[float], **loss_arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, its gradients by logp and entropy (0 elements without), and the policy metrics ``[15]``."""
-    arguments = LossArguments(
-        logp,
-        old_logp,
-        advantages,
-        response_mask,
-        cu_seqlens,
-        ref_logp,
-        entropy,
-        importance_weights,
-        num_tokens,
-        num_sequences,
-    )
-    settings = PolicyLossOptions.from_floats(options)
-    lengths = launch_lengths(response_mask, cu_seqlens) if needs_lengths(settings, num_tokens) else None
+    """Return the loss, its gradients w.r.t. logp and entropy (empty without), and the policy metrics ``[15]``."""
+    arguments, settings = LossArguments(**loss_arguments), PolicyLossOptions.from_floats(options)
+    lengths = None
+    if needs_lengths(settings, arguments.num_tokens):
+        lengths = launch_lengths(arguments.response_mask, arguments.cu_seqlens)
     return launch_loss(arguments, settings, lengths, factors)
