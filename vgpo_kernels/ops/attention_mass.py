@@ -1,4 +1,4 @@
-"""How queries share their attention between segments of keys, and between single keys, without the attention matrix."""
+"""Shares of attention by segment of keys and by single key, without the attention matrix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import attention_mass as reference
 from vgpo_kernels.reference.layout import responses_of
 
-# What attention_heatmap calls its keys, in the segments of attention_mass.
+# Segments of the keys in attention_heatmap.
 IGNORED, SEEN, SHOWN = -1, 0, 1
 LABELS = 2  # of keys that take part
 
@@ -33,22 +33,22 @@ def attention_mass(
     """Share of each query's causal softmax attention that falls on each segment of the keys.
 
     ``mass[t, g]`` is the sum of ``softmax(scale q_t k^T)`` over the visible keys of segment g; the usual segments are
-    image, question and generated text. Computed by streaming over the keys, from ``q k^T`` alone: no array of queries
-    by keys exists at any time. Differentiable in q and k, once, by recomputation.
+    image, question and generated text. It goes over the keys in blocks, as flash attention does, and needs no values:
+    there is never an array of queries by keys. Differentiable in q and k (first derivatives), by recomputation.
 
     Args:
         q: Queries ``[B, Hq, T, d]``, or packed ``[N, Hq, d]``; float32, bfloat16 or float16, after position embedding.
         k: Keys ``[B, Hk, S, d]`` or ``[M, Hk, d]`` in q's dtype. Hq is a multiple of Hk: query heads share key heads in
-            order, and keys are not to be repeated.
-        key_segments: Segment of each key, integer ``[B, S]`` or ``[M]``, below ``num_segments``. A negative one makes
-            queries ignore the key, as padding must be; such keys may hold anything.
+            order; do not repeat keys.
+        key_segments: Segment of each key, integer ``[B, S]`` or ``[M]``, below ``num_segments``. Keys with a negative
+            segment are ignored and not read; padding needs one.
         num_segments: Number of segments G.
-        query_positions: Which key of its response a query sits at, integer ``[B, T]`` or ``[N]``: it sees the keys up
-            to that one. Negative: none. By default the queries are the last T positions.
+        query_positions: Position of each query among the keys of its response, integer ``[B, T]`` or ``[N]``. A query
+            sees the keys up to its position; with a negative one, none. Default: queries are the last T positions.
         cu_seqlens_q: Boundaries of packed queries, int32 or int64 ``[B + 1]``.
         cu_seqlens_k: Boundaries of packed keys, likewise.
         scale: Factor of the scores; by default ``1 / sqrt(d)``.
-        window: A query sees this many positions at most, its own included, as in sliding-window layers; ``None``: all.
+        window: Number of positions that a query sees at most, with its own, as in sliding-window layers; ``None``: all.
         per_head: Return the masses of every head instead of their mean.
 
     Returns:
@@ -98,24 +98,24 @@ def attention_heatmap(
     window: int | None = None,
     per_head: bool = False,
 ) -> Tensor:
-    """Causal softmax attention that each key receives, averaged over queries: a picture of what they look at.
+    """Causal softmax attention that each key receives, averaged over queries: a map of what the queries look at.
 
-    The softmax is over all visible keys; ``key_mask`` chooses those whose share is returned, the image's say. Neither
-    pass over ``q k^T`` keeps an array of queries by keys. Differentiable in q and k, once, by recomputation.
+    The softmax is over all visible keys; ``key_mask`` chooses those to return, such as the image's. There is never an
+    array of queries by keys. Differentiable in q and k (first derivatives), by recomputation.
 
     Args:
         q: Queries ``[B, Hq, T, d]``, or packed ``[N, Hq, d]``; float32, bfloat16 or float16, after position embedding.
         k: Keys ``[B, Hk, S, d]`` or ``[M, Hk, d]`` in q's dtype, Hq a multiple of Hk.
         key_mask: True at keys to return, bool or integer, ``[B, S]`` or ``[M]``.
         query_mask: True at queries to average over, bool or integer, ``[B, T]`` or ``[N]``; by default all. A query
-            that sees no key does not count.
-        attention_mask: True at keys that take part at all (transformers' padding mask), bool or integer, of
-            ``key_mask``'s shape; by default all. The others may hold anything.
+            that sees no key is left out.
+        attention_mask: True at keys that are not padding (transformers' attention mask), bool or integer, in
+            ``key_mask``'s shape; by default all. The other keys are not read.
         query_positions: As in :func:`attention_mass`, like the arguments that follow.
         cu_seqlens_q: Boundaries of packed queries, int32 or int64 ``[B + 1]``.
         cu_seqlens_k: Boundaries of packed keys, likewise.
         scale: Factor of the scores; by default ``1 / sqrt(d)``.
-        window: A query sees this many positions at most, its own included; ``None``: all.
+        window: Number of positions that a query sees at most, with its own; ``None``: all.
         per_head: Return the maps of every head instead of their mean.
 
     Returns:
@@ -128,14 +128,14 @@ def attention_heatmap(
 
     """
     q, k, boundaries = checks.queries_and_keys(q, k, cu_seqlens_q, cu_seqlens_k)
-    shown = checks.mask("key_mask", key_mask, checks.token_shape(k), "one entry a key of k", q.device, "q")
+    shown = checks.mask("key_mask", key_mask, checks.token_shape(k), "one entry per key of k", q.device, "q")
     labels = torch.where(shown, SHOWN, SEEN).to(torch.int32)
     if attention_mask is not None:
-        seen = checks.mask("attention_mask", attention_mask, shown.shape, "one entry a key of k", q.device, "q")
+        seen = checks.mask("attention_mask", attention_mask, shown.shape, "one entry per key of k", q.device, "q")
         labels = labels.masked_fill(~seen, IGNORED)
     positions = checks.query_positions(query_positions, q, k, boundaries)
     if query_mask is not None:
-        chosen = checks.mask("query_mask", query_mask, checks.token_shape(q), "one entry a query of q", q.device, "q")
+        chosen = checks.mask("query_mask", query_mask, checks.token_shape(q), "one entry per query of q", q.device, "q")
         if positions is None:
             positions = reference.default_positions(chosen.shape[-1], shown.shape[-1], *boundaries, q.device)
         # A query at a negative position sees nothing, so kernels skip it.
@@ -192,7 +192,7 @@ def _fake_gradients(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_head(tensor: Tensor) -> tuple[int, ...]:
-    """Shape of one number a head and token: ``[B, H, T]``, packed ``[H, N]``."""
+    """Shape of one number per head and token: ``[B, H, T]``, packed ``[H, N]``."""
     shape = tensor.shape[:-1]
     return tuple(shape) if tensor.dim() == 4 else tuple(reversed(shape))
 

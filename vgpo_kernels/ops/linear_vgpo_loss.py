@@ -1,4 +1,4 @@
-"""From hidden states and an LM head to the policy loss and all its gradients, without an ``[N, V]`` tensor."""
+"""Policy loss and all its gradients from hidden states and an LM head, without an ``[N, V]`` tensor."""
 
 from __future__ import annotations
 
@@ -55,18 +55,20 @@ def linear_vgpo_loss(
     chunk_bytes: int | None = None,
     **policy_loss_options: Any,
 ) -> PolicyLoss:
-    """Visual focus, factors, log-probabilities and policy loss of whole groups, from one tensor of hidden states
+    """Visual focus, factors, log-probabilities and policy loss of whole groups, from hidden states and an LM head
     (paper, Eq. 3-11).
 
-    Equal to :func:`visual_focus` and :func:`visual_weights` of ``hidden``, then :func:`linear_policy_loss`. The hidden
-    state **at** a token says how visual it is, that **before** it predicts it: so ``hidden`` is that of all positions,
-    differentiable through the log-probabilities, while the visual signal is detached. Every group must be whole: where
-    groups straddle micro-batches or ranks, compute the factors in two phases and call :func:`linear_policy_loss`.
+    The same as :func:`visual_focus` and :func:`visual_weights` of ``hidden``, followed by :func:`linear_policy_loss`.
+    The visual focus of a token comes from the hidden state at the token itself; its log-probability comes from the
+    hidden state one position before. So ``hidden`` has all positions. The loss is differentiable in it through the
+    log-probabilities only: the visual signal is detached. Every group must be whole. Where groups straddle
+    micro-batches or ranks, compute the factors in two phases (:func:`group_weights`), and call
+    :func:`linear_policy_loss`.
 
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed; float32,
-            bfloat16 or float16. Row (b, S - T + t - 1) predicts token (b, t) of the response arrays, and row (b, S - T
-            + t) is that token's own; packed, row n - 1 predicts token n, and row n is its own.
+            bfloat16 or float16. Padded, token (b, t) of the response arrays has row (b, S - T + t), and row
+            (b, S - T + t - 1) predicts it. Packed, token n has row n, and row n - 1 predicts it.
         weight: The LM head, ``[V, D]``.
         targets: Ids of the tokens, integer, in response_mask's shape. Values off the mask are not read.
         old_logp: As in :func:`linear_policy_loss`.
@@ -74,7 +76,7 @@ def linear_vgpo_loss(
         visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``; may be ``None`` where ``prototype``
             is given.
         response_mask: True at scored response tokens, bool or integer, ``[B, T]`` with T <= S (the last T positions) or
-            ``[N]``. Never at the first token of a sequence, which nothing predicts.
+            ``[N]``. False at the first token of a sequence, which no row predicts.
         group_ids: Responses to one prompt share an id, integer ``[B]``.
         config: The settings of the factors.
         bias: The head's bias ``[V]``.
@@ -82,8 +84,8 @@ def linear_vgpo_loss(
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         prototype: Prototypes ``[P, D]``, as in :func:`visual_focus`; a row of zeros means no image.
         prototype_index: Row of ``prototype`` for each response, integer ``[B]``, -1 for no image.
-        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where one
-            sweep over the logits makes the gradients.
+        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where the
+            gradients take one sweep over the logits.
         **policy_loss_options: Every keyword of :func:`policy_loss` but ``factors`` and ``entropy``.
 
     Returns:
@@ -142,21 +144,21 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     """:func:`policy_loss` (paper, Eq. 11) of :func:`linear_logprob`, with every gradient computed in the forward pass.
 
-    Only rows that predict a scored token are computed. Losses of single tokens know the gradient of a chunk's logits
-    when the chunk is there, so that three matrix products suffice instead of four; those of whole sequences
-    (``"gspo"``, ``"gspo_token"``) go over the vocabulary twice. Backward only scales what forward left: gradients in
-    the dtypes of hidden and weight (fp32 for fp16). Without gradients, in ``torch.no_grad()`` say, one product remains.
+    Only rows that predict a scored token are computed. For a loss of single tokens, the gradient w.r.t. a chunk's
+    logits is known as soon as the chunk is computed, so three matrix products are enough instead of four. A loss of
+    whole sequences (``"gspo"``, ``"gspo_token"``) goes over the vocabulary twice. The backward pass only scales the
+    gradients, which are kept in the dtypes of hidden and weight (fp32 for fp16). Where no gradient is needed, as in
+    ``torch.no_grad()``, there is one matrix product.
 
-    The host waits for the number of scored tokens, on a GPU: shapes depend on it.
+    On a GPU the host waits for the number of scored tokens, because shapes depend on it.
 
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
-            differentiable. Rows align with tokens as in :func:`linear_vgpo_loss`: a token is predicted by the row
-            before its own.
+            differentiable. A token is predicted by the row before its own, as in :func:`linear_vgpo_loss`.
         weight: The LM head, ``[V, D]``; differentiable, as in :func:`linear_logprob`.
         targets: Ids of the tokens, integer, in response_mask's shape. Values off the mask are not read.
         old_logp: Log-probabilities under the policy that generated the tokens, in response_mask's shape. ``None``: the
-            policy as it is now, so that every ratio is 1 (the gradient is not zero).
+            policy's own of this call, detached. Every ratio is 1 then, but the gradient is not zero.
         advantages: Per response ``[B]`` or per token.
         response_mask: True at scored tokens, ``[B, T]`` with T <= S (the last T positions) or ``[N]``; not at the first
             token of a sequence.
@@ -164,8 +166,8 @@ def linear_policy_loss(
         bias: The head's bias ``[V]``; differentiable.
         temperature: What logits are divided by, > 0.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
-        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where one
-            sweep over the logits makes the gradients.
+        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where the
+            gradients take one sweep over the logits.
         **policy_loss_options: Every other keyword of :func:`policy_loss` but ``entropy``. ``entropy_coef`` works:
             entropies are computed from the logits.
 
@@ -258,7 +260,7 @@ def compute(
 
     everything = slice(0, index.shape[0])
     one_sweep = any(gradients) and CHOICES["loss_type"][int(options[0])] not in SEQUENCE_LEVEL
-    # A scale that keeps fp16 gradients from vanishing can only be chosen once all of them are known.
+    # fp16 gradients need a scale, or small ones become zero. It can only be chosen when all of them are known.
     one_sweep = one_sweep and hidden.dtype != torch.float16 and index.shape[0] > 0
     one_sweep = one_sweep and not (kernels.packs and hidden.dtype == torch.bfloat16)
     elements = chunk_elements(chunk_bytes, index.shape[0], weight, SWEEP_SHARE if one_sweep else LOGITS_SHARE)
@@ -290,7 +292,7 @@ def compute(
 
 
 def saved_dtype(tensor: Tensor) -> torch.dtype:
-    """Dtype of a gradient that waits for the backward pass: fp16 is too narrow before the loss is scaled."""
+    """Dtype in which a gradient is kept for the backward pass: fp16 is too narrow before the loss is scaled."""
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 

@@ -36,7 +36,7 @@ POLICY_METRICS = (
 
 
 class PolicyLoss(NamedTuple):
-    """A loss and what it was made of.
+    """A loss and its metrics.
 
     Attributes:
         loss: 0-dimensional, differentiable in ``logp`` (and ``entropy``).
@@ -71,10 +71,10 @@ def policy_loss(
     Args:
         logp: Log-probabilities (natural logarithm) of the tokens under the policy, ``[B, T]`` or packed ``[N]``.
             float32, bfloat16 or float16; differentiable.
-        old_logp: The same under the policy that generated them, in ``logp``'s shape. Detached, as all that follow but
-            ``entropy``.
-        advantages: Per response ``[B]``, or per token in ``logp``'s shape. (A packed batch with N = B takes a
-            vector as per response.)
+        old_logp: The same under the policy that generated the tokens, in ``logp``'s shape. Detached, like all other
+            arguments but ``logp`` and ``entropy``.
+        advantages: Per response ``[B]``, or per token in ``logp``'s shape. (``[B]`` and ``[N]`` are the same shape in
+            a packed batch with N = B: then the values are per response.)
         response_mask: True at scored response tokens, bool or integer, in ``logp``'s shape. Values of any
             argument off the mask are not read.
         factors: Factor of each token's advantage, in ``logp``'s shape, from :func:`visual_weights`.
@@ -82,9 +82,10 @@ def policy_loss(
         ref_logp: Log-probabilities under the reference policy, in ``logp``'s shape, for the KL term.
         entropy: Entropy of each token's distribution in nats, in ``logp``'s shape, for the bonus; differentiable.
         importance_weights: Off-policy correction of the surrogate, ``[B]`` or per token.
-        num_tokens: Denominator of ``"token-mean"``, a number or a 0-dimensional tensor; default: the valid tokens of
-            this call. Pass the count of the whole batch to reproduce its loss from micro-batches or ranks.
-        num_sequences: Denominator over responses of the other aggregations, likewise; default: B.
+        num_tokens: Denominator of ``"token-mean"``, a number or a 0-dimensional tensor; default: the number of valid
+            tokens in this call. With the number of the whole batch, the losses of its micro-batches or ranks add up to
+            the loss of the whole batch.
+        num_sequences: The same for the other aggregations, which divide by the number of responses; default: B.
         **options: Fields of :class:`PolicyLossOptions`: ``loss_type="dapo"``, ``aggregation=None``,
             ``epsilon_low=0.2``, ``epsilon_high=0.28``, ``dual_clip=None``, ``kl_coef=0.0``, ``kl_estimator="k3"``,
             ``entropy_coef=0.0``, ``max_length=None`` (default: T of a padded batch), ...

@@ -1,4 +1,4 @@
-"""From hidden states to the policy loss and its gradient, in one call."""
+"""Visual focus, factors, policy loss and its gradient in one call."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def vgpo_loss(
 ) -> PolicyLoss:
     """Visual focus, factors and policy loss of whole groups in one call (paper, Eq. 3-11).
 
-    Equal to :func:`visual_focus`, :func:`visual_weights` and :func:`policy_loss` one after the other. Every
-    group must be whole: where groups straddle micro-batches or ranks, call those three, with
-    :func:`group_weights` between.
+    The same as :func:`visual_focus`, :func:`visual_weights` and :func:`policy_loss` one after the other. Every group
+    must be whole. Where groups straddle micro-batches or ranks, call these three functions, and :func:`group_weights`
+    before the loss.
 
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
-            float32, bfloat16 or float16. Detached: the loss is differentiable in ``logp``, not in the signal.
+            float32, bfloat16 or float16. Detached: the loss is differentiable in ``logp``, not in ``hidden``.
         logp: Log-probabilities (natural logarithm) under the policy, ``[B, T]`` or ``[N]``; differentiable.
-        old_logp: The same under the policy that generated the responses, in ``logp``'s shape.
+        old_logp: The same under the policy that generated the tokens, in ``logp``'s shape.
         advantages: Per response ``[B]`` or per token.
         visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``; may be ``None`` where
             ``prototype`` is given.

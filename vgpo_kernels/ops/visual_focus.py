@@ -57,10 +57,10 @@ def visual_focus(
         response_mask: True at scored response tokens, bool or integer: ``[B, T]`` with T <= S for the last T
             positions, or ``[N]``. May have holes.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
-        prototype: Prototypes ``[P, D]`` to use instead of the mean of ``visual_mask``'s tokens: the responses of
-            one prompt share their image, so one row a prompt is enough.
-        prototype_index: Row of ``prototype`` for each response, integer ``[B]``, -1 for no image; without it
-            ``prototype`` has a row a response.
+        prototype: Prototypes ``[P, D]`` to use instead of the mean over ``visual_mask``. The responses to one prompt
+            have the same image, so one row per prompt is enough. A row of zeros means no image.
+        prototype_index: Row of ``prototype`` for each response, integer ``[B]``, -1 for no image. Without it,
+            ``prototype`` has one row per response.
 
     Returns:
         Cosines in ``response_mask``'s shape, float32; 0 off the mask and in responses without an image.
