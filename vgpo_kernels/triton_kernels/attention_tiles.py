@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vgpo_kernels.triton_kernels.common import INTERPRETED
+from vgpo_kernels.triton_kernels.common import INTERPRETED, slot_range, token_range
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -56,6 +56,53 @@ def query_rows(
     else:
         position = tl.load(positions + begin + token, mask=inside, other=-1).to(tl.int32)
     return token, row % GROUP, inside, tl.where(inside, position, -1)
+
+
+@triton.jit
+def query_tile(
+    q,  # [B, Hq, T, d] or [N, Hq, d]
+    k,  # [B, Hk, S, d] or [M, Hk, d]
+    segments,  # [B, S] or [M]
+    positions,  # [B, T] or [N], or None
+    boundaries,  # [B + 1] or None
+    key_boundaries,  # [B + 1] or None
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_token_stride,
+    batch,
+    queries,  # T or N
+    keys,  # S or M
+    SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COMPONENTS: tl.constexpr,
+):
+    """What a program knows of its tile of queries, before it goes over the keys of their response.
+
+    Returns:
+        The response, the flat indices of its first query and first key, and its number of keys; what
+        :func:`query_rows` says of each row; the queries ``[ROWS, COMPONENTS]``; and where the response's keys (of this
+        key head) and segments begin.
+
+    """
+    slot, key_head = tl.program_id(0), tl.program_id(1)
+    response, first, end = slot_range(boundaries, slot, batch, queries, ROWS // GROUP)
+    begin, _ = token_range(boundaries, response, queries)
+    key_begin, key_end = token_range(key_boundaries, response, keys)
+    key_count = (key_end - key_begin).to(tl.int32)
+    token, member, inside, position = query_rows(
+        positions, (first - begin).to(tl.int32), begin, (end - begin).to(tl.int32), key_count, GROUP, ROWS
+    )
+    q = of_response(q, boundaries, response, begin, q_batch_stride, q_token_stride)
+    q += (key_head * GROUP).to(tl.int64) * q_head_stride
+    k = of_response(k, key_boundaries, response, key_begin, k_batch_stride, k_token_stride)
+    k += key_head.to(tl.int64) * k_head_stride
+    query = load_rows(q, token, member, q_head_stride, q_token_stride, inside, SIZE, COMPONENTS)
+    segments += key_begin
+    return response, begin, key_begin, key_count, token, member, inside, position, query, k, segments
 
 
 @triton.jit
