@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import checks
-from vgpo_kernels.config import CHOICES, VGPOConfig
+from vgpo_kernels.config import PolicyLossOptions, VGPOConfig
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.lm_head import (
     LOGITS_SHARE,
@@ -259,7 +259,7 @@ def compute(
         return gradient_by_statistics(by_logp, by_entropy)
 
     everything = slice(0, index.shape[0])
-    one_sweep = any(gradients) and CHOICES["loss_type"][int(options[0])] not in SEQUENCE_LEVEL
+    one_sweep = any(gradients) and PolicyLossOptions.from_floats(options).loss_type not in SEQUENCE_LEVEL
     # fp16 gradients need a scale, or small ones become zero. It can only be chosen when all of them are known.
     one_sweep = one_sweep and hidden.dtype != torch.float16 and index.shape[0] > 0
     one_sweep = one_sweep and not (kernels.packs and hidden.dtype == torch.bfloat16)

@@ -179,7 +179,7 @@ def shared_arguments(
 
 def compute_dtype(arguments: Mapping[str, Any]) -> torch.dtype:
     """Return the dtype that an operator computes in, by the tensors among its arguments."""
-    return checks.compute_dtype(*(value for value in arguments.values() if isinstance(value, Tensor)))
+    return checks.compute_dtype(*[value for value in arguments.values() if isinstance(value, Tensor)])
 
 
 def unpack(result: Any, names: tuple[str, ...], dtype: torch.dtype) -> PolicyLoss:

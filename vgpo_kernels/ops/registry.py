@@ -116,13 +116,7 @@ def by_name(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..
         TypeError: The function has a parameter without a default that is none of ``names``.
 
     """
-    parameters = inspect.signature(function).parameters.values()
-    declared = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
-    takes_all = len(declared) < len(parameters)
-    unknown = {parameter.name for parameter in parameters if parameter.default is parameter.empty} & declared - {*names}
-    if unknown:
-        raise TypeError(f"{function} reads {', '.join(sorted(unknown))}, none of the arguments {', '.join(names)}")
-    read = [(index, name) for index, name in enumerate(names) if takes_all or name in declared]
+    read = _read(function, names)
 
     @wraps(function)
     def bound(*values: Any) -> Any:
@@ -133,11 +127,23 @@ def by_name(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..
     return bound
 
 
+def _read(function: Callable[..., Any], names: tuple[str, ...], *others: str) -> list[tuple[int, str]]:
+    """Return index and name of those of ``names`` that a function declares; ``others`` it may declare as well."""
+    parameters = inspect.signature(function).parameters.values()
+    declared = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+    takes_all = len(declared) < len(parameters)
+    required = {parameter.name for parameter in parameters if parameter.default is parameter.empty} & declared
+    unknown = required - {*names, *others}
+    if unknown:
+        raise TypeError(f"{function} reads {', '.join(sorted(unknown))}, none of the arguments {', '.join(names)}")
+    return [(index, name) for index, name in enumerate(names) if takes_all or name in declared]
+
+
 def _setup(setup_context: Callable[..., None], names: tuple[str, ...]) -> Callable[..., None]:
-    bound = by_name(setup_context, ("ctx", "output", *names))
+    read = _read(setup_context, names, "ctx", "output")
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        bound(ctx, output, *inputs)
+        setup_context(ctx, output, **{name: inputs[index] for index, name in read})
 
     return setup
 
@@ -187,10 +193,11 @@ def call(name: str, device: torch.device, dtype: torch.dtype, **arguments: Any) 
 
     """
     names = OPERATORS[name].arguments
-    if arguments.keys() != set(names):
+    values = [arguments[key] for key in names if key in arguments]
+    if not len(arguments) == len(values) == len(names):
         wrong = ", ".join(sorted(arguments.keys() ^ set(names)))
         raise TypeError(f"{name} takes the arguments {', '.join(names)}; missing or unknown: {wrong}")
-    return implementation(name, backends.select(device, dtype))(*[arguments[key] for key in names])
+    return implementation(name, backends.select(device, dtype))(*values)
 
 
 def implementation(name: str, backend: str) -> Callable[..., Any]:
