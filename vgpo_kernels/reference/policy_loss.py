@@ -84,7 +84,7 @@ def policy_loss(
 
 
 def per_token_values(values: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """Flatten a per-token tensor and replace what lies off the mask, where anything may stand, by zero."""
+    """Flatten a per-token tensor, with zeros off the mask, where values are undefined."""
     flat = values.reshape(-1).to(dtype)
     return torch.where(valid, flat, torch.zeros_like(flat))
 
@@ -95,7 +95,7 @@ def _ratio(log_ratio: Tensor, current: Tensor, tokens: Tokens, settings: PolicyL
         mean = tokens.total(log_ratio) / tokens.length.clamp(min=1)
         log_ratio = tokens.spread(mean)
         if settings.loss_type == "gspo_token":
-            # The sequence ratio in value, each token's own gradient.
+            # The value is the sequence's ratio, the gradient each token's own.
             log_ratio = log_ratio.detach() + current - current.detach()
     if settings.ratio_clamp is not None:
         log_ratio = log_ratio.clamp(-settings.ratio_clamp, settings.ratio_clamp)
@@ -120,7 +120,7 @@ def _surrogate(
         gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
         return -advantage * gate, (nowhere, nowhere, nowhere)
     bounded = ratio if settings.dual_clip is None else ratio.clamp(max=settings.dual_clip)
-    # The dual clip acts where the advantage is negative: elsewhere the ordinary clip is the tighter one.
+    # The dual clip is for negative advantages; for others the ordinary clip is tighter.
     bounded = torch.where(advantage < 0, bounded, ratio)
     loss = torch.maximum(-advantage * bounded, -advantage * ratio.clamp(low, high))
     dual = nowhere if settings.dual_clip is None else (advantage < 0) & (ratio > settings.dual_clip)
@@ -153,7 +153,7 @@ def _token_weight(
     given: LossArguments,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Share of each token's loss in the total: what makes a sum an aggregation."""
+    """Weight of each token's loss: the sum of the weighted losses is the aggregation."""
     length = tokens.length.to(dtype)
 
     def nonzero(count: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From hidden states to the loss in plain PyTorch: the composition of the other reference implementations."""
+"""From hidden states to the loss in plain PyTorch, by the other reference implementations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def vgpo_loss(
     dtype: torch.dtype = torch.float64,
     **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and the metrics ``[20]``: the policy's, then the focus's. The rest are LossArguments."""
+    """Return the loss and the metrics ``[20]``: the policy's, then the focus's.
+
+    ``loss_arguments`` are the rest of :class:`vgpo_kernels.reference.policy_loss.LossArguments`.
+    """
     cos = visual_focus(hidden, visual_mask, response_mask, cu_seqlens, prototype, prototype_index, dtype=dtype)
     has_visual = images_of(hidden, visual_mask, cu_seqlens, prototype, prototype_index)
     factors, _, _, _, _, focus_metrics = visual_weights(
