@@ -135,7 +135,7 @@ def strides_of(tensor: Tensor) -> Any:
 
 
 def by_head(q: Tensor, tokens_of: Tensor) -> tuple[int, ...]:
-    """Shape of one number a head of q and token of ``tokens_of``: ``[B, H, L]``, packed ``[H, L]``."""
+    """Shape of one number per head of q and token of ``tokens_of``: ``[B, H, L]``, packed ``[H, L]``."""
     if q.dim() == 4:
         return q.shape[0], q.shape[1], tokens_of.shape[2]
     return q.shape[1], tokens_of.shape[0]

@@ -40,7 +40,7 @@ def backward_tile(size: int, dtype: torch.dtype) -> Tile:
 
 
 def query_gradient_tile(size: int, dtype: torch.dtype) -> Tile:
-    """Return that of the kernel for q's gradient, which holds a tile of sums more: half the rows for half the warps."""
+    """Return the tile of the kernel for q's gradient. It also holds a tile of sums, so: half the rows and warps."""
     tile = backward_tile(size, dtype)
     return Tile(32, 32, 4, 2) if tile.rows > 32 else tile
 
@@ -304,6 +304,7 @@ def key_gradient_kernel(
 
 def launch_means(
     grad_heat: Tensor,
+    *,
     q: Tensor,
     k: Tensor,
     key_segments: Tensor,
@@ -344,20 +345,21 @@ def launch_means(
 
 def launch_gradients(
     grad: Tensor,
+    means: Tensor,
+    num_segments: int,
+    *,
     q: Tensor,
     k: Tensor,
     key_segments: Tensor,
     query_positions: Tensor | None,
-    query_weights: Tensor | None,
-    means: Tensor,
     lse: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    num_segments: int,
     scale: float,
     window: int,
+    query_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients by q and k: of the masses, or with ``query_weights`` of the heat map."""
+    """Return the gradients w.r.t. q and k: those of the masses, or with ``query_weights`` those of the heat map."""
     launch = plan(q, k, cu_seqlens_q, backward_tile(q.shape[-1], q.dtype))
     query_launch = plan(q, k, cu_seqlens_q, query_gradient_tile(q.shape[-1], q.dtype))
     grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)

@@ -4,9 +4,8 @@ A launch before them counts the tokens of each response, where a token's share o
 caller did not pass: the mean over all tokens without ``num_tokens``, and the mean over a response's tokens. The losses
 with a sequence ratio need no such launch: a program handles a response, and goes over its tokens up to three times.
 
-The first launch leaves a row of partial sums a block of tokens; the second adds them up in their order, in fp64. (A
-block that notices it is the last could do so itself, but would need counters that somebody has zeroed, which is a
-launch again.)
+The first launch writes a row of partial sums per block of tokens; the second adds them in their order, in fp64. (The
+last block could do that itself, but it would need counters that start at zero, and zeroing them is another launch.)
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ COUNT_BLOCK = 4096
 @triton.jit
 def surrogate(
     ratio,
-    ratio_slope,  # by the log-ratio
+    ratio_slope,  # derivative w.r.t. the log-ratio
     logp,
     advantage,
     clip_low,
@@ -80,7 +79,7 @@ def surrogate(
     tau_negative,
     LOSS_TYPE: tl.constexpr,
 ):
-    """A token's surrogate loss, its derivative by the log-ratio, and where it was clipped: low, high, dual."""
+    """A token's surrogate loss, its derivative w.r.t. the log-ratio, and where it was clipped: low, high, dual."""
     below = ratio < clip_low
     above = ratio > clip_high
     clipped_ratio = clamp(ratio, clip_low, clip_high)
@@ -111,7 +110,7 @@ def surrogate(
 
 @triton.jit
 def kl_estimate(difference, ESTIMATOR: tl.constexpr):
-    """KL to the reference from ``difference = ref_logp - logp``, and its derivative by logp."""
+    """KL to the reference policy from ``difference = ref_logp - logp``, and its derivative w.r.t. logp."""
     if ESTIMATOR == "k1":
         value = -difference
         slope = tl.full(difference.shape, 1.0, tl.float32)
@@ -246,7 +245,7 @@ def loss_kernel(
     elif AGGREGATION == "seq-mean-token-mean":
         length = tl.load(lengths + response).to(tl.float32)
 
-    # What one token counts in the loss. Zero denominators count as one.
+    # Share of one token in the loss. A denominator of zero is taken as one.
     if AGGREGATION == "token-mean":
         if num_tokens is not None:
             denominator = tl.load(num_tokens)
@@ -268,8 +267,8 @@ def loss_kernel(
         elif AGGREGATION == "seq-mean-token-sum-norm":
             share = tl.div_rn(share, max_length)
 
-    # The gradient of a gspo token contains the derivatives of all tokens of its response by their common ratio: a
-    # first round sums them, the second writes. Other losses have the second only.
+    # In gspo the gradient of a token contains the derivatives of all tokens of its response w.r.t. their common ratio:
+    # a first round sums them, the second writes gradients. Other losses have only the second.
     common_slope = tl.zeros((), tl.float32)
     for writes in tl.static_range(0 if LOSS_TYPE == "gspo" else 1, 2):
         slope_sum = tl.zeros((BLOCK,), tl.float32)
@@ -311,7 +310,7 @@ def loss_kernel(
                 value *= correction
                 slope *= correction
             kl = tl.zeros((BLOCK,), tl.float32)
-            own_slope = tl.zeros((BLOCK,), tl.float32)  # by logp, other than through the ratio
+            own_slope = tl.zeros((BLOCK,), tl.float32)  # derivative w.r.t. logp other than through the ratio
             if ref_logp is not None:
                 difference = tl.load(ref_logp + token, mask=valid, other=0.0) - current
                 kl, own_slope = kl_estimate(difference, KL_ESTIMATOR)
@@ -391,7 +390,7 @@ def reduce_kernel(
         values = tl.load(row[:, None] + field[None, :], mask=present, other=0.0)
         least = tl.where(present, tl.minimum(least, values), least)
         most = tl.where(present, tl.maximum(most, values), most)
-        # Means and squared deviations of blocks combine to those of all by moments about zero.
+        # Means and squared deviations of blocks are combined through moments about zero.
         count = tl.load(row + COUNT, mask=inside, other=0.0).to(tl.float64)[:, None]
         mean = tl.load(row + FACTOR_MEAN, mask=inside, other=0.0).to(tl.float64)[:, None]
         moment = tl.where((field == FACTOR_MEAN)[None, :], count * mean, values.to(tl.float64))
@@ -429,7 +428,7 @@ def clip_range(options: PolicyLossOptions) -> tuple[float, float]:
 
 
 def loss_settings(options: PolicyLossOptions) -> dict[str, Any]:
-    """Return the keyword arguments by which ``loss_kernel`` knows its options."""
+    """Return the options as keyword arguments of ``loss_kernel``."""
     infinity = float("inf")
     clip_low, clip_high = clip_range(options)
     return {
@@ -462,14 +461,14 @@ NO_FACTORS = {
 
 
 def needs_lengths(options: PolicyLossOptions, num_tokens: Tensor | None) -> bool:
-    """Whether a token's share of the loss depends on counts that only the mask tells."""
+    """Whether a token's share of the loss depends on counts that must be taken from the mask."""
     if options.aggregation == "token-mean":
         return num_tokens is None
     return options.aggregation == "seq-mean-token-mean" and options.loss_type not in SEQUENCE_LEVEL
 
 
 class FactorSource(NamedTuple):
-    """What factors are made of where they are not given: the results of ``launch_responses``, and the groups."""
+    """What factors are computed from, if not given: the results of ``launch_responses``, groups and settings."""
 
     w: Tensor
     statistics: Tensor
@@ -491,7 +490,7 @@ def launch_loss(
         options: Its options.
         lengths: Number of valid tokens of each response, int32 ``[B]``; may be ``None`` unless :func:`needs_lengths`.
         factors: Factor of each token's advantage.
-        source: What to make factors of instead.
+        source: What to compute factors from instead.
 
     """
     logp, entropy, weights = arguments.logp, arguments.entropy, arguments.importance_weights
@@ -529,7 +528,7 @@ def launch_loss(
 
 
 def is_per_response(values: Tensor, batch: int) -> bool:
-    """Whether values are one a response: vectors of B are, also where B = N."""
+    """Whether there is one value per response. A vector of B values means that, also where B = N."""
     return values.dim() == 1 and values.shape[0] == batch
 
 

@@ -2,14 +2,14 @@
 
 1. List the visual tokens of each response.          (not where prototypes are given)
 2. Sum them to prototypes.                           (not where prototypes are given)
-3. Cosines, a program a block of tokens.
-4. Gate, weights and their statistics, a program a response.
-5. Factors, loss and gradient, a program a block of tokens.
+3. Cosines, one program per block of tokens.
+4. Gate, weights and their statistics, one program per response.
+5. Factors, loss and gradient, one program per block of tokens.
 6. Sum the blocks' partial results to loss and metrics.
 
-Each needs results of many programs of the one before, and the end of a launch is the only barrier across programs that
-Triton has on every GPU. Prototypes are split by features (2) and group statistics are reduced by whoever needs them
-(5), so that neither takes a launch of its own. Factors never reach memory.
+Each launch needs results of many programs of the one before, and the end of a launch is the only barrier across
+programs that Triton has on every GPU. Prototypes are split by features (2), and each program of (5) computes the group
+statistics that it needs, so neither needs a launch of its own. Factors are never written to memory.
 """
 
 from __future__ import annotations
