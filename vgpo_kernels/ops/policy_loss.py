@@ -85,7 +85,8 @@ def policy_loss(
         num_tokens: Denominator of ``"token-mean"``, a number or a 0-dimensional tensor; default: the number of valid
             tokens in this call. With the number of the whole batch, the losses of its micro-batches or ranks add up to
             the loss of the whole batch.
-        num_sequences: The same for the other aggregations, which divide by the number of responses; default: B.
+        num_sequences: Denominator of the other aggregations, a number or a 0-dimensional tensor; default: the number
+            of responses B in this call.
         **options: Fields of :class:`PolicyLossOptions`: ``loss_type="dapo"``, ``aggregation=None``,
             ``epsilon_low=0.2``, ``epsilon_high=0.28``, ``dual_clip=None``, ``kl_coef=0.0``, ``kl_estimator="k3"``,
             ``entropy_coef=0.0``, ``max_length=None`` (default: T of a padded batch), ...
