@@ -178,9 +178,15 @@ def peer_vgpo_loss(x: Inputs, logp: Tensor) -> Tensor:
 
 def define_vgpo_loss(x: Inputs, dtype: torch.dtype) -> Tensor:
     return whole_reference.vgpo_loss(
-        *(x.hidden, x.logp, x.old_logp, x.advantages, x.visual_mask, x.response_mask, x.group_ids),
-        *(None,) * 8,
-        *(CONFIG.as_floats(), OPTIONS.as_floats()),
+        hidden=x.hidden,
+        logp=x.logp,
+        old_logp=x.old_logp,
+        advantages=x.advantages,
+        visual_mask=x.visual_mask,
+        response_mask=x.response_mask,
+        group_ids=x.group_ids,
+        config=CONFIG.as_floats(),
+        options=OPTIONS.as_floats(),
         dtype=dtype,
     )[0]
 
@@ -223,9 +229,12 @@ CASES = (
         with_gradient(policy_loss),
         with_gradient(peer_policy_loss),
         lambda x, dtype: policy_reference.policy_loss(
-            *(x.logp, x.old_logp, x.advantages, x.response_mask, x.factors),
-            *(None,) * 6,
-            OPTIONS.as_floats(),
+            logp=x.logp,
+            old_logp=x.old_logp,
+            advantages=x.advantages,
+            response_mask=x.response_mask,
+            factors=x.factors,
+            options=OPTIONS.as_floats(),
             dtype=dtype,
         )[0],
     ),

@@ -258,8 +258,9 @@ class Subject:
             return names
         if self.function in (VGPOConfig.paper, VGPOConfig.released):
             return {setting.name for setting in fields(VGPOConfig)}
-        names |= set(inspect.signature(policy_ops.loss_arguments).parameters) | set(OPTION_VALUES)
-        names -= {"mask", "boundaries", "options"}
+        keywords = inspect.signature(policy_ops.policy_loss).parameters.values()
+        names |= {keyword.name for keyword in keywords if keyword.kind is keyword.KEYWORD_ONLY} - {"factors"}
+        names |= set(OPTION_VALUES)
         return names - ({"entropy"} if "targets" in names else set())
 
 

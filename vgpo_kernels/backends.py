@@ -1,17 +1,19 @@
-"""Which backend serves a call: built for the device, forced by ``backend(name)``, or by ``VGPO_BACKEND``.
+"""Choose the backend that handles a call: the fastest one built for the device, unless one is forced.
+
+``with backend(name)`` forces one inside the block, the environment variable ``VGPO_BACKEND`` in the whole process.
 
 ========= ===================================================== =======================
-backend   what it is                                            serves
+backend   what it is                                            handles
 ========= ===================================================== =======================
-reference the definition, plain PyTorch, computed in fp64       every device
+reference the reference implementation: plain PyTorch, in fp64  every device
 cpp       C++ with vector code, from the extension              CPU
 cuda      CUDA C++, from an extension built with nvcc           NVIDIA GPUs
 triton    Triton kernels                                        GPUs; CPU, interpreted
 ========= ===================================================== =======================
 
-A process that is forked after the extension has computed on several threads computes on one, as PyTorch's data loaders
-do: OpenMP's threads do not survive a fork, and the first parallel operator of torch would wait for them forever. The
-start methods ``spawn`` and ``forkserver`` keep all threads.
+OpenMP's threads do not survive a ``fork()``: in the child process, the first parallel operator of torch would wait for
+them forever. So if the extension has used several threads, a forked child runs torch with one thread. Processes started
+by ``spawn`` or ``forkserver`` use all threads.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from vgpo_kernels import extension
 
 NAMES = ("reference", "cpp", "cuda", "triton")
 
-# Its operators register when it loads, so its presence alone decides what is built.
+# The extension's operators are registered when it is loaded, so whether it loads decides what is built.
 _LOADED = extension.load()
 _C: Any = _LOADED.module
 _BUILT_CPP = _C is not None
@@ -45,7 +47,7 @@ def _forget_threads() -> None:
 if _BUILT_CPP and hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
 
-# Process-wide like torch.backends' flags, and a plain global so that torch.compile guards on it.
+# For the whole process, like torch.backends' flags. A plain global, so that torch.compile guards on it.
 _forced: str | None = None
 _warned = _LOADED.refused is not None
 
@@ -62,14 +64,14 @@ if "VGPO_BACKEND" in os.environ and os.environ["VGPO_BACKEND"] not in ("", "auto
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Serve every call inside the ``with`` block by one backend, in the whole process.
+    """Let one backend handle every call inside the ``with`` block, in all threads of the process.
 
     Args:
         name: ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
 
     Raises:
-        ValueError: The name is unknown. A call inside raises ``RuntimeError`` if the backend is not built or
-            cannot serve the call's device or dtype.
+        ValueError: The name is unknown. A call inside the block raises ``RuntimeError`` if the backend is not built, or
+            does not handle the device or dtype of the call.
 
     """
     global _forced
@@ -81,42 +83,42 @@ def backend(name: str) -> Iterator[None]:
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, which is what lets them serve CPU tensors."""
+    """Whether Triton's interpreter runs the kernels. Only then do they handle CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot serve a device and compute dtype, or ``None`` if it can."""
+    """Why a backend does not handle a device and compute dtype, or ``None`` if it does."""
     if name == "reference":
         return None
     if dtype == torch.float64:
-        return "computes in float32; float64 inputs are served by 'reference'"
+        return "computes in float32; 'reference' handles float64 inputs"
     if name in ("cpp", "cuda") and _LOADED.refused:
         return f"is out of date: {_LOADED.refused}"
     if name == "cpp":
         if not _BUILT_CPP:
             return "is not built: `pip install -e .` where a C++ compiler and torch are installed builds it"
-        return None if device.type == "cpu" else f"serves CPU tensors, and these are on {device}"
+        return None if device.type == "cpu" else f"handles CPU tensors, and these are on {device}"
     if name == "cuda":
         if not _BUILT_CUDA:
             return "is not built: VGPO_BUILD=cuda with `pip install -e .` builds it and says what is missing"
-        return None if device.type == "cuda" else f"serves CUDA tensors, and these are on {device}"
+        return None if device.type == "cuda" else f"handles CUDA tensors, and these are on {device}"
     if not _HAS_TRITON:
         return "needs the triton package, which is not installed"
     if device.type == "cpu" and not triton_interpreted():
-        return "serves GPU tensors; on CPU tensors it runs only interpreted (set TRITON_INTERPRET=1 before import)"
+        return "handles GPU tensors; CPU tensors only in its interpreter (set TRITON_INTERPRET=1 before import)"
     return None
 
 
 def select(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """Return the name of the backend that serves tensors on ``device`` with compute dtype ``dtype``.
+    """Return the name of the backend that handles tensors on ``device`` with compute dtype ``dtype``.
 
     Args:
         device: Where the tensors are.
         dtype: float32, or float64 where an input is.
 
     Raises:
-        RuntimeError: A backend was forced that cannot serve them.
+        RuntimeError: A backend is forced that does not handle them.
 
     """
     if _forced is not None:
@@ -140,7 +142,7 @@ def _warn_unbuilt(device: torch.device) -> None:
     missing = "its CUDA kernels" if device.type == "cuda" else "its C++ extension"
     reason = f" ({_LOADED.failure})" if _LOADED.failure else ""
     warnings.warn(
-        f"vgpo_kernels runs without {missing}{reason}: the slower PyTorch reference serves {device.type} tensors. "
+        f"vgpo_kernels runs without {missing}{reason}: the slower PyTorch reference handles {device.type} tensors. "
         "To build: `pip install -e .` with a C++ compiler (and nvcc for CUDA) installed.",
         RuntimeWarning,
         stacklevel=4,
@@ -148,7 +150,7 @@ def _warn_unbuilt(device: torch.device) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Return what is built and which backend serves which device.
+    """Return what is built, and which backend handles which device.
 
     Returns:
         A dict with ``built`` (backend name to bool), ``serves`` (device type to backend name), ``forced`` (name

@@ -1,7 +1,7 @@
 """Every argument check of the library, and every error message: the argument, what it is, what was expected.
 
-Checks of shape, dtype and device cost nothing on the device. Checks of values (boundaries, indices) would
-synchronise a GPU with the host, so they run for CPU tensors only; GPU kernels clamp what they read instead.
+Checks of shape, dtype and device cost nothing on the device. Checks of values (boundaries, indices) would make the host
+wait for a GPU, so they run for CPU tensors only; GPU kernels clamp the values that they read instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 INDEX_DTYPES = (torch.int64, torch.int32)
 
-# What operators take for an integer, and what the segment of a key fits into.
+# The largest integer of an operator's argument, and the largest of an int32: the dtype of segments.
 _LARGEST = 2**63 - 1
 MOST_SEGMENTS = 2**31 - 1
 
@@ -61,7 +61,7 @@ def require_device(name: str, tensor: Tensor, device: torch.device, other: str) 
 
 def rows_apart(tensor: Tensor) -> Tensor:
     """Return ``tensor`` if the step along its last dimension is 1, else a copy."""
-    # contiguous() would leave a tensor with no elements, or with one, as it is.
+    # contiguous() would not change a tensor with no elements, or with one.
     return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -69,7 +69,7 @@ def mask(name: str, value: object, shape: Sequence[int], meaning: str, device: t
     """Return a boolean mask as contiguous bool; integer masks of 0 and 1 are converted.
 
     Raises:
-        TypeError: Not a tensor, or a floating mask, whose rounding nobody should have to guess.
+        TypeError: Not a tensor, or a floating-point mask, which would have to be rounded.
         ValueError: Wrong shape or device.
 
     """
@@ -84,11 +84,11 @@ def mask(name: str, value: object, shape: Sequence[int], meaning: str, device: t
 
 
 def cu_seqlens(value: object, packed: Tensor, other: str, name: str = "cu_seqlens") -> Tensor:
-    """Return the boundaries ``[B + 1]`` of ``packed``, which messages call ``other``, as int64.
+    """Return the boundaries ``[B + 1]`` of ``packed`` as int64. Messages call ``packed`` by the name ``other``.
 
     Raises:
         TypeError: Not an int32 or int64 tensor.
-        ValueError: Not 1-D, empty, on another device, or (CPU tensors) not rising from 0 to the packed length.
+        ValueError: Not 1-D, empty, on another device, or (CPU tensors) not increasing from 0 to the packed length.
 
     """
     total = packed.shape[0]
@@ -109,7 +109,7 @@ def cu_seqlens(value: object, packed: Tensor, other: str, name: str = "cu_seqlen
 
 
 def values_are_free(tensor: Tensor) -> bool:
-    """Whether reading values costs no synchronisation and leaves no guard in a traced graph."""
+    """Whether values can be read without waiting for a GPU, and without a guard in a traced graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -168,7 +168,7 @@ def response_rows(response_mask: Tensor, hidden: Tensor, name: str = "hidden") -
     """Raise ValueError unless the response positions are the last T of hidden's S, or all N when packed."""
     require_device("response_mask", response_mask, hidden.device, "hidden")
     if hidden.dim() == 2:
-        require_shape("response_mask", response_mask, hidden.shape[:1], "one entry a row of hidden")
+        require_shape("response_mask", response_mask, hidden.shape[:1], "one entry per row of hidden")
     elif response_mask.shape[0] != hidden.shape[0] or response_mask.shape[1] > hidden.shape[1]:
         raise ValueError(
             f"response_mask must have shape [{hidden.shape[0]}, T] with T <= {hidden.shape[1]} (the last T "
@@ -186,13 +186,13 @@ def prototype(value: object, index: object, hidden: Tensor, batch: int) -> tuple
     require_device("prototype", means, hidden.device, "hidden")
     if means.dim() != 2 or means.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"prototype must have shape [P, {hidden.shape[-1]}], a column a feature of hidden {describe(hidden)}, "
+            f"prototype must have shape [P, {hidden.shape[-1]}], a column per feature of hidden {describe(hidden)}, "
             f"got {describe(means)}"
         )
     if means.dtype != torch.float64:
         means = means.float()
     if index is None:
-        require_shape("prototype", means, (batch, hidden.shape[-1]), "a row a response without prototype_index")
+        require_shape("prototype", means, (batch, hidden.shape[-1]), "a row per response without prototype_index")
         return means.contiguous(), None
     rows = per_response_integers("prototype_index", index, batch, hidden.device, "hidden")
     if values_are_free(rows) and rows.numel() and (rows.min() < -1 or rows.max() >= means.shape[0]):
@@ -201,7 +201,7 @@ def prototype(value: object, index: object, hidden: Tensor, batch: int) -> tuple
             f"{describe(means)}, got {_summarise(rows)}"
         )
     if means.shape[0] == 0:
-        # No response has an image. A row of zeros says the same, and gives kernels something to point at.
+        # No response has an image. A row of zeros means the same, and kernels need an address to point to.
         means = means.new_zeros(1, means.shape[1])
     return means.contiguous(), rows
 
@@ -214,7 +214,7 @@ def image(
     response_mask: Tensor,
     boundaries: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Check where prototypes come from: ``visual_mask``, or ``prototype`` with its ``prototype_index``."""
+    """Check what gives the prototypes: ``visual_mask``, or ``prototype`` with its ``prototype_index``."""
     if visual is None and means is None:
         raise ValueError("visual_mask is None, which needs prototype to be given")
     rows = prototype(means, index, hidden, batch_size(response_mask, boundaries))
@@ -232,14 +232,14 @@ def integers(name: str, value: object) -> Tensor:
 def per_response_integers(name: str, value: object, batch: int, device: torch.device, other: str) -> Tensor:
     """Return integers ``[B]`` as int64."""
     tensor = integers(name, value)
-    require_shape(name, tensor, (batch,), f"one entry a response of {other}")
+    require_shape(name, tensor, (batch,), f"one entry per response of {other}")
     require_device(name, tensor, device, other)
     return tensor.to(torch.int64).contiguous()
 
 
 def has_visual(value: object, batch: int, device: torch.device, other: str) -> Tensor | None:
-    """Return ``has_visual`` as bool ``[B]``, or ``None``, which means that every response has an image."""
-    meaning = f"one entry a response of {other}"
+    """Return ``has_visual`` as bool ``[B]``, or ``None``: every response has an image."""
+    meaning = f"one entry per response of {other}"
     return None if value is None else mask("has_visual", value, (batch,), meaning, device, other)
 
 
@@ -259,7 +259,7 @@ def optional_per_token(name: str, value: object, like: Tensor, *, detach: bool =
 def per_response(name: str, value: object, batch: int, device: torch.device) -> Tensor:
     """Return a floating tensor ``[B]``, fp32 (or fp64 if it is), contiguous and detached."""
     tensor = require_floating(name, value)
-    require_shape(name, tensor, (batch,), "one entry a response")
+    require_shape(name, tensor, (batch,), "one entry per response")
     require_device(name, tensor, device, "the other arguments")
     return _computable(tensor, detach=True)
 
@@ -267,19 +267,24 @@ def per_response(name: str, value: object, batch: int, device: torch.device) -> 
 def per_response_or_token(name: str, value: object, like: Tensor, batch: int) -> Tensor:
     """Return a floating tensor that is ``[B]`` or of ``like``'s shape, fp32 (or fp64), contiguous and detached."""
     tensor = require_floating(name, value)
-    # Spelled out because a traced `in` over shapes of different lengths is not resolved for symbolic sizes.
+    # Not written as `in`, which tracing cannot resolve for symbolic shapes of different lengths.
     one_each = tensor.dim() == 1 and tensor.shape[0] == batch
     if not one_each and tensor.shape != like.shape:
         raise ValueError(
-            f"{name} must have shape [{batch}] (one entry a response) or {list(like.shape)} (response_mask's), "
+            f"{name} must have shape [{batch}] (one entry per response) or {list(like.shape)} (response_mask's), "
             f"got {describe(tensor)}"
         )
     require_device(name, tensor, like.device, "response_mask")
     return _computable(tensor, detach=True)
 
 
+def optional_per_response_or_token(name: str, value: object, like: Tensor, batch: int) -> Tensor | None:
+    """Apply :func:`per_response_or_token` to a value that may be ``None``."""
+    return None if value is None else per_response_or_token(name, value, like, batch)
+
+
 def count(name: str, value: object, device: torch.device) -> Tensor | None:
-    """Return a denominator as a 0-dimensional fp32 tensor on ``device``; numbers are filled in without a copy."""
+    """Return a denominator as a 0-dimensional fp32 tensor on ``device``. A number is written there without a copy."""
     if value is None:
         return None
     if isinstance(value, Tensor):
@@ -333,32 +338,32 @@ def queries_and_keys(
 
 
 def token_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Shape of one number a token: ``[B, T]`` for q or k ``[B, H, T, d]``, ``[N]`` for ``[N, H, d]``."""
+    """Shape of one number per token: ``[B, T]`` for q or k ``[B, H, T, d]``, ``[N]`` for ``[N, H, d]``."""
     return tuple(tensor.shape[::2]) if tensor.dim() == 4 else (tensor.shape[0],)
 
 
 def key_segments(value: object, k: Tensor, num_segments: int) -> Tensor:
-    """Return the segment of each key as int32, -1 for every key to ignore."""
+    """Return the segment of each key as int32, -1 for each key to ignore."""
     segments = integers("key_segments", value)
-    require_shape("key_segments", segments, token_shape(k), "one entry a key of k")
+    require_shape("key_segments", segments, token_shape(k), "one entry per key of k")
     require_device("key_segments", segments, k.device, "k")
     if values_are_free(segments) and segments.numel() and segments.max() >= num_segments:
         raise ValueError(
             f"key_segments must be below num_segments={num_segments} (negative: ignored), got {int(segments.max())}"
         )
-    # Bounds need not fit the dtype that the segments came in: widen before clamping.
+    # The bounds may not fit into the dtype of the segments: widen before clamping.
     return segments.to(torch.int64).clamp(-1, num_segments).to(torch.int32).contiguous()
 
 
 def query_positions(
     value: object, q: Tensor, k: Tensor, boundaries: tuple[Tensor | None, Tensor | None]
 ) -> Tensor | None:
-    """Return the key at which each query sits as int64 ``[B, T]`` or ``[N]``, or ``None``: the last ones."""
+    """Return the position of each query as int64 ``[B, T]`` or ``[N]``, or ``None``: queries are the last positions."""
     if value is not None:
         positions = require_tensor("query_positions", value)
         if positions.dtype not in INTEGER_DTYPES:
             raise TypeError(f"query_positions must be an integer tensor, got {describe(positions)}")
-        require_shape("query_positions", positions, token_shape(q), "one entry a query of q")
+        require_shape("query_positions", positions, token_shape(q), "one entry per query of q")
         require_device("query_positions", positions, q.device, "q")
         return positions.to(torch.int64).clamp(min=-1).contiguous()
     begins_q, begins_k = boundaries
@@ -368,10 +373,15 @@ def query_positions(
         fits = not values_are_free(begins_q) or bool((begins_q.diff() <= begins_k.diff()).all())
     if not fits:
         raise ValueError(
-            f"q {describe(q)} has more queries than k {describe(k)} has keys, so that they cannot be the last ones: "
+            f"q {describe(q)} has more queries than k {describe(k)} has keys, so queries cannot be the last positions: "
             "give query_positions"
         )
     return None
+
+
+def window(value: object) -> int:
+    """Return how many positions a query sees, 0 for ``None``: all."""
+    return 0 if value is None else positive_integer("window", value)
 
 
 def attention_scale(value: object, head_size: int) -> float:
@@ -400,13 +410,13 @@ def head(hidden: object, weight: object, bias: object) -> tuple[Tensor, Tensor, 
         raise ValueError(f"weight must have shape [V, D] with V > 0, got {describe(rows)}")
     if rows.shape[1] != states.shape[-1] or rows.shape[1] == 0:
         raise ValueError(
-            f"weight must have shape [V, {states.shape[-1]}], a column a feature of hidden {describe(states)}, "
+            f"weight must have shape [V, {states.shape[-1]}], a column per feature of hidden {describe(states)}, "
             f"got {describe(rows)}"
         )
     require_device("weight", rows, states.device, "hidden")
     if bias is not None:
         offsets = require_floating("bias", bias)
-        require_shape("bias", offsets, rows.shape[:1], "one entry a row of weight")
+        require_shape("bias", offsets, rows.shape[:1], "one entry per row of weight")
         require_device("bias", offsets, states.device, "hidden")
         bias = _computable(offsets, detach=False)
     kind = states.device.type
@@ -434,7 +444,7 @@ def target_values(ids: Tensor, read: Tensor, vocabulary: int | None) -> None:
 
 
 def vocabulary_slices(value: object, ids: object) -> tuple[Tensor, Tensor]:
-    """Check what slices of the vocabulary gave, ``[R, 4, ...]``, and the targets ``[...]`` that it is about."""
+    """Check the results ``[R, 4, ...]`` of slices of the vocabulary, and their targets ``[...]``."""
     slices = require_floating("slices", value)
     if slices.dim() < 2 or slices.shape[0] == 0 or slices.shape[1] != 4:
         raise ValueError(f"slices must have shape [R, 4, ...] with R > 0, got {describe(slices)}")
@@ -466,14 +476,14 @@ def chunk_bytes(value: object) -> int:
 
 
 def not_negative_integer(name: str, value: object) -> int:
-    """Return ``value`` if it is an integer, zero or above, of 64 bits."""
+    """Return ``value`` if it is an integer from 0 to 2^63 - 1."""
     return _bounded_integer(name, value, 0, _LARGEST)
 
 
 def predicted_tokens(response_mask: Tensor, first_tokens: Tensor) -> None:
-    """Raise ValueError if a scored token is the first of its sequence, where no hidden state predicts it.
+    """Raise ValueError if a scored token is the first of its sequence: no hidden state predicts that one.
 
-    It reads one flag from the device, so it is called where the host waits for the number of tokens anyway.
+    This waits for the device, so it is called where the host has to wait for the number of tokens anyway.
     """
     if bool((response_mask & first_tokens).any()):
         raise ValueError(
@@ -508,7 +518,7 @@ def settings(name: str, value: object, kind: type[T]) -> T:
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return fp64 if any tensor is fp64 (then the reference serves the call), else fp32."""
+    """Return fp64 if any tensor is fp64 (then the reference implementation handles the call), else fp32."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vgpo_kernels import VGPOConfig
 from vgpo_kernels.config import PolicyLossOptions
-from vgpo_kernels.reference import policy_loss as policy_reference
+from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import visual_focus as reference
 from vgpo_kernels.reference import visual_weights as weights_reference
 
@@ -145,7 +145,7 @@ def test_long_responses_are_taken_in_pieces(emulator: Emulator, loss_type: str, 
             again = emulator.policy_loss(*arguments)
         assert torch.equal(again[0], loss) and torch.equal(again[1], gradient) and torch.equal(again[3], metrics)
     logp = batch.logp.double().requires_grad_()
-    exact, exact_metrics = policy_reference.policy_loss(logp, *arguments[1:])
+    exact, exact_metrics = registry.implementation("policy_loss", "reference")(logp, *arguments[1:])
     assert_close(loss, exact, name="loss", floor=4e-6)
     assert_close(metrics, exact_metrics, name="metrics", floor=4e-6 * exact_metrics.max().item())
     assert_close(gradient, torch.autograd.grad(exact, logp)[0], name="gradient", floor=1e-8)

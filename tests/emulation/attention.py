@@ -1,4 +1,4 @@
-"""Call the attention kernels on the emulated GPU with the operators' signatures, as their bindings do."""
+"""Call the attention kernels on the emulated GPU as the operators are called, and as their bindings do."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from emulation.harness import DTYPES, ORDERS, Buffers, EmulationError, Shape, build, fetch
+from emulation.harness import DTYPES, ORDERS, Buffers, EmulationError, Shape, Struct, build, fetch, operator
 from torch import Tensor
+
+from vgpo_kernels.ops.attention_mass import LABELS
 
 INTEGERS = ("order", "seed", "dtype", "batch", "queries", "keys", "heads", "key_heads", "size")
 STRIDES = ("q", "k", "grad_q", "grad_k")
@@ -17,17 +19,29 @@ POINTERS = (
     *("query_boundaries", "key_boundaries", "q", "k", "segments", "positions", "weights", "grad", "mass_in", "lse_in"),
     *("mass", "lse", "heat", "means", "grad_q", "grad_k", "mean"),
 )
+# The kernels' names of what operators are given.
+NAMES = {
+    "cu_seqlens_q": "query_boundaries",
+    "cu_seqlens_k": "key_boundaries",
+    "key_segments": "segments",
+    "query_positions": "positions",
+    "query_weights": "weights",
+    "grad_mass": "grad",
+    "grad_heat": "grad",
+    "head_mass": "mass_in",
+    "lse": "lse_in",
+}
 
 
-class Call(ctypes.Structure):
+class Call(Struct):
     """Mirror of ``Call`` in attention.cpp."""
 
-    _fields_ = [
+    _fields_ = (
         *((name, ctypes.c_int64) for name in (*INTEGERS, "num_segments", "window")),
         *((f"{name}_strides", ctypes.c_int64 * 3) for name in STRIDES),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in POINTERS),
-    ]
+    )
 
 
 class AttentionEmulator:
@@ -46,10 +60,12 @@ class AttentionEmulator:
         finally:
             self.shape = previous
 
-    def run(
-        self, kernel: str, inputs: dict[str, Tensor | None], outputs: dict[str, Tensor], **numbers: Any
-    ) -> tuple[Tensor, ...]:
-        """Run a kernel; ``outputs`` give shapes, dtypes and strides of what it returns."""
+    def run(self, kernel: str, given: dict[str, Any], outputs: dict[str, Tensor], **numbers: Any) -> tuple[Tensor, ...]:
+        """Run a kernel on the tensors given, named as arguments of an operator or as in ``Call``.
+
+        ``outputs`` give shapes, dtypes and strides of what it returns.
+        """
+        inputs = {NAMES.get(name, name): value for name, value in given.items() if name not in numbers}
         call = Call(ORDERS[self.shape.order], self.shape.seed, **numbers)
         with Buffers(self.library, self.shape.guard) as buffers:
             for name, tensor in inputs.items():
@@ -75,115 +91,40 @@ class AttentionEmulator:
         numbers = {"batch": batch, "heads": shape[head_dim], "queries": mean.numel() // batch}
         return self.run("head_mean", {"mass_in": values}, {"mean": mean}, **numbers)[0]
 
-    def attention_mass(
-        self,
-        q: Tensor,
-        k: Tensor,
-        key_segments: Tensor,
-        query_positions: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        num_segments: int,
-        scale: float,
-        window: int,
-        per_head: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        layout = (key_segments, query_positions, cu_seqlens_q, cu_seqlens_k)
-        lse = torch.empty(by_head(q, q))
+    @operator
+    def attention_mass(self, num_segments: int, per_head: bool, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        lse = torch.empty(by_head(given["q"], given["q"]))
         outputs = {"mass": lse.new_empty((*lse.shape, num_segments)), "lse": lse}
-        numbers = {"num_segments": num_segments, "scale": scale, "window": window}
-        mass, lse = self.run("attention_mass", tensors(q, k, *layout), outputs, **sizes(q, k, cu_seqlens_q), **numbers)
+        mass, lse = self.run("attention_mass", given, outputs, **sizes(given, num_segments))
         if per_head:
             return mass, lse.new_empty(0), lse
         return self.mean_of_heads(mass, -3), mass, lse
 
-    def attention_heatmap(
-        self,
-        q: Tensor,
-        k: Tensor,
-        key_segments: Tensor,
-        query_positions: Tensor | None,
-        query_weights: Tensor,
-        lse: Tensor,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        scale: float,
-        window: int,
-        per_head: bool,
-    ) -> Tensor:
-        inputs = tensors(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k)
-        inputs |= {"weights": query_weights, "lse_in": lse}
-        numbers = {"num_segments": 2, "scale": scale, "window": window}
-        outputs = {"heat": torch.empty(by_head(q, k))}
-        (heat,) = self.run("attention_heatmap", inputs, outputs, **sizes(q, k, cu_seqlens_q), **numbers)
+    @operator
+    def attention_heatmap(self, per_head: bool, **given: Any) -> Tensor:
+        outputs = {"heat": torch.empty(by_head(given["q"], given["k"]))}
+        (heat,) = self.run("attention_heatmap", given, outputs, **sizes(given, LABELS))
         return heat if per_head else self.mean_of_heads(heat, -2)
 
-    def attention_mass_backward(
-        self,
-        grad_mass: Tensor,
-        q: Tensor,
-        k: Tensor,
-        key_segments: Tensor,
-        query_positions: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        head_mass: Tensor,
-        lse: Tensor,
-        scale: float,
-        window: int,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = tensors(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k)
-        inputs |= {"grad": grad_mass, "mass_in": head_mass, "lse_in": lse}
-        return self.gradients(q, k, inputs, num_segments=head_mass.shape[-1], scale=scale, window=window)
+    @operator
+    def attention_mass_backward(self, head_mass: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        return self.gradients(given, head_mass, head_mass.shape[-1])
 
-    def attention_heatmap_backward(
-        self,
-        grad_heat: Tensor,
-        q: Tensor,
-        k: Tensor,
-        key_segments: Tensor,
-        query_positions: Tensor | None,
-        query_weights: Tensor,
-        lse: Tensor,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        scale: float,
-        window: int,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = tensors(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k)
-        inputs |= {"grad": grad_heat, "weights": query_weights, "lse_in": lse}
-        return self.gradients(q, k, inputs, num_segments=2, scale=scale, window=window)
+    @operator
+    def attention_heatmap_backward(self, **given: Any) -> tuple[Tensor, Tensor]:
+        return self.gradients(given, None, LABELS)
 
-    def gradients(
-        self, q: Tensor, k: Tensor, inputs: dict[str, Tensor | None], **numbers: Any
-    ) -> tuple[Tensor, Tensor]:
-        numbers |= sizes(q, k, inputs["query_boundaries"])
-        lse = inputs["lse_in"]
-        grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
-        strides = {"grad_q_strides": strides_of(grad_q), "grad_k_strides": strides_of(grad_k)}
-        outputs = {"means": torch.empty_like(lse), "grad_q": grad_q}
-        means, grad_q = self.run("attention_query_gradient", inputs, outputs, **numbers, **strides)
-        inputs = {name: tensor for name, tensor in inputs.items() if name != "mass_in"} | {"means": means}
-        (grad_k,) = self.run("attention_key_gradient", inputs, {"grad_k": grad_k}, **numbers, **strides)
+    def gradients(self, given: dict[str, Any], head_mass: Tensor | None, num_segments: int) -> tuple[Tensor, Tensor]:
+        grad_q, grad_k = (given[name].new_empty(given[name].shape) for name in ("q", "k"))
+        numbers = sizes(given, num_segments) | {
+            "grad_q_strides": strides_of(grad_q),
+            "grad_k_strides": strides_of(grad_k),
+        }
+        outputs = {"means": torch.empty_like(given["lse"]), "grad_q": grad_q}
+        inputs = given if head_mass is None else given | {"head_mass": head_mass}
+        means, grad_q = self.run("attention_query_gradient", inputs, outputs, **numbers)
+        (grad_k,) = self.run("attention_key_gradient", given | {"means": means}, {"grad_k": grad_k}, **numbers)
         return grad_q, grad_k
-
-
-def tensors(
-    q: Tensor,
-    k: Tensor,
-    key_segments: Tensor,
-    query_positions: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> dict[str, Tensor | None]:
-    return {
-        "q": q,
-        "k": k,
-        "segments": key_segments,
-        "positions": query_positions,
-        "query_boundaries": cu_seqlens_q,
-        "key_boundaries": cu_seqlens_k,
-    }
 
 
 def strides_of(tensor: Tensor) -> Any:
@@ -194,17 +135,18 @@ def strides_of(tensor: Tensor) -> Any:
 
 
 def by_head(q: Tensor, tokens_of: Tensor) -> tuple[int, ...]:
-    """Shape of one number a head of q and token of ``tokens_of``: ``[B, H, L]``, packed ``[H, L]``."""
+    """Shape of one number per head of q and token of ``tokens_of``: ``[B, H, L]``, packed ``[H, L]``."""
     if q.dim() == 4:
         return q.shape[0], q.shape[1], tokens_of.shape[2]
     return q.shape[1], tokens_of.shape[0]
 
 
-def sizes(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None) -> dict[str, Any]:
-    token = 2 if cu_seqlens_q is None else 0
+def sizes(given: dict[str, Any], num_segments: int) -> dict[str, Any]:
+    q, k, boundaries = given["q"], given["k"], given["cu_seqlens_q"]
+    token = 2 if boundaries is None else 0
     return {
         "dtype": DTYPES[q.dtype],
-        "batch": q.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1,
+        "batch": q.shape[0] if boundaries is None else len(boundaries) - 1,
         "queries": q.shape[token],
         "keys": k.shape[token],
         "heads": q.shape[1],
@@ -212,4 +154,7 @@ def sizes(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None) -> dict[str, Any]:
         "size": q.shape[-1],
         "q_strides": strides_of(q),
         "k_strides": strides_of(k),
+        "scale": given["scale"],
+        "window": given["window"],
+        "num_segments": num_segments,
     }

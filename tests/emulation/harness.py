@@ -1,4 +1,4 @@
-"""Build the CUDA kernels for emulation with an ordinary C++ compiler, and call them with the operators' signatures."""
+"""Build the CUDA kernels for emulation with an ordinary C++ compiler, and call them as the operators are called."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.policy_loss import POLICY_METRICS
 from vgpo_kernels.ops.visual_weights import FOCUS_METRICS
 
@@ -114,7 +115,16 @@ POINTERS = (
 )
 
 
-class Call(ctypes.Structure):
+class Struct(ctypes.Structure):
+    """A structure of C that refuses values that it has no field for."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in {field for field, *_ in self._fields_}:
+            raise AttributeError(f"{type(self).__name__} has no field {name}")
+        super().__setattr__(name, value)
+
+
+class Call(Struct):
     """Mirror of ``Call`` in kernels.cpp."""
 
     _fields_ = [(name, ctypes.c_int64) for name in INTEGERS] + [(name, ctypes.c_void_p) for name in POINTERS]
@@ -162,6 +172,11 @@ def fetch(address: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float
     return result
 
 
+def operator(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method be called as the operator of its name is; it declares the arguments that it reads."""
+    return registry.by_name(method, ("self", *registry.OPERATORS[method.__name__].arguments))
+
+
 class Emulator:
     """The kernels of csrc/cuda on the emulated GPU, under the operators' names and schemas."""
 
@@ -181,10 +196,12 @@ class Emulator:
     def run(
         self, kernel: str, inputs: dict[str, Any], outputs: dict[str, tuple[int, ...]], **integers: int
     ) -> tuple[Tensor, ...]:
+        """Run a kernel on tensors and settings, named as in ``Call``."""
         shape = self.shape
         call = Call(shape.blocks, shape.threads, ORDERS[shape.order], shape.seed, GUARDS[shape.guard], **integers)
         with Buffers(self.library, shape.guard) as buffers:
-            for name, tensor in inputs.items():
+            for name, value in inputs.items():
+                tensor = torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
                 setattr(call, name, buffers.put(name, tensor))
             places = {name: buffers.allocate(name, 4 * math.prod(size)) for name, size in outputs.items()}
             for name, address in places.items():
@@ -196,148 +213,44 @@ class Emulator:
                 raise EmulationError(f"{kernel}: {error}")
             return tuple(fetch(address, outputs[name]) for name, address in places.items())
 
-    def visual_prototype(self, hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        sizes = hidden_sizes(hidden, cu_seqlens)
-        inputs = {"hidden": hidden, "visual_mask": visual_mask, "cu_seqlens": cu_seqlens}
-        outputs = {"prototypes_out": (sizes["batch"], sizes["dim"])}
-        return self.run("visual_prototype", inputs, outputs, **sizes)[0]
+    @operator
+    def visual_prototype(self, **inputs: Any) -> Tensor:
+        sizes = hidden_sizes(inputs)
+        return self.run("visual_prototype", inputs, {"prototypes_out": (sizes["batch"], sizes["dim"])}, **sizes)[0]
 
-    def visual_focus(
-        self,
-        hidden: Tensor,
-        visual_mask: Tensor | None,
-        response_mask: Tensor,
-        cu_seqlens: Tensor | None,
-        prototype: Tensor | None,
-        prototype_index: Tensor | None,
-    ) -> Tensor:
-        inputs = {
-            "hidden": hidden,
-            "visual_mask": visual_mask,
-            "response_mask": response_mask,
-            "cu_seqlens": cu_seqlens,
-            "prototype": prototype,
-            "prototype_index": prototype_index,
-        }
-        sizes = hidden_sizes(hidden, cu_seqlens, response_mask, prototype)
-        return self.run("visual_focus", inputs, {"cos_out": tuple(response_mask.shape)}, **sizes)[0]
+    @operator
+    def visual_focus(self, **inputs: Any) -> Tensor:
+        outputs = {"cos_out": tuple(inputs["response_mask"].shape)}
+        return self.run("visual_focus", inputs, outputs, **hidden_sizes(inputs))[0]
 
-    def visual_weights(
-        self,
-        cos: Tensor,
-        response_mask: Tensor,
-        group_ids: Tensor,
-        has_visual: Tensor | None,
-        cu_seqlens: Tensor | None,
-        config: list[float],
-    ) -> tuple[Tensor, ...]:
-        inputs = {
-            "cos": cos,
-            "response_mask": response_mask,
-            "group_ids": group_ids,
-            "has_visual": has_visual,
-            "cu_seqlens": cu_seqlens,
-            "config": torch.tensor(config, dtype=torch.float64),
-        }
-        per_token, per_response = tuple(cos.shape), tuple(group_ids.shape)
+    @operator
+    def visual_weights(self, **inputs: Any) -> tuple[Tensor, ...]:
+        per_token, per_response = tuple(inputs["cos"].shape), tuple(inputs["group_ids"].shape)
         outputs = dict.fromkeys(("factors", "psi", "w"), per_token)
         outputs |= {"phi": per_response, "score": per_response, "metrics": (len(FOCUS_METRICS),)}
-        return self.run("visual_weights", inputs, outputs, **token_sizes(response_mask, cu_seqlens))
+        return self.run("visual_weights", inputs, outputs, **token_sizes(inputs))
 
-    def group_weights(self, score: Tensor, group_ids: Tensor, has_visual: Tensor | None, config: list[float]) -> Tensor:
-        inputs = {
-            "score_in": score,
-            "group_ids": group_ids,
-            "has_visual": has_visual,
-            "config": torch.tensor(config, dtype=torch.float64),
-        }
+    @operator
+    def group_weights(self, score: Tensor, **inputs: Any) -> Tensor:
+        inputs["score_in"] = score
         return self.run("group_weights", inputs, {"phi": tuple(score.shape)}, batch=len(score))[0]
 
-    def policy_loss(
-        self,
-        logp: Tensor,
-        old_logp: Tensor,
-        advantages: Tensor,
-        response_mask: Tensor,
-        factors: Tensor | None,
-        cu_seqlens: Tensor | None,
-        ref_logp: Tensor | None,
-        entropy: Tensor | None,
-        importance_weights: Tensor | None,
-        num_tokens: Tensor | None,
-        num_sequences: Tensor | None,
-        options: list[float],
-    ) -> tuple[Tensor, ...]:
-        inputs = {
-            "logp": logp,
-            "old_logp": old_logp,
-            "advantages": advantages,
-            "response_mask": response_mask,
-            "factors_in": factors,
-            "cu_seqlens": cu_seqlens,
-            "ref_logp": ref_logp,
-            "entropy": entropy,
-            "importance_weights": importance_weights,
-            "num_tokens": num_tokens,
-            "num_sequences": num_sequences,
-            "options": torch.tensor(options, dtype=torch.float64),
-        }
-        sizes = token_sizes(response_mask, cu_seqlens)
-        return self.run_loss("policy_loss", inputs, len(POLICY_METRICS), sizes)
+    @operator
+    def policy_loss(self, factors: Tensor | None, **inputs: Any) -> tuple[Tensor, ...]:
+        inputs["factors_in"] = factors
+        return self.run_loss("policy_loss", inputs, len(POLICY_METRICS), token_sizes(inputs))
 
-    def vgpo_loss(
-        self,
-        hidden: Tensor,
-        logp: Tensor,
-        old_logp: Tensor,
-        advantages: Tensor,
-        visual_mask: Tensor | None,
-        response_mask: Tensor,
-        group_ids: Tensor,
-        cu_seqlens: Tensor | None,
-        prototype: Tensor | None,
-        prototype_index: Tensor | None,
-        ref_logp: Tensor | None,
-        entropy: Tensor | None,
-        importance_weights: Tensor | None,
-        num_tokens: Tensor | None,
-        num_sequences: Tensor | None,
-        config: list[float],
-        options: list[float],
-    ) -> tuple[Tensor, ...]:
-        inputs = {
-            "hidden": hidden,
-            "logp": logp,
-            "old_logp": old_logp,
-            "advantages": advantages,
-            "visual_mask": visual_mask,
-            "response_mask": response_mask,
-            "group_ids": group_ids,
-            "cu_seqlens": cu_seqlens,
-            "prototype": prototype,
-            "prototype_index": prototype_index,
-            "ref_logp": ref_logp,
-            "entropy": entropy,
-            "importance_weights": importance_weights,
-            "num_tokens": num_tokens,
-            "num_sequences": num_sequences,
-            "config": torch.tensor(config, dtype=torch.float64),
-            "options": torch.tensor(options, dtype=torch.float64),
-        }
-        sizes = hidden_sizes(hidden, cu_seqlens, response_mask, prototype)
-        return self.run_loss("vgpo_loss", inputs, len(POLICY_METRICS) + len(FOCUS_METRICS), sizes)
+    @operator
+    def vgpo_loss(self, **inputs: Any) -> tuple[Tensor, ...]:
+        return self.run_loss("vgpo_loss", inputs, len(POLICY_METRICS) + len(FOCUS_METRICS), hidden_sizes(inputs))
 
-    def run_loss(
-        self, kernel: str, inputs: dict[str, Tensor | None], metrics: int, sizes: dict[str, int]
-    ) -> tuple[Tensor, ...]:
-        batch, weights = sizes["batch"], inputs["importance_weights"]
-
+    def run_loss(self, kernel: str, inputs: dict[str, Any], metrics: int, sizes: dict[str, int]) -> tuple[Tensor, ...]:
         def per_token(tensor: Tensor | None) -> int:
-            return int(tensor is not None and tuple(tensor.shape) != (batch,))
+            return int(tensor is not None and tuple(tensor.shape) != (sizes["batch"],))
 
         flags = {
             "advantages_per_token": per_token(inputs["advantages"]),
-            "importance_per_token": per_token(weights),
+            "importance_per_token": per_token(inputs["importance_weights"]),
         }
         shape = tuple(inputs["logp"].shape)
         outputs = {"loss": (), "grad_logp": shape}
@@ -347,23 +260,22 @@ class Emulator:
         return result if len(result) == 4 else (*result[:2], torch.empty(0), result[2])
 
 
-def token_sizes(response_mask: Tensor, cu_seqlens: Tensor | None) -> dict[str, int]:
-    if cu_seqlens is not None:
-        return {"batch": len(cu_seqlens) - 1, "tokens": len(response_mask), "rows": len(response_mask)}
-    return {"batch": response_mask.shape[0], "tokens": response_mask.shape[1], "rows": response_mask.shape[1]}
+def token_sizes(inputs: dict[str, Any]) -> dict[str, int]:
+    mask, boundaries = inputs["response_mask"], inputs["cu_seqlens"]
+    batch = mask.shape[0] if boundaries is None else len(boundaries) - 1
+    return {"batch": batch, "tokens": mask.shape[-1], "rows": mask.shape[-1]}
 
 
-def hidden_sizes(
-    hidden: Tensor, cu_seqlens: Tensor | None, response_mask: Tensor | None = None, prototype: Tensor | None = None
-) -> dict[str, int]:
+def hidden_sizes(inputs: dict[str, Any]) -> dict[str, int]:
+    hidden, boundaries, prototype = inputs["hidden"], inputs["cu_seqlens"], inputs.get("prototype")
     rows = hidden.shape[-2]
     return {
         "dtype": DTYPES[hidden.dtype],
-        "batch": hidden.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1,
-        "tokens": rows if response_mask is None else response_mask.shape[-1],
+        "batch": hidden.shape[0] if boundaries is None else len(boundaries) - 1,
+        "tokens": inputs["response_mask"].shape[-1] if "response_mask" in inputs else rows,
         "rows": rows,
         "dim": hidden.shape[-1],
-        "batch_stride": hidden.stride(0) if cu_seqlens is None else 0,
+        "batch_stride": hidden.stride(0) if boundaries is None else 0,
         "row_stride": hidden.stride(-2),
         "num_prototypes": 0 if prototype is None else prototype.shape[0],
     }

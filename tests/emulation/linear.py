@@ -1,12 +1,13 @@
-"""Call the LM head's epilogues on the emulated GPU with the operators' signatures; torch brings the products."""
+"""Call the LM head's epilogues on the emulated GPU as the operators are called; torch computes the products."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from emulation.harness import DTYPES, ORDERS, Buffers, EmulationError, Shape, build, fetch
+from emulation.harness import DTYPES, ORDERS, Buffers, EmulationError, Shape, Struct, build, fetch, operator
 from torch import Tensor
 
 INTEGERS = (
@@ -16,14 +17,14 @@ INTEGERS = (
 POINTERS = ("logits", "bias", "targets", "statistics", "coefficients")
 
 
-class Call(ctypes.Structure):
+class Call(Struct):
     """Mirror of ``Call`` in linear.cpp."""
 
-    _fields_ = [
+    _fields_ = (
         *((name, ctypes.c_int64) for name in INTEGERS),
         ("factor", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in POINTERS),
-    ]
+    )
 
 
 class HeadEmulator:
@@ -61,44 +62,26 @@ class HeadEmulator:
                     fetch(address, (span(results[name]),)).as_strided(results[name].shape, results[name].stride())
                 )
 
+    @operator
     def head_statistics(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        first: int,
-        temperature: float,
-        statistics: Tensor,
-        logits: Tensor,
-        keep: bool,
+        self, hidden: Tensor, weight: Tensor, statistics: Tensor, logits: Tensor, keep: bool, **given: Any
     ) -> None:
         self.head_product(hidden, weight.T, logits, False)
-        if not logits.numel():
-            return
-        numbers = {**sizes(hidden, logits, first, temperature), "statistics_stride": statistics.stride(0)}
-        inputs = {"bias": bias, "targets": targets, "logits": logits}
-        self.run("head_statistics", inputs, {"statistics": statistics}, **numbers)
+        numbers = sizes(hidden, logits, given.pop("first"), given.pop("temperature"))
+        numbers["statistics_stride"] = statistics.stride(0)
+        if logits.numel():
+            self.run("head_statistics", given | {"logits": logits}, {"statistics": statistics}, **numbers)
 
+    @operator
     def head_gradient(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        first: int,
-        temperature: float,
-        coefficients: Tensor,
-        logits: Tensor,
-        recompute: bool,
+        self, hidden: Tensor, weight: Tensor, coefficients: Tensor, logits: Tensor, recompute: bool, **given: Any
     ) -> None:
         if recompute:
             self.head_product(hidden, weight.T, logits, False)
-        if not logits.numel():
-            return
-        numbers = {**sizes(hidden, logits, first, temperature), "coefficients_stride": coefficients.stride(0)}
-        inputs = {"bias": bias, "targets": targets, "coefficients": coefficients}
-        self.run("head_gradient", inputs, {"logits": logits}, **numbers)
+        numbers = sizes(hidden, logits, given.pop("first"), given.pop("temperature"))
+        numbers["coefficients_stride"] = coefficients.stride(0)
+        if logits.numel():
+            self.run("head_gradient", given | {"coefficients": coefficients}, {"logits": logits}, **numbers)
 
     def head_product(self, left: Tensor, right: Tensor, result: Tensor, accumulate: bool) -> None:
         result.addmm_(left.float(), right.float(), beta=float(accumulate))

@@ -52,7 +52,7 @@ def bad(function: str, name: str, value: Any, error: type[Exception], says: str,
         bad("visual_focus", "visual_mask", PADDED.visual_mask.float(), TypeError, r"visual_mask.bool\(\)"),
         bad("visual_focus", "response_mask", PADDED.response_mask.half(), TypeError, "response_mask must be bool"),
         bad("visual_focus", "prototype", PADDED.hidden[:, 0, :5], ValueError, r"prototype must have shape \[P, 8\]"),
-        bad("visual_focus", "prototype", PADDED.hidden[:2, 0], ValueError, "a row a response"),
+        bad("visual_focus", "prototype", PADDED.hidden[:2, 0], ValueError, "a row per response"),
         bad("visual_focus", "prototype_index", PADDED.group_ids, ValueError, "needs prototype"),
         bad("visual_focus", "cu_seqlens", PACKED.cu_seqlens, ValueError, r"hidden must have shape \[N, D\]"),
         bad("visual_focus", "cu_seqlens", PACKED.cu_seqlens.flip(0), ValueError, "cu_seqlens must rise", True),
@@ -108,7 +108,7 @@ def test_an_unknown_backend_is_refused() -> None:
 def test_a_backend_that_cannot_serve_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
-    for name, reason in (("triton", "TRITON_INTERPRET=1"), ("cuda", "VGPO_BUILD=cuda|serves CUDA tensors")):
+    for name, reason in (("triton", "TRITON_INTERPRET=1"), ("cuda", "VGPO_BUILD=cuda|handles CUDA tensors")):
         with vgpo_kernels.backend(name), pytest.raises(RuntimeError, match=reason):
             vgpo_kernels.visual_focus(**good_arguments("visual_focus"))
     with vgpo_kernels.backend("cpp"), pytest.raises(RuntimeError, match=r"float64|not built"):

@@ -61,21 +61,19 @@ def by_definition(batch: Batch, head: Head, leaves: list[Tensor], **options: Any
     given = {name: options.pop(name, None) for name in ("ref_logp", "importance_weights")}
     hidden, weight, bias = leaves
     loss, _ = definition(
-        hidden,
-        weight,
-        bias,
-        head.targets,
-        options.pop("old_logp", batch.old_logp),
-        batch.advantages,
-        batch.response_mask,
-        weights.factors,
-        boundaries,
-        *given.values(),
-        None,
-        None,
-        0.9,
-        PolicyLossOptions(**options).as_floats(),
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        targets=head.targets,
+        old_logp=options.pop("old_logp", batch.old_logp),
+        advantages=batch.advantages,
+        response_mask=batch.response_mask,
+        factors=weights.factors,
+        cu_seqlens=boundaries,
+        temperature=0.9,
+        options=PolicyLossOptions(**options).as_floats(),
         dtype=hidden.dtype,
+        **given,
     )
     return PolicyLoss(loss, {})
 

@@ -138,6 +138,29 @@ def test_metrics_are_read_without_being_computed(backend_name: str, device: torc
     assert all(value.dim() == 0 and not value.requires_grad for value in metrics.values())
 
 
+def test_a_call_names_every_argument() -> None:
+    """A missing and an unknown name are errors, whichever backend would handle the call."""
+    given = {"score": torch.zeros(2), "group_ids": torch.zeros(2, dtype=torch.int64), "has_visual": None}
+    cpu = torch.device("cpu")
+    with vgpo_kernels.backend("reference"):
+        registry.call("group_weights", cpu, torch.float32, **given, config=CONFIG)
+        with pytest.raises(TypeError, match="missing or unknown: config"):
+            registry.call("group_weights", cpu, torch.float32, **given)
+        with pytest.raises(TypeError, match="missing or unknown: scores"):
+            registry.call("group_weights", cpu, torch.float32, **given, config=CONFIG, scores=None)
+
+
+def test_a_function_gets_the_arguments_that_it_declares() -> None:
+    names = ("first", "second", "third")
+    assert registry.by_name(lambda third, first: (first, third), names)(1, 2, 3) == (1, 3)
+    assert registry.by_name(lambda second, **others: (second, others), names)(1, 2, 3) == (2, {"first": 1, "third": 3})
+    assert registry.by_name(lambda second, dtype="fp64": (second, dtype), names)(1, 2, 3) == (2, "fp64")
+    with pytest.raises(TypeError, match="reads fourth, none of the arguments first, second, third"):
+        registry.by_name(lambda first, fourth: None, names)
+    with pytest.raises(TypeError, match="got 2"):
+        registry.by_name(lambda first: None, names)(1, 2)
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_every_operator_has_its_stem_in_every_room(room: str) -> None:
     stems = {operator.stem for operator in registry.OPERATORS.values()}

@@ -1,4 +1,4 @@
-"""How queries share their attention between segments of keys, and between single keys, without the attention matrix."""
+"""Shares of attention by segment of keys and by single key, without the attention matrix."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import attention_mass as reference
 from vgpo_kernels.reference.layout import responses_of
 
-# What attention_heatmap calls its keys, in the segments of attention_mass.
+# Segments of the keys in attention_heatmap.
 IGNORED, SEEN, SHOWN = -1, 0, 1
+LABELS = 2  # of keys that take part
 
 
 def attention_mass(
@@ -32,22 +33,22 @@ def attention_mass(
     """Share of each query's causal softmax attention that falls on each segment of the keys.
 
     ``mass[t, g]`` is the sum of ``softmax(scale q_t k^T)`` over the visible keys of segment g; the usual segments are
-    image, question and generated text. Computed by streaming over the keys, from ``q k^T`` alone: no array of queries
-    by keys exists at any time. Differentiable in q and k, once, by recomputation.
+    image, question and generated text. It goes over the keys in blocks, as flash attention does, and needs no values:
+    there is never an array of queries by keys. Differentiable in q and k (first derivatives), by recomputation.
 
     Args:
         q: Queries ``[B, Hq, T, d]``, or packed ``[N, Hq, d]``; float32, bfloat16 or float16, after position embedding.
         k: Keys ``[B, Hk, S, d]`` or ``[M, Hk, d]`` in q's dtype. Hq is a multiple of Hk: query heads share key heads in
-            order, and keys are not to be repeated.
-        key_segments: Segment of each key, integer ``[B, S]`` or ``[M]``, below ``num_segments``. A negative one makes
-            queries ignore the key, as padding must be; such keys may hold anything.
+            order; do not repeat keys.
+        key_segments: Segment of each key, integer ``[B, S]`` or ``[M]``, below ``num_segments``. Keys with a negative
+            segment are ignored and not read; padding needs one.
         num_segments: Number of segments G.
-        query_positions: Which key of its response a query sits at, integer ``[B, T]`` or ``[N]``: it sees the keys up
-            to that one. Negative: none. By default the queries are the last T positions.
+        query_positions: Position of each query among the keys of its response, integer ``[B, T]`` or ``[N]``. A query
+            sees the keys up to its position; with a negative one, none. Default: queries are the last T positions.
         cu_seqlens_q: Boundaries of packed queries, int32 or int64 ``[B + 1]``.
         cu_seqlens_k: Boundaries of packed keys, likewise.
         scale: Factor of the scores; by default ``1 / sqrt(d)``.
-        window: A query sees this many positions at most, its own included, as in sliding-window layers; ``None``: all.
+        window: Number of positions that a query sees at most, with its own, as in sliding-window layers; ``None``: all.
         per_head: Return the masses of every head instead of their mean.
 
     Returns:
@@ -63,12 +64,22 @@ def attention_mass(
     number = checks.positive_integer("num_segments", num_segments, checks.MOST_SEGMENTS)
     segments = checks.key_segments(key_segments, k, number)
     positions = checks.query_positions(query_positions, q, k, boundaries)
-    factor = checks.attention_scale(scale, q.shape[-1])
-    width = 0 if window is None else checks.positive_integer("window", window)
     by_head = checks.flag("per_head", per_head)
     dtype = checks.compute_dtype(q)
     mass, _, _ = registry.call(
-        "attention_mass", q.device, dtype, q, k, segments, positions, *boundaries, number, factor, width, by_head
+        "attention_mass",
+        q.device,
+        dtype,
+        q=q,
+        k=k,
+        key_segments=segments,
+        query_positions=positions,
+        cu_seqlens_q=boundaries[0],
+        cu_seqlens_k=boundaries[1],
+        num_segments=number,
+        scale=checks.attention_scale(scale, q.shape[-1]),
+        window=checks.window(window),
+        per_head=by_head,
     )
     return mass.to(dtype)  # type: ignore[no-any-return]
 
@@ -87,24 +98,24 @@ def attention_heatmap(
     window: int | None = None,
     per_head: bool = False,
 ) -> Tensor:
-    """Causal softmax attention that each key receives, averaged over queries: a picture of what they look at.
+    """Causal softmax attention that each key receives, averaged over queries: a map of what the queries look at.
 
-    The softmax is over all visible keys; ``key_mask`` chooses those whose share is returned, the image's say. Neither
-    pass over ``q k^T`` keeps an array of queries by keys. Differentiable in q and k, once, by recomputation.
+    The softmax is over all visible keys; ``key_mask`` chooses those to return, such as the image's. There is never an
+    array of queries by keys. Differentiable in q and k (first derivatives), by recomputation.
 
     Args:
         q: Queries ``[B, Hq, T, d]``, or packed ``[N, Hq, d]``; float32, bfloat16 or float16, after position embedding.
         k: Keys ``[B, Hk, S, d]`` or ``[M, Hk, d]`` in q's dtype, Hq a multiple of Hk.
         key_mask: True at keys to return, bool or integer, ``[B, S]`` or ``[M]``.
         query_mask: True at queries to average over, bool or integer, ``[B, T]`` or ``[N]``; by default all. A query
-            that sees no key does not count.
-        attention_mask: True at keys that take part at all (transformers' padding mask), bool or integer, of
-            ``key_mask``'s shape; by default all. The others may hold anything.
+            that sees no key is left out.
+        attention_mask: True at keys that are not padding (transformers' attention mask), bool or integer, in
+            ``key_mask``'s shape; by default all. The other keys are not read.
         query_positions: As in :func:`attention_mass`, like the arguments that follow.
         cu_seqlens_q: Boundaries of packed queries, int32 or int64 ``[B + 1]``.
         cu_seqlens_k: Boundaries of packed keys, likewise.
         scale: Factor of the scores; by default ``1 / sqrt(d)``.
-        window: A query sees this many positions at most, its own included; ``None``: all.
+        window: Number of positions that a query sees at most, with its own; ``None``: all.
         per_head: Return the maps of every head instead of their mean.
 
     Returns:
@@ -117,26 +128,35 @@ def attention_heatmap(
 
     """
     q, k, boundaries = checks.queries_and_keys(q, k, cu_seqlens_q, cu_seqlens_k)
-    shown = checks.mask("key_mask", key_mask, checks.token_shape(k), "one entry a key of k", q.device, "q")
+    shown = checks.mask("key_mask", key_mask, checks.token_shape(k), "one entry per key of k", q.device, "q")
     labels = torch.where(shown, SHOWN, SEEN).to(torch.int32)
     if attention_mask is not None:
-        seen = checks.mask("attention_mask", attention_mask, shown.shape, "one entry a key of k", q.device, "q")
+        seen = checks.mask("attention_mask", attention_mask, shown.shape, "one entry per key of k", q.device, "q")
         labels = labels.masked_fill(~seen, IGNORED)
     positions = checks.query_positions(query_positions, q, k, boundaries)
     if query_mask is not None:
-        chosen = checks.mask("query_mask", query_mask, checks.token_shape(q), "one entry a query of q", q.device, "q")
+        chosen = checks.mask("query_mask", query_mask, checks.token_shape(q), "one entry per query of q", q.device, "q")
         if positions is None:
             positions = reference.default_positions(chosen.shape[-1], shown.shape[-1], *boundaries, q.device)
         # A query at a negative position sees nothing, so kernels skip it.
         positions = torch.where(chosen, positions, -1).contiguous()
-    factor = checks.attention_scale(scale, q.shape[-1])
-    width = 0 if window is None else checks.positive_integer("window", window)
     by_head = checks.flag("per_head", per_head)
     dtype = checks.compute_dtype(q)
-    keys, layout = (q, k, labels, positions), (*boundaries, factor, width, by_head)
-    _, _, lse = registry.call("attention_mass", q.device, dtype, *keys, *boundaries, 2, factor, width, True)
+    arguments = {
+        "q": q,
+        "k": k,
+        "key_segments": labels,
+        "query_positions": positions,
+        "cu_seqlens_q": boundaries[0],
+        "cu_seqlens_k": boundaries[1],
+        "scale": checks.attention_scale(scale, q.shape[-1]),
+        "window": checks.window(window),
+    }
+    _, _, lse = registry.call("attention_mass", q.device, dtype, **arguments, num_segments=LABELS, per_head=True)
     weights = _query_weights(lse, boundaries[0])
-    heat = registry.call("attention_heatmap", q.device, dtype, *keys, weights, lse, *layout)
+    heat = registry.call(
+        "attention_heatmap", q.device, dtype, **arguments, query_weights=weights, lse=lse, per_head=by_head
+    )
     return heat.to(dtype)  # type: ignore[no-any-return]
 
 
@@ -152,18 +172,7 @@ def _query_weights(lse: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
     return counted / count.clamp(min=1)[response]
 
 
-def _fake_mass(
-    q: Tensor,
-    k: Tensor,
-    key_segments: Tensor,
-    query_positions: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    num_segments: int,
-    scale: float,
-    window: int,
-    per_head: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_mass(q: Tensor, num_segments: int, per_head: bool) -> tuple[Tensor, Tensor, Tensor]:
     *batch, heads, queries = _by_head(q)
     by_head = q.new_empty((*batch, heads, queries, num_segments), dtype=torch.float32)
     lse = q.new_empty((*batch, heads, queries), dtype=torch.float32)
@@ -172,70 +181,64 @@ def _fake_mass(
     return lse.new_empty((*batch, queries, num_segments)), by_head, lse
 
 
-def _fake_heatmap(
-    q: Tensor,
-    k: Tensor,
-    key_segments: Tensor,
-    query_positions: Tensor | None,
-    query_weights: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    window: int,
-    per_head: bool,
-) -> Tensor:
+def _fake_heatmap(q: Tensor, k: Tensor, per_head: bool) -> Tensor:
     *batch, heads, _ = _by_head(q)
     keys = _by_head(k)[-1]
     return q.new_empty((*batch, heads, keys) if per_head else (*batch, keys), dtype=torch.float32)
 
 
-def _fake_gradients(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_gradients(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 def _by_head(tensor: Tensor) -> tuple[int, ...]:
-    """Shape of one number a head and token: ``[B, H, T]``, packed ``[H, N]``."""
+    """Shape of one number per head and token: ``[B, H, T]``, packed ``[H, N]``."""
     shape = tensor.shape[:-1]
     return tuple(shape) if tensor.dim() == 4 else tuple(reversed(shape))
 
 
-def _save_mass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, _, ctx.scale, ctx.window, ctx.per_head = inputs
+def _save_mass(
+    ctx: Any, output: tuple[Tensor, Tensor, Tensor], num_segments: int, per_head: bool, **arguments: Any
+) -> None:
     mass, head_mass, lse = output
-    ctx.save_for_backward(*tensors, mass if ctx.per_head else head_mass, lse)
+    registry.keep(ctx, **arguments, head_mass=mass if per_head else head_mass, lse=lse)
+    ctx.averaged_heads = None if per_head else arguments["q"].shape[1]
     ctx.mark_non_differentiable(head_mass, lse)
     ctx.set_materialize_grads(False)
 
 
-def _backward_mass(ctx: Any, grad_mass: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_mass(ctx: Any, needed: set[str], grad_mass: Tensor | None, *_: Tensor | None) -> dict[str, Tensor]:
     if grad_mass is None:
-        return (None,) * 10
-    return *_gradients("attention_mass_backward", ctx, grad_mass, -3), *(None,) * 8
+        return {}
+    return _gradients("attention_mass_backward", ctx, grad_mass=_of_heads(grad_mass, ctx.averaged_heads, -3))
 
 
-def _save_heatmap(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scale, ctx.window, ctx.per_head = inputs
-    ctx.save_for_backward(*tensors)
+def _save_heatmap(ctx: Any, output: Tensor, per_head: bool, **arguments: Any) -> None:
+    registry.keep(ctx, **arguments)
+    ctx.averaged_heads = None if per_head else arguments["q"].shape[1]
     ctx.set_materialize_grads(False)
 
 
-def _backward_heatmap(ctx: Any, grad_heat: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_heatmap(ctx: Any, needed: set[str], grad_heat: Tensor | None) -> dict[str, Tensor]:
     if grad_heat is None:
-        return (None,) * 11
-    return *_gradients("attention_heatmap_backward", ctx, grad_heat, -2), *(None,) * 9
+        return {}
+    return _gradients("attention_heatmap_backward", ctx, grad_heat=_of_heads(grad_heat, ctx.averaged_heads, -2))
 
 
-def _gradients(name: str, ctx: Any, grad: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Gradients by q and k, which are the first two of the saved tensors, from that of the result."""
-    q, k, *_ = saved = ctx.saved_tensors
-    if not ctx.per_head:
-        heads = q.shape[1]
-        grad = (grad / heads).unsqueeze(head_dim)
-        grad = grad.expand(*grad.shape[:head_dim], heads, *grad.shape[head_dim + 1 :])
-    arguments = (grad.contiguous(), *saved, ctx.scale, ctx.window)
-    grad_q, grad_k = registry.call(name, grad.device, checks.compute_dtype(grad), *arguments)
-    return grad_q.to(q.dtype), grad_k.to(k.dtype)
+def _of_heads(grad: Tensor, averaged_heads: int | None, head_dim: int) -> Tensor:
+    """Gradient w.r.t. the result of every head, from that w.r.t. their mean (``None``: from itself)."""
+    if averaged_heads is not None:
+        grad = (grad / averaged_heads).unsqueeze(head_dim)
+        grad = grad.expand(*grad.shape[:head_dim], averaged_heads, *grad.shape[head_dim + 1 :])
+    return grad.contiguous()
+
+
+def _gradients(name: str, ctx: Any, **grad: Tensor) -> dict[str, Tensor]:
+    """Gradients w.r.t. q and k, by the operator ``name`` of the gradient w.r.t. the result of every head."""
+    arguments = registry.kept(ctx)
+    q, k = arguments["q"], arguments["k"]
+    grad_q, grad_k = registry.call(name, q.device, checks.compute_dtype(*grad.values()), **grad, **arguments)
+    return {"q": grad_q.to(q.dtype), "k": grad_k.to(k.dtype)}
 
 
 _KEYS = "Tensor q, Tensor k, Tensor key_segments, Tensor? query_positions"
@@ -251,7 +254,7 @@ registry.define(
 )
 registry.define(
     reference.attention_mass_backward,
-    f"(Tensor grad_mass, {_KEYS}, {_LAYOUT}, Tensor mass, Tensor lse, float scale, int window) "
+    f"(Tensor grad_mass, {_KEYS}, {_LAYOUT}, Tensor head_mass, Tensor lse, float scale, int window) "
     "-> (Tensor grad_q, Tensor grad_k)",
     _fake_gradients,
 )

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies straight from hidden states and an LM head, without an ``[N, V]`` tensor."""
+"""Log-probabilities and entropies from hidden states and an LM head, without an ``[N, V]`` tensor."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def linear_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probabilities of targets under ``softmax((hidden @ weight.T + bias) / temperature)``, and their entropies.
 
-    The logits are computed a chunk at a time and dropped: the backward pass computes each chunk again and turns it in
-    place into its gradient. Logits, log-sum-exp and entropy are fp32 whatever the inputs' dtype, and so is the sum over
-    tokens that makes the weight's gradient. Differentiable in hidden, weight and bias, through both results; an input
-    that needs no gradient costs none.
+    The logits are computed in chunks and not kept: the backward pass computes each chunk again, and overwrites it with
+    its gradient. Logits, log-sum-exp and entropy are fp32 for every dtype of the inputs, and so is the sum over tokens
+    in the weight's gradient. Differentiable in hidden, weight and bias, through both results; no time is spent on the
+    gradient of an input that needs none.
 
-    Products run in hidden's dtype (under autocast, in autocast's; instead of fp16, CPUs take fp32), to which the weight
-    is converted a slice at a time: a weight in fp32 needs no copy in bf16. A weight tied to an embedding is passed as
-    it is. A head adapted by LoRA without dropout is the weight ``base + scale * B @ A``, through which autograd passes
-    the gradient on.
+    Matrix products use hidden's dtype (under autocast, autocast's; on CPUs fp32 instead of fp16). The weight is
+    converted to it slice by slice, so an fp32 weight needs no bf16 copy. A weight that is tied to an embedding is
+    passed as it is. For a head with LoRA (without dropout) pass the weight ``base + scale * B @ A``: autograd carries
+    the gradient on to A and B.
 
     Args:
         hidden: The hidden state that predicts each target, ``[N, D]`` or ``[..., D]``: that of the token **before** it.
@@ -45,10 +45,10 @@ def linear_logprob(
         bias: The head's bias ``[V]``.
         temperature: What logits are divided by, > 0.
         return_entropy: Return the entropies as well.
-        ignore_index: Targets of this value are skipped: their rows are not computed, may hold anything, and yield zeros
-            without a gradient. On a GPU the host waits for their number. ``None``: every row counts, and it does not.
-        chunk_bytes: Size of the workspace that a chunk's logits in fp32 pass through; by default 1/24 of all logits,
-            in bounds. More is faster only where a chunk has few tokens.
+        ignore_index: Targets of this value are skipped: their rows are not read, and give zeros without a gradient. On
+            a GPU the host waits for their number. ``None``: no row is skipped, and the host does not wait.
+        chunk_bytes: Size of the workspace for the fp32 logits of a chunk; by default 1/24 of all logits, within
+            bounds. More is faster only where a chunk has few tokens.
 
     Returns:
         Log-probabilities (natural logarithm) in targets' shape, float32; with ``return_entropy`` a pair, with the
@@ -77,11 +77,11 @@ def linear_logprob_slice(
     ignore_index: int | None = IGNORED,
     chunk_bytes: int | None = None,
 ) -> Tensor:
-    """Return what a slice of the vocabulary contributes to log-probabilities and entropies, for tensor parallelism.
+    """Return the part of log-probabilities and entropies that a slice of the vocabulary gives, for tensor parallelism.
 
-    Each rank calls this with its rows of the weight, all ranks gather the results, and :func:`combine_slices` makes
-    log-probabilities of them. Differentiable like :func:`linear_logprob`: the gradient by the weight's rows is
-    complete, that by hidden is this slice's share, to be summed over ranks.
+    Each rank calls this with its rows of the weight, all ranks gather the results, and :func:`combine_slices` computes
+    log-probabilities and entropies from them. Differentiable like :func:`linear_logprob`: the gradient w.r.t. the
+    weight's rows is complete; that w.r.t. hidden is this slice's share, and ranks have to add up theirs.
     :func:`vgpo_kernels.integrations.tensor_parallel.parallel_logprob` does all of this in a process group.
 
     Args:
@@ -107,7 +107,7 @@ def linear_logprob_slice(
 
 
 def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None = IGNORED) -> tuple[Tensor, Tensor]:
-    """Make log-probabilities and entropies of what :func:`linear_logprob_slice` returned for every slice.
+    """Compute log-probabilities and entropies from the results of :func:`linear_logprob_slice` for every slice.
 
     Args:
         slices: Results of all slices of the vocabulary, ``[R, 4, ...]``, in any order. Differentiable.
@@ -159,9 +159,18 @@ def _statistics(
     divisor = checks.temperature(temperature)
     size = checks.chunk_bytes(chunk_bytes)
     dtype = checks.compute_dtype(hidden, weight, bias)
-    rows = hidden.reshape(-1, hidden.shape[-1])
     statistics = registry.call(
-        "linear_logprob", hidden.device, dtype, rows, weight, bias, ids.reshape(-1), begin, divisor, skipped, size
+        "linear_logprob",
+        hidden.device,
+        dtype,
+        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        weight=weight,
+        bias=bias,
+        targets=ids.reshape(-1),
+        first=begin,
+        temperature=divisor,
+        ignore_index=skipped,
+        chunk_bytes=size,
     )
     return statistics.to(dtype).reshape(4, *ids.shape)  # type: ignore[no-any-return]
 
@@ -231,82 +240,48 @@ def _kept(targets: Tensor, ignore_index: int | None) -> Tensor | None:
     return None if index.shape == targets.shape else index
 
 
-def _compiled(hidden: Tensor, *arguments: Any) -> Tensor:
-    return compute(compiled_kernels(hidden.device), hidden, *arguments)
+def _compiled(hidden: Tensor, **arguments: Any) -> Tensor:
+    return compute(compiled_kernels(hidden.device), hidden=hidden, **arguments)
 
 
-def _compiled_backward(grad_statistics: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return compute_backward(compiled_kernels(grad_statistics.device), grad_statistics, *arguments)
+def _compiled_backward(hidden: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return compute_backward(compiled_kernels(hidden.device), hidden=hidden, **arguments)
 
 
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    first: int,
-    temperature: float,
-    ignore_index: int | None,
-    chunk_bytes: int,
-) -> Tensor:
+def _fake(hidden: Tensor) -> Tensor:
     return hidden.new_empty((4, hidden.shape[0]), dtype=torch.float32)
 
 
-def _fake_backward(
-    grad_statistics: Tensor,
-    statistics: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    first: int,
-    temperature: float,
-    ignore_index: int | None,
-    gradients: list[bool],
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = hidden.new_empty(0)
+def _fake_backward(hidden: Tensor, weight: Tensor, gradients: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        hidden.new_empty(hidden.shape) if gradients[0] else nothing,
+        hidden.new_empty(hidden.shape if gradients[0] else 0),
         weight.new_empty(weight.shape) if gradients[1] else hidden.new_empty(0),
         hidden.new_empty(weight.shape[0], dtype=torch.float32) if gradients[2] else hidden.new_empty(0),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, weight, bias, targets, ctx.first, ctx.temperature, ctx.ignore_index, ctx.chunk_bytes = inputs
-    ctx.save_for_backward(output, hidden, weight, bias, targets)
+def _fake_nothing() -> None:
+    return None
 
 
-def _backward(ctx: Any, grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
-    statistics, hidden, weight, bias, targets = ctx.saved_tensors
-    needed = list(ctx.needs_input_grad[:3])
+def _save(ctx: Any, output: Tensor, **arguments: Any) -> None:
+    registry.keep(ctx, statistics=output, **arguments)
+
+
+def _backward(ctx: Any, needed: set[str], grad_statistics: Tensor) -> dict[str, Tensor]:
+    arguments = registry.kept(ctx)
+    inputs = {name: arguments[name] for name in ("hidden", "weight", "bias")}
     found = registry.call(
         "linear_logprob_backward",
-        hidden.device,
-        checks.compute_dtype(hidden, weight),
-        grad_statistics,
-        statistics,
-        hidden,
-        weight,
-        bias,
-        targets,
-        ctx.first,
-        ctx.temperature,
-        ctx.ignore_index,
-        needed,
-        ctx.chunk_bytes,
+        grad_statistics.device,
+        checks.compute_dtype(arguments["hidden"], arguments["weight"]),
+        grad_statistics=grad_statistics,
+        gradients=[name in needed for name in inputs],
+        **arguments,
     )
-    inputs = (hidden, weight, bias)
-    by_input = (
-        gradient.to(tensor.dtype) if wanted else None
-        for gradient, tensor, wanted in zip(found, inputs, needed, strict=True)
-    )
-    return *by_input, *(None,) * 5
-
-
-def _fake_nothing(*_: Any) -> None:
-    return None
+    return {
+        name: gradient.to(inputs[name].dtype) for name, gradient in zip(inputs, found, strict=True) if name in needed
+    }
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int first, float temperature"
@@ -326,7 +301,7 @@ registry.define(
     _fake_backward,
     implementation=_compiled_backward,
 )
-# What a backend brings: the arithmetic of one chunk.
+# The arithmetic of one chunk, which every backend implements.
 registry.define(
     reference.head_statistics,
     f"({_HEAD}, Tensor(a!) statistics, Tensor(b!) logits, bool keep) -> ()",

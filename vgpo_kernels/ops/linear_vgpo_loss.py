@@ -1,4 +1,4 @@
-"""From hidden states and an LM head to the policy loss and all its gradients, without an ``[N, V]`` tensor."""
+"""Policy loss and all its gradients from hidden states and an LM head, without an ``[N, V]`` tensor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import checks
-from vgpo_kernels.config import CHOICES, VGPOConfig
+from vgpo_kernels.config import PolicyLossOptions, VGPOConfig
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.lm_head import (
     LOGITS_SHARE,
@@ -20,7 +20,14 @@ from vgpo_kernels.ops.lm_head import (
     gradient_by_statistics,
     without_autocast,
 )
-from vgpo_kernels.ops.policy_loss import POLICY_METRICS, PolicyLoss, loss_arguments, unpack
+from vgpo_kernels.ops.policy_loss import (
+    POLICY_METRICS,
+    SHARED_TENSORS,
+    PolicyLoss,
+    compute_dtype,
+    shared_arguments,
+    unpack,
+)
 from vgpo_kernels.ops.visual_focus import visual_focus
 from vgpo_kernels.ops.visual_weights import visual_weights
 from vgpo_kernels.reference import linear_logprob as reference
@@ -48,18 +55,20 @@ def linear_vgpo_loss(
     chunk_bytes: int | None = None,
     **policy_loss_options: Any,
 ) -> PolicyLoss:
-    """Visual focus, factors, log-probabilities and policy loss of whole groups, from one tensor of hidden states
+    """Visual focus, factors, log-probabilities and policy loss of whole groups, from hidden states and an LM head
     (paper, Eq. 3-11).
 
-    Equal to :func:`visual_focus` and :func:`visual_weights` of ``hidden``, then :func:`linear_policy_loss`. The hidden
-    state **at** a token says how visual it is, that **before** it predicts it: so ``hidden`` is that of all positions,
-    differentiable through the log-probabilities, while the visual signal is detached. Every group must be whole: where
-    groups straddle micro-batches or ranks, compute the factors in two phases and call :func:`linear_policy_loss`.
+    The same as :func:`visual_focus` and :func:`visual_weights` of ``hidden``, followed by :func:`linear_policy_loss`.
+    The visual focus of a token comes from the hidden state at the token itself; its log-probability comes from the
+    hidden state one position before. So ``hidden`` has all positions. The loss is differentiable in it through the
+    log-probabilities only: the visual signal is detached. Every group must be whole. Where groups straddle
+    micro-batches or ranks, compute the factors in two phases (:func:`group_weights`), and call
+    :func:`linear_policy_loss`.
 
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed; float32,
-            bfloat16 or float16. Row (b, S - T + t - 1) predicts token (b, t) of the response arrays, and row (b, S - T
-            + t) is that token's own; packed, row n - 1 predicts token n, and row n is its own.
+            bfloat16 or float16. Padded, token (b, t) of the response arrays has row (b, S - T + t), and row
+            (b, S - T + t - 1) predicts it. Packed, token n has row n, and row n - 1 predicts it.
         weight: The LM head, ``[V, D]``.
         targets: Ids of the tokens, integer, in response_mask's shape. Values off the mask are not read.
         old_logp: As in :func:`linear_policy_loss`.
@@ -67,7 +76,7 @@ def linear_vgpo_loss(
         visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``; may be ``None`` where ``prototype``
             is given.
         response_mask: True at scored response tokens, bool or integer, ``[B, T]`` with T <= S (the last T positions) or
-            ``[N]``. Never at the first token of a sequence, which nothing predicts.
+            ``[N]``. False at the first token of a sequence, which no row predicts.
         group_ids: Responses to one prompt share an id, integer ``[B]``.
         config: The settings of the factors.
         bias: The head's bias ``[V]``.
@@ -75,8 +84,8 @@ def linear_vgpo_loss(
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         prototype: Prototypes ``[P, D]``, as in :func:`visual_focus`; a row of zeros means no image.
         prototype_index: Row of ``prototype`` for each response, integer ``[B]``, -1 for no image.
-        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where one
-            sweep over the logits makes the gradients.
+        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where the
+            gradients take one sweep over the logits.
         **policy_loss_options: Every keyword of :func:`policy_loss` but ``factors`` and ``entropy``.
 
     Returns:
@@ -131,29 +140,25 @@ def linear_policy_loss(
     temperature: float = 1.0,
     cu_seqlens: Tensor | None = None,
     chunk_bytes: int | None = None,
-    ref_logp: Tensor | None = None,
-    importance_weights: Tensor | None = None,
-    num_tokens: int | float | Tensor | None = None,
-    num_sequences: int | float | Tensor | None = None,
-    **options: Any,
+    **policy_loss_options: Any,
 ) -> PolicyLoss:
     """:func:`policy_loss` (paper, Eq. 11) of :func:`linear_logprob`, with every gradient computed in the forward pass.
 
-    Only rows that predict a scored token are computed. Losses of single tokens know the gradient of a chunk's logits
-    when the chunk is there, so that three matrix products suffice instead of four; those of whole sequences
-    (``"gspo"``, ``"gspo_token"``) go over the vocabulary twice. Backward only scales what forward left: gradients in
-    the dtypes of hidden and weight (fp32 for fp16). Without gradients, in ``torch.no_grad()`` say, one product remains.
+    Only rows that predict a scored token are computed. For a loss of single tokens, the gradient w.r.t. a chunk's
+    logits is known as soon as the chunk is computed, so three matrix products are enough instead of four. A loss of
+    whole sequences (``"gspo"``, ``"gspo_token"``) goes over the vocabulary twice. The backward pass only scales the
+    gradients, which are kept in the dtypes of hidden and weight (fp32 for fp16). Where no gradient is needed, as in
+    ``torch.no_grad()``, there is one matrix product.
 
-    The host waits for the number of scored tokens, on a GPU: shapes depend on it.
+    On a GPU the host waits for the number of scored tokens, because shapes depend on it.
 
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
-            differentiable. Rows align with tokens as in :func:`linear_vgpo_loss`: a token is predicted by the row
-            before its own.
+            differentiable. A token is predicted by the row before its own, as in :func:`linear_vgpo_loss`.
         weight: The LM head, ``[V, D]``; differentiable, as in :func:`linear_logprob`.
         targets: Ids of the tokens, integer, in response_mask's shape. Values off the mask are not read.
         old_logp: Log-probabilities under the policy that generated the tokens, in response_mask's shape. ``None``: the
-            policy as it is now, so that every ratio is 1 (the gradient is not zero).
+            policy's own of this call, detached. Every ratio is 1 then, but the gradient is not zero.
         advantages: Per response ``[B]`` or per token.
         response_mask: True at scored tokens, ``[B, T]`` with T <= S (the last T positions) or ``[N]``; not at the first
             token of a sequence.
@@ -161,13 +166,10 @@ def linear_policy_loss(
         bias: The head's bias ``[V]``; differentiable.
         temperature: What logits are divided by, > 0.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
-        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where one
-            sweep over the logits makes the gradients.
-        ref_logp: As in :func:`policy_loss`, like all that follow.
-        importance_weights: Off-policy correction of the surrogate.
-        num_tokens: Denominator of ``"token-mean"``.
-        num_sequences: Denominator over responses of the other aggregations.
-        **options: Fields of :class:`PolicyLossOptions`. ``entropy_coef`` works: entropies come with the logits.
+        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where the
+            gradients take one sweep over the logits.
+        **policy_loss_options: Every other keyword of :func:`policy_loss` but ``entropy``. ``entropy_coef`` works:
+            entropies are computed from the logits.
 
     Returns:
         A :class:`PolicyLoss`, differentiable in hidden, weight and bias.
@@ -186,100 +188,65 @@ def linear_policy_loss(
     checks.target_values(ids, mask, rows.shape[0])
     if checks.values_are_free(mask):
         checks.predicted_tokens(mask, first_tokens(mask, states, boundaries))
-    divisor = checks.temperature(temperature)
-    size = checks.chunk_bytes(chunk_bytes)
-    scale = checks.optional_per_token("factors", factors, mask)
-    old = checks.optional_per_token("old_logp", old_logp, mask)
-    # The shape is right for every argument that stands in for the log-probabilities and entropies to come.
-    standin = scale if scale is not None else torch.zeros(mask.shape, device=mask.device)
-    arguments, floats = loss_arguments(
-        mask,
-        boundaries,
-        standin,
-        advantages,
-        ref_logp=ref_logp,
-        entropy=standin,
-        importance_weights=importance_weights,
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
-        **options,
-    )
-    dtype = checks.compute_dtype(states, rows, offsets, scale, old, *arguments)
+    shared, _ = shared_arguments(mask, boundaries, advantages, **policy_loss_options)
     differentiable = torch.is_grad_enabled()
-    gradients = [tensor is not None and tensor.requires_grad and differentiable for tensor in (states, rows, offsets)]
-    result = registry.call(
-        "linear_policy_loss",
-        mask.device,
-        dtype,
-        states,
-        rows,
-        offsets,
-        ids,
-        old,
-        arguments.advantages,
-        mask,
-        scale,
-        boundaries,
-        arguments.ref_logp,
-        arguments.importance_weights,
-        arguments.num_tokens,
-        arguments.num_sequences,
-        divisor,
-        floats,
-        gradients,
-        size,
-    )
-    return unpack(result, POLICY_METRICS, dtype)
+    arguments = {
+        "hidden": states,
+        "weight": rows,
+        "bias": offsets,
+        "targets": ids,
+        "old_logp": checks.optional_per_token("old_logp", old_logp, mask),
+        "factors": checks.optional_per_token("factors", factors, mask),
+        "temperature": checks.temperature(temperature),
+        "gradients": [
+            tensor is not None and tensor.requires_grad and differentiable for tensor in (states, rows, offsets)
+        ],
+        "chunk_bytes": checks.chunk_bytes(chunk_bytes),
+        **shared,
+    }
+    dtype = compute_dtype(arguments)
+    return unpack(registry.call("linear_policy_loss", mask.device, dtype, **arguments), POLICY_METRICS, dtype)
 
 
 def compute(
     kernels: HeadKernels,
+    *,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     old_logp: Tensor | None,
-    advantages: Tensor,
     response_mask: Tensor,
-    factors: Tensor | None,
     cu_seqlens: Tensor | None,
-    ref_logp: Tensor | None,
-    importance_weights: Tensor | None,
-    num_tokens: Tensor | None,
-    num_sequences: Tensor | None,
     temperature: float,
     options: list[float],
     gradients: list[bool],
     chunk_bytes: int,
+    **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Implement the operator ``linear_policy_loss`` by a backend's kernels."""
+    """Implement the operator ``linear_policy_loss`` by a backend's kernels; the rest goes to ``policy_loss``."""
     checks.predicted_tokens(response_mask, first_tokens(response_mask, hidden, cu_seqlens))
     index = response_mask.reshape(-1).nonzero().squeeze(-1)
     rows = predicting_rows(response_mask, hidden)[index]
     place = (rows,) if hidden.dim() == 2 else (rows // hidden.shape[1], rows % hidden.shape[1])
     logp = torch.zeros(response_mask.shape, device=hidden.device)
     if old_logp is not None:
-        # Tokens whose chunk is still to come stand at a ratio of 1 meanwhile.
+        # A token has a ratio of 1 until its chunk is computed.
         logp.copy_(old_logp)
     entropy = torch.zeros_like(logp)
 
     def loss(part: slice, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Take a chunk's log-probabilities in; return loss, its gradients by those and by entropies, and metrics."""
+        """Take in a chunk's log-probs; return loss, gradients w.r.t. log-probs and entropies, and metrics."""
         for values, of_chunk in zip((logp, entropy), logp_and_entropy(statistics), strict=True):
             values.view(-1)[index[part]] = of_chunk
         value, by_logp, by_entropy, metrics = kernels.policy_loss(
-            logp,
-            logp if old_logp is None else old_logp,
-            advantages,
-            response_mask,
-            factors,
-            cu_seqlens,
-            ref_logp,
-            entropy,
-            importance_weights,
-            num_tokens,
-            num_sequences,
-            options,
+            logp=logp,
+            old_logp=logp if old_logp is None else old_logp,
+            response_mask=response_mask,
+            cu_seqlens=cu_seqlens,
+            entropy=entropy,
+            options=options,
+            **loss_arguments,
         )
         return value, by_logp, by_entropy, metrics
 
@@ -292,8 +259,8 @@ def compute(
         return gradient_by_statistics(by_logp, by_entropy)
 
     everything = slice(0, index.shape[0])
-    one_sweep = any(gradients) and CHOICES["loss_type"][int(options[0])] not in SEQUENCE_LEVEL
-    # A scale that keeps fp16 gradients from vanishing can only be chosen once all of them are known.
+    one_sweep = any(gradients) and PolicyLossOptions.from_floats(options).loss_type not in SEQUENCE_LEVEL
+    # fp16 gradients need a scale, or small ones become zero. It can only be chosen when all of them are known.
     one_sweep = one_sweep and hidden.dtype != torch.float16 and index.shape[0] > 0
     one_sweep = one_sweep and not (kernels.packs and hidden.dtype == torch.bfloat16)
     elements = chunk_elements(chunk_bytes, index.shape[0], weight, SWEEP_SHARE if one_sweep else LOGITS_SHARE)
@@ -325,33 +292,15 @@ def compute(
 
 
 def saved_dtype(tensor: Tensor) -> torch.dtype:
-    """Dtype of a gradient that waits for the backward pass: fp16 is too narrow before the loss is scaled."""
+    """Dtype in which a gradient is kept for the backward pass: fp16 is too narrow before the loss is scaled."""
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
-def _compiled(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return compute(compiled_kernels(hidden.device), hidden, *arguments)
+def _compiled(hidden: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return compute(compiled_kernels(hidden.device), hidden=hidden, **arguments)
 
 
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    old_logp: Tensor | None,
-    advantages: Tensor,
-    response_mask: Tensor,
-    factors: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ref_logp: Tensor | None,
-    importance_weights: Tensor | None,
-    num_tokens: Tensor | None,
-    num_sequences: Tensor | None,
-    temperature: float,
-    options: list[float],
-    gradients: list[bool],
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(hidden: Tensor, weight: Tensor, gradients: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def gradient(tensor: Tensor, shape: torch.Size, needed: bool, dtype: torch.dtype) -> Tensor:
         return tensor.new_empty(shape, dtype=dtype) if needed else hidden.new_empty(0)
 
@@ -364,35 +313,34 @@ def _fake(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *gradients, metrics = output
-    ctx.save_for_backward(*gradients)
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
-    ctx.mark_non_differentiable(*gradients, metrics)
+def _save(ctx: Any, output: tuple[Tensor, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _, grad_hidden, grad_weight, grad_bias, metrics = output
+    registry.keep(ctx, hidden=grad_hidden, weight=grad_weight, bias=grad_bias)
+    ctx.dtypes = {"hidden": hidden.dtype, "weight": weight.dtype, "bias": None if bias is None else bias.dtype}
+    ctx.mark_non_differentiable(grad_hidden, grad_weight, grad_bias, metrics)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, needed: set[str], grad_loss: Tensor | None, *_: Tensor | None) -> dict[str, Tensor]:
     if grad_loss is None:
-        return (None,) * 17
-    # A gradient that no later backward pass will ask for again is scaled where it lies: a second one of the weight's
-    # size would be the largest tensor of the step. (Compilers, which see no plain tensors, place memory.)
+        return {}
+    # A gradient that no later backward pass will ask for again is scaled in place: a second one of the weight's size
+    # would be the largest tensor of the step. (Compilers, which see no plain tensors, place memory.)
     keeps = torch._C._autograd._get_current_graph_task_keep_graph()
     in_place = type(grad_loss) is Tensor and not keeps
-    scaled = (
-        (gradient.mul_(grad_loss) if in_place else gradient * grad_loss).to(dtype) if needed else None
-        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
-    )
-    # One gradient an argument: hidden, weight and bias are the first three of seventeen.
-    return *scaled, *(None,) * 14
+    return {
+        name: (gradient.mul_(grad_loss) if in_place else gradient * grad_loss).to(ctx.dtypes[name])
+        for name, gradient in registry.kept(ctx).items()
+        if name in needed
+    }
 
 
 registry.define(
     reference.linear_policy_loss,
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? old_logp, Tensor advantages, "
-    "Tensor response_mask, Tensor? factors, Tensor? cu_seqlens, Tensor? ref_logp, Tensor? importance_weights, "
-    "Tensor? num_tokens, Tensor? num_sequences, float temperature, float[] options, bool[3] gradients, "
-    "int chunk_bytes) -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor metrics)",
+    f"Tensor response_mask, Tensor? factors, Tensor? cu_seqlens, Tensor? ref_logp, {SHARED_TENSORS}, "
+    "float temperature, float[] options, bool[3] gradients, int chunk_bytes) "
+    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor metrics)",
     _fake,
     setup_context=_save,
     backward=_backward,

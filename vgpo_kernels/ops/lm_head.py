@@ -1,11 +1,11 @@
-"""The LM head in chunks: log-probabilities, entropies and gradients of logits that are never there all at once.
+"""The LM head in chunks: log-probabilities, entropies and gradients, without all logits at the same time.
 
-A chunk is some tokens by some entries of the vocabulary, and its logits fit a workspace of ``chunk_bytes``. The loops
-run over the vocabulary outside and over tokens inside: so the gradient of a slice of the weight is accumulated over
-all tokens in fp32 before it is rounded, with no second copy of the weight's size, whatever the weight's dtype.
+A chunk is some tokens by some entries of the vocabulary, and its logits fit a workspace of ``chunk_bytes``. The outer
+loop is over the vocabulary, the inner loop over tokens. So the gradient w.r.t. a slice of the weight is summed over all
+tokens in fp32 before it is rounded, and a weight in bf16 needs no fp32 gradient of its whole size.
 
-The backends bring the arithmetic of one chunk (:class:`HeadKernels`); everything here is the same for all of them, and
-runs inside opaque operators, where shapes may depend on data.
+The backends implement the arithmetic of one chunk (:class:`HeadKernels`). Everything here is the same for all of them,
+and runs inside opaque operators, where shapes may depend on data.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from vgpo_kernels.reference.linear_logprob import gradient_of
 # The default workspace is this share of the fp32 logits, in bounds. With what 16-bit gradients need beside it (their
 # sums in fp32, and packed copies) peak memory stays below an eighth of the logits.
 LOGITS_SHARE = 24
-# In one sweep every chunk adds to the whole of the weight's gradient: fewer, larger ones spare that.
+# In one sweep every chunk adds to the gradient w.r.t. the whole weight, so fewer and larger chunks are faster.
 SWEEP_SHARE = 8
 LEAST_CHUNK = 4 * 2**20
 MOST_CHUNK = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}
-# Entries of the vocabulary that a chunk should have at least: what amortises reading its tokens.
+# Entries of the vocabulary that a chunk should have at least, so that reading its tokens costs little beside them.
 CHUNK_COLUMNS = 1024
 # Widths that suit every matrix unit.
 COLUMN_MULTIPLE = 64
@@ -72,7 +72,7 @@ def compiled_kernels(device: torch.device) -> HeadKernels:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Leave dtypes to this module: the public functions have taken autocast's into account."""
+    """Turn autocast off: the public functions have already converted hidden states to its dtype."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -170,7 +170,7 @@ class Head:
     def gradients(
         self, statistics: Tensor, grad_statistics: Tensor, gradients: list[bool], weight_dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients by the rows (fp32), the weight (``weight_dtype``) and the bias (fp32), those that are asked for."""
+        """Gradients w.r.t. the rows (fp32), the weight (``weight_dtype``) and the bias (fp32), where asked for."""
         by_hidden, by_weight, by_bias = new_gradients(self.hidden, self.weight, gradients, weight_dtype)
         if not self.hidden.shape[0]:
             return by_hidden, by_weight, by_bias
@@ -199,12 +199,12 @@ class Head:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients, all in fp32, of a loss whose gradient at a row needs no other row's statistics.
 
-        Every logit is computed once: the rows of a chunk stay until their gradient takes their place. The price is a
-        gradient of the whole weight in fp32.
+        Every logit is computed once: the logits of a chunk are kept until their gradient overwrites them. The cost is
+        an fp32 gradient w.r.t. the whole weight.
 
         Args:
-            loss_gradient: Gives the gradient by the statistics ``[4, n]`` of the rows of a slice.
-            gradients: Which of hidden's, the weight's and the bias's gradient to compute.
+            loss_gradient: Returns the gradient w.r.t. the statistics ``[4, n]`` of the rows of a slice.
+            gradients: Whether to compute the gradients w.r.t. hidden, the weight and the bias.
 
         """
         by_hidden, by_weight, by_bias = new_gradients(self.hidden, self.weight, gradients, torch.float32)
@@ -252,7 +252,7 @@ class Head:
         of_slice: Tensor | None,
         by_bias: Tensor | None,
     ) -> None:
-        """Add what a chunk's gradient by its logits contributes; the first contribution overwrites."""
+        """Add the products with a chunk's gradient w.r.t. its logits; the first one overwrites."""
         if by_hidden is not None:
             self.kernels.product(gradient, weight, by_hidden[rows], columns.start > 0)
         if of_slice is not None:
@@ -269,7 +269,7 @@ def new_statistics(hidden: Tensor) -> Tensor:
 
 
 def finished(running: Tensor) -> Tensor:
-    """Turn running statistics into what ``linear_logprob`` returns: relative to the maximum, which keeps digits."""
+    """Turn running statistics into what ``linear_logprob`` returns: relative to the maximum, which is more precise."""
     maximum, total, weighted, target = running
     return torch.stack([maximum, total.log(), target - maximum, weighted / total])
 
@@ -277,7 +277,7 @@ def finished(running: Tensor) -> Tensor:
 def new_gradients(
     hidden: Tensor, weight: Tensor, gradients: list[bool], weight_dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Allocate the gradients that are asked for; those that no chunk writes, because there is none, are zero."""
+    """Allocate the gradients that are asked for, as zeros where there is no chunk to write them."""
     empty = hidden.shape[0] == 0 or weight.shape[0] == 0
     allocate = torch.zeros if empty else torch.empty
     device = hidden.device
@@ -293,9 +293,9 @@ def gradient_coefficients(
     temperature: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return ``head_gradient``'s coefficients ``[5, N]``, and what its results are to be multiplied by, if anything.
+    """Return ``head_gradient``'s coefficients ``[5, N]``, and the factor to multiply its results by (``None``: 1).
 
-    With p the probabilities and z - m the logits' distance from their maximum, a chunk's gradient by the logits is
+    With p the probabilities and z - m the logits minus their maximum, the gradient w.r.t. a chunk's logits is
     ``p grad_log_sum + p (1 + z - m - mean) grad_mean``, plus ``grad_target`` at the target. Written in the
     log-probability ``x = z - m - log_sum``, it is ``exp(x) (scale + slope x)``.
     """
@@ -315,5 +315,5 @@ def gradient_coefficients(
 
 
 def gradient_by_statistics(grad_logp: Tensor, grad_entropy: Tensor) -> Tensor:
-    """Gradient by ``linear_logprob``'s statistics of ``logp = target - log_sum`` and ``entropy = log_sum - mean``."""
+    """Gradient w.r.t. ``linear_logprob``'s statistics: ``logp = target - log_sum``, ``entropy = log_sum - mean``."""
     return torch.stack([torch.zeros_like(grad_logp), grad_entropy - grad_logp, grad_logp, -grad_entropy])

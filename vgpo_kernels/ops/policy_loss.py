@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +36,7 @@ POLICY_METRICS = (
 
 
 class PolicyLoss(NamedTuple):
-    """A loss and what it was made of.
+    """A loss and its metrics.
 
     Attributes:
         loss: 0-dimensional, differentiable in ``logp`` (and ``entropy``).
@@ -69,10 +71,10 @@ def policy_loss(
     Args:
         logp: Log-probabilities (natural logarithm) of the tokens under the policy, ``[B, T]`` or packed ``[N]``.
             float32, bfloat16 or float16; differentiable.
-        old_logp: The same under the policy that generated them, in ``logp``'s shape. Detached, as all that follow but
-            ``entropy``.
-        advantages: Per response ``[B]``, or per token in ``logp``'s shape. (A packed batch with N = B takes a
-            vector as per response.)
+        old_logp: The same under the policy that generated the tokens, in ``logp``'s shape. Detached, like all other
+            arguments but ``logp`` and ``entropy``.
+        advantages: Per response ``[B]``, or per token in ``logp``'s shape. (``[B]`` and ``[N]`` are the same shape in
+            a packed batch with N = B: then the values are per response.)
         response_mask: True at scored response tokens, bool or integer, in ``logp``'s shape. Values of any
             argument off the mask are not read.
         factors: Factor of each token's advantage, in ``logp``'s shape, from :func:`visual_weights`.
@@ -80,9 +82,11 @@ def policy_loss(
         ref_logp: Log-probabilities under the reference policy, in ``logp``'s shape, for the KL term.
         entropy: Entropy of each token's distribution in nats, in ``logp``'s shape, for the bonus; differentiable.
         importance_weights: Off-policy correction of the surrogate, ``[B]`` or per token.
-        num_tokens: Denominator of ``"token-mean"``, a number or a 0-dimensional tensor; default: the valid tokens of
-            this call. Pass the count of the whole batch to reproduce its loss from micro-batches or ranks.
-        num_sequences: Denominator over responses of the other aggregations, likewise; default: B.
+        num_tokens: Denominator of ``"token-mean"``, a number or a 0-dimensional tensor; default: the number of valid
+            tokens in this call. With the number of the whole batch, the losses of its micro-batches or ranks add up to
+            the loss of the whole batch.
+        num_sequences: Denominator of the other aggregations, a number or a 0-dimensional tensor; default: the number
+            of responses B in this call.
         **options: Fields of :class:`PolicyLossOptions`: ``loss_type="dapo"``, ``aggregation=None``,
             ``epsilon_low=0.2``, ``epsilon_high=0.28``, ``dual_clip=None``, ``kl_coef=0.0``, ``kl_estimator="k3"``,
             ``entropy_coef=0.0``, ``max_length=None`` (default: T of a padded batch), ...
@@ -96,11 +100,10 @@ def policy_loss(
 
     """
     mask, boundaries = checks.response_layout(response_mask, cu_seqlens)
-    current = checks.per_token("logp", logp, mask, detach=False)
-    scale = checks.optional_per_token("factors", factors, mask)
-    arguments, floats = loss_arguments(
+    arguments = loss_arguments(
         mask,
         boundaries,
+        logp,
         old_logp,
         advantages,
         ref_logp=ref_logp,
@@ -110,97 +113,93 @@ def policy_loss(
         num_sequences=num_sequences,
         **options,
     )
-    dtype = checks.compute_dtype(current, scale, *arguments)
-    old, advantage, *optional = arguments
-    result = registry.call(
-        "policy_loss",
-        mask.device,
-        dtype,
-        current,
-        old,
-        advantage,
-        mask,
-        scale,
-        boundaries,
-        *optional,
-        floats,
-    )
-    return unpack(result, POLICY_METRICS, dtype)
-
-
-class LossArguments(NamedTuple):
-    """The checked tensors that every loss shares, in the schemas' order."""
-
-    old_logp: Tensor
-    advantages: Tensor
-    ref_logp: Tensor | None
-    entropy: Tensor | None
-    importance_weights: Tensor | None
-    num_tokens: Tensor | None
-    num_sequences: Tensor | None
+    arguments["factors"] = checks.optional_per_token("factors", factors, mask)
+    dtype = compute_dtype(arguments)
+    return unpack(registry.call("policy_loss", mask.device, dtype, **arguments), POLICY_METRICS, dtype)
 
 
 def loss_arguments(
     mask: Tensor,
     boundaries: Tensor | None,
+    logp: Tensor,
     old_logp: Tensor,
     advantages: Tensor,
     *,
-    ref_logp: Tensor | None = None,
     entropy: Tensor | None = None,
+    **shared: Any,
+) -> dict[str, Any]:
+    """Check the arguments of :func:`policy_loss` but ``factors``, and return them by name, as operators take them."""
+    arguments, options = shared_arguments(mask, boundaries, advantages, **shared)
+    if options.entropy_coef != 0 and entropy is None:
+        raise ValueError(f"entropy_coef={options.entropy_coef} needs entropy, which is None")
+    arguments["logp"] = checks.per_token("logp", logp, mask, detach=False)
+    arguments["old_logp"] = checks.per_token("old_logp", old_logp, mask)
+    arguments["entropy"] = checks.optional_per_token("entropy", entropy, mask, detach=False)
+    return arguments
+
+
+def shared_arguments(
+    mask: Tensor,
+    boundaries: Tensor | None,
+    advantages: Tensor,
+    *,
+    ref_logp: Tensor | None = None,
     importance_weights: Tensor | None = None,
     num_tokens: int | float | Tensor | None = None,
     num_sequences: int | float | Tensor | None = None,
     **options: Any,
-) -> tuple[LossArguments, list[float]]:
-    """Check the arguments of :func:`policy_loss` that do not depend on where the log-probs come from.
+) -> tuple[dict[str, Any], PolicyLossOptions]:
+    """Check the arguments that do not depend on where log-probs come from.
 
     Returns:
-        The tensors and the options as kernels take them.
+        The arguments by name, as operators take them, and the options among them.
 
     """
     batch = checks.batch_size(mask, boundaries)
-    weights = importance_weights
-    if weights is not None:
-        weights = checks.per_response_or_token("importance_weights", weights, mask, batch)
-    arguments = LossArguments(
-        checks.per_token("old_logp", old_logp, mask),
-        checks.per_response_or_token("advantages", advantages, mask, batch),
-        checks.optional_per_token("ref_logp", ref_logp, mask),
-        checks.optional_per_token("entropy", entropy, mask, detach=False),
-        weights,
-        checks.count("num_tokens", num_tokens, mask.device),
-        checks.count("num_sequences", num_sequences, mask.device),
-    )
     chosen = PolicyLossOptions(**options)
-    if chosen.kl_coef != 0 and arguments.ref_logp is None:
-        raise ValueError(f"kl_coef={chosen.kl_coef} needs ref_logp, which is None")
-    if chosen.entropy_coef != 0 and arguments.entropy is None:
-        raise ValueError(f"entropy_coef={chosen.entropy_coef} needs entropy, which is None")
     if chosen.aggregation == "seq-mean-token-sum-norm" and chosen.max_length is None:
         if boundaries is not None:
             raise ValueError("max_length is needed by 'seq-mean-token-sum-norm' on a packed batch")
         chosen = replace(chosen, max_length=max(mask.shape[1], 1))
-    return arguments, chosen.as_floats()
+    if chosen.kl_coef != 0 and ref_logp is None:
+        raise ValueError(f"kl_coef={chosen.kl_coef} needs ref_logp, which is None")
+    arguments = {
+        "advantages": checks.per_response_or_token("advantages", advantages, mask, batch),
+        "response_mask": mask,
+        "cu_seqlens": boundaries,
+        "ref_logp": checks.optional_per_token("ref_logp", ref_logp, mask),
+        "importance_weights": checks.optional_per_response_or_token(
+            "importance_weights", importance_weights, mask, batch
+        ),
+        "num_tokens": checks.count("num_tokens", num_tokens, mask.device),
+        "num_sequences": checks.count("num_sequences", num_sequences, mask.device),
+        "options": chosen.as_floats(),
+    }
+    return arguments, chosen
+
+
+def compute_dtype(arguments: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype that an operator computes in, by the tensors among its arguments."""
+    return checks.compute_dtype(*[value for value in arguments.values() if isinstance(value, Tensor)])
 
 
 def unpack(result: Any, names: tuple[str, ...], dtype: torch.dtype) -> PolicyLoss:
-    """Make a :class:`PolicyLoss` of what an operator (or the reference) returned."""
+    """Make a :class:`PolicyLoss` of what an operator (or the reference implementation) returned."""
     loss, *_, metrics = result
     return PolicyLoss(loss.to(dtype), name_metrics(names, metrics.to(dtype)))
 
 
-def fake_loss(logp: Tensor, entropy: Tensor | None, metrics: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes of a loss operator's result: loss, its gradients by logp and entropy, metrics."""
+def fake_loss(logp: Tensor, entropy: Tensor | None, *, num_metrics: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes of a loss operator's result."""
     return (
         logp.new_empty(()),
         logp.new_empty(logp.shape),
         logp.new_empty((0,) if entropy is None else entropy.shape),
-        logp.new_empty((metrics,)),
+        logp.new_empty((num_metrics,)),
     )
 
 
-def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def keep_gradients(ctx: Any, output: tuple[Tensor, ...]) -> None:
     """Keep the gradients that the forward pass computed."""
     _, grad_logp, grad_entropy, metrics = output
     ctx.save_for_backward(grad_logp, grad_entropy)
@@ -208,43 +207,28 @@ def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def scaled_gradients(ctx: Any, grad_loss: Tensor | None, entropy: int) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients by logp and entropy, the argument of that index: the saved ones times the loss's."""
+def scaled_gradients(ctx: Any, needed: set[str], grad_loss: Tensor | None, *_: Tensor | None) -> dict[str, Tensor]:
+    """Gradients w.r.t. log-probs and entropies: what the forward pass computed, times the loss's own gradient."""
     if grad_loss is None:
-        return None, None
+        return {}
     grad_logp, grad_entropy = ctx.saved_tensors
-    return grad_loss * grad_logp, grad_loss * grad_entropy if ctx.needs_input_grad[entropy] else None
+    found = {"logp": grad_loss * grad_logp}
+    if "entropy" in needed:
+        found["entropy"] = grad_loss * grad_entropy
+    return found
 
 
-def _fake_policy_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    factors: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ref_logp: Tensor | None,
-    entropy: Tensor | None,
-    importance_weights: Tensor | None,
-    num_tokens: Tensor | None,
-    num_sequences: Tensor | None,
-    options: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_loss(logp, entropy, len(POLICY_METRICS))
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_logp, grad_entropy = scaled_gradients(ctx, grad_loss, entropy=7)
-    # One gradient an argument: logp is the first, entropy the eighth of twelve.
-    return grad_logp, *(None,) * 6, grad_entropy, *(None,) * 4
-
+# Optional tensors that every loss operator takes, in the schemas' order. Another one also goes into LossArguments and
+# shared_arguments, and into the signature of policy_loss; the functions that read it get it by name.
+SHARED_TENSORS = "Tensor? importance_weights, Tensor? num_tokens, Tensor? num_sequences"
+LOSS_TENSORS = f"Tensor? ref_logp, Tensor? entropy, {SHARED_TENSORS}"
+LOSS_RESULT = "(Tensor loss, Tensor grad_logp, Tensor grad_entropy, Tensor metrics)"
 
 registry.define(
     reference.policy_loss,
     "(Tensor logp, Tensor old_logp, Tensor advantages, Tensor response_mask, Tensor? factors, Tensor? cu_seqlens, "
-    "Tensor? ref_logp, Tensor? entropy, Tensor? importance_weights, Tensor? num_tokens, Tensor? num_sequences, "
-    "float[] options) -> (Tensor loss, Tensor grad_logp, Tensor grad_entropy, Tensor metrics)",
-    _fake_policy_loss,
-    setup_context=save_gradients,
-    backward=_backward,
+    f"{LOSS_TENSORS}, float[] options) -> {LOSS_RESULT}",
+    partial(fake_loss, num_metrics=len(POLICY_METRICS)),
+    setup_context=keep_gradients,
+    backward=scaled_gradients,
 )

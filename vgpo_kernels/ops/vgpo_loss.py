@@ -1,7 +1,8 @@
-"""From hidden states to the policy loss and its gradient, in one call."""
+"""Visual focus, factors, policy loss and its gradient in one call."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -10,11 +11,14 @@ from vgpo_kernels import checks
 from vgpo_kernels.config import VGPOConfig
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.policy_loss import (
+    LOSS_RESULT,
+    LOSS_TENSORS,
     POLICY_METRICS,
     PolicyLoss,
+    compute_dtype,
     fake_loss,
+    keep_gradients,
     loss_arguments,
-    save_gradients,
     scaled_gradients,
     unpack,
 )
@@ -41,15 +45,15 @@ def vgpo_loss(
 ) -> PolicyLoss:
     """Visual focus, factors and policy loss of whole groups in one call (paper, Eq. 3-11).
 
-    Equal to :func:`visual_focus`, :func:`visual_weights` and :func:`policy_loss` one after the other. Every
-    group must be whole: where groups straddle micro-batches or ranks, call those three, with
-    :func:`group_weights` between.
+    The same as :func:`visual_focus`, :func:`visual_weights` and :func:`policy_loss` one after the other. Every group
+    must be whole. Where groups straddle micro-batches or ranks, call these three functions, and :func:`group_weights`
+    before the loss.
 
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
-            float32, bfloat16 or float16. Detached: the loss is differentiable in ``logp``, not in the signal.
+            float32, bfloat16 or float16. Detached: the loss is differentiable in ``logp``, not in ``hidden``.
         logp: Log-probabilities (natural logarithm) under the policy, ``[B, T]`` or ``[N]``; differentiable.
-        old_logp: The same under the policy that generated the responses, in ``logp``'s shape.
+        old_logp: The same under the policy that generated the tokens, in ``logp``'s shape.
         advantages: Per response ``[B]`` or per token.
         visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``; may be ``None`` where
             ``prototype`` is given.
@@ -75,68 +79,25 @@ def vgpo_loss(
     checks.response_rows(mask, hidden)
     visible, means, rows = checks.image(visual_mask, prototype, prototype_index, hidden, mask, boundaries)
     batch = checks.batch_size(mask, boundaries)
-    groups = checks.per_response_integers("group_ids", group_ids, batch, mask.device, "hidden")
-    floats = checks.settings("config", config, VGPOConfig).as_floats()
-    current = checks.per_token("logp", logp, mask, detach=False)
-    arguments, options = loss_arguments(mask, boundaries, old_logp, advantages, **policy_loss_options)
-    dtype = checks.compute_dtype(hidden, means, current, *arguments)
-    old, advantage, *optional = arguments
-    result = registry.call(
-        "vgpo_loss",
-        mask.device,
-        dtype,
-        hidden,
-        current,
-        old,
-        advantage,
-        visible,
-        mask,
-        groups,
-        boundaries,
-        means,
-        rows,
-        *optional,
-        floats,
-        options,
-    )
-    return unpack(result, METRICS, dtype)
-
-
-def _fake(
-    hidden: Tensor,
-    logp: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
-    visual_mask: Tensor | None,
-    response_mask: Tensor,
-    group_ids: Tensor,
-    cu_seqlens: Tensor | None,
-    prototype: Tensor | None,
-    prototype_index: Tensor | None,
-    ref_logp: Tensor | None,
-    entropy: Tensor | None,
-    importance_weights: Tensor | None,
-    num_tokens: Tensor | None,
-    num_sequences: Tensor | None,
-    config: list[float],
-    options: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_loss(logp, entropy, len(METRICS))
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_logp, grad_entropy = scaled_gradients(ctx, grad_loss, entropy=11)
-    # One gradient an argument: logp is the second, entropy the twelfth of seventeen.
-    return None, grad_logp, *(None,) * 9, grad_entropy, *(None,) * 5
+    arguments = {
+        "hidden": hidden,
+        "visual_mask": visible,
+        "group_ids": checks.per_response_integers("group_ids", group_ids, batch, mask.device, "hidden"),
+        "prototype": means,
+        "prototype_index": rows,
+        "config": checks.settings("config", config, VGPOConfig).as_floats(),
+        **loss_arguments(mask, boundaries, logp, old_logp, advantages, **policy_loss_options),
+    }
+    dtype = compute_dtype(arguments)
+    return unpack(registry.call("vgpo_loss", mask.device, dtype, **arguments), METRICS, dtype)
 
 
 registry.define(
     reference.vgpo_loss,
     "(Tensor hidden, Tensor logp, Tensor old_logp, Tensor advantages, Tensor? visual_mask, Tensor response_mask, "
-    "Tensor group_ids, Tensor? cu_seqlens, Tensor? prototype, Tensor? prototype_index, Tensor? ref_logp, "
-    "Tensor? entropy, Tensor? importance_weights, Tensor? num_tokens, Tensor? num_sequences, float[] config, "
-    "float[] options) -> (Tensor loss, Tensor grad_logp, Tensor grad_entropy, Tensor metrics)",
-    _fake,
-    setup_context=save_gradients,
-    backward=_backward,
+    "Tensor group_ids, Tensor? cu_seqlens, Tensor? prototype, Tensor? prototype_index, "
+    f"{LOSS_TENSORS}, float[] config, float[] options) -> {LOSS_RESULT}",
+    partial(fake_loss, num_metrics=len(METRICS)),
+    setup_context=keep_gradients,
+    backward=scaled_gradients,
 )

@@ -30,7 +30,9 @@ def visual_prototype(hidden: Tensor, visual_mask: Tensor, *, cu_seqlens: Tensor 
     hidden, boundaries = checks.hidden_states(hidden, cu_seqlens)
     visible = checks.visual_mask(visual_mask, hidden)
     dtype = checks.compute_dtype(hidden)
-    means = registry.call("visual_prototype", hidden.device, dtype, hidden, visible, boundaries)
+    means = registry.call(
+        "visual_prototype", hidden.device, dtype, hidden=hidden, visual_mask=visible, cu_seqlens=boundaries
+    )
     return means.to(dtype)  # type: ignore[no-any-return]
 
 
@@ -55,10 +57,10 @@ def visual_focus(
         response_mask: True at scored response tokens, bool or integer: ``[B, T]`` with T <= S for the last T
             positions, or ``[N]``. May have holes.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
-        prototype: Prototypes ``[P, D]`` to use instead of the mean of ``visual_mask``'s tokens: the responses of
-            one prompt share their image, so one row a prompt is enough.
-        prototype_index: Row of ``prototype`` for each response, integer ``[B]``, -1 for no image; without it
-            ``prototype`` has a row a response.
+        prototype: Prototypes ``[P, D]`` to use instead of the mean over ``visual_mask``. The responses to one prompt
+            have the same image, so one row per prompt is enough. A row of zeros means no image.
+        prototype_index: Row of ``prototype`` for each response, integer ``[B]``, -1 for no image. Without it,
+            ``prototype`` has one row per response.
 
     Returns:
         Cosines in ``response_mask``'s shape, float32; 0 off the mask and in responses without an image.
@@ -73,23 +75,26 @@ def visual_focus(
     checks.response_rows(mask, hidden)
     visible, means, rows = checks.image(visual_mask, prototype, prototype_index, hidden, mask, boundaries)
     dtype = checks.compute_dtype(hidden, means)
-    cos = registry.call("visual_focus", hidden.device, dtype, hidden, visible, mask, boundaries, means, rows)
+    cos = registry.call(
+        "visual_focus",
+        hidden.device,
+        dtype,
+        hidden=hidden,
+        visual_mask=visible,
+        response_mask=mask,
+        cu_seqlens=boundaries,
+        prototype=means,
+        prototype_index=rows,
+    )
     return cos.to(dtype)  # type: ignore[no-any-return]
 
 
-def _fake_prototype(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _fake_prototype(hidden: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     batch = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return hidden.new_empty((batch, hidden.shape[-1]), dtype=torch.float32)
 
 
-def _fake_focus(
-    hidden: Tensor,
-    visual_mask: Tensor | None,
-    response_mask: Tensor,
-    cu_seqlens: Tensor | None,
-    prototype: Tensor | None,
-    prototype_index: Tensor | None,
-) -> Tensor:
+def _fake_focus(hidden: Tensor, response_mask: Tensor) -> Tensor:
     return hidden.new_empty(response_mask.shape, dtype=torch.float32)
 
 

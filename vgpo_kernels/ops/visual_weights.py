@@ -1,4 +1,4 @@
-"""Compensation, and re-weighting within and between trajectories: from cosines to advantage factors."""
+"""Advantage factors from cosines: compensation, and re-weighting within and between trajectories."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class VisualWeights(NamedTuple):
     """What :func:`visual_weights` returns.
 
     Attributes:
-        factors: What a token's advantage is multiplied by, ``(1 + psi)(1 + phi)`` after clamping; 1 off the mask.
+        factors: Factor of each token's advantage, ``(1 + psi)(1 + phi)`` after clamping; 1 off the mask.
         psi: Intra-trajectory weight of each token (Eq. 8), unclamped; 0 off the mask.
         w: Compensated visual focus of each token (Eq. 5); 0 off the mask.
         phi: Inter-trajectory weight of each response (Eq. 10), unclamped, ``[B]``.
-        score: Visual accumulation s of each response, ``[B]``: gather it for :func:`group_weights` where groups
-            straddle micro-batches. NaN for a response with a non-finite cosine.
+        score: Visual accumulation s of each response, ``[B]``, the input of :func:`group_weights` where groups straddle
+            micro-batches. NaN for a response with a non-finite cosine.
         metrics: 0-dimensional tensors: ``focus_mean`` (mean cosine), ``gate_rate`` (share of tokens compensated),
             ``late_early_ratio`` (mean focus of a response's second half over that of its first),
             ``weighted_responses`` and ``nonfinite_responses`` (counts).
@@ -54,14 +54,14 @@ def visual_weights(
     the strongest tokens of the tail; psi centres the min-max normalised w within a response, phi the normalised
     accumulation of w within a group.
 
-    Responses without an image, and responses with a NaN or infinite cosine, are unweighted: their factors are 1
-    and they take no part in their group's statistics.
+    Responses without an image, and responses with a NaN or infinite cosine, are not weighted: their factors are 1, and
+    their group's statistics leave them out.
 
     Args:
         cos: Cosines of :func:`visual_focus`, ``[B, T]`` or packed ``[N]``. Values off the mask are not read.
         response_mask: True at scored response tokens, bool or integer, in ``cos``'s shape.
-        group_ids: Responses to one prompt share an id, integer ``[B]``. Neighbours need not form groups.
-        config: The settings; ``VGPOConfig.paper()`` or ``VGPOConfig.released()`` to follow one by name.
+        group_ids: Responses to one prompt share an id, integer ``[B]``, in any order.
+        config: The settings, such as ``VGPOConfig.paper()`` or ``VGPOConfig.released()``.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         has_visual: Whether a response has an image, bool ``[B]``; ``None`` means that all have.
 
@@ -78,9 +78,18 @@ def visual_weights(
     batch = checks.batch_size(mask, boundaries)
     groups = checks.per_response_integers("group_ids", group_ids, batch, mask.device, "response_mask")
     images = checks.has_visual(has_visual, batch, mask.device, "response_mask")
-    floats = checks.settings("config", config, VGPOConfig).as_floats()
     dtype = checks.compute_dtype(values)
-    result = registry.call("visual_weights", mask.device, dtype, values, mask, groups, images, boundaries, floats)
+    result = registry.call(
+        "visual_weights",
+        mask.device,
+        dtype,
+        cos=values,
+        response_mask=mask,
+        group_ids=groups,
+        has_visual=images,
+        cu_seqlens=boundaries,
+        config=checks.settings("config", config, VGPOConfig).as_floats(),
+    )
     factors, psi, w, phi, score, metrics = (tensor.to(dtype) for tensor in result)
     return VisualWeights(factors, psi, w, phi, score, name_metrics(FOCUS_METRICS, metrics))
 
@@ -88,17 +97,17 @@ def visual_weights(
 def group_weights(score: Tensor, group_ids: Tensor, config: VGPOConfig, *, has_visual: Tensor | None = None) -> Tensor:
     """Inter-trajectory weights phi from the visual accumulation of each response (paper, Eq. 9-10).
 
-    This is phase two of :func:`visual_weights` for groups that straddle micro-batches or ranks: gather ``score``
-    and ``group_ids`` (B scalars each) and call it once on all of them.
+    This is the second phase of :func:`visual_weights` where groups straddle micro-batches or ranks: gather ``score``
+    and ``group_ids`` (one number per response) and call this once on all of them.
 
     Args:
-        score: Visual accumulation of each response, ``[B]``. A non-finite score takes no part.
+        score: Visual accumulation of each response, ``[B]``. A response with a non-finite score is left out.
         group_ids: Responses to one prompt share an id, integer ``[B]``.
         config: The settings; with ``inter=False`` the result is zero.
         has_visual: Whether a response has an image, bool ``[B]``; ``None`` means that all have.
 
     Returns:
-        phi, float32 ``[B]``, unclamped; 0 for a response that takes no part and for a group of one.
+        phi, float32 ``[B]``, unclamped; 0 for a response that is left out and for a group of one.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -112,25 +121,25 @@ def group_weights(score: Tensor, group_ids: Tensor, config: VGPOConfig, *, has_v
     values = checks.per_response("score", score, batch, score.device)
     groups = checks.per_response_integers("group_ids", group_ids, batch, score.device, "score")
     images = checks.has_visual(has_visual, batch, score.device, "score")
-    floats = checks.settings("config", config, VGPOConfig).as_floats()
     dtype = checks.compute_dtype(values)
-    phi = registry.call("group_weights", score.device, dtype, values, groups, images, floats)
+    phi = registry.call(
+        "group_weights",
+        score.device,
+        dtype,
+        score=values,
+        group_ids=groups,
+        has_visual=images,
+        config=checks.settings("config", config, VGPOConfig).as_floats(),
+    )
     return phi.to(dtype)  # type: ignore[no-any-return]
 
 
 def name_metrics(names: tuple[str, ...], values: Tensor) -> dict[str, Tensor]:
     """Split a vector of metrics into named 0-dimensional tensors, without reading them."""
-    return dict(zip(names, values.detach().unbind(), strict=True))
+    return dict(zip(names, values.unbind(), strict=True))
 
 
-def _fake_weights(
-    cos: Tensor,
-    response_mask: Tensor,
-    group_ids: Tensor,
-    has_visual: Tensor | None,
-    cu_seqlens: Tensor | None,
-    config: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_weights(cos: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def per_token() -> Tensor:
         return cos.new_empty(cos.shape, dtype=torch.float32)
 
@@ -141,7 +150,7 @@ def _fake_weights(
     return per_token(), per_token(), per_token(), vector(batch), vector(batch), vector(len(FOCUS_METRICS))
 
 
-def _fake_group(score: Tensor, group_ids: Tensor, has_visual: Tensor | None, config: list[float]) -> Tensor:
+def _fake_group(score: Tensor) -> Tensor:
     return score.new_empty(score.shape, dtype=torch.float32)
 
 

@@ -1,1 +1,1 @@
-"""The definition of every op in plain PyTorch: readable before fast, computed in fp64 unless told otherwise."""
+"""The reference implementation of every op in plain PyTorch: readable before fast, in fp64 by default."""

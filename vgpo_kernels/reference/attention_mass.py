@@ -1,7 +1,7 @@
-"""Attention shares by key segment, and their transpose over keys, in plain PyTorch: every probability is materialised.
+"""Attention by segment and by key in plain PyTorch, with the whole matrix of probabilities in memory.
 
-Shapes below are those of a padded batch. A packed one has queries ``[N, Hq, d]``, keys ``[M, Hk, d]`` and boundaries;
-it is computed as one sequence in which queries see the keys of their own response only.
+Shapes below are those of a padded batch. A packed batch has queries ``[N, Hq, d]``, keys ``[M, Hk, d]`` and boundaries.
+It is computed as one sequence in which queries see only the keys of their own response.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ def attention_mass(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, T, G], [B, Hq, T, G], [B, Hq, T]; packed without B
-    """Share of each query's attention by segment, that of each head, and the log-sum-exp of its scores.
+    """Share of each query's attention by segment: the mean over heads, and by head; and the log-sum-exp of its scores.
 
-    With ``per_head`` the shares of the heads come first, and the second result is empty. A query that sees no key has
-    shares of zero, and -inf.
+    With ``per_head`` the first result is the shares by head, and the second is empty. A query that sees no key has
+    shares of zero and a log-sum-exp of -inf.
     """
     scores, visible = _scores(
         q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k, num_segments, scale, window, dtype
     )
     sees = visible.any(-1, keepdim=True)
-    # A row without a visible key keeps its scores, so that its softmax, of which nothing is used, stays finite.
+    # A row without a visible key keeps its scores, so that its softmax is finite. It is not used.
     scores = torch.where(visible | ~sees, scores, -torch.inf)
     probability = torch.where(visible, scores.softmax(-1), torch.zeros_like(scores))
-    # The column added changes no sum, and stands for the keys of a response that has none.
+    # The added column changes no sum. It is there for responses without keys.
     lse = torch.where(sees[..., 0], nn.functional.pad(scores, (0, 1), value=-torch.inf).logsumexp(-1), -torch.inf)
     segments = torch.arange(num_segments, device=k.device)
     member = (_batch(key_segments, cu_seqlens_k)[:, None, :, None] == segments).to(dtype)
@@ -49,7 +49,7 @@ def attention_mass(
 def attention_heatmap(
     q: Tensor,  # [B, Hq, T, d]
     k: Tensor,  # [B, Hk, S, d]
-    key_labels: Tensor,  # [B, S], 1: shown, 0: seen but not shown, else ignored
+    key_segments: Tensor,  # [B, S], 1: shown, 0: seen but not shown, else ignored
     query_positions: Tensor | None,  # [B, T]
     query_weights: Tensor,  # [B, T]
     lse: Tensor,  # [B, Hq, T], of attention_mass
@@ -62,8 +62,8 @@ def attention_heatmap(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:  # [B, S], or [B, Hq, S] per head; packed without B
     """Return the weighted sum over queries of each shown key's attention; 0 for the other keys."""
-    scores, visible = _scores(q, k, key_labels, query_positions, cu_seqlens_q, cu_seqlens_k, 2, scale, window, dtype)
-    shown = visible & (_batch(key_labels, cu_seqlens_k)[:, None, None] == 1)
+    scores, visible = _scores(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k, 2, scale, window, dtype)
+    shown = visible & (_batch(key_segments, cu_seqlens_k)[:, None, None] == 1)
     lse, query_weights = (_batch(tensor, cu_seqlens_q).to(dtype) for tensor in (lse, query_weights))
     exponent = torch.where(shown, scores - lse[..., None], -torch.inf)
     heat = _unbatch((query_weights[:, None, None] @ exponent.exp())[:, :, 0], cu_seqlens_q)
@@ -85,7 +85,7 @@ def attention_mass_backward(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:  # of q's and k's shapes
-    """Gradients of :func:`attention_mass` per head by q and k."""
+    """Gradients of :func:`attention_mass` per head w.r.t. q and k."""
     layout = (query_positions, cu_seqlens_q, cu_seqlens_k)
     with torch.enable_grad():
         q, k = (tensor.detach().to(dtype).requires_grad_() for tensor in (q, k))
@@ -98,7 +98,7 @@ def attention_heatmap_backward(
     grad_heat: Tensor,  # [B, Hq, S]
     q: Tensor,
     k: Tensor,
-    key_labels: Tensor,
+    key_segments: Tensor,
     query_positions: Tensor | None,
     query_weights: Tensor,
     lse: Tensor,
@@ -109,11 +109,11 @@ def attention_heatmap_backward(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:  # of q's and k's shapes
-    """Gradients of :func:`attention_heatmap` per head by q and k, through the denominator ``lse`` as well."""
+    """Gradients of :func:`attention_heatmap` per head w.r.t. q and k, through the denominator ``lse`` as well."""
     boundaries = (cu_seqlens_q, cu_seqlens_k)
     with torch.enable_grad():
         q, k = (tensor.detach().to(dtype).requires_grad_() for tensor in (q, k))
-        keys = (q, k, key_labels, query_positions)
+        keys = (q, k, key_segments, query_positions)
         _, _, lse = attention_mass(*keys, *boundaries, 2, scale, window, True, dtype=dtype)
         result = attention_heatmap(*keys, query_weights, lse, *boundaries, scale, window, True, dtype=dtype)
         grad_q, grad_k = torch.autograd.grad(result, (q, k), grad_heat.to(dtype))
@@ -165,8 +165,8 @@ def _scores(
         seen = seen[:, None]
     distance = _batch(query_positions, cu_seqlens_q)[..., None] - position
     visible = seen & (distance >= 0) & (distance < window if window else True)
-    # An ignored key may be NaN, and NaN times zero is NaN, also in the gradient of a product: so every NaN is left out
-    # of it, and put where a query sees a key and one of them has it.
+    # An ignored key may be NaN, and NaN times zero is NaN, also in the gradient of a product. So every NaN is replaced
+    # before the product, and a score is set to NaN where the query sees the key and one of the two has a NaN.
     batch, heads, queries, size = q.shape
     group = heads // k.shape[1]
     broken = ~q.isfinite().all(-1)[..., None] | ~k.isfinite().all(-1).repeat_interleave(group, 1)[..., None, :]
@@ -177,7 +177,7 @@ def _scores(
 
 
 def _batch(tensor: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """See a packed batch as one sequence."""
+    """Add a batch dimension to a packed batch: it is one sequence."""
     return tensor if cu_seqlens is None else tensor[None]
 
 

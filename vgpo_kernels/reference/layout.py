@@ -1,4 +1,4 @@
-"""Both batch layouts as one: flat tokens that know their response, their row of hidden states and their ordinal."""
+"""Padded and packed batches in one form: flat tokens, each with its response and its ordinal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Tokens(NamedTuple):
         return self.begin.shape[0]
 
     def spread(self, per_response: Tensor) -> Tensor:
-        """Give every token ``[N]`` the value ``[B]`` of its response."""
+        """Return for each token ``[N]`` the value ``[B]`` of its response."""
         return per_response[self.response]
 
     def total(self, values: Tensor) -> Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vgpo_kernels.reference.policy_loss import policy_loss
 
-IGNORED = -100  # what marks a row without a target, as in torch's cross-entropy
+IGNORED = -100  # the target of a row to skip, as in torch's cross-entropy
 
-# Behind this, exp() is zero in every precision. A finite bound keeps zero times the distance from being NaN.
+# Below this, exp() is zero in every precision. With a finite bound, zero times the distance is zero, not NaN.
 FARTHEST = -1e4
 
 
@@ -27,14 +28,14 @@ def linear_logprob(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Return what log-probability and entropy are made of, ``[4, N]``; zeros where the target is ``ignore_index``.
+    """Return the statistics that give log-probability and entropy, ``[4, N]``; 0 where the target is ``ignore_index``.
 
     With z the logits of a row and m the largest: m (a constant to autograd), log sum exp(z - m), z_target - m
     (-infinity if the target is not in these rows of the vocabulary), and the mean of z - m under softmax(z).
-    ``chunk_bytes`` is no part of the definition.
+    ``chunk_bytes`` is not read.
     """
     kept = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
-    # An ignored row may be NaN, and NaN times zero is NaN: replace it, do not scale it away.
+    # An ignored row may be NaN, and NaN times zero is NaN: replace it instead of multiplying by zero.
     rows = torch.where(kept[:, None], hidden.to(dtype), torch.zeros((), dtype=dtype, device=hidden.device))
     logits = rows @ weight.to(dtype).T
     if bias is not None:
@@ -67,7 +68,7 @@ def linear_logprob_backward(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`linear_logprob` by hidden, weight and bias; no elements where ``gradients`` is false."""
+    """Gradients of :func:`linear_logprob` w.r.t. hidden, weight and bias; empty where ``gradients`` is false."""
     inputs = [
         None if tensor is None else tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight, bias)
     ]
@@ -96,10 +97,10 @@ def head_statistics(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> None:
-    """Take these rows of the vocabulary into the running statistics of a chunk.
+    """Update the running statistics of a chunk with these rows of the vocabulary.
 
-    They are the largest logit m so far, the sums of e and of e (z - m) with e = exp(z - m), and the target's logit;
-    minus infinity, 0, 0 and minus infinity to begin with. With ``keep``, ``logits`` is hidden @ weight.T afterwards.
+    They are the largest logit m so far, the sums of e and of e (z - m) with e = exp(z - m), and the target's logit.
+    They start as minus infinity, 0, 0 and minus infinity. With ``keep``, ``logits`` is hidden @ weight.T afterwards.
     """
     products = hidden.to(dtype) @ weight.to(dtype).T
     if keep:
@@ -107,9 +108,9 @@ def head_statistics(
     scaled = (products if bias is None else products + bias.to(dtype)) / temperature
     maximum, total, weighted, target = (row.to(dtype) for row in statistics)
     largest = torch.maximum(maximum, scaled.amax(-1))
-    # Before the first vocabulary entry there is nothing to rescale, and its maximum is infinitely far away.
+    # Before the first entry of the vocabulary the sums are zero and the maximum is minus infinity: do not rescale.
     drop = torch.where(total > 0, maximum - largest, torch.zeros_like(largest))
-    # A bias may forbid every entry seen so far.
+    # A bias of minus infinity may have excluded every entry so far.
     nothing = largest == -math.inf
     distance = torch.where(nothing[:, None], scaled, scaled - largest[:, None])
     exponentials = distance.exp()
@@ -135,10 +136,10 @@ def head_gradient(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> None:
-    """Turn logits into their gradient, ``exp(x) (scale + slope x) + at_target [v = target]``.
+    """Overwrite logits with their gradient, ``exp(x) (scale + slope x) + at_target [v = target]``.
 
     x is the log-probability of vocabulary entry v. Without ``recompute``, ``logits`` holds hidden @ weight.T. The
-    gradient takes its place in hidden's dtype: the first V elements of each row.
+    gradient has hidden's dtype and is written to the first V elements of each row.
     """
     products = hidden.to(dtype) @ weight.to(dtype).T if recompute else logits.to(dtype)
     scaled = (products if bias is None else products + bias.to(dtype)) / temperature
@@ -169,9 +170,9 @@ def head_product(
 
 
 def predicting_rows(response_mask: Tensor, hidden: Tensor) -> Tensor:
-    """Row of ``hidden``, flattened, that predicts each token of ``response_mask``, flattened: the one before its own.
+    """Index of the row that predicts each token: the one before its own. Rows and tokens are flattened.
 
-    The first token of a sequence has none: what stands there belongs to another sequence, or is -1.
+    No row predicts the first token of a sequence: its index here is a row of another sequence, or -1.
     """
     token = torch.arange(response_mask.numel(), device=response_mask.device)
     if hidden.dim() == 2:
@@ -181,50 +182,37 @@ def predicting_rows(response_mask: Tensor, hidden: Tensor) -> Tensor:
 
 
 def linear_policy_loss(
+    *,
     hidden: Tensor,  # [B, S, D] or [N, D]
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
-    targets: Tensor,  # [B, T] or [N], as every per-token tensor
-    old_logp: Tensor | None,
-    advantages: Tensor,  # [B] or per token
-    response_mask: Tensor,
-    factors: Tensor | None,  # per token
-    cu_seqlens: Tensor | None,  # [B + 1]
-    ref_logp: Tensor | None,  # per token
-    importance_weights: Tensor | None,  # [B] or per token
-    num_tokens: Tensor | None,  # []
-    num_sequences: Tensor | None,  # []
+    targets: Tensor,  # [B, T] or [N]
+    old_logp: Tensor | None,  # targets' shape
+    response_mask: Tensor,  # targets' shape
     temperature: float,
-    options: list[float],
     gradients: list[bool] | None = None,
     chunk_bytes: int = 0,
-    *,
     dtype: torch.dtype = torch.float64,
+    **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and the policy metrics ``[15]``; without ``old_logp`` the policy is its own predecessor.
+    """Return the loss and the policy metrics ``[15]``. Without ``old_logp`` the log-probs are their own old ones.
 
-    ``gradients`` and ``chunk_bytes`` are no part of the definition, which autograd differentiates.
+    The rest are the other arguments of :func:`policy_loss`. ``gradients`` and ``chunk_bytes`` are not read: autograd
+    differentiates this.
     """
     valid = response_mask.reshape(-1)
-    # What lies off the mask has no row, or one that nobody looks at.
+    # A token off the mask may have no row (-1). Its result is not used.
     rows = hidden.reshape(-1, hidden.shape[-1])[predicting_rows(response_mask, hidden).clamp(min=0)]
     scored = torch.where(valid, targets.reshape(-1), IGNORED)
     statistics = linear_logprob(rows, weight, bias, scored, 0, temperature, IGNORED, dtype=dtype)
     logp, entropy = (values.reshape(response_mask.shape) for values in logp_and_entropy(statistics))
     return policy_loss(
-        logp,
-        logp.detach() if old_logp is None else old_logp,
-        advantages,
-        response_mask,
-        factors,
-        cu_seqlens,
-        ref_logp,
-        entropy,
-        importance_weights,
-        num_tokens,
-        num_sequences,
-        options,
+        logp=logp,
+        old_logp=logp.detach() if old_logp is None else old_logp,
+        response_mask=response_mask,
+        entropy=entropy,
         dtype=dtype,
+        **loss_arguments,
     )
 
 
@@ -239,5 +227,5 @@ def first_tokens(response_mask: Tensor, hidden: Tensor, cu_seqlens: Tensor | Non
     if cu_seqlens is None:
         column = torch.arange(response_mask.shape[1], device=response_mask.device)
         return (column == 0).expand(response_mask.shape) & (response_mask.shape[1] == hidden.shape[1])
-    # An empty sequence begins where the next one does, and then that is a first token all the same.
+    # An empty sequence begins where the next one does. That token is a first token, too.
     return torch.isin(torch.arange(response_mask.shape[0], device=response_mask.device), cu_seqlens[:-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,25 +14,35 @@ from vgpo_kernels.reference.layout import Tokens, tokens_of
 SEQUENCE_LEVEL = ("gspo", "gspo_token")
 
 
+class LossArguments(NamedTuple):
+    """The tensors that every loss reads, named like the arguments of the operators."""
+
+    logp: Tensor  # [B, T] or [N], as every per-token tensor
+    old_logp: Tensor
+    advantages: Tensor  # [B] or per token
+    response_mask: Tensor
+    cu_seqlens: Tensor | None = None  # [B + 1]
+    ref_logp: Tensor | None = None  # per token
+    entropy: Tensor | None = None  # per token
+    importance_weights: Tensor | None = None  # [B] or per token
+    num_tokens: Tensor | None = None  # []
+    num_sequences: Tensor | None = None  # []
+
+
 def policy_loss(
-    logp: Tensor,  # [B, T] or [N], as every per-token tensor
-    old_logp: Tensor,
-    advantages: Tensor,  # [B] or per token
-    response_mask: Tensor,
-    factors: Tensor | None,  # per token
-    cu_seqlens: Tensor | None,  # [B + 1]
-    ref_logp: Tensor | None,  # per token
-    entropy: Tensor | None,  # per token
-    importance_weights: Tensor | None,  # [B] or per token
-    num_tokens: Tensor | None,  # []
-    num_sequences: Tensor | None,  # []
-    options: list[float],
     *,
+    options: list[float],
+    factors: Tensor | None = None,  # per token
     dtype: torch.dtype = torch.float64,
+    **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and the policy metrics ``[15]``; the advantage of a token is ``advantages * factors``."""
+    """Return the loss of :class:`LossArguments` and the policy metrics ``[15]``.
+
+    The advantage of a token is ``advantages * factors``.
+    """
+    given = LossArguments(**loss_arguments)
     settings = PolicyLossOptions.from_floats(options)
-    tokens = tokens_of(response_mask, cu_seqlens)
+    tokens = tokens_of(given.response_mask, given.cu_seqlens)
     valid = tokens.valid
 
     def per_token(values: Tensor) -> Tensor:
@@ -39,33 +50,33 @@ def policy_loss(
         flat = tokens.spread(values) if spread else values.reshape(-1)
         return torch.where(valid, flat.to(dtype), torch.zeros((), dtype=dtype, device=flat.device))
 
-    current = per_token_values(logp, valid, dtype)
-    advantage = per_token(advantages)
+    current = per_token_values(given.logp, valid, dtype)
+    advantage = per_token(given.advantages)
     if factors is not None:
         advantage = advantage * per_token_values(factors, valid, dtype)
-    log_ratio = current - per_token_values(old_logp, valid, dtype)
+    log_ratio = current - per_token_values(given.old_logp, valid, dtype)
     if settings.ratio_clamp is not None:
         log_ratio_of_tokens = log_ratio.clamp(-settings.ratio_clamp, settings.ratio_clamp)
     else:
         log_ratio_of_tokens = log_ratio
     ratio = _ratio(log_ratio, current, tokens, settings)
     surrogate, clipped = _surrogate(ratio, current, advantage, settings)
-    if importance_weights is not None:
-        surrogate = surrogate * _importance(per_token(importance_weights), settings)
+    if given.importance_weights is not None:
+        surrogate = surrogate * _importance(per_token(given.importance_weights), settings)
 
     token_loss = surrogate
     kl = torch.zeros_like(current)
-    if ref_logp is not None:
-        kl = _kl(per_token_values(ref_logp, valid, dtype) - current, settings)
+    if given.ref_logp is not None:
+        kl = _kl(per_token_values(given.ref_logp, valid, dtype) - current, settings)
         if settings.kl_bias_correction:
             kl = kl * ratio
         token_loss = token_loss + settings.kl_coef * kl
     bonus = torch.zeros_like(current)
-    if entropy is not None:
-        bonus = per_token_values(entropy, valid, dtype)
+    if given.entropy is not None:
+        bonus = per_token_values(given.entropy, valid, dtype)
         token_loss = token_loss - settings.entropy_coef * bonus
 
-    weight = _token_weight(tokens, settings, num_tokens, num_sequences, dtype)
+    weight = _token_weight(tokens, settings, given, dtype)
     loss = torch.where(valid, token_loss * weight, torch.zeros_like(token_loss)).sum()
     scale = torch.ones_like(current) if factors is None else per_token_values(factors, valid, dtype)
     old_kl = log_ratio_of_tokens.exp() - 1 - log_ratio_of_tokens
@@ -73,7 +84,7 @@ def policy_loss(
 
 
 def per_token_values(values: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """Flatten a per-token tensor and replace what lies off the mask, where anything may stand, by zero."""
+    """Flatten a per-token tensor, with zeros off the mask, where values are undefined."""
     flat = values.reshape(-1).to(dtype)
     return torch.where(valid, flat, torch.zeros_like(flat))
 
@@ -84,7 +95,7 @@ def _ratio(log_ratio: Tensor, current: Tensor, tokens: Tokens, settings: PolicyL
         mean = tokens.total(log_ratio) / tokens.length.clamp(min=1)
         log_ratio = tokens.spread(mean)
         if settings.loss_type == "gspo_token":
-            # The sequence ratio in value, each token's own gradient.
+            # The value is the sequence's ratio, the gradient each token's own.
             log_ratio = log_ratio.detach() + current - current.detach()
     if settings.ratio_clamp is not None:
         log_ratio = log_ratio.clamp(-settings.ratio_clamp, settings.ratio_clamp)
@@ -109,7 +120,7 @@ def _surrogate(
         gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
         return -advantage * gate, (nowhere, nowhere, nowhere)
     bounded = ratio if settings.dual_clip is None else ratio.clamp(max=settings.dual_clip)
-    # The dual clip acts where the advantage is negative: elsewhere the ordinary clip is the tighter one.
+    # The dual clip is for negative advantages; for others the ordinary clip is tighter.
     bounded = torch.where(advantage < 0, bounded, ratio)
     loss = torch.maximum(-advantage * bounded, -advantage * ratio.clamp(low, high))
     dual = nowhere if settings.dual_clip is None else (advantage < 0) & (ratio > settings.dual_clip)
@@ -139,20 +150,20 @@ def _kl(log_ratio: Tensor, settings: PolicyLossOptions) -> Tensor:
 def _token_weight(
     tokens: Tokens,
     settings: PolicyLossOptions,
-    num_tokens: Tensor | None,
-    num_sequences: Tensor | None,
+    given: LossArguments,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Share of each token's loss in the total: what makes a sum an aggregation."""
+    """Weight of each token's loss: the sum of the weighted losses is the aggregation."""
     length = tokens.length.to(dtype)
 
     def nonzero(count: Tensor) -> Tensor:
         return torch.where(count == 0, torch.ones_like(count), count)
 
     if settings.aggregation == "token-mean":
-        total = length.sum() if num_tokens is None else num_tokens.to(dtype)
+        total = length.sum() if given.num_tokens is None else given.num_tokens.to(dtype)
         return tokens.spread((1 / nonzero(total)).expand(tokens.batch()))
-    batch = length.new_full((), float(tokens.batch())) if num_sequences is None else num_sequences.to(dtype)
+    own = length.new_full((), float(tokens.batch()))
+    batch = own if given.num_sequences is None else given.num_sequences.to(dtype)
     share = 1 / nonzero(batch)
     if settings.aggregation == "seq-mean-token-mean":
         return tokens.spread(share / nonzero(length))

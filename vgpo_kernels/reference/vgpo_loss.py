@@ -1,6 +1,8 @@
-"""From hidden states to the loss in plain PyTorch: the composition of the other definitions."""
+"""From hidden states to the loss in plain PyTorch, by the other reference implementations."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,46 +14,35 @@ from vgpo_kernels.reference.visual_weights import visual_weights
 
 
 def vgpo_loss(
+    *,
     hidden: Tensor,  # [B, S, D] or [N, D]
-    logp: Tensor,  # [B, T] or [N], as every per-token tensor
-    old_logp: Tensor,
-    advantages: Tensor,  # [B] or per token
     visual_mask: Tensor | None,  # [B, S] or [N]
-    response_mask: Tensor,
+    response_mask: Tensor,  # [B, T] or [N]
     group_ids: Tensor,  # [B]
-    cu_seqlens: Tensor | None,  # [B + 1]
-    prototype: Tensor | None,  # [P, D]
-    prototype_index: Tensor | None,  # [B]
-    ref_logp: Tensor | None,
-    entropy: Tensor | None,
-    importance_weights: Tensor | None,  # [B] or per token
-    num_tokens: Tensor | None,  # []
-    num_sequences: Tensor | None,  # []
     config: list[float],
     options: list[float],
-    *,
+    cu_seqlens: Tensor | None = None,  # [B + 1]
+    prototype: Tensor | None = None,  # [P, D]
+    prototype_index: Tensor | None = None,  # [B]
     dtype: torch.dtype = torch.float64,
+    **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and the metrics ``[20]``: the policy's, then the focus's."""
+    """Return the loss and the metrics ``[20]``: the policy's, then the focus's.
+
+    ``loss_arguments`` are the rest of :class:`vgpo_kernels.reference.policy_loss.LossArguments`.
+    """
     cos = visual_focus(hidden, visual_mask, response_mask, cu_seqlens, prototype, prototype_index, dtype=dtype)
     has_visual = images_of(hidden, visual_mask, cu_seqlens, prototype, prototype_index)
     factors, _, _, _, _, focus_metrics = visual_weights(
         cos, response_mask, group_ids, has_visual, cu_seqlens, config, dtype=dtype
     )
     loss, policy_metrics = policy_loss(
-        logp,
-        old_logp,
-        advantages,
-        response_mask,
-        factors,
-        cu_seqlens,
-        ref_logp,
-        entropy,
-        importance_weights,
-        num_tokens,
-        num_sequences,
-        options,
+        response_mask=response_mask,
+        factors=factors,
+        cu_seqlens=cu_seqlens,
+        options=options,
         dtype=dtype,
+        **loss_arguments,
     )
     return loss, torch.cat([policy_metrics, focus_metrics])
 

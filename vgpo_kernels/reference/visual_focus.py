@@ -19,7 +19,7 @@ def visual_prototype(
     batch = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     visible = visual_mask.reshape(-1)
     rows = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
-    # A hidden state off the mask may be NaN, and NaN times zero is NaN: replace it, do not scale it away.
+    # A hidden state off the mask may be NaN, and NaN times zero is NaN: replace it instead of multiplying by zero.
     rows = torch.where(visible[:, None], rows, torch.zeros_like(rows))
     response, _ = responses_of(visible.shape[0], batch, cu_seqlens, hidden.device)
     total = rows.new_zeros(batch, hidden.shape[-1]).index_add(0, response, rows)
@@ -46,7 +46,7 @@ def visual_focus(
     else:
         means = prototype.to(dtype)[prototype_index.clamp(min=0)]
         means = torch.where((prototype_index >= 0)[:, None], means, torch.zeros_like(means))
-    # Without an image there is nothing to look at, whatever the hidden state: its NaN stays out as well.
+    # Without an image the cosine is 0, even if the hidden state is NaN.
     tokens = tokens_of(response_mask, cu_seqlens)
     looking = tokens.valid & tokens.spread((means != 0).any(-1))
     rows = rows_of(response_mask, hidden).to(dtype)

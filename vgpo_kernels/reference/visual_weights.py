@@ -35,7 +35,7 @@ def visual_weights(
     with_image = torch.ones_like(tokens.length, dtype=torch.bool) if has_visual is None else has_visual
     finite = tokens.total((~torch.isfinite(flat)).to(dtype)) == 0
     weighted = with_image & finite
-    # Responses that are not weighted take part in nothing, so their cosines must not reach arithmetic either.
+    # The cosines of responses that are not weighted must not reach any arithmetic.
     active = tokens.valid & tokens.spread(weighted)
     usable = torch.where(active, flat, torch.zeros_like(flat))
 
@@ -78,12 +78,12 @@ def group_weights(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:  # [B]
-    """Min-max normalise scores within their group and centre them (Eq. 9-10): phi, 0 for those who take no part."""
+    """Min-max normalise scores within their group and centre them (Eq. 9-10): phi, 0 for those left out."""
     if not VGPOConfig.from_floats(config).inter:
         return torch.zeros_like(score, dtype=dtype)
     score = score.to(dtype)
     member = torch.isfinite(score) if has_visual is None else torch.isfinite(score) & has_visual
-    # Number the groups by sorting their ids: no shape depends on how many there are, so the code also traces.
+    # Number the groups by sorting their ids. No shape depends on the number of groups, so that this can be traced.
     order = group_ids.argsort(stable=True)
     ordered = group_ids[order]
     starts = torch.cat([ordered.new_zeros(min(1, len(ordered))), (ordered[1:] != ordered[:-1]).to(torch.int64)])
@@ -131,7 +131,7 @@ def _schedule(tokens: Tokens, settings: VGPOConfig, dtype: torch.dtype) -> Tenso
 def _gate(usable: Tensor, active: Tensor, tokens: Tokens, settings: VGPOConfig) -> Tensor:
     """Gate G of each token (Eq. 6): 1 in the tail where the cosine reaches the k-th largest of the tail.
 
-    rho rises with the cosine, so comparing cosines selects the same tokens, and does so exactly in any precision.
+    rho increases with the cosine, so comparing cosines selects the same tokens, and exactly so in any precision.
     """
     if not settings.gate:
         return torch.ones_like(usable)
@@ -139,7 +139,7 @@ def _gate(usable: Tensor, active: Tensor, tokens: Tokens, settings: VGPOConfig) 
     tail_length = tokens.length - first
     k = (tail_length.to(torch.float64) * settings.top_ratio).to(torch.int64).clamp(min=1)
     tail = active & (tokens.ordinal > tokens.spread(first))
-    # Sort by response, then by falling cosine, the tail before the rest: the k-th of a response is at begin + k - 1.
+    # Sort by response, then by decreasing cosine, with the tail first: the k-th of a response is at begin + k - 1.
     candidates = torch.where(tail, usable, torch.full_like(usable, -math.inf))
     order = candidates.argsort(descending=True, stable=True)
     order = order[tokens.response[order].argsort(stable=True)]

@@ -25,6 +25,7 @@ from vgpo_kernels.triton_kernels.attention_tiles import (
     plan,
     product,
     query_rows,
+    query_tile,
     strides_of,
     visible_keys,
 )
@@ -39,7 +40,7 @@ def backward_tile(size: int, dtype: torch.dtype) -> Tile:
 
 
 def query_gradient_tile(size: int, dtype: torch.dtype) -> Tile:
-    """Return that of the kernel for q's gradient, which holds a tile of sums more: half the rows for half the warps."""
+    """Return the tile of the kernel for q's gradient. It also holds a tile of sums, so: half the rows and warps."""
     tile = backward_tile(size, dtype)
     return Tile(32, 32, 4, 2) if tile.rows > 32 else tile
 
@@ -102,20 +103,11 @@ def mean_kernel(
     COMPONENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    slot, key_head = tl.program_id(0), tl.program_id(1)
-    response, first, end = slot_range(boundaries, slot, batch, queries, ROWS // GROUP)
-    begin, _ = token_range(boundaries, response, queries)
-    key_begin, key_end = token_range(key_boundaries, response, keys)
-    key_count = (key_end - key_begin).to(tl.int32)
-    token, member, inside, position = query_rows(
-        positions, (first - begin).to(tl.int32), begin, (end - begin).to(tl.int32), key_count, GROUP, ROWS
+    response, begin, key_begin, key_count, token, member, inside, position, query, k, labels = query_tile(
+        *(q, k, labels, positions, boundaries, key_boundaries, q_batch_stride, q_head_stride, q_token_stride),
+        *(k_batch_stride, k_head_stride, k_token_stride, batch, queries, keys, SIZE, GROUP, ROWS, COMPONENTS),
     )
-    head, heads = key_head * GROUP, tl.num_programs(1) * GROUP
-    q = of_response(q, boundaries, response, begin, q_batch_stride, q_token_stride) + head.to(tl.int64) * q_head_stride
-    k = of_response(k, key_boundaries, response, key_begin, k_batch_stride, k_token_stride)
-    k += key_head.to(tl.int64) * k_head_stride
-    labels += key_begin
-    query = load_rows(q, token, member, q_head_stride, q_token_stride, inside, SIZE, COMPONENTS)
+    head, heads = tl.program_id(1) * GROUP, tl.num_programs(1) * GROUP
     index = member.to(tl.int64) * queries + token
     logarithm = tl.load(of_head(lse, boundaries, response, begin, head, heads, queries) + index, mask=inside, other=0.0)
     logarithm = logarithm * LOG2_E
@@ -176,20 +168,11 @@ def query_gradient_kernel(
     COMPONENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    slot, key_head = tl.program_id(0), tl.program_id(1)
-    response, first, end = slot_range(boundaries, slot, batch, queries, ROWS // GROUP)
-    begin, _ = token_range(boundaries, response, queries)
-    key_begin, key_end = token_range(key_boundaries, response, keys)
-    key_count = (key_end - key_begin).to(tl.int32)
-    token, member, inside, position = query_rows(
-        positions, (first - begin).to(tl.int32), begin, (end - begin).to(tl.int32), key_count, GROUP, ROWS
+    response, begin, key_begin, key_count, token, member, inside, position, query, k, segments = query_tile(
+        *(q, k, segments, positions, boundaries, key_boundaries, q_batch_stride, q_head_stride, q_token_stride),
+        *(k_batch_stride, k_head_stride, k_token_stride, batch, queries, keys, SIZE, GROUP, ROWS, COMPONENTS),
     )
-    head, heads = key_head * GROUP, tl.num_programs(1) * GROUP
-    q = of_response(q, boundaries, response, begin, q_batch_stride, q_token_stride) + head.to(tl.int64) * q_head_stride
-    k = of_response(k, key_boundaries, response, key_begin, k_batch_stride, k_token_stride)
-    k += key_head.to(tl.int64) * k_head_stride
-    segments += key_begin
-    query = load_rows(q, token, member, q_head_stride, q_token_stride, inside, SIZE, COMPONENTS)
+    head, heads = tl.program_id(1) * GROUP, tl.num_programs(1) * GROUP
     index = member.to(tl.int64) * queries + token
     grad_q = of_response(grad_q, boundaries, response, begin, grad_batch_stride, grad_token_stride)
     grad_q += head.to(tl.int64) * grad_head_stride
@@ -321,6 +304,7 @@ def key_gradient_kernel(
 
 def launch_means(
     grad_heat: Tensor,
+    *,
     q: Tensor,
     k: Tensor,
     key_segments: Tensor,
@@ -361,20 +345,21 @@ def launch_means(
 
 def launch_gradients(
     grad: Tensor,
+    means: Tensor,
+    num_segments: int,
+    *,
     q: Tensor,
     k: Tensor,
     key_segments: Tensor,
     query_positions: Tensor | None,
-    query_weights: Tensor | None,
-    means: Tensor,
     lse: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    num_segments: int,
     scale: float,
     window: int,
+    query_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients by q and k: of the masses, or with ``query_weights`` of the heat map."""
+    """Return the gradients w.r.t. q and k: those of the masses, or with ``query_weights`` those of the heat map."""
     launch = plan(q, k, cu_seqlens_q, backward_tile(q.shape[-1], q.dtype))
     query_launch = plan(q, k, cu_seqlens_q, query_gradient_tile(q.shape[-1], q.dtype))
     grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)

@@ -1,9 +1,11 @@
-"""Attention by segment and by key in Triton: tiles of queries stream over the keys they see, as in flash attention.
+"""Attention by segment and by key in Triton: a tile of queries goes over its keys in blocks, as in flash attention.
 
-A tile's scores live in registers; what leaves is one number a query and segment, or one a key.
+The scores of a tile stay in registers. Only one number per query and segment, or per key, is written to memory.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -27,6 +29,7 @@ from vgpo_kernels.triton_kernels.attention_tiles import (
     plan,
     product,
     query_rows,
+    query_tile,
     visible_keys,
 )
 from vgpo_kernels.triton_kernels.common import (
@@ -38,7 +41,7 @@ from vgpo_kernels.triton_kernels.common import (
     wrap_triton,
 )
 
-# Segments whose sums a program of the forward pass holds; more of them take more programs.
+# Segments whose sums a program of the forward pass holds; for more segments there are more programs.
 SEGMENT_BLOCK = 16
 MEAN_BLOCK = 1024
 
@@ -80,20 +83,11 @@ def mass_kernel(
     COMPONENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    slot, key_head = tl.program_id(0), tl.program_id(1)
-    response, first, end = slot_range(boundaries, slot, batch, queries, ROWS // GROUP)
-    begin, _ = token_range(boundaries, response, queries)
-    key_begin, key_end = token_range(key_boundaries, response, keys)
-    key_count = (key_end - key_begin).to(tl.int32)
-    token, member, inside, position = query_rows(
-        positions, (first - begin).to(tl.int32), begin, (end - begin).to(tl.int32), key_count, GROUP, ROWS
+    response, begin, _, key_count, token, member, inside, position, query, k, segments = query_tile(
+        *(q, k, segments, positions, boundaries, key_boundaries, q_batch_stride, q_head_stride, q_token_stride),
+        *(k_batch_stride, k_head_stride, k_token_stride, batch, queries, keys, SIZE, GROUP, ROWS, COMPONENTS),
     )
-    head, heads = key_head * GROUP, tl.num_programs(1) * GROUP
-    q = of_response(q, boundaries, response, begin, q_batch_stride, q_token_stride) + head.to(tl.int64) * q_head_stride
-    k = of_response(k, key_boundaries, response, key_begin, k_batch_stride, k_token_stride)
-    k += key_head.to(tl.int64) * k_head_stride
-    segments += key_begin
-    query = load_rows(q, token, member, q_head_stride, q_token_stride, inside, SIZE, COMPONENTS)
+    head, heads = tl.program_id(1) * GROUP, tl.num_programs(1) * GROUP
     index = member.to(tl.int64) * queries + token
     first_segment = tl.program_id(2) * SEGMENTS
     column = tl.arange(0, SEGMENTS)
@@ -109,13 +103,13 @@ def mass_kernel(
         score = product(query, keys_tile, PRECISION) * (scale * LOG2_E)
         score = tl.where(visible_keys(counted, key, position, window), score, -float("inf"))
         raised = tl.maximum(largest, tl.max(score, 1))
-        # A row that has seen no key yet has no largest score, and its sums are zero whatever they are scaled by.
+        # A row that has seen no key yet has no largest score. Its sums are zero, so any origin will do.
         origin = tl.where(raised == -float("inf"), 0.0, raised)
         shrink = tl.exp2(largest - origin)
         part = tl.exp2(score - origin[:, None])
         total = total * shrink + tl.sum(part, 1)
         sums = sums * shrink[:, None]
-        # Neighbouring keys mostly share a segment, and then this is one step.
+        # Neighbouring keys mostly have the same segment: then this is one step.
         lowest = tl.maximum(tl.min(tl.where(counted, segment, num_segments)), first_segment)
         highest = tl.minimum(tl.max(tl.where(counted, segment, -1)), first_segment + SEGMENTS - 1)
         for g in range(lowest, highest + 1):
@@ -180,7 +174,7 @@ def heat_kernel(
     shown = tl.load(labels + key_begin + key, mask=key < key_count, other=-1) == SHOWN
     keys_tile = load_keys(k, key, k_token_stride, shown, SIZE, COMPONENTS)
     received = tl.zeros((KEYS,), tl.float32)
-    # Nothing is to be found out in a block without a key to show.
+    # A block without a key to show has nothing to compute.
     for start in range(0, tl.where(tl.max(shown.to(tl.int32)) > 0, query_count, 0), ROWS):
         token, member, inside, position = query_rows(positions, start, begin, query_count, key_count, 1, ROWS)
         weight = tl.load(weights + begin + token, mask=inside, other=0.0)
@@ -214,7 +208,7 @@ def head_mean_kernel(
 
 
 def mean_of_heads(values: Tensor, head_dim: int) -> Tensor:
-    """Return the mean over heads, added up in their order whatever the layout."""
+    """Return the mean over heads, added in the same order for every layout."""
     shape = values.shape
     mean = values.new_empty((*shape[:head_dim], *shape[head_dim + 1 :]))
     heads = shape[head_dim]
@@ -310,42 +304,13 @@ def attention_heatmap(
 
 
 @operator
-def attention_mass_backward(
-    grad_mass: Tensor,
-    q: Tensor,
-    k: Tensor,
-    key_segments: Tensor,
-    query_positions: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    head_mass: Tensor,
-    lse: Tensor,
-    scale: float,
-    window: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradients by q and k, in their dtype."""
-    layout = (key_segments, query_positions)
+def attention_mass_backward(grad_mass: Tensor, head_mass: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+    """Gradients w.r.t. q and k, in their dtype."""
     means = (grad_mass * head_mass).sum(-1)
-    return launch_gradients(
-        grad_mass, q, k, *layout, None, means, lse, cu_seqlens_q, cu_seqlens_k, head_mass.shape[-1], scale, window
-    )
+    return launch_gradients(grad_mass, means, head_mass.shape[-1], **given)
 
 
 @operator
-def attention_heatmap_backward(
-    grad_heat: Tensor,
-    q: Tensor,
-    k: Tensor,
-    key_segments: Tensor,
-    query_positions: Tensor | None,
-    query_weights: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    window: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradients by q and k, in their dtype."""
-    layout = (key_segments, query_positions, query_weights)
-    means = launch_means(grad_heat, q, k, *layout, lse, cu_seqlens_q, cu_seqlens_k, scale, window)
-    return launch_gradients(grad_heat, q, k, *layout, means, lse, cu_seqlens_q, cu_seqlens_k, LABELS, scale, window)
+def attention_heatmap_backward(grad_heat: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+    """Gradients w.r.t. q and k, in their dtype."""
+    return launch_gradients(grad_heat, launch_means(grad_heat, **given), LABELS, **given)

@@ -1,7 +1,7 @@
 """Tiles of queries by keys: what the Triton kernels of attention share.
 
-The query heads that share a key head fill a tile of queries together, so that a key is loaded once for all of them and
-never repeated. Positions are 32-bit and counted within a response; where a response begins is a 64-bit pointer.
+The query heads that share a key head are in the same tile of queries, so that a key is loaded once for all of them.
+Positions are 32-bit and counted within a response; where a response begins is a 64-bit pointer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vgpo_kernels.triton_kernels.common import INTERPRETED
+from vgpo_kernels.triton_kernels.common import INTERPRETED, slot_range, token_range
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -45,8 +45,8 @@ def query_rows(
 ):
     """A tile's rows: queries times the heads that share a key head.
 
-    Index of each row's query in its response, the head within the group, whether the row is one at all, and the
-    position of its query (-1: sees nothing).
+    Returns, for each row, the index of its query in the response, the head within the group, whether there is such a
+    query, and its position (-1: it sees no key).
     """
     row = tl.arange(0, ROWS)
     token = first + row // GROUP
@@ -59,6 +59,53 @@ def query_rows(
 
 
 @triton.jit
+def query_tile(
+    q,  # [B, Hq, T, d] or [N, Hq, d]
+    k,  # [B, Hk, S, d] or [M, Hk, d]
+    segments,  # [B, S] or [M]
+    positions,  # [B, T] or [N], or None
+    boundaries,  # [B + 1] or None
+    key_boundaries,  # [B + 1] or None
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_token_stride,
+    batch,
+    queries,  # T or N
+    keys,  # S or M
+    SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COMPONENTS: tl.constexpr,
+):
+    """What a program knows of its tile of queries, before it goes over the keys of their response.
+
+    Returns:
+        The response, the flat indices of its first query and first key, and its number of keys; what
+        :func:`query_rows` says of each row; the queries ``[ROWS, COMPONENTS]``; and where the response's keys (of this
+        key head) and segments begin.
+
+    """
+    slot, key_head = tl.program_id(0), tl.program_id(1)
+    response, first, end = slot_range(boundaries, slot, batch, queries, ROWS // GROUP)
+    begin, _ = token_range(boundaries, response, queries)
+    key_begin, key_end = token_range(key_boundaries, response, keys)
+    key_count = (key_end - key_begin).to(tl.int32)
+    token, member, inside, position = query_rows(
+        positions, (first - begin).to(tl.int32), begin, (end - begin).to(tl.int32), key_count, GROUP, ROWS
+    )
+    q = of_response(q, boundaries, response, begin, q_batch_stride, q_token_stride)
+    q += (key_head * GROUP).to(tl.int64) * q_head_stride
+    k = of_response(k, key_boundaries, response, key_begin, k_batch_stride, k_token_stride)
+    k += key_head.to(tl.int64) * k_head_stride
+    query = load_rows(q, token, member, q_head_stride, q_token_stride, inside, SIZE, COMPONENTS)
+    segments += key_begin
+    return response, begin, key_begin, key_count, token, member, inside, position, query, k, segments
+
+
+@triton.jit
 def of_response(tensor, boundaries, response, begin, batch_stride, token_stride):
     """Where the elements of a response begin in q or k."""
     return tensor + (response.to(tl.int64) * batch_stride if boundaries is None else begin * token_stride)
@@ -66,7 +113,7 @@ def of_response(tensor, boundaries, response, begin, batch_stride, token_stride)
 
 @triton.jit
 def of_head(tensor, boundaries, response, begin, head, heads, length):
-    """Where those of a response and head begin in an array ``[B, H, L]``, packed ``[H, L]``."""
+    """Where the elements of a response and head begin in an array ``[B, H, L]``, packed ``[H, L]``."""
     if boundaries is None:
         start = tensor + (response.to(tl.int64) * heads + head) * length
     else:
@@ -76,7 +123,7 @@ def of_head(tensor, boundaries, response, begin, head, heads, length):
 
 @triton.jit
 def load_rows(tensor, token, member, head_stride, token_stride, inside, SIZE: tl.constexpr, COMPONENTS: tl.constexpr):
-    """Load the rows of a tile, ``[ROWS, COMPONENTS]``, zeros where they have no components."""
+    """Load the rows of a tile, ``[ROWS, COMPONENTS]``, with zeros beyond their ``SIZE`` components."""
     component = tl.arange(0, COMPONENTS)
     row = tensor + token.to(tl.int64) * token_stride + member.to(tl.int64) * head_stride
     return tl.load(row[:, None] + component[None, :], mask=inside[:, None] & (component < SIZE)[None, :], other=0.0)
@@ -86,7 +133,7 @@ def load_rows(tensor, token, member, head_stride, token_stride, inside, SIZE: tl
 def load_keys(k, key, token_stride, wanted, SIZE: tl.constexpr, COMPONENTS: tl.constexpr):
     """Load keys as columns, ``[COMPONENTS, KEYS]``.
 
-    An ignored key may hold NaN, which a mask on the scores would not keep out of a gradient: it is not even loaded.
+    An ignored key may hold NaN, and a mask on the scores would not keep it out of a gradient. So it is not loaded.
     """
     component = tl.arange(0, COMPONENTS)
     column = k + key.to(tl.int64) * token_stride
@@ -125,7 +172,7 @@ class Tile(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What every kernel is told about q and k.
+    """What every kernel needs to know of q and k.
 
     Attributes:
         tile: Rows by keys, with at least one query of every head of a group.
@@ -180,7 +227,7 @@ def plan(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, tile: Tile) -> Launc
             "ROWS": rows,
             "KEYS": tile.keys,
             "COMPONENTS": max(triton.next_power_of_2(size), 16),
-            # Products of fp32 inputs stay fp32; in tf32 they would be no better than those of bf16 inputs.
+            # Products of fp32 inputs are fp32: tf32 would be hardly more precise than bf16 inputs.
             "PRECISION": "ieee" if q.dtype == torch.float32 else None,
             "num_warps": tile.warps,
             "num_stages": tile.stages,
@@ -189,7 +236,7 @@ def plan(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, tile: Tile) -> Launc
 
 
 def by_head(q: Tensor, tokens_of: Tensor) -> tuple[int, ...]:
-    """Shape of one number a head of q and token of ``tokens_of``: ``[B, H, L]``, packed ``[H, L]``."""
+    """Shape of one number per head of q and token of ``tokens_of``: ``[B, H, L]``, packed ``[H, L]``."""
     if q.dim() == 4:
         return q.shape[0], q.shape[1], tokens_of.shape[2]
     return q.shape[1], tokens_of.shape[0]

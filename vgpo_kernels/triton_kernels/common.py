@@ -1,12 +1,13 @@
-"""What the Triton kernels share: how an operator is registered, how a batch is cut into blocks, scalar formulas.
+"""What the Triton kernels share: registration of operators, blocks of a batch, scalar formulas.
 
 Tokens are flat, as in csrc/layout.h: those of response i are ``[i * T, (i + 1) * T)`` of a padded batch and
 ``[cu_seqlens[i], cu_seqlens[i + 1])`` of a packed one. Kernels get ``boundaries`` (``cu_seqlens`` or ``None``) and
-``tokens`` (T or N). Lengths are run-time arguments everywhere, and never specialised on: a rollout compiles nothing.
+``tokens`` (T or N). Lengths are run-time arguments and never specialised on, so a new rollout compiles nothing.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -78,7 +79,8 @@ def power_of_two(exponent):
 
 @triton.jit
 def double_from_bits(bits):
-    # Triton passes a Python float as fp32. Ratios that select a token must be doubles, as the definition has them.
+    # Triton passes a Python float as fp32. Ratios that select a token must be doubles, as in the reference
+    # implementation.
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
@@ -90,7 +92,7 @@ def boundary(boundaries, index, tokens):
 
 @triton.jit
 def token_range(boundaries, response, tokens):
-    """First token of a response, and the one behind its last."""
+    """First token of a response, and the end behind its last one."""
     if boundaries is None:
         begin = response.to(tl.int64) * tokens
         end = begin + tokens
@@ -116,7 +118,7 @@ def response_of_slot(boundaries, slot, batch, tokens, BLOCK: tl.constexpr):
         response = slot // tl.maximum(tl.cdiv(tokens, BLOCK), 1)
     else:
         # Count the responses that begin at or before the slot: a few wide loads, where a binary search would wait
-        # for memory once a step.
+        # for memory in every step.
         SEARCH: tl.constexpr = 256
         response = tl.zeros((), tl.int32)
         for start in range(1, batch, SEARCH):
@@ -130,7 +132,7 @@ def response_of_slot(boundaries, slot, batch, tokens, BLOCK: tl.constexpr):
 
 @triton.jit
 def slot_range(boundaries, slot, batch, tokens, BLOCK: tl.constexpr):
-    """Response of a slot, the slot's first token, and the token behind the response's last."""
+    """Response of a slot, the slot's first token, and the end of the response's tokens."""
     response = response_of_slot(boundaries, slot, batch, tokens, BLOCK)
     begin, end = token_range(boundaries, response, tokens)
     block = tl.maximum(slot - first_slot(boundaries, response, tokens, BLOCK), 0)
@@ -167,28 +169,51 @@ INTERPRETED = not isinstance(is_finite, triton.runtime.JITFunction)
 
 
 def wrap_triton(kernel: Any) -> Any:
-    """Let ``torch.compile`` see a launch. Interpreted kernels have nothing to be seen."""
+    """Let ``torch.compile`` see a launch. Interpreted kernels compute in Python, which it cannot see."""
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+# How schemas spell types, and Python does.
+ANNOTATIONS = {
+    "Tensor": Tensor,
+    "Optional[Tensor]": Tensor | None,
+    "List[float]": list[float],
+    "float": float,
+    "int": int,
+    "bool": bool,
+}
 
 
 def operator(launcher: Callable[..., Any]) -> Any:
     """Make a launcher the operator ``torch.ops.vgpo_kernels_triton.<name>``, which ``torch.compile`` traces into.
 
-    The schema is the launcher's; the fake kernel and the gradients are those of the operator of its name. Interpreted
-    kernels compute on the host and cannot be traced: there the operator is opaque.
+    Schema, fake kernel and gradients are those of the operator of its name; the launcher declares the arguments that it
+    reads. Interpreted kernels compute on the host and cannot be traced: there the operator is opaque.
     """
+    if INTERPRETED:
+        return opaque_operator(launcher.__name__, launcher)
     definition = registry.OPERATORS[launcher.__name__]
-    make: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
-    registered = make(f"vgpo_kernels_triton::{launcher.__name__}", launcher, mutates_args=())
+    bound: Any = registry.by_name(launcher, definition.arguments)
+    # torch reads the schema of an operator that it traces into from annotations.
+    schema = definition.compiled._schema  # type: ignore[attr-defined]
+    bound.__signature__ = inspect.Signature(
+        [
+            inspect.Parameter(one.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=ANNOTATIONS[str(one.type)])
+            for one in schema.arguments
+        ],
+        return_annotation=Tensor if len(schema.returns) == 1 else tuple[(Tensor,) * len(schema.returns)],  # type: ignore[misc]
+    )
+    registered = torch.library.triton_op(f"vgpo_kernels_triton::{launcher.__name__}", bound, mutates_args=())
     return _completed(registered, definition)
 
 
 def opaque_operator(name: str, implementation: Callable[..., Any]) -> Any:
-    """Make Python that drives kernels the operator ``torch.ops.vgpo_kernels_triton.<name>``, not to be traced into."""
+    """Make Python that calls kernels the operator ``torch.ops.vgpo_kernels_triton.<name>``, not to be traced into."""
     definition = registry.OPERATORS[name]
-    schema = str(definition.compiled._schema)  # type: ignore[attr-defined]
-    schema = schema.removeprefix(f"{registry.NAMESPACE}::{name}")
-    registered = torch.library.custom_op(f"vgpo_kernels_triton::{name}", implementation, mutates_args=(), schema=schema)
+    bound = registry.by_name(implementation, definition.arguments)
+    registered = torch.library.custom_op(
+        f"vgpo_kernels_triton::{name}", bound, mutates_args=(), schema=definition.signature
+    )
     return _completed(registered, definition)
 
 
@@ -201,7 +226,7 @@ def _completed(registered: Any, definition: registry.Operator) -> Any:
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[None]:
-    """Make a tensor's GPU the current one, which is the one that Triton launches on."""
+    """Make a tensor's GPU the current one: Triton launches on that."""
     on_gpu = tensor.device.type == "cuda" and torch.cuda.is_available()
     return torch.cuda.device(tensor.device) if on_gpu else nullcontext()
 
@@ -217,5 +242,5 @@ def architecture() -> str:
 
 
 def warps_of(threads: int) -> int:
-    """Return how many warps (wavefronts on AMD) make so many threads."""
+    """Return the number of warps (wavefronts on AMD) of so many threads."""
     return threads // (64 if architecture() == "gfx9" else 32)

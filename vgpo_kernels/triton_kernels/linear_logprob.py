@@ -1,7 +1,7 @@
 """Epilogues of an LM head's matrix products in Triton: statistics of a chunk's logits, and their gradient in place.
 
-The products are torch's (cuBLAS, hipBLASLt), fp32 out of 16-bit inputs. A program goes over a row of the chunk once, in
-blocks, keeping the running maximum and the sums beside it.
+The products are torch's (cuBLAS, hipBLASLt): fp32 results from 16-bit inputs. A program goes over a row of the chunk
+once, in blocks, and keeps the running maximum and sums.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vgpo_kernels.reference.linear_logprob import gradient_of
 from vgpo_kernels.triton_kernels.common import device_guard, opaque_operator
 from vgpo_kernels.triton_kernels.policy_loss import policy_loss
 
-# Logits of a block, and warps that share it: 16 registers a thread, and enough loads on their way.
+# Logits of a block, and warps that share it: 16 registers per thread, and enough loads in flight.
 BLOCK = 4096
 WARPS = 8
 
-# Behind this, exp() is zero. A finite bound keeps zero times the distance from being NaN.
+# Below this, exp() is zero. With a finite bound, zero times the distance is zero, not NaN.
 FARTHEST = tl.constexpr(-128.0)
 
 # Releases from which addmm takes an fp32 accumulator with 16-bit matrices.
@@ -64,7 +64,7 @@ def head_statistics_kernel(
         inside = column < columns
         block = tl.where(inside, logits_of(products, bias, column, inside, factor), -float("inf"))
         largest = tl.maximum(maximum, tl.max(block, 0))
-        # A bias may forbid every entry seen so far: there is nothing to measure distances from.
+        # A bias of minus infinity may have excluded every entry so far: then distances have no origin.
         origin = tl.where(largest == -float("inf"), 0.0, largest)
         drop = tl.where(total > 0.0, maximum - origin, 0.0)
         distance = block - origin
@@ -112,8 +112,7 @@ def head_gradient_kernel(
         log_probability = logits_of(products, bias, column, inside, factor) - maximum - log_sum
         value = tl.exp(log_probability) * (level + slope * tl.maximum(log_probability, FARTHEST))
         value += tl.where(column == target, at_target, 0.0)
-        # Narrow numbers take the place of wide ones that other threads have still to read, but only within a block:
-        # the ones behind it are never reached.
+        # 16-bit numbers overwrite fp32 ones that other threads may still have to read, but only those of this block.
         tl.debug_barrier()
         tl.store(gradient + row * gradient_stride + column, value.to(gradient.dtype.element_ty), mask=inside)
 
@@ -129,7 +128,7 @@ def head_statistics(
     logits: Tensor,
     keep: bool,
 ) -> None:
-    """Launch the product of a chunk and the statistics of its logits, which are there to stay whatever ``keep`` is."""
+    """Launch the product of a chunk and the statistics of its logits, which are kept whether ``keep`` is set or not."""
     head_product(hidden, weight.T, logits, False)
     rows, columns = logits.shape
     with device_guard(logits):
@@ -159,7 +158,7 @@ def head_gradient(
     logits: Tensor,
     recompute: bool,
 ) -> None:
-    """Launch the product of a chunk, unless it is there, and its gradient, which takes its place."""
+    """Launch the product of a chunk, unless it is there, and its gradient, which overwrites it."""
     if recompute:
         head_product(hidden, weight.T, logits, False)
     gradient = gradient_of(logits, hidden.dtype)

@@ -4,9 +4,8 @@ A launch before them counts the tokens of each response, where a token's share o
 caller did not pass: the mean over all tokens without ``num_tokens``, and the mean over a response's tokens. The losses
 with a sequence ratio need no such launch: a program handles a response, and goes over its tokens up to three times.
 
-The first launch leaves a row of partial sums a block of tokens; the second adds them up in their order, in fp64. (A
-block that notices it is the last could do so itself, but would need counters that somebody has zeroed, which is a
-launch again.)
+The first launch writes a row of partial sums per block of tokens; the second adds them in their order, in fp64. (The
+last block could do that itself, but it would need counters that start at zero, and zeroing them is another launch.)
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 from vgpo_kernels.config import PolicyLossOptions
 from vgpo_kernels.ops.policy_loss import POLICY_METRICS
 from vgpo_kernels.ops.visual_weights import FOCUS_METRICS
-from vgpo_kernels.reference.policy_loss import SEQUENCE_LEVEL
+from vgpo_kernels.reference.policy_loss import SEQUENCE_LEVEL, LossArguments
 from vgpo_kernels.triton_kernels.common import (
     clamp,
     device_guard,
@@ -70,7 +69,7 @@ COUNT_BLOCK = 4096
 @triton.jit
 def surrogate(
     ratio,
-    ratio_slope,  # by the log-ratio
+    ratio_slope,  # derivative w.r.t. the log-ratio
     logp,
     advantage,
     clip_low,
@@ -80,7 +79,7 @@ def surrogate(
     tau_negative,
     LOSS_TYPE: tl.constexpr,
 ):
-    """A token's surrogate loss, its derivative by the log-ratio, and where it was clipped: low, high, dual."""
+    """A token's surrogate loss, its derivative w.r.t. the log-ratio, and where it was clipped: low, high, dual."""
     below = ratio < clip_low
     above = ratio > clip_high
     clipped_ratio = clamp(ratio, clip_low, clip_high)
@@ -111,7 +110,7 @@ def surrogate(
 
 @triton.jit
 def kl_estimate(difference, ESTIMATOR: tl.constexpr):
-    """KL to the reference from ``difference = ref_logp - logp``, and its derivative by logp."""
+    """KL to the reference policy from ``difference = ref_logp - logp``, and its derivative w.r.t. logp."""
     if ESTIMATOR == "k1":
         value = -difference
         slope = tl.full(difference.shape, 1.0, tl.float32)
@@ -170,12 +169,12 @@ def loss_kernel(
     logp,  # [B, T] or [N]
     old_logp,
     advantages,  # [B] or per token
-    mask,
+    response_mask,
     factors,  # per token or None
     w,  # per token or None: with statistics and groups, factors are made here
     statistics,  # [B, STATISTICS] or None
     groups,  # [B] or None
-    boundaries,  # [B + 1] or None
+    cu_seqlens,  # [B + 1] or None
     lengths,  # int32 [B] or None
     ref_logp,  # per token or None
     entropy,  # per token or None
@@ -216,13 +215,13 @@ def loss_kernel(
     # A program is a slot, or all slots of a response.
     if SEQUENCE_RATIO:
         response = tl.program_id(0)
-        slot_begin = first_slot(boundaries, response, tokens, BLOCK)
-        slot_end = first_slot(boundaries, response + 1, tokens, BLOCK)
-        first_token, end = token_range(boundaries, response, tokens)
+        slot_begin = first_slot(cu_seqlens, response, tokens, BLOCK)
+        slot_end = first_slot(cu_seqlens, response + 1, tokens, BLOCK)
+        first_token, end = token_range(cu_seqlens, response, tokens)
     else:
         slot_begin = tl.program_id(0).to(tl.int64)
         slot_end = slot_begin + 1
-        response, first_token, end = slot_range(boundaries, slot_begin, batch, tokens, BLOCK)
+        response, first_token, end = slot_range(cu_seqlens, slot_begin, batch, tokens, BLOCK)
 
     if w is not None:
         phi = tl.zeros((), tl.float32)
@@ -238,7 +237,7 @@ def loss_kernel(
         summed = tl.zeros((BLOCK,), tl.float32)
         for slot in range(slot_end - slot_begin):
             token = first_token + slot * BLOCK + tl.arange(0, BLOCK)
-            valid = tl.load(mask + token, mask=token < end, other=0) != 0
+            valid = tl.load(response_mask + token, mask=token < end, other=0) != 0
             counted += valid.to(tl.int32)
             summed += tl.load(logp + token, mask=valid, other=0.0) - tl.load(old_logp + token, mask=valid, other=0.0)
         length = tl.sum(counted).to(tl.float32)
@@ -246,7 +245,7 @@ def loss_kernel(
     elif AGGREGATION == "seq-mean-token-mean":
         length = tl.load(lengths + response).to(tl.float32)
 
-    # What one token counts in the loss. Zero denominators count as one.
+    # Share of one token in the loss. A denominator of zero is taken as one.
     if AGGREGATION == "token-mean":
         if num_tokens is not None:
             denominator = tl.load(num_tokens)
@@ -268,14 +267,14 @@ def loss_kernel(
         elif AGGREGATION == "seq-mean-token-sum-norm":
             share = tl.div_rn(share, max_length)
 
-    # The gradient of a gspo token contains the derivatives of all tokens of its response by their common ratio: a
-    # first round sums them, the second writes. Other losses have the second only.
+    # In gspo the gradient of a token contains the derivatives of all tokens of its response w.r.t. their common ratio:
+    # a first round sums them, the second writes gradients. Other losses have only the second.
     common_slope = tl.zeros((), tl.float32)
     for writes in tl.static_range(0 if LOSS_TYPE == "gspo" else 1, 2):
         slope_sum = tl.zeros((BLOCK,), tl.float32)
         for slot in range(slot_end - slot_begin):
             token = first_token + slot * BLOCK + tl.arange(0, BLOCK)
-            valid = tl.load(mask + token, mask=token < end, other=0) != 0
+            valid = tl.load(response_mask + token, mask=token < end, other=0) != 0
             current = tl.load(logp + token, mask=valid, other=0.0)
             token_log_ratio = current - tl.load(old_logp + token, mask=valid, other=0.0)
             log_ratio = token_log_ratio
@@ -311,7 +310,7 @@ def loss_kernel(
                 value *= correction
                 slope *= correction
             kl = tl.zeros((BLOCK,), tl.float32)
-            own_slope = tl.zeros((BLOCK,), tl.float32)  # by logp, other than through the ratio
+            own_slope = tl.zeros((BLOCK,), tl.float32)  # derivative w.r.t. logp other than through the ratio
             if ref_logp is not None:
                 difference = tl.load(ref_logp + token, mask=valid, other=0.0) - current
                 kl, own_slope = kl_estimate(difference, KL_ESTIMATOR)
@@ -391,7 +390,7 @@ def reduce_kernel(
         values = tl.load(row[:, None] + field[None, :], mask=present, other=0.0)
         least = tl.where(present, tl.minimum(least, values), least)
         most = tl.where(present, tl.maximum(most, values), most)
-        # Means and squared deviations of blocks combine to those of all by moments about zero.
+        # Means and squared deviations of blocks are combined through moments about zero.
         count = tl.load(row + COUNT, mask=inside, other=0.0).to(tl.float64)[:, None]
         mean = tl.load(row + FACTOR_MEAN, mask=inside, other=0.0).to(tl.float64)[:, None]
         moment = tl.where((field == FACTOR_MEAN)[None, :], count * mean, values.to(tl.float64))
@@ -429,7 +428,7 @@ def clip_range(options: PolicyLossOptions) -> tuple[float, float]:
 
 
 def loss_settings(options: PolicyLossOptions) -> dict[str, Any]:
-    """Return the keyword arguments by which ``loss_kernel`` knows its options."""
+    """Return the options as keyword arguments of ``loss_kernel``."""
     infinity = float("inf")
     clip_low, clip_high = clip_range(options)
     return {
@@ -462,29 +461,14 @@ NO_FACTORS = {
 
 
 def needs_lengths(options: PolicyLossOptions, num_tokens: Tensor | None) -> bool:
-    """Whether a token's share of the loss depends on counts that only the mask tells."""
+    """Whether a token's share of the loss depends on counts that must be taken from the mask."""
     if options.aggregation == "token-mean":
         return num_tokens is None
     return options.aggregation == "seq-mean-token-mean" and options.loss_type not in SEQUENCE_LEVEL
 
 
-class LossArguments(NamedTuple):
-    """The tensors that every loss shares, as the operators take them."""
-
-    logp: Tensor
-    old_logp: Tensor
-    advantages: Tensor
-    response_mask: Tensor
-    cu_seqlens: Tensor | None
-    ref_logp: Tensor | None
-    entropy: Tensor | None
-    importance_weights: Tensor | None
-    num_tokens: Tensor | None
-    num_sequences: Tensor | None
-
-
 class FactorSource(NamedTuple):
-    """What factors are made of where they are not given: the results of ``launch_responses``, and the groups."""
+    """What factors are computed from, if not given: the results of ``launch_responses``, groups and settings."""
 
     w: Tensor
     statistics: Tensor
@@ -506,7 +490,7 @@ def launch_loss(
         options: Its options.
         lengths: Number of valid tokens of each response, int32 ``[B]``; may be ``None`` unless :func:`needs_lengths`.
         factors: Factor of each token's advantage.
-        source: What to make factors of instead.
+        source: What to compute factors from instead.
 
     """
     logp, entropy, weights = arguments.logp, arguments.entropy, arguments.importance_weights
@@ -520,26 +504,17 @@ def launch_loss(
     partials = logp.new_empty((slots, PARTIALS.value))
     with device_guard(logp):
         wrap_triton(loss_kernel)[(batch if options.loss_type in SEQUENCE_LEVEL else slots,)](
-            logp,
-            arguments.old_logp,
-            arguments.advantages,
-            arguments.response_mask,
-            factors,
-            w,
-            statistics,
-            groups,
-            arguments.cu_seqlens,
-            lengths,
-            arguments.ref_logp,
-            entropy,
-            weights,
-            arguments.num_tokens,
-            arguments.num_sequences,
-            grad_logp,
-            None if entropy is None else grad_entropy,
-            partials,
-            batch,
-            tokens,
+            **arguments._asdict(),
+            factors=factors,
+            w=w,
+            statistics=statistics,
+            groups=groups,
+            lengths=lengths,
+            grad_logp=grad_logp,
+            grad_entropy=None if entropy is None else grad_entropy,
+            partials=partials,
+            batch=batch,
+            tokens=tokens,
             **loss_settings(options),
             **settings,
             ADVANTAGE_PER_RESPONSE=is_per_response(arguments.advantages, batch),
@@ -553,7 +528,7 @@ def launch_loss(
 
 
 def is_per_response(values: Tensor, batch: int) -> bool:
-    """Whether values are one a response: vectors of B are, also where B = N."""
+    """Whether there is one value per response. A vector of B values means that, also where B = N."""
     return values.dim() == 1 and values.shape[0] == batch
 
 
@@ -568,32 +543,11 @@ def launch_lengths(response_mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 @operator
 def policy_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    factors: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ref_logp: Tensor | None,
-    entropy: Tensor | None,
-    importance_weights: Tensor | None,
-    num_tokens: Tensor | None,
-    num_sequences: Tensor | None,
-    options: list[float],
+    factors: Tensor | None, options: list[float], **loss_arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, its gradients by logp and entropy (0 elements without), and the policy metrics ``[15]``."""
-    arguments = LossArguments(
-        logp,
-        old_logp,
-        advantages,
-        response_mask,
-        cu_seqlens,
-        ref_logp,
-        entropy,
-        importance_weights,
-        num_tokens,
-        num_sequences,
-    )
-    settings = PolicyLossOptions.from_floats(options)
-    lengths = launch_lengths(response_mask, cu_seqlens) if needs_lengths(settings, num_tokens) else None
+    """Return the loss, its gradients w.r.t. logp and entropy (empty without), and the policy metrics ``[15]``."""
+    arguments, settings = LossArguments(**loss_arguments), PolicyLossOptions.from_floats(options)
+    lengths = None
+    if needs_lengths(settings, arguments.num_tokens):
+        lengths = launch_lengths(arguments.response_mask, arguments.cu_seqlens)
     return launch_loss(arguments, settings, lengths, factors)

@@ -2,23 +2,26 @@
 
 1. List the visual tokens of each response.          (not where prototypes are given)
 2. Sum them to prototypes.                           (not where prototypes are given)
-3. Cosines, a program a block of tokens.
-4. Gate, weights and their statistics, a program a response.
-5. Factors, loss and gradient, a program a block of tokens.
+3. Cosines, one program per block of tokens.
+4. Gate, weights and their statistics, one program per response.
+5. Factors, loss and gradient, one program per block of tokens.
 6. Sum the blocks' partial results to loss and metrics.
 
-Each needs results of many programs of the one before, and the end of a launch is the only barrier across programs that
-Triton has on every GPU. Prototypes are split by features (2) and group statistics are reduced by whoever needs them
-(5), so that neither takes a launch of its own. Factors never reach memory.
+Each launch needs results of many programs of the one before, and the end of a launch is the only barrier across
+programs that Triton has on every GPU. Prototypes are split by features (2), and each program of (5) computes the group
+statistics that it needs, so neither needs a launch of its own. Factors are never written to memory.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from vgpo_kernels.config import PolicyLossOptions, VGPOConfig
+from vgpo_kernels.reference.policy_loss import LossArguments
 from vgpo_kernels.triton_kernels.common import operator
-from vgpo_kernels.triton_kernels.policy_loss import FactorSource, LossArguments, launch_loss
+from vgpo_kernels.triton_kernels.policy_loss import FactorSource, launch_loss
 from vgpo_kernels.triton_kernels.visual_focus import launch_focus
 from vgpo_kernels.triton_kernels.visual_weights import factor_settings, launch_responses, needs_minima
 
@@ -26,48 +29,20 @@ from vgpo_kernels.triton_kernels.visual_weights import factor_settings, launch_r
 @operator
 def vgpo_loss(
     hidden: Tensor,
-    logp: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
     visual_mask: Tensor | None,
-    response_mask: Tensor,
     group_ids: Tensor,
-    cu_seqlens: Tensor | None,
     prototype: Tensor | None,
     prototype_index: Tensor | None,
-    ref_logp: Tensor | None,
-    entropy: Tensor | None,
-    importance_weights: Tensor | None,
-    num_tokens: Tensor | None,
-    num_sequences: Tensor | None,
     config: list[float],
     options: list[float],
+    **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, its gradients by logp and entropy (0 elements without), and the metrics ``[20]``."""
-    settings = VGPOConfig.from_floats(config)
+    """Return the loss, its gradients w.r.t. logp and entropy (empty without), and the metrics ``[20]``."""
+    settings, arguments = VGPOConfig.from_floats(config), LossArguments(**loss_arguments)
+    mask, boundaries = arguments.response_mask, arguments.cu_seqlens
     focus = launch_focus(
-        hidden,
-        visual_mask,
-        response_mask,
-        cu_seqlens,
-        prototype,
-        prototype_index,
-        with_minima=needs_minima(settings),
+        hidden, visual_mask, mask, boundaries, prototype, prototype_index, with_minima=needs_minima(settings)
     )
-    w, statistics, lengths = launch_responses(
-        focus.cos, response_mask, focus.images, cu_seqlens, focus.minima, settings
-    )
-    arguments = LossArguments(
-        logp,
-        old_logp,
-        advantages,
-        response_mask,
-        cu_seqlens,
-        ref_logp,
-        entropy,
-        importance_weights,
-        num_tokens,
-        num_sequences,
-    )
+    w, statistics, lengths = launch_responses(focus.cos, mask, focus.images, boundaries, focus.minima, settings)
     source = FactorSource(w, statistics, group_ids, factor_settings(settings))
     return launch_loss(arguments, PolicyLossOptions.from_floats(options), lengths, source=source)

@@ -1,13 +1,13 @@
 """Visual prototypes (two launches) and focus scores (one more) in Triton.
 
-A prototype is summed in the order of its visual tokens, whatever lies between them, so a first launch lists where
-they are; the second sums them, a program for each slice of features. Splitting the features rather than the tokens
-needs no partial sums and no third launch, and every visual row is still read once.
+A prototype is the sum of its visual tokens in their order, whatever is between them. So a first launch lists where they
+are, and the second sums them, with one program per slice of features. Because the features are split and not the
+tokens, there are no partial sums and no third launch, and every visual row is still read once.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,7 +28,7 @@ from vgpo_kernels.triton_kernels.common import (
 
 NORM_FLOOR = tl.constexpr(1e-8)
 
-# Tokens that a prototype's sum takes at a time. Its bits depend on this number, so it is one for all.
+# Tokens that are added to a prototype at a time. Its bits depend on this number, so it is the same for every GPU.
 PROTOTYPE_ROWS = 64
 INDEX_BLOCK = 4096
 
@@ -125,7 +125,7 @@ def prototype_kernel(
     count = tl.load(counts + response)
     lane = tl.arange(0, ROWS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    # The rows of a step are asked for a step ahead, so that one latency a step is waited for and not two.
+    # The indices of the next step are loaded one step ahead, so that each step waits for memory once and not twice.
     upcoming = tl.load(positions + lane, mask=lane < count, other=0)
     for start in range(0, count, ROWS):
         row = upcoming.to(tl.int64)
@@ -320,13 +320,6 @@ def visual_prototype(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | N
 
 
 @operator
-def visual_focus(
-    hidden: Tensor,
-    visual_mask: Tensor | None,
-    response_mask: Tensor,
-    cu_seqlens: Tensor | None,
-    prototype: Tensor | None,
-    prototype_index: Tensor | None,
-) -> Tensor:
+def visual_focus(**given: Any) -> Tensor:
     """Cosine between each response token's hidden state and its image's prototype, fp32; 0 off the mask."""
-    return launch_focus(hidden, visual_mask, response_mask, cu_seqlens, prototype, prototype_index).cos
+    return launch_focus(**given).cos

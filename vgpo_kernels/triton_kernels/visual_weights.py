@@ -1,9 +1,9 @@
 """From cosines to advantage factors in Triton: two launches, three where the offset is the batch's smallest cosine.
 
-The first launch is a program a response, which loops over its tokens: gate threshold, compensated weights and their
-statistics. The second is a program a block of tokens. It needs the statistics of every response of a group, and Triton
-has no barrier across programs but the end of a launch. Group statistics are B numbers, so each program reduces them
-anew rather than wait for a launch that would do it once.
+The first launch has one program per response, which loops over its tokens: gate threshold, compensated weights and
+their statistics. The second has one program per block of tokens. It needs the statistics of every response of a group,
+and Triton has no barrier across programs but the end of a launch. Group statistics are only B numbers, so each program
+reduces them itself, which is faster than another launch.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TOKENS = tl.constexpr(9)  # its valid tokens
 NONFINITE = tl.constexpr(10)  # 1 where the response has an image and a cosine that is not finite
 
 RESPONSE_BLOCK = 1024
-RESPONSE_THREADS = 512  # a program a response is few programs, so each should be wide
+RESPONSE_THREADS = 512  # one program per response makes few programs, so each should be wide
 TOKEN_BLOCK = 1024
 GROUP_BLOCK = tl.constexpr(128)
 
@@ -311,8 +311,8 @@ def response_kernel(
 def group_weight(response, score, member, groups, batch, stride):
     """Phi of a response (Eq. 9-10): its score, min-max normalised within its group and centred.
 
-    ``score`` and ``member`` (or ``None``) hold an entry a response, ``stride`` apart; members are those whose entry is
-    not 0 and whose score is finite.
+    ``score`` and ``member`` (or ``None``) hold one entry per response, ``stride`` apart. Members are those whose entry
+    is not 0 and whose score is finite.
     """
     group = tl.load(groups + response)
     low = tl.full((GROUP_BLOCK,), float("inf"), tl.float32)
@@ -447,7 +447,7 @@ def double_bits(value: float) -> int:
 
 
 def response_settings(config: VGPOConfig) -> dict[str, Any]:
-    """Return the keyword arguments by which ``response_kernel`` knows a configuration."""
+    """Return a configuration as keyword arguments of ``response_kernel``."""
     lowest = config.score == "offset" and config.score_offset is None
     return {
         "head_bits": double_bits(1.0 - config.tail_ratio),
@@ -466,7 +466,7 @@ def response_settings(config: VGPOConfig) -> dict[str, Any]:
 
 
 def factor_settings(config: VGPOConfig) -> dict[str, Any]:
-    """Return the keyword arguments by which kernels know how factors are made of psi and phi."""
+    """Return the keyword arguments that tell kernels how to compute factors from psi and phi."""
     unclamped = (-float("inf"), float("inf"))
     intra_low, intra_high = config.intra_clamp or unclamped
     inter_low, inter_high = config.inter_clamp or unclamped
