@@ -52,7 +52,7 @@ GPU_SHAPES = tuple(
     RolloutShape(batch=batch, length=1024 + response, features=3584, visual=1024, response=response)
     for batch, response in ((8, 2048), (32, 2048), (2, 32768))
 )
-SMALL_SHAPE = RolloutShape(batch=8, length=384, features=512, visual=128, response=256)
+SMALL_SHAPE = RolloutShape(batch=8, length=192, features=512, visual=64, response=96)
 
 
 @dataclass(frozen=True)

@@ -115,11 +115,8 @@ class Bench:
         ):
             seconds = seconds_on_device(run, self.device, self.repeats)
             speeds[unit] = Speed(name, unit, work / median(seconds))
-            self.keep(
-                measure.make_row(
-                    ("ceiling", *labels), self.device, f"ceiling: {name}", seconds, {unit: work}, speeds[unit]
-                )
-            )
+            row = partial(measure.make_row, ("ceiling", *labels), self.device, f"ceiling: {name}")
+            self.keep(row(seconds, {unit: work}, speeds[unit]))
         return speeds
 
     def keep(self, row: measure.Row) -> None:

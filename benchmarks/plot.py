@@ -65,7 +65,7 @@ class Case:
 
 
 def read_cases(table: Path) -> list[Case]:
-    """Return the cases of a table in the order of their first rows: of each the latest run, of the last row's device."""
+    """Return the cases that were measured on the last row's device, of each the latest run."""
     runs: list[Case] = []
     with table.open(newline="") as file:
         for row in csv.DictReader(file):

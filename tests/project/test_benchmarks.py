@@ -189,6 +189,7 @@ MEASURED_ON_GPUS = {
 }
 
 
+@pytest.mark.slow
 def test_the_command_for_gpus_measures_every_op_and_peer(tmp_path: Path) -> None:
     """A dry run: everything but what torch.cuda answers, at small shapes, each result checked."""
     table = tmp_path / "gpu.csv"
