@@ -197,27 +197,25 @@ def each(target: Callable[[Any], Any], items: Sequence[Any], limit: float) -> It
     item gets a new process.
     """
     context = multiprocessing.get_context("spawn")
-    done = 0
-    while done < len(items):
+    remaining = list(items)
+    while remaining:
         receiver, sender = context.Pipe(duplex=False)
-        worker = context.Process(target=_serve, args=(sender, target, items[done:]))
+        worker = context.Process(target=_serve, args=(sender, target, remaining[:]))
         worker.start()
-        sender.close()
-        reason = None
-        while reason is None and done < len(items):
-            if receiver.poll(limit):
+        sender.close()  # so that the end of the process ends the pipe
+        failure = None
+        while remaining and failure is None:
+            result = None
+            if not receiver.poll(limit):
+                worker.kill()
+                failure = RuntimeError(f"took more than {limit} s")
+            else:
                 try:
-                    yield items[done], receiver.recv()
-                    done += 1
-                    continue
+                    result = receiver.recv()
                 except EOFError:
                     worker.join()
-                    reason = f"the process died with code {worker.exitcode}"
-            else:
-                worker.kill()
-                reason = f"took more than {limit} s"
-            yield items[done], RuntimeError(reason)
-            done += 1
+                    failure = RuntimeError(f"the process died with code {worker.exitcode}")
+            yield remaining.pop(0), failure or result
         worker.join()
 
 
