@@ -1,11 +1,11 @@
 """Speed of attention_mass and attention_heatmap: q k^T and its softmax, by streaming.
 
-Flops: 2 Hq T S d of the product, of which causality leaves 87.5% here (the queries are the last quarter of the keys);
-7.5e9 at the CPU shape, twice that for the heat map, which goes over the scores once for their denominators and once for
-the keys. Bytes: q and k once, and one number a query and segment or a key. An exponential a score comes on top, about a
-tenth of the products' time in fp32.
+Flops: 2 d for each pair of a query and a key that it may see; the queries are the last of the keys. The heat map goes
+over the scores once for their denominators and once for the image's keys. The gradient takes the scores twice more and
+the products that make the gradients w.r.t. q and k: five products. Bytes: q and k once, and their gradients. An
+exponential a score comes on top, on a CPU about a tenth of the products' time in fp32.
 
-The first ceiling is the bare product of all queries with all keys, by torch: "of ceiling" is its time by ours. The
+The ceiling on a CPU is the bare product of all queries with all keys, by torch: "of ceiling" is its time by ours. The
 peers are eager attention followed by a sum over each segment, and one forward pass of scaled_dot_product_attention,
 which multiplies by the values as well and returns no probability.
 
@@ -17,21 +17,25 @@ close to that of scaled_dot_product_attention, which is made of the same exponen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
-import pytest
 import torch
 import torch.nn.functional as F
+from tolerance import assert_close
 from torch import Tensor
 
-from benchmarks.measure import Case, Ceiling
-from vgpo_kernels import attention_heatmap, attention_mass, backend
+from benchmarks.measure import Case, Ceiling, Op, Peer, by_reference, compare, normals
+from vgpo_kernels import attention_heatmap, attention_mass
 
 SEGMENTS = 3
+CHECKED = 64  # queries of a response that the reference implementation computes at a time
+ROUNDING = 2 * torch.finfo(torch.bfloat16).eps  # of a gradient in bf16
 
 
 class AttentionShape(NamedTuple):
-    """Queries at the end of their keys, as response tokens are."""
+    """Queries at the end of their keys, as response tokens are, and the image's keys at their begin."""
 
     batch: int
     heads: int
@@ -39,85 +43,149 @@ class AttentionShape(NamedTuple):
     queries: int
     keys: int
     size: int
+    image: int
 
     def __str__(self) -> str:
         return f"{self.batch} x {self.heads}/{self.key_heads} heads x {self.size}, {self.queries} of {self.keys}"
 
     @property
-    def flops(self) -> int:
-        """Flops of the product of all queries with all keys."""
-        return 2 * self.batch * self.heads * self.queries * self.keys * self.size
+    def rows(self) -> int:
+        return self.batch * self.heads * self.queries
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it may see."""
+        return self.rows * (2 * self.keys - self.queries + 1) // 2
 
     @property
     def score_mib(self) -> float:
         """Memory that all scores would take in fp32."""
-        return 4 * self.batch * self.heads * self.queries * self.keys / 2**20
+        return 4 * self.rows * self.keys / 2**20
 
 
-# Qwen2.5-VL-7B's heads, and a quarter of its response.
-CPU_SHAPE = AttentionShape(batch=1, heads=28, key_heads=4, queries=512, keys=2048, size=128)
-
-
-def eager(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
     """Softmax attention as models write it, ``[B, Hq, T, S]``."""
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5
     return scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32)
 
 
-def attention_case(op: str, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> Case:
-    """One of the two ops beside eager attention and scaled_dot_product_attention."""
-    generator = torch.Generator(device).manual_seed(0)
+def attention_case(
+    shape: AttentionShape, dtype: torch.dtype, device: torch.device, seed: int, *, heatmap: bool, gradient: bool
+) -> Case:
+    """Masses or the heat map, or with ``gradient`` the gradients of a weighted sum of the masses w.r.t. q and k."""
+    normal = normals(seed, device)
 
-    def normal(heads: int, tokens: int) -> Tensor:
-        return torch.randn(shape.batch, heads, tokens, shape.size, generator=generator, device=device).to(dtype)
+    def draw(heads: int, tokens: int) -> Tensor:
+        return normal(shape.batch, heads, tokens, shape.size).to(dtype)
 
-    q, k = normal(shape.heads, shape.queries), normal(shape.key_heads, shape.keys)
-    v = normal(shape.key_heads, shape.keys)
+    q, k, v = draw(shape.heads, shape.queries), draw(shape.key_heads, shape.keys), draw(shape.key_heads, shape.keys)
+    direction = normal(shape.batch, shape.queries, SEGMENTS)
+    leaves = tuple(tensor.clone().requires_grad_() for tensor in (q, k))
     position = torch.arange(shape.keys, device=device)
-    segments = (position >= shape.keys // 2).long() + (position >= shape.keys - shape.queries)
+    segments = (position >= shape.image).long() + (position >= shape.keys - shape.queries)
     visible = position <= position[-shape.queries :, None]
-    labels = segments.expand(shape.batch, -1)
+    labels = segments.expand(shape.batch, -1).contiguous()
     members = F.one_hot(segments, SEGMENTS).float()
 
-    def ours() -> Tensor:
-        if op == "attention_mass":
-            return attention_mass(q, k, labels)
-        return attention_heatmap(q, k, labels == 0)
+    def ours(q: Tensor, k: Tensor) -> Tensor:
+        return attention_heatmap(q, k, labels == 0) if heatmap else attention_mass(q, k, labels)
 
-    def summed() -> Tensor:
-        weights = eager(q, k, visible)
-        return (weights @ members).mean(1) if op == "attention_mass" else weights.mean((1, 2)) * (segments == 0)
+    def eager(q: Tensor, k: Tensor) -> Tensor:
+        weights = softmax_attention(q, k, visible)
+        return weights.mean((1, 2)) * (segments == 0) if heatmap else (weights @ members).mean(1)
 
-    def check() -> None:
-        with backend("reference"):
-            exact = ours()
-        torch.testing.assert_close(ours(), exact, atol=1e-5, rtol=0, check_dtype=False)
+    def run(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        def both() -> tuple[Tensor, ...]:
+            return torch.autograd.grad((function(*leaves) * direction).sum(), leaves)
 
-    moved = (q.numel() + k.numel()) * dtype.itemsize
+        return both if gradient else lambda: (function(q, k),)
+
+    @cache
+    def exact() -> tuple[Tensor, ...]:
+        """A few queries at a time, to save memory."""
+        positions = position[-shape.queries :].expand(shape.batch, -1)
+        found = []
+        for rows, where, slope in zip(
+            q.split(CHECKED, 2), positions.split(CHECKED, 1), direction.split(CHECKED, 1), strict=True
+        ):
+            wide, where = [tensor.float().requires_grad_(gradient) for tensor in (rows, k)], where.contiguous()
+            if heatmap:
+                found.append(attention_heatmap(*wide, labels == 0, query_positions=where) * rows.shape[2])
+                continue
+            masses = attention_mass(*wide, labels, query_positions=where)
+            found.append(torch.autograd.grad((masses * slope).sum(), wide) if gradient else masses)
+        if heatmap:
+            return (torch.stack(found).sum(0) / shape.queries,)
+        if gradient:
+            by_q, by_k = zip(*found, strict=True)
+            return torch.cat(by_q, 2), torch.stack(by_k).sum(0)
+        return (torch.cat(found, 1),)
+
+    def check(found: tuple[Tensor, ...], bound: float) -> None:
+        expected = by_reference(exact)
+        if gradient:
+            for name, one, wide in zip(("gradient w.r.t. q", "gradient w.r.t. k"), found, expected, strict=True):
+                compare(name, one, wide, max(bound, ROUNDING))
+        elif heatmap:
+            compare("heat map", found[0], expected[0], bound)
+        else:
+            assert_close(found[0], expected[0], name="masses", floor=bound)
+
+    name = "" if heatmap or gradient else " + segment sum"
+    peers = {
+        f"eager attention{name}": Peer(run(eager)),
+        "torch.compile": Peer(run(torch.compile(eager, dynamic=False)), gpu_only=True),
+    }
+    if not gradient:
+        peers["scaled_dot_product_attention"] = Peer(
+            lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True), same=False
+        )
+    if not gradient and not heatmap:
+        # All keys as queries, which lets it take its fastest kernel: more work than for the last ones alone.
+        every = draw(shape.heads, shape.keys)
+        peers["scaled_dot_product_attention, all keys causal"] = Peer(
+            lambda: F.scaled_dot_product_attention(every, k, v, is_causal=True, enable_gqa=True),
+            same=False,
+            gpu_only=True,
+        )
+    product = 2 * shape.size * shape.pairs
+    flops = 5 * product if gradient else product + heatmap * 2 * shape.size * shape.rows * shape.image
+    bare = Ceiling("q k^T", "flops", flops, lambda: q.view(shape.batch, shape.key_heads, -1, shape.size) @ k.mT)
     return Case(
-        op=op,
-        shape=str(shape),
-        dtype=dtype,
-        device=device,
-        bytes=moved,
-        flops=shape.flops * (1 if op == "attention_mass" else 2),
-        run=ours,
+        run=run(ours),
         check=check,
-        ceilings=(Ceiling("q k^T", moved, lambda: q.view(shape.batch, shape.key_heads, -1, shape.size) @ k.mT),),
-        peers={
-            "eager attention + segment sum": summed,
-            "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(
-                q, k, v, attn_mask=visible, enable_gqa=True
-            ),
-        },
+        ceiling=bare,
+        bytes=(1 + gradient) * (q.numel() + k.numel()) * dtype.itemsize,
+        flops=flops,
+        peers=peers,
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("op", ["attention_mass", "attention_heatmap"])
-def test_attention(speed, device: torch.device, op: str, dtype: torch.dtype) -> None:
-    rows = {row.implementation: row for row in speed(attention_case(op, CPU_SHAPE, dtype, device))}
+# Qwen2.5-VL-7B's heads, and a quarter of its response on a CPU.
+CPU_SHAPE = AttentionShape(batch=1, heads=28, key_heads=4, queries=512, keys=2048, size=128, image=1024)
+GPU_SHAPE = AttentionShape(batch=4, heads=28, key_heads=4, queries=2048, keys=3072, size=128, image=1024)
+SMALL_SHAPE = AttentionShape(batch=1, heads=4, key_heads=2, queries=96, keys=160, size=32, image=32)
+
+OPS = tuple(
+    Op(
+        name=name,
+        make=partial(attention_case, heatmap=heatmap, gradient=gradient),
+        cpu=() if gradient else (CPU_SHAPE,),
+        gpu=(GPU_SHAPE,),
+        small=SMALL_SHAPE,
+        captured=False,
+    )
+    for name, heatmap, gradient in (
+        ("attention_mass", False, False),
+        ("attention_mass and its gradient", False, True),
+        ("attention_heatmap", True, False),
+    )
+)
+
+
+def test_attention(speed, setting) -> None:
+    rows = {row.implementation.partition(" +")[0]: row for row in speed(setting)}
     if rows:  # none with --benchmark-disable
         ours = rows["vgpo_kernels"]
-        assert ours.ms < rows["eager attention + segment sum"].ms
-        assert ours.peak_mib is None or ours.peak_mib < CPU_SHAPE.score_mib / 20
+        assert ours.ms < rows["eager attention"].ms
+        assert ours.peak_mib is None or ours.peak_mib < setting.size.score_mib / 20

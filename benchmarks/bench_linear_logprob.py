@@ -1,11 +1,12 @@
 """Speed and memory of linear_logprob and linear_policy_loss: an LM head without its logits.
 
-Flops: 2 N D V for each matrix product. The logits are one, the gradients by hidden states and by the weight one each;
+Flops: 2 N D V for each matrix product. The logits are one, the gradients w.r.t. hidden states and weight one each;
 linear_logprob makes the logits a second time in its backward pass, so forward is one product and forward with backward
 four; linear_policy_loss, which knows its gradient as soon as it has a chunk, needs three (in bf16 on a CPU it makes the
-logits twice as well, which is faster there). The first ceiling is exactly those products, bare, by torch, of whole
+logits twice as well, which is faster there). The ceiling on a CPU is exactly those products, bare, by torch, of whole
 matrices in the same dtype: "of ceiling" is their time by ours. In bf16 that is native on processors with AMX or AVX-512
-BF16, whose products are rounded to bf16; ours stay fp32.
+BF16, whose products are rounded to bf16; ours stay fp32. On a GPU "products alone" are the same, a sixteenth of the
+vocabulary at a time.
 
 Bytes: hidden states and weight in, and where there is a backward pass their gradients out. Beyond those results
 linear_logprob may hold an eighth of the logits in fp32 at most: the benchmark measures the process's peak, and fails
@@ -13,211 +14,272 @@ above it. linear_policy_loss makes its gradients in the forward pass; the backwa
 
 Prediction for the CPU: within 1.25 of the bare products in both dtypes, as one exponential a logit in a cache that the
 product has just left costs a tenth of D = 1,024 multiplications; eager log_softmax takes longer by its passes over the
-logits, and ten times the memory. Liger's fused cross-entropy is a Triton kernel and needs a GPU; its fused GRPO loss is
-made of torch's operators and runs here, where it is installed.
+logits, and ten times the memory. The fused cross-entropies of Liger, CCE and quack need a GPU; Liger's fused GRPO loss
+is made of torch's operators and runs on a CPU, too. Each is measured where it is installed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
+from functools import cache, partial
+from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Case, Ceiling
-from vgpo_kernels import PolicyLossOptions, linear_logprob
-from vgpo_kernels.ops.linear_vgpo_loss import linear_policy_loss
-from vgpo_kernels.reference.linear_logprob import linear_policy_loss as loss_definition
+from benchmarks.measure import Case, Ceiling, Op, Peer, Run, by_reference, compare, installed, normals
+from vgpo_kernels import linear_logprob, linear_policy_loss, policy_loss
 
-ROWS, FEATURES, VOCABULARY = 4096, 1024, 32000
 RESPONSES = 16
-LOGITS_MIB = 4 * ROWS * VOCABULARY / 2**20
-# Rounds take seconds here, and tens of rounds minutes.
-LEAST_ROUNDS = 3
+CHECKED = 512  # rows whose logits the check holds at a time
+GRADIENTS = ("gradient w.r.t. hidden", "gradient w.r.t. weight")
 
 
-class Head:
-    """Hidden states before an LM head, their targets, and buffers for the bare products."""
+class HeadShape(NamedTuple):
+    """Hidden states before an LM head."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        generator = torch.Generator(device).manual_seed(0)
+    rows: int
+    features: int
+    vocabulary: int
 
-        def normal(*size: int) -> Tensor:
-            return torch.randn(*size, generator=generator, device=device)
-
-        self.hidden = normal(ROWS, FEATURES).to(dtype).requires_grad_()
-        self.weight = (normal(VOCABULARY, FEATURES) * 2 / FEATURES**0.5).to(dtype).requires_grad_()
-        self.targets = torch.randint(VOCABULARY, (ROWS,), generator=generator, device=device)
-        self.slope = normal(ROWS)
-        self.mask = torch.ones(RESPONSES, ROWS // RESPONSES, dtype=torch.bool, device=device)
-        self.advantages = normal(RESPONSES)
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.features} x {self.vocabulary}"
 
     @property
-    def leaves(self) -> tuple[Tensor, Tensor]:
-        return self.hidden, self.weight
+    def logits_mib(self) -> float:
+        return 4 * self.rows * self.vocabulary / 2**20
 
-    def products(self, logits: int, gradients: bool) -> Ceiling:
-        """Bare matrix products: of the logits, once or twice, and of both gradients."""
-        with torch.no_grad():
-            buffer = torch.empty(ROWS, VOCABULARY, dtype=self.hidden.dtype, device=self.hidden.device)
-            by_hidden, by_weight = (torch.empty_like(leaf) for leaf in self.leaves)
-
-        @torch.no_grad()
-        def run() -> None:
-            for _ in range(logits):
-                torch.mm(self.hidden, self.weight.T, out=buffer)
-            if gradients:
-                torch.mm(buffer, self.weight, out=by_hidden)
-                torch.mm(buffer.T, self.hidden, out=by_weight)
-
-        count = logits + 2 * gradients
-        return Ceiling("1 matrix product" if count == 1 else f"{count} matrix products", self.bytes(gradients), run)
-
-    def bytes(self, gradients: bool) -> int:
-        """Bytes of the leaves, and of their gradients."""
-        return (1 + gradients) * sum(leaf.numel() * leaf.element_size() for leaf in self.leaves)
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of hidden states and weight."""
+        return (self.rows + self.vocabulary) * self.features * dtype.itemsize
 
 
-def materialised(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What one writes: logits in the model's dtype, and their log-softmax in fp32."""
-    return (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+def materialised(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool = False) -> tuple[Tensor, ...]:
+    """What one writes: logits in the model's dtype, and their log-softmax in fp32; then the entropies too."""
+    log_probabilities = (hidden @ weight.T).float().log_softmax(-1)
+    logp = log_probabilities.gather(-1, targets[:, None]).squeeze(-1)
+    return (logp, -(log_probabilities.exp() * log_probabilities).sum(-1)) if entropy else (logp,)
 
 
-def chunked_by_trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def chunked_by_trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """The head of TRL's trainers, in its chunks."""
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
     settings = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",))
-    return _ChunkedLogProbFunction.apply(hidden, weight, None, targets, *settings)[0]
+    return (_ChunkedLogProbFunction.apply(hidden, weight, None, targets, *settings)[0],)
 
 
-def logprob_case(dtype: torch.dtype, device: torch.device, backward: bool) -> Case:
-    """Log-probabilities of every row, and with ``backward`` the gradients of a weighted sum of them."""
-    head = Head(dtype, device)
+class Head:
+    """Hidden states, weight and targets, and what is common to their cases."""
 
-    def run(function: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    def __init__(self, shape: HeadShape, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        normal = normals(seed, device)
+        self.shape, self.dtype = shape, dtype
+        hidden = normal(shape.rows, shape.features).to(dtype)
+        weight = (normal(shape.vocabulary, shape.features) * 2 / shape.features**0.5).to(dtype)
+        self.leaves = (hidden.requires_grad_(), weight.requires_grad_())
+        generator = torch.Generator(device).manual_seed(seed)
+        self.targets = torch.randint(shape.vocabulary, (shape.rows,), generator=generator, device=device)
+        self.slopes = (normal(shape.rows), normal(shape.rows))  # of a sum of log-probabilities and entropies
+        self.mask = torch.ones(RESPONSES, shape.rows // RESPONSES, dtype=torch.bool, device=device)
+        self.advantages = normal(RESPONSES)
+
+    def exact(self, entropy: bool, slopes: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        """Log-probabilities (and entropies) in fp32, and gradients of their sum weighted by ``slopes``."""
+        hidden, weight = (leaf.detach().float().requires_grad_() for leaf in self.leaves)
+        values, by_hidden, by_weight = [], [], torch.zeros_like(weight)
+        parts = (tensor.split(CHECKED) for tensor in (hidden, self.targets, *slopes))
+        for rows, targets, *weights in zip(*parts, strict=True):
+            found = materialised(rows, weight, targets, entropy)
+            values.append(torch.stack(found).detach())
+            if weights:
+                one, other = torch.autograd.grad(found, (rows, weight), weights)
+                by_hidden.append(one)
+                by_weight += other
+        gradients = [torch.cat(by_hidden), by_weight] if slopes else []
+        return list(torch.cat(values, 1)), gradients
+
+    def bound(self, bound: float) -> float:
+        """Largest error of gradients: in bf16 they are sums of rounded numbers, rounded once more."""
+        return bound if self.dtype == torch.float32 else max(bound, 2e-2)
+
+    def case(self, run: Run, check: Callable[..., None], logits: int, gradients: bool, peers: dict[str, Peer]) -> Case:
+        """Make the case whose matrix products are those of the logits, once or twice, and of both gradients."""
+        (rows, features, vocabulary), (hidden, weight) = self.shape, self.leaves
+        count = logits + 2 * gradients
+        flops = 2 * rows * features * vocabulary * count
+
+        @torch.no_grad()
+        def products(step: int) -> None:
+            """With nothing done to their results, ``step`` entries of the vocabulary at a time."""
+            buffer, by_hidden, by_weight = buffers(step)
+            for begin in range(0, vocabulary, step):
+                part = weight[begin : begin + step]
+                narrow = buffer[:, : len(part)]
+                for _ in range(logits):
+                    torch.mm(hidden, part.T, out=narrow)
+                if gradients:
+                    torch.mm(narrow, part, out=by_hidden)
+                    torch.mm(narrow.T, hidden, out=by_weight[begin : begin + step])
+
+        @cache
+        def buffers(step: int) -> tuple[Tensor, Tensor, Tensor]:
+            return hidden.new_empty(rows, step), torch.empty_like(hidden), torch.empty_like(weight)
+
+        name = "1 matrix product" if count == 1 else f"{count} matrix products"
+        alone = Peer(lambda: products(vocabulary // 16), same=False, gpu_only=True)
+        return Case(
+            run=run,
+            check=check,
+            ceiling=Ceiling(name, "flops", flops, lambda: products(vocabulary)),
+            bytes=(1 + gradients) * self.shape.bytes(self.dtype),
+            flops=flops,
+            peers={**peers, "products alone": alone},
+        )
+
+
+def logprob_case(
+    shape: HeadShape, dtype: torch.dtype, device: torch.device, seed: int, *, entropy: bool, backward: bool
+) -> Case:
+    """Log-probabilities (and entropies) of every row, and with ``backward`` the gradients of a weighted sum of them."""
+    head = Head(shape, dtype, device, seed)
+    slopes = head.slopes[: 1 + entropy]
+
+    def run(function: Callable[..., tuple[Tensor, ...]]) -> Run:
         def forward() -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return (function(*head.leaves, head.targets),)
+                return function(*head.leaves, head.targets)
 
         def both() -> tuple[Tensor, ...]:
-            logp = function(*head.leaves, head.targets)
-            return (logp.detach(), *torch.autograd.grad(logp, head.leaves, head.slope))
+            values = function(*head.leaves, head.targets)
+            return (*(value.detach() for value in values), *torch.autograd.grad(values, head.leaves, slopes))
 
         return both if backward else forward
 
-    ours = run(linear_logprob)  # type: ignore[arg-type]
+    def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        found = linear_logprob(hidden, weight, targets, return_entropy=entropy, ignore_index=None)
+        return found if entropy else (found,)
 
-    def check() -> None:
-        wide = [leaf.detach().float().requires_grad_() for leaf in head.leaves]
-        logp = materialised(*wide, head.targets)
-        expected = (logp.detach(), *torch.autograd.grad(logp, wide, head.slope))
-        # Gradients by bf16 weights are sums of bf16 numbers, rounded once more.
-        bound = 1e-5 if dtype == torch.float32 else 2e-2
-        for actual, exact in zip(ours(), expected, strict=False):
-            limit = 1e-5 if actual.dtype == torch.float32 else bound
-            assert (actual - exact).abs().max() <= limit * exact.abs().max()
+    exact = cache(lambda: head.exact(entropy, slopes if backward else ()))
 
-    peers = {"PyTorch": run(materialised), "torch.compile": run(torch.compile(materialised, dynamic=False))}
-    if find_spec("trl") is not None:
-        peers["TRL, chunked"] = run(chunked_by_trl)
-    products = head.products(2 if backward else 1, backward)
-    return Case(
-        op="linear_logprob" + (" and its gradient" if backward else ""),
-        shape=f"{ROWS} x {FEATURES} x {VOCABULARY}",
-        dtype=dtype,
-        device=device,
-        bytes=head.bytes(backward),
-        flops=2 * ROWS * FEATURES * VOCABULARY * (4 if backward else 1),
-        run=ours,
-        check=check,
-        ceilings=(products,),
-        peers=peers,
-        least_rounds=LEAST_ROUNDS,
-    )
+    def check(found: tuple[Tensor, ...], bound: float) -> None:
+        values, gradients = exact()
+        for name, one, wide in zip(("logp", "entropy"), found[: len(values)], values, strict=False):
+            compare(name, one, wide, bound)
+        for name, one, wide in zip(GRADIENTS, found[len(values) :], gradients, strict=False):
+            compare(name, one, wide, head.bound(bound))
+
+    in_torch = partial(materialised, entropy=entropy)
+    peers = {
+        "PyTorch": Peer(run(in_torch)),
+        "torch.compile": Peer(run(torch.compile(in_torch, dynamic=False))),
+    }
+    if not entropy and installed("trl"):
+        peers["TRL, chunked"] = Peer(run(chunked_by_trl))
+    if not entropy and backward:
+        peers |= cross_entropies(head)
+    return head.case(run(ours), check, 1 + backward, backward, peers)
 
 
-def loss_case(dtype: torch.dtype, device: torch.device) -> Case:
+def cross_entropies(head: Head) -> dict[str, Peer]:
+    """Fused kernels of other libraries: the gradients of the summed negative log-likelihood."""
+
+    def liger() -> Tensor:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        return liger_fused_linear_cross_entropy(*head.leaves, head.targets, reduction="sum")
+
+    def cut() -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(*head.leaves, head.targets, reduction="sum")
+
+    def quack() -> Tensor:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        return chunked_linear_cross_entropy(*head.leaves, head.targets, reduction="sum")
+
+    def peer(loss: Callable[[], Tensor]) -> Peer:
+        return Peer(lambda: torch.autograd.grad(loss(), head.leaves), same=False, gpu_only=True)
+
+    libraries = {"Liger": ("liger_kernel", liger), "CCE": ("cut_cross_entropy", cut), "quack": ("quack", quack)}
+    return {name: peer(loss) for name, (library, loss) in libraries.items() if installed(library)}
+
+
+def loss_case(shape: HeadShape, dtype: torch.dtype, device: torch.device, seed: int) -> Case:
     """GRPO's loss with all gradients, on the policy's own samples: every ratio is 1."""
-    head = Head(dtype, device)
+    head = Head(shape, dtype, device, seed)
     # Rows predict the token after theirs: one more at the front of each response makes as many tokens.
-    width = ROWS // RESPONSES
+    width = shape.rows // RESPONSES
     targets = head.targets.view(RESPONSES, width)
+    advantages = head.advantages[:, None]
 
-    def shifted(hidden: Tensor) -> Tensor:
-        states = hidden.view(RESPONSES, width, FEATURES)
-        return torch.cat([states, states[:, :1]], dim=1)
+    def with_gradients(loss: Tensor) -> tuple[Tensor, ...]:
+        return (loss.detach(), *torch.autograd.grad(loss, head.leaves))
 
     def ours() -> tuple[Tensor, ...]:
-        loss, _ = linear_policy_loss(
-            shifted(head.hidden), head.weight, targets, None, head.advantages, head.mask, loss_type="grpo"
-        )
-        return (loss.detach(), *torch.autograd.grad(loss, head.leaves))
+        states = head.leaves[0].view(RESPONSES, width, -1)
+        states = torch.cat([states, states[:, :1]], dim=1)
+        options = {"loss_type": "grpo"}
+        loss = linear_policy_loss(states, head.leaves[1], targets, None, head.advantages, head.mask, **options).loss
+        return with_gradients(loss)
 
     def eager() -> tuple[Tensor, ...]:
-        logp = materialised(*head.leaves, head.targets).view(RESPONSES, width)
+        logp = materialised(*head.leaves, head.targets)[0].view(RESPONSES, width)
         ratio = (logp - logp.detach()).exp()
-        surrogate = torch.minimum(head.advantages[:, None] * ratio, head.advantages[:, None] * ratio.clamp(0.8, 1.28))
-        loss = -surrogate.mean()
-        return (loss.detach(), *torch.autograd.grad(loss, head.leaves))
+        return with_gradients(-torch.minimum(advantages * ratio, advantages * ratio.clamp(0.8, 1.28)).mean())
 
-    def check() -> None:
-        wide = [leaf.detach().float().requires_grad_() for leaf in head.leaves]
-        nothing = (None,) * 6
-        options = PolicyLossOptions(loss_type="grpo").as_floats()
-        loss, _ = loss_definition(
-            *(shifted(wide[0]), wide[1], None, targets, None, head.advantages, head.mask),
-            *nothing,
-            1.0,
-            options,
-            dtype=torch.float32,
-        )
-        bound = 1e-5 if dtype == torch.float32 else 2e-2
-        for actual, exact in zip(ours()[1:], torch.autograd.grad(loss, wide), strict=True):
-            assert (actual - exact).abs().max() <= bound * exact.abs().max()
+    @cache
+    def exact() -> list[Tensor]:
+        (logp,), _ = head.exact(False, ())
+        logp = logp.view(RESPONSES, width).requires_grad_()
+        tokens = (logp, logp.detach(), head.advantages, head.mask)
+        loss = by_reference(lambda: policy_loss(*tokens, loss_type="grpo").loss)
+        (slope,) = torch.autograd.grad(loss, logp)
+        return head.exact(False, (slope.flatten(),))[1]
 
-    peers: dict[str, Callable[[], object]] = {"PyTorch": eager}
-    if find_spec("liger_kernel") is not None:
+    def check(found: tuple[Tensor, ...], bound: float) -> None:
+        for name, one, wide in zip(GRADIENTS, found[1:], exact(), strict=True):
+            compare(name, one, wide, head.bound(bound))
+
+    peers = {"PyTorch": Peer(eager)}
+    if installed("liger_kernel"):
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
         fused = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="grpo")
 
         def liger() -> tuple[Tensor, ...]:
-            states = head.hidden.view(RESPONSES, width, FEATURES)
-            loss, *_ = fused(states, head.weight, targets, head.mask.float(), head.advantages)
-            return (loss.detach(), *torch.autograd.grad(loss, head.leaves))
+            states = head.leaves[0].view(RESPONSES, width, -1)
+            return with_gradients(fused(states, head.leaves[1], targets, head.mask.float(), head.advantages)[0])
 
-        peers["Liger, compiled"] = liger
-    return Case(
-        op="linear_policy_loss and its gradient",
-        shape=f"{ROWS} x {FEATURES} x {VOCABULARY}",
-        dtype=dtype,
-        device=device,
-        bytes=head.bytes(True),
-        flops=2 * ROWS * FEATURES * VOCABULARY * 3,
-        run=ours,
-        check=check,
-        ceilings=(head.products(1, True),),
-        peers=peers,
-        least_rounds=LEAST_ROUNDS,
+        peers["Liger, compiled"] = Peer(liger)
+    return head.case(ours, check, 1, True, peers)
+
+
+def head_op(name: str, make: Callable[..., Case], on_cpus: bool = True) -> Op:
+    """Declare an op at its sizes: Qwen2.5-VL-7B's head, and a smaller one for CPUs."""
+    return Op(
+        name=name,
+        make=make,
+        cpu=(HeadShape(4096, 1024, 32_000),) if on_cpus else (),
+        gpu=(HeadShape(4096, 3584, 152_064),),
+        small=HeadShape(256, 256, 8192),
+        captured=False,
+        least_rounds=3,  # of seconds each
     )
 
 
-def extra_mib(peak: float, case: Case, backward: bool) -> float:
-    """What a call held at its peak beyond its results, the gradients."""
-    return peak - (case.bytes / 2 / 2**20 if backward else 0)
+OPS = (
+    head_op("linear_logprob", partial(logprob_case, entropy=False, backward=False)),
+    head_op("linear_logprob and its gradient", partial(logprob_case, entropy=False, backward=True)),
+    head_op("linear_logprob with entropy", partial(logprob_case, entropy=True, backward=False), False),
+    head_op("linear_logprob with entropy and its gradient", partial(logprob_case, entropy=True, backward=True), False),
+    head_op("linear_policy_loss and its gradient", loss_case),
+)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
-def test_linear_logprob(speed, device: torch.device, dtype: torch.dtype, backward: bool) -> None:
-    case = logprob_case(dtype, device, backward)
-    for row in speed(case)[:1]:
-        assert row.peak_mib is None or extra_mib(row.peak_mib, case, backward) <= LOGITS_MIB / 8
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_linear_policy_loss(speed, device: torch.device, dtype: torch.dtype) -> None:
-    speed(loss_case(dtype, device))
+def test_linear_logprob(speed, setting) -> None:
+    for row in speed(setting)[:1]:
+        if row.peak_mib is not None and row.op.startswith("linear_logprob"):
+            results = setting.size.bytes(setting.dtype) / 2**20 if "gradient" in row.op else 0.0
+            assert row.peak_mib - results <= setting.size.logits_mib / 8

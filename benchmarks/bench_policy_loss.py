@@ -10,64 +10,62 @@ reads and writes an array each.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
-import pytest
 import torch
+from tolerance import assert_close
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.measure import Case, copy_ceiling
-from vgpo_kernels import PolicyLossOptions, policy_loss
-from vgpo_kernels.reference.policy_loss import policy_loss as definition
-
-BYTES_PER_TOKEN = 25
+from benchmarks.measure import Case, Op, Peer, Tokens, by_reference, compare, copy_ceiling, normals, with_gradient
+from vgpo_kernels import policy_loss
 
 
-def loss_case(batch: int, length: int, device: torch.device) -> Case:
+def loss_case(size: Tokens, dtype: torch.dtype, device: torch.device, seed: int) -> Case:
     """Forward and backward on drawn log-probs, beside the same in torch, eager and compiled."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device)
-
-    logp = -normal(batch, length).abs()
-    old_logp = logp + 0.2 * normal(batch, length)
-    logp.requires_grad_()
-    advantages, factors = normal(batch), 1 + 0.1 * normal(batch, length)
-    mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+    normal = normals(seed, device)
+    logp = -normal(*size).abs()
+    old_logp = logp + 0.2 * normal(*size)
+    advantages, factors = normal(size.batch), 1 + 0.1 * normal(*size)
+    mask = torch.ones(size, dtype=torch.bool, device=device)
     compiled = torch.compile(peers.loss, dynamic=False)
 
-    def ours() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(policy_loss(logp, old_logp, advantages, mask, factors=factors).loss, logp)
+    def ours() -> tuple[Tensor, Tensor]:
+        return with_gradient(lambda leaf: policy_loss(leaf, old_logp, advantages, mask, factors=factors).loss, logp)
 
-    def theirs(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function(logp, old_logp, advantages, mask, factors), logp)
+    def theirs(function: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        return with_gradient(lambda leaf: function(leaf, old_logp, advantages, mask, factors), logp)
 
-    def check() -> None:
-        nothing = (None,) * 6
-        options = PolicyLossOptions().as_floats()
-        loss, _ = definition(logp, old_logp, advantages, mask, factors, *nothing, options)
-        (expected,) = torch.autograd.grad(loss, logp)
-        scale = expected.abs().max().item()
-        torch.testing.assert_close(ours()[0], expected, atol=1e-5 * scale, rtol=1e-5)
+    exact = cache(lambda: by_reference(ours))
 
-    size = BYTES_PER_TOKEN * batch * length
+    def check(found: tuple[Tensor, Tensor], bound: float) -> None:
+        assert_close(found[0], exact()[0], name="loss", floor=bound)
+        compare("gradient", found[1], exact()[1], bound)
+
+    moved = 25 * size.batch * size.length
     return Case(
-        op="policy_loss",
-        shape=f"{batch} x {length}",
-        dtype=torch.float32,
-        device=device,
-        bytes=size,
         run=ours,
         check=check,
-        ceilings=(copy_ceiling(size, device),),
+        ceiling=copy_ceiling(moved),
+        bytes=moved,
         peers={
-            "PyTorch, no metrics": lambda: theirs(peers.loss),
-            "torch.compile, no metrics": lambda: theirs(compiled),
+            "PyTorch, no metrics": Peer(lambda: theirs(peers.loss)),
+            "torch.compile, no metrics": Peer(lambda: theirs(compiled)),
         },
     )
 
 
-@pytest.mark.parametrize(("batch", "length"), [(8, 2048), (64, 4096)])
-def test_policy_loss(speed, device: torch.device, batch: int, length: int) -> None:
-    speed(loss_case(batch, length, device))
+OPS = (
+    Op(
+        name="policy_loss",
+        make=loss_case,
+        cpu=(Tokens(8, 2048), Tokens(64, 4096)),
+        gpu=(Tokens(8, 2048), Tokens(32, 2048), Tokens(2, 32768)),
+        small=Tokens(8, 256),
+        dtypes=(torch.float32,),
+    ),
+)
+
+
+def test_policy_loss(speed, setting) -> None:
+    speed(setting)

@@ -1,8 +1,8 @@
-"""Speed of visual_focus: prototypes and cosines in one reading of the visual and response rows.
+"""Speed of visual_prototype and visual_focus: prototypes and cosines in one reading of the visual and response rows.
 
-Bytes: every visual row and every response row once, B (V + T) D elements; on the CPU shape 184.5 MB in fp32 and
-92.3 MB in bf16. The cosines written are B T floats, 0.04% of that. Flops: one addition an element of a visual row,
-two multiply-adds an element of a response row.
+Bytes: every visual row and every response row once, B (V + T) D elements, and the cosines, B T floats; on the CPU's
+shape 184.6 MB in fp32 and 92.3 MB in bf16. Flops: one addition an element of a visual row, two multiply-adds an element
+of a response row.
 
 Prediction for the CPU: at least 90% of the read ceiling. Rows are read in the same several streams as the ceiling
 reads, and the arithmetic (at most two multiply-adds an element) is far below what a vector unit does in the time an
@@ -11,14 +11,81 @@ element takes to arrive.
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+from tolerance import assert_close
 from torch import Tensor
 
-from benchmarks.measure import CPU_SHAPE, Case, Rollout, RolloutShape, make_rollout, read_ceiling
-from vgpo_kernels import visual_focus
-from vgpo_kernels.reference.visual_focus import visual_focus as definition
+from benchmarks import peers
+from benchmarks.measure import Case, Op, Peer, by_reference, normals, read_ceiling
+from vgpo_kernels import visual_focus, visual_prototype
+
+
+class RolloutShape(NamedTuple):
+    """A padded rollout batch: `batch` rows of `length` hidden states, `visual` image and `response` tokens each."""
+
+    batch: int
+    length: int
+    features: int
+    visual: int
+    response: int
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.length} x {self.features}, {self.visual} visual + {self.response} response"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.response
+
+    def hidden_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the visual and response rows."""
+        return self.batch * (self.visual + self.response) * self.features * dtype.itemsize
+
+
+# Qwen2.5-VL-7B's shape and two larger batches, and one order smaller for CPUs.
+CPU_SHAPE = RolloutShape(batch=8, length=3072, features=2048, visual=768, response=2048)
+GPU_SHAPES = tuple(
+    RolloutShape(batch=batch, length=1024 + response, features=3584, visual=1024, response=response)
+    for batch, response in ((8, 2048), (32, 2048), (2, 32768))
+)
+SMALL_SHAPE = RolloutShape(batch=8, length=192, features=512, visual=64, response=96)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The tensors of a rollout batch: image tokens first, text between, response tokens last."""
+
+    hidden: Tensor  # [B, S, D]
+    visual_mask: Tensor  # [B, S]
+    response_mask: Tensor  # [B, T]
+    group_ids: Tensor  # [B], four responses to each prompt
+
+    @property
+    def focus(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden, self.visual_mask, self.response_mask
+
+
+def make_rollout(shape: RolloutShape, dtype: torch.dtype, device: torch.device, seed: int) -> Rollout:
+    normal = normals(seed, device)
+    hidden = torch.empty(shape.batch, shape.length, shape.features, dtype=dtype, device=device)
+    for response in hidden:
+        response.copy_(normal(shape.length, shape.features) + 0.7 * normal(1, shape.features))
+    return Rollout(
+        hidden=hidden,
+        visual_mask=(torch.arange(shape.length, device=device) < shape.visual).repeat(shape.batch, 1),
+        response_mask=torch.ones(shape.batch, shape.response, dtype=torch.bool, device=device),
+        group_ids=torch.arange(shape.batch, device=device) // 4,
+    )
+
+
+def exact_cosines(rollout: Rollout) -> Tensor:
+    """Cosines by the reference implementation, a response at a time to save memory."""
+    parts = zip(*(tensor.split(1) for tensor in rollout.focus), strict=True)
+    return torch.cat([by_reference(lambda part=part: visual_focus(*part)) for part in parts])
 
 
 def prototypes(hidden: Tensor, visual_mask: Tensor) -> Tensor:
@@ -39,43 +106,50 @@ def with_bmm(hidden: Tensor, visual_mask: Tensor, response_mask: Tensor) -> Tens
     return dots / norms.clamp(min=1e-8) * response_mask
 
 
-def exact_cosines(rollout: Rollout) -> Tensor:
-    """Cosines by the definition in fp64, a response at a time to save memory."""
-    parts = zip(rollout.hidden, rollout.visual_mask, rollout.response_mask, strict=True)
-    return torch.cat([definition(hidden[None], visual[None], mask[None]) for hidden, visual, mask in parts])
-
-
-def focus_bytes(shape: RolloutShape, dtype: torch.dtype) -> int:
-    return shape.batch * (shape.visual + shape.response) * shape.features * dtype.itemsize
-
-
-def focus_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device) -> Case:
-    """The op on a drawn batch, beside torch's natural forms."""
-    rollout = make_rollout(shape, dtype, device)
-    arguments = (rollout.hidden, rollout.visual_mask, rollout.response_mask)
-    compiled = torch.compile(with_bmm, dynamic=False)
-
-    def check() -> None:
-        torch.testing.assert_close(visual_focus(*arguments).double(), exact_cosines(rollout), atol=1e-5, rtol=0)
-
+def focus_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device, seed: int) -> Case:
+    rollout = make_rollout(shape, dtype, device, seed)
+    exact = cache(lambda: exact_cosines(rollout))
+    compiled, compiled_wide = (torch.compile(function, dynamic=False) for function in (with_bmm, peers.focus))
     return Case(
-        op="visual_focus",
-        shape=str(shape),
-        dtype=dtype,
-        device=device,
-        bytes=focus_bytes(shape, dtype),
+        run=lambda: visual_focus(*rollout.focus),
+        check=lambda found, bound: assert_close(found, exact(), name="cosines", floor=bound),
+        ceiling=read_ceiling(rollout.hidden),
+        bytes=shape.hidden_bytes(dtype) + 4 * shape.tokens,
         flops=shape.batch * (shape.visual + 4 * shape.response) * shape.features,
-        run=lambda: visual_focus(*arguments),
-        check=check,
-        ceilings=(read_ceiling(rollout.hidden),),
         peers={
-            "F.cosine_similarity": lambda: with_cosine_similarity(*arguments),
-            "bmm + vector_norm": lambda: with_bmm(*arguments),
-            "torch.compile(bmm + vector_norm)": lambda: compiled(*arguments),
+            "F.cosine_similarity": Peer(lambda: with_cosine_similarity(*rollout.focus)),
+            "bmm + vector_norm": Peer(lambda: with_bmm(*rollout.focus)),
+            "torch.compile(bmm + vector_norm)": Peer(lambda: compiled(*rollout.focus)),
+            "PyTorch in fp32": Peer(lambda: peers.focus(*rollout.focus), gpu_only=True),
+            "torch.compile in fp32": Peer(lambda: compiled_wide(*rollout.focus), gpu_only=True),
+            "token loop": Peer(lambda: peers.token_loop(*rollout.focus), gpu_only=True),
         },
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_visual_focus(speed, device: torch.device, dtype: torch.dtype) -> None:
-    speed(focus_case(CPU_SHAPE, dtype, device))
+def prototype_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device, seed: int) -> Case:
+    rollout = make_rollout(shape, dtype, device, seed)
+    arguments = (rollout.hidden, rollout.visual_mask)
+    compiled = torch.compile(peers.prototype, dynamic=False)
+    parts = tuple(zip(*(tensor.split(1) for tensor in arguments), strict=True))
+    exact = cache(lambda: torch.cat([by_reference(lambda part=part: visual_prototype(*part)) for part in parts]))
+    return Case(
+        run=lambda: visual_prototype(*arguments),
+        check=lambda found, bound: assert_close(found, exact(), name="prototypes", floor=bound),
+        ceiling=read_ceiling(rollout.hidden),
+        bytes=shape.batch * shape.features * (shape.visual * dtype.itemsize + 4),
+        peers={
+            "PyTorch": Peer(lambda: peers.prototype(*arguments)),
+            "torch.compile": Peer(lambda: compiled(*arguments)),
+        },
+    )
+
+
+OPS = (
+    Op("visual_focus", focus_case, cpu=(CPU_SHAPE,), gpu=GPU_SHAPES, small=SMALL_SHAPE),
+    Op("visual_prototype", prototype_case, cpu=(), gpu=GPU_SHAPES, small=SMALL_SHAPE),
+)
+
+
+def test_visual_focus(speed, setting) -> None:
+    speed(setting)

@@ -1,4 +1,4 @@
-"""Benchmarks under pytest-benchmark: ``pytest benchmarks --benchmark-only [--record]``."""
+"""Benchmarks under pytest-benchmark, on the CPU: ``pytest benchmarks --benchmark-only [--record]``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.rows import append_csv
 from vgpo_kernels import backends
 
 ROWS = pytest.StashKey[list[measure.Row]]()
-RESULTS = measure.ROOT / "benchmarks" / "results"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--record",
         action="store_true",
         default=os.environ.get("VGPO_BENCH_RECORD", "0") == "1",
-        help="append the rows to benchmarks/results/<cpu or gpu>.csv (also: VGPO_BENCH_RECORD=1)",
+        help="append the rows to benchmarks/results/cpu.csv (also: VGPO_BENCH_RECORD=1)",
     )
 
 
@@ -32,26 +30,32 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
 
 
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cpu")
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Hand a benchmark every size and dtype that the ops of its module declare for CPUs."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    settings = [
+        pytest.param(measure.Setting(op, size, dtype, torch.device("cpu")), id=f"{op.name}, {size}, {names[dtype]}")
+        for op in metafunc.module.OPS
+        for size in op.cpu
+        for dtype in op.dtypes
+    ]
+    metafunc.parametrize("setting", settings)
 
 
 @pytest.fixture
-def speed(benchmark, request: pytest.FixtureRequest) -> Callable[[measure.Case], list[measure.Row]]:  # type: ignore[no-untyped-def]
+def speed(benchmark, request: pytest.FixtureRequest) -> Callable[[measure.Setting], list[measure.Row]]:  # type: ignore[no-untyped-def]
     """Check a case, measure it round by round, and keep its rows for the table."""
 
-    def run(case: measure.Case) -> list[measure.Row]:
-        case.check()
-        stopwatch = measure.Stopwatch(case)
-
-        def op() -> None:
-            case.run()
-            measure.synchronize(case.device)
-
-        benchmark.group = f"{case.op} {case.shape}"
+    def run(setting: measure.Setting) -> list[measure.Row]:
+        case = setting.case()
+        case.check(case.run(), measure.TIGHT)
+        for peer in case.peers.values():
+            if peer.same and not peer.gpu_only:
+                case.check(peer.run(), measure.LOOSE)
+        stopwatch = measure.Stopwatch(setting, case)
+        benchmark.group = f"{setting.op.name} {setting.size}"
         benchmark.extra_info.update(bytes=case.bytes, flops=case.flops)
-        benchmark.pedantic(op, setup=stopwatch.others, rounds=measure.rounds_for(case))
+        benchmark.pedantic(case.run, setup=stopwatch.others, rounds=stopwatch.rounds())
         if benchmark.stats is None:  # --benchmark-disable
             return []
         rows = stopwatch.rows(list(benchmark.stats.stats.data))
@@ -69,6 +73,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("speed")
     measure.print_table(rows)
     if config.getoption("--record"):
-        path = RESULTS / "cpu.csv"
-        append_csv(rows, path)
+        path = measure.RESULTS / "cpu.csv"
+        measure.append_csv(rows, path)
         terminalreporter.write_line(f"{len(rows)} rows appended to {path.relative_to(measure.ROOT)}")

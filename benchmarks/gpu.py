@@ -1,260 +1,54 @@
-"""Measure the operators on every GPU backend at shapes of a 7B model, and append rows to benchmarks/results/gpu.csv.
+"""Measure every op on every backend of a GPU, at shapes of a 7B model, and append rows to benchmarks/results/gpu.csv.
 
-    python benchmarks/gpu.py [--quick]
+    python benchmarks/gpu.py [--ops NAME ...] [--shapes TEXT ...] [--backends NAME ...] [--no-peers] [--table FILE]
+    python benchmarks/gpu.py --list              # the ops, their shapes, and which peers are installed
+    python benchmarks/gpu.py --quick             # small shapes
+    python benchmarks/gpu.py --dry-run           # small shapes on a CPU, to try the command itself
 
-Every case is compared with the definition before it is timed; a case that is wrong gets no row. A time is the median
-over replays of a CUDA graph that holds one call for each of several input sets (together larger than the cache), so it
-is the time of the device; ``host`` rows are calls from Python, one after the other. Peers (benchmarks/peers.py):
-vectorised PyTorch, eager and under torch.compile, and a loop over tokens that reads every cosine back to the host.
-Losses are timed with their gradients.
+Every result is compared with the reference implementation before it is timed; one that is wrong gets no row. Rows are
+written as they are measured, by a second process: where an op takes it down, the next op gets a new one. A time is the
+median on the device, between events. Ops that never wait for the device are replayed from a CUDA graph with one call
+for each of several input sets, which together are larger than the cache; their ``host`` rows are calls from Python, one
+after the other. Peers are called one after the other. Shares are of a large copy, or of a large product of bf16
+matrices, measured in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import subprocess
+import multiprocessing
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import date
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import cached_property, partial
+from itertools import cycle
+from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import peers  # noqa: E402
-from rows import append_csv  # noqa: E402
-from tolerance import assert_close  # noqa: E402
+from benchmarks import measure  # noqa: E402
+from benchmarks.measure import Case, Op, Run, Setting, Speed  # noqa: E402
+from vgpo_kernels import backend, backends  # noqa: E402
 
-import vgpo_kernels  # noqa: E402
-from vgpo_kernels import VGPOConfig, backend, backends  # noqa: E402
-from vgpo_kernels.config import PolicyLossOptions  # noqa: E402
-from vgpo_kernels.reference import policy_loss as policy_reference  # noqa: E402
-from vgpo_kernels.reference import vgpo_loss as whole_reference  # noqa: E402
-from vgpo_kernels.reference import visual_focus as focus_reference  # noqa: E402
-from vgpo_kernels.reference import visual_weights as weights_reference  # noqa: E402
-
-TABLE = ROOT / "benchmarks" / "results" / "gpu.csv"
-CONFIG = VGPOConfig.paper()
-OPTIONS = PolicyLossOptions()
-GPU = torch.device("cuda")
-BACKENDS = tuple(name for name in ("cuda", "triton") if backends.describe()["built"][name])
+INPUT_SETS = 3
+SLOW = 0.2  # seconds: such a call is timed once more, and its launches are not counted
+LIMIT = 300  # seconds that an op may take on all its sizes and backends
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measurement."""
-
-    date: str
-    commit: str
-    device: str
-    driver: str
-    torch: str
-    op: str
-    variant: str
-    shape: str
-    ms: float
-    gb_per_s: float
-    share_of_copy: float  # of a device-to-device copy measured in the same run, bytes read and written
-    launches: int | None  # of kernels, copies and fills; not counted for the loop over tokens
-    peak_mib: float  # allocated by the call beyond its inputs
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One padded batch: image tokens, then response tokens."""
-
-    hidden: Tensor  # [B, S, D]
-    visual_mask: Tensor
-    response_mask: Tensor  # [B, T]
-    group_ids: Tensor
-    logp: Tensor
-    old_logp: Tensor
-    advantages: Tensor
-    cos: Tensor
-    factors: Tensor
-    score: Tensor
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a batch."""
-
-    batch: int
-    image: int
-    response: int
-    features: int
-
-    def __str__(self) -> str:
-        return f"B={self.batch} image={self.image} response={self.response} D={self.features} bfloat16"
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.response
-
-    @property
-    def row_bytes(self) -> int:
-        return 2 * self.features
-
-
-def draw(shape: Shape, seed: int) -> Inputs:
-    generator = torch.Generator(device=GPU).manual_seed(seed)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, device=GPU)
-
-    rows = shape.image + shape.response
-    hidden = torch.empty(shape.batch, rows, shape.features, dtype=torch.bfloat16, device=GPU)
-    for response in hidden:
-        response.copy_(normal(rows, shape.features) + 0.7 * normal(1, shape.features))
-    visual = torch.zeros(shape.batch, rows, dtype=torch.bool, device=GPU)
-    visual[:, : shape.image] = True
-    mask = torch.ones(shape.batch, shape.response, dtype=torch.bool, device=GPU)
-    groups = torch.arange(shape.batch, device=GPU) // 8
-    logp = -normal(*mask.shape).abs()
-    cos = vgpo_kernels.visual_focus(hidden, visual, mask)
-    weights = vgpo_kernels.visual_weights(cos, mask, groups, CONFIG)
-    old_logp = logp + 0.1 * normal(*mask.shape)
-    return Inputs(
-        hidden, visual, mask, groups, logp, old_logp, normal(shape.batch), cos, weights.factors, weights.score
-    )
-
-
-# ---- operators and peers -----------------------------------------------------------------------------------------
-
-Call = Callable[[Inputs], Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """An operator, its peers, and the fewest bytes it must move."""
-
-    op: str
-    least_bytes: Callable[[Shape], int]
-    call: Call
-    peer: Call
-    definition: Callable[[Inputs, torch.dtype], Tensor]
-    loop: Call | None = None
-
-
-def with_gradient(loss: Callable[[Inputs, Tensor], Tensor]) -> Call:
-    """Return a call that computes a loss and its gradient by logp; the result is the loss."""
-
-    def call(x: Inputs) -> Tensor:
-        logp = x.logp.detach().requires_grad_()
-        value = loss(x, logp)
-        torch.autograd.grad(value, logp)
-        return value.detach()
-
-    return call
-
-
-def policy_loss(x: Inputs, logp: Tensor) -> Tensor:
-    return vgpo_kernels.policy_loss(logp, x.old_logp, x.advantages, x.response_mask, factors=x.factors).loss
-
-
-def peer_policy_loss(x: Inputs, logp: Tensor) -> Tensor:
-    return peers.loss(logp, x.old_logp, x.advantages, x.response_mask, x.factors)
-
-
-def vgpo_loss(x: Inputs, logp: Tensor) -> Tensor:
-    tokens = (logp, x.old_logp, x.advantages)
-    return vgpo_kernels.vgpo_loss(x.hidden, *tokens, x.visual_mask, x.response_mask, x.group_ids, CONFIG).loss
-
-
-def peer_vgpo_loss(x: Inputs, logp: Tensor) -> Tensor:
-    with torch.no_grad():
-        cos = peers.focus(x.hidden, x.visual_mask, x.response_mask)
-        factors = peers.weights(cos, x.response_mask, x.group_ids)
-    return peers.loss(logp, x.old_logp, x.advantages, x.response_mask, factors)
-
-
-def define_vgpo_loss(x: Inputs, dtype: torch.dtype) -> Tensor:
-    return whole_reference.vgpo_loss(
-        hidden=x.hidden,
-        logp=x.logp,
-        old_logp=x.old_logp,
-        advantages=x.advantages,
-        visual_mask=x.visual_mask,
-        response_mask=x.response_mask,
-        group_ids=x.group_ids,
-        config=CONFIG.as_floats(),
-        options=OPTIONS.as_floats(),
-        dtype=dtype,
-    )[0]
-
-
-CASES = (
-    Case(
-        "visual_prototype",
-        lambda s: s.batch * (s.image * s.row_bytes + 4 * s.features),
-        lambda x: vgpo_kernels.visual_prototype(x.hidden, x.visual_mask),
-        lambda x: peers.prototype(x.hidden, x.visual_mask),
-        lambda x, dtype: focus_reference.visual_prototype(x.hidden, x.visual_mask, dtype=dtype),
-    ),
-    Case(
-        "visual_focus",
-        lambda s: s.batch * (s.image + s.response) * s.row_bytes + 4 * s.tokens,
-        lambda x: vgpo_kernels.visual_focus(x.hidden, x.visual_mask, x.response_mask),
-        lambda x: peers.focus(x.hidden, x.visual_mask, x.response_mask),
-        lambda x, dtype: focus_reference.visual_focus(x.hidden, x.visual_mask, x.response_mask, dtype=dtype),
-        lambda x: peers.token_loop(x.hidden, x.visual_mask, x.response_mask),
-    ),
-    Case(
-        "visual_weights",
-        lambda s: s.tokens * (4 + 1 + 3 * 4),
-        lambda x: vgpo_kernels.visual_weights(x.cos, x.response_mask, x.group_ids, CONFIG).factors,
-        lambda x: peers.weights(x.cos, x.response_mask, x.group_ids),
-        lambda x, dtype: weights_reference.visual_weights(
-            x.cos, x.response_mask, x.group_ids, None, None, CONFIG.as_floats(), dtype=dtype
-        )[0],
-    ),
-    Case(
-        "group_weights",
-        lambda s: s.batch * (4 + 8 + 4),
-        lambda x: vgpo_kernels.group_weights(x.score, x.group_ids, CONFIG),
-        lambda x: peers.group(x.score, x.group_ids),
-        lambda x, dtype: weights_reference.group_weights(x.score, x.group_ids, None, CONFIG.as_floats(), dtype=dtype),
-    ),
-    Case(
-        "policy_loss",
-        lambda s: s.tokens * (3 * 4 + 1 + 4),
-        with_gradient(policy_loss),
-        with_gradient(peer_policy_loss),
-        lambda x, dtype: policy_reference.policy_loss(
-            logp=x.logp,
-            old_logp=x.old_logp,
-            advantages=x.advantages,
-            response_mask=x.response_mask,
-            factors=x.factors,
-            options=OPTIONS.as_floats(),
-            dtype=dtype,
-        )[0],
-    ),
-    Case(
-        "vgpo_loss",
-        lambda s: s.batch * (s.image + s.response) * s.row_bytes + s.tokens * (2 * 4 + 1 + 4),
-        with_gradient(vgpo_loss),
-        with_gradient(peer_vgpo_loss),
-        define_vgpo_loss,
-    ),
-)
-
-
-# ---- measuring ---------------------------------------------------------------------------------------------------
-
-
-def median_ms(run: Callable[[], Any], repeats: int) -> float:
-    """Median device time of ``run``, after warming up."""
-    for _ in range(3):
-        run()
+def seconds_on_device(run: Run, device: torch.device, repeats: int) -> list[float]:
+    """Times of single calls on the device, after warming up."""
+    if min(measure.seconds_of(run, device) for _ in range(3)) > SLOW:
+        repeats = 1
+    if device.type == "cpu":
+        return [measure.seconds_of(run, device) for _ in range(repeats)]
     times = []
     for _ in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -262,146 +56,208 @@ def median_ms(run: Callable[[], Any], repeats: int) -> float:
         run()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+        times.append(begin.elapsed_time(end) / 1e3)
+    return times
 
 
-def graph_ms(call: Call, sets: list[Inputs], repeats: int) -> float:
-    """Device time of one call: replays of a graph with a call for each input set."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call(sets[0])
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for inputs in sets:
-            call(inputs)
-    return median_ms(graph.replay, repeats) / len(sets)
+def seconds_in_graph(runs: Sequence[Run], device: torch.device, repeats: int) -> list[float]:
+    """Times of one call on the device: replays of a graph with all of them."""
+
+    def all_of_them() -> None:
+        for run in runs:
+            run()
+
+    replay = all_of_them
+    if device.type == "cuda":
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            runs[0]()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            all_of_them()
+        replay = graph.replay
+    return [seconds / len(runs) for seconds in seconds_on_device(replay, device, repeats)]
 
 
-def count_launches(call: Call, inputs: Inputs) -> int:
+def count_launches(run: Run, device: torch.device) -> int | None:
+    """Kernels, copies and fills of a call."""
+    if device.type == "cpu":
+        return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call(inputs)
+        run()
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
-def peak_mib(call: Call, inputs: Inputs) -> float:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call(inputs)
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def copy_gb_per_s(repeats: int) -> float:
-    """A large device-to-device copy, counting bytes read and bytes written."""
-    source = torch.randint(0, 2**31, (2**29,), dtype=torch.int32, device=GPU)
-    target = torch.empty_like(source)
-    return 2 * 4 * source.numel() / median_ms(lambda: target.copy_(source), repeats) / 1e6
-
-
 class Bench:
-    """Measures cases and keeps their rows."""
+    """Measures ops. It is made in one process and used in another, so nothing touches the GPU before the first op."""
 
-    def __init__(self, repeats: int) -> None:
-        self.repeats = repeats
-        self.copy = copy_gb_per_s(repeats)
-        self.rows: list[Row] = []
-        self.wrong: list[str] = []
-        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        device = torch.cuda.get_device_name()
-        self.origin = (date.today().isoformat(), commit(), device, driver, torch.__version__)
-        print(f"copy: {self.copy:.0f} GB/s on {device}", flush=True)
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device("cpu" if options.dry_run else "cuda")
+        self.trial = options.quick or options.dry_run
+        self.repeats = 3 if self.trial else 50
+        self.failures: list[str] = []
 
-    def add(self, case: Case, variant: str, shape: Shape, ms: float, launches: int | None, peak: float) -> None:
-        speed = case.least_bytes(shape) / ms / 1e6
-        numbers = (round(ms, 5), round(speed, 1), round(speed / self.copy, 4), launches, round(peak, 1))
-        row = Row(*self.origin, case.op, variant, str(shape), *numbers)
-        self.rows.append(row)
-        counted = "" if launches is None else f"{launches:5} launches"
+    @cached_property
+    def ceilings(self) -> dict[str, Speed]:
+        """A large copy, bytes read and bytes written, and a large product of bf16 matrices."""
+        words, length = (2**20, 256) if self.trial else (2**29, 8192)
+        source = torch.randint(2**31 - 1, (words,), dtype=torch.int32, device=self.device)
+        target = torch.empty_like(source)
+        left, right = (torch.randn(length, length, device=self.device).bfloat16() for _ in range(2))
+        speeds = {}
+        for name, unit, work, run, labels in (
+            ("copy", "bytes", 8 * words, lambda: target.copy_(source), (f"{words} numbers", "int32")),
+            ("product", "flops", 2 * length**3, lambda: left @ right, (f"{length} x {length} x {length}", "bfloat16")),
+        ):
+            seconds = seconds_on_device(run, self.device, self.repeats)
+            speeds[unit] = Speed(name, unit, work / median(seconds))
+            row = partial(measure.make_row, ("ceiling", *labels), self.device, f"ceiling: {name}")
+            self.keep(row(seconds, {unit: work}, speeds[unit]))
+        return speeds
+
+    def keep(self, row: measure.Row) -> None:
+        """Print a row, and write it."""
+        speed = f"{row.tflop_per_s:.1f} TFLOP/s" if row.ceiling == "product" else f"{row.gb_per_s:.1f} GB/s"
         print(
-            f"{row.op:17}{row.variant:14}{row.shape}  {row.ms:10.4f} ms  {row.gb_per_s:8.1f} GB/s  "
-            f"{row.share_of_copy:6.1%}  {row.peak_mib:8.1f} MiB  {counted}",
+            f"{row.op:45}{row.implementation:46}{row.ms:11.4f} ms {speed:>14} {row.percent_of_ceiling:6.1f}% of "
+            f"{row.ceiling:8}{row.peak_mib or 0:9.1f} MiB {row.launches or '-':>5} launches  {row.shape}",
             flush=True,
         )
+        if self.options.table is not None:
+            measure.append_csv([row], self.options.table)
 
-    def add_call(self, case: Case, variant: str, shape: Shape, ms: float, call: Call, inputs: Inputs) -> None:
-        self.add(case, variant, shape, ms, count_launches(call, inputs), peak_mib(call, inputs))
+    def measure_op(self, op: Op) -> list[str]:
+        """Measure an op at every chosen size, and return what failed."""
+        warnings.filterwarnings("ignore", module="torch")
+        self.failures = []
+        # In a trial on a CPU compiling would take most of the time.
+        with torch.compiler.set_stance("force_eager") if self.options.dry_run else nullcontext():
+            for size in sizes_of(op, self.options):
+                self.measure_at(Setting(op, size, op.dtypes[-1], self.device), peers=size in (op.gpu[0], op.small))
+        return self.failures
 
-    def run(self, case: Case, shape: Shape, sets: list[Inputs], with_peers: bool) -> None:
-        exact, narrow = (case.definition(sets[0], dtype) for dtype in (torch.float64, torch.float32))
-
-        def right(call: Call) -> bool:
-            """Compare with the definition; what is wrong is not timed."""
-            try:
-                assert_close(call(sets[0]), exact, narrow, name=case.op, floor=1e-4)
-            except AssertionError as error:
-                self.wrong.append(str(error))
-                print(error, flush=True)
-                return False
-            return True
-
-        in_turn = rotating(sets)
-        for name in BACKENDS:
+    def measure_at(self, setting: Setting, peers: bool) -> None:
+        # Drawn with different seeds: a replay finds nothing of the one before in the cache.
+        cases = [setting.case(seed) for seed in range(INPUT_SETS if setting.op.captured else 1)]
+        case, runs = cases[0], [case.run for case in cases]
+        in_turn = cycle(runs)
+        from_host = partial(seconds_on_device, lambda: next(in_turn)())
+        in_graph = partial(seconds_in_graph, runs) if setting.op.captured else None
+        for name in self.options.backends:
             with backend(name):
-                if right(case.call):
-                    self.add_call(case, name, shape, graph_ms(case.call, sets, self.repeats), case.call, sets[0])
-                    host = median_ms(lambda: case.call(next(in_turn)), self.repeats)
-                    self.add_call(case, f"{name}, host", shape, host, case.call, sets[0])
-        if not with_peers:
-            return
-        for name, peer in (("eager", case.peer), ("torch.compile", torch.compile(case.peer, dynamic=False))):
-            if right(peer):
-                self.add_call(case, name, shape, median_ms(lambda peer=peer: peer(sets[0]), 20), peer, sets[0])
-        if case.loop is not None and right(case.loop):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            peak = peak_mib(case.loop, sets[0])
-            end.record()
-            end.synchronize()
-            self.add(case, "token loop", shape, begin.elapsed_time(end), None, peak)
+                if self.attempt(setting, case, name, case.run, measure.TIGHT, in_graph) and setting.op.captured:
+                    self.attempt(setting, case, f"{name}, host", case.run, None, from_host)
+        if peers and not self.options.no_peers:
+            for name, peer in case.peers.items():
+                self.attempt(setting, case, name, peer.run, measure.LOOSE if peer.same else None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def attempt(
+        self,
+        setting: Setting,
+        case: Case,
+        implementation: str,
+        run: Run,
+        bound: float | None,
+        timed: Callable[[torch.device, int], list[float]] | None = None,
+    ) -> bool:
+        """Keep a row of a call whose result is right within ``bound``, or not looked at; return whether it was kept."""
+        device = self.device
+        what = f"{setting.op.name}, {setting.size}, {implementation}"
+        try:
+            if bound is not None:
+                case.check(run(), bound)
+            seconds = (timed or partial(seconds_on_device, run))(device, self.repeats)
+            launches = None if min(seconds) > SLOW else count_launches(run, device)
+            work, ceiling = {"bytes": case.bytes, "flops": case.flops}, self.ceilings[case.ceiling.unit]
+            peak = measure.peak_mib(run, device)
+            self.keep(measure.make_row(setting.labels, device, implementation, seconds, work, ceiling, peak, launches))
+            return True
+        except torch.cuda.OutOfMemoryError:
+            print(f"{what}: does not fit the memory of this GPU", flush=True)
+            torch.cuda.empty_cache()
+        except Exception as error:
+            self.failures.append(f"{what}: {'wrong: ' if isinstance(error, AssertionError) else ''}{error!r}")
+            print(self.failures[-1], flush=True)
+            if not isinstance(error, AssertionError):
+                traceback.print_exc()
+                measure.synchronize(device)  # raises where the error has taken the device down
+        return False
 
 
-def rotating(sets: list[Inputs]) -> Iterator[Inputs]:
-    while True:
-        yield from sets
+def each(target: Callable[[Any], Any], items: Sequence[Any], limit: float) -> Iterator[tuple[Any, Any]]:
+    """Call ``target`` with each item in another process, and yield item and result.
+
+    Where that process dies, or a call takes more than ``limit`` seconds, the result is a ``RuntimeError``, and the next
+    item gets a new process.
+    """
+    context = multiprocessing.get_context("spawn")
+    remaining = list(items)
+    while remaining:
+        receiver, sender = context.Pipe(duplex=False)
+        worker = context.Process(target=_serve, args=(sender, target, remaining[:]))
+        worker.start()
+        sender.close()  # so that the end of the process ends the pipe
+        failure = None
+        while remaining and failure is None:
+            result = None
+            if not receiver.poll(limit):
+                worker.kill()
+                failure = RuntimeError(f"took more than {limit} s")
+            else:
+                try:
+                    result = receiver.recv()
+                except EOFError:
+                    worker.join()
+                    failure = RuntimeError(f"the process died with code {worker.exitcode}")
+            yield remaining.pop(0), failure or result
+        worker.join()
 
 
-def said(*command: str) -> str:
-    if shutil.which(command[0]) is None:
-        return ""
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return result.stdout.strip().splitlines()[0] if result.stdout.strip() else ""
+def _serve(sender: Connection, target: Callable[[Any], Any], items: Sequence[Any]) -> None:
+    for item in items:
+        sender.send(target(item))
 
 
-def commit() -> str:
-    """Return the commit that is measured; a copy of the tree without its history is told it."""
-    name = os.environ.get("VGPO_COMMIT") or said("git", "rev-parse", "--short=12", "HEAD") or "unknown"
-    return name + ("+changes" if said("git", "status", "--porcelain", "--untracked-files=no") else "")
+def sizes_of(op: Op, options: argparse.Namespace) -> list[Any]:
+    if options.quick or options.dry_run:
+        return [op.small]
+    return [size for size in op.gpu if not options.shapes or any(text in str(size) for text in options.shapes)]
 
 
 def main() -> None:
+    ops = {op.name: op for op in measure.all_ops()}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small shapes, no peers, and no row is kept")
-    quick = parser.parse_args().quick
-    warnings.filterwarnings("ignore", module="torch")
-    small, usual = Shape(8, 128, 256, 512), Shape(8, 1024, 2048, 3584)
-    bench = Bench(repeats=5 if quick else 50)
-    shapes = [small] if quick else [usual, Shape(32, 1024, 2048, 3584), Shape(2, 1024, 32768, 3584)]
-    for shape in shapes:
-        # Together several times the cache, so that a replay finds nothing of the one before.
-        with backend(BACKENDS[0]):
-            sets = [draw(shape, seed) for seed in range(3)]
-        for case in CASES:
-            bench.run(case, shape, sets, with_peers=shape is usual)
-        del sets
-        torch.cuda.empty_cache()
-    if not quick:
-        append_csv(bench.rows, TABLE)
-    if bench.wrong:
-        sys.exit(f"{len(bench.wrong)} results are wrong and were not timed")
+    parser.add_argument("--ops", nargs="+", choices=ops, default=list(ops), metavar="NAME")
+    parser.add_argument("--shapes", nargs="+", metavar="TEXT", help="only shapes with one of these texts in them")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: all that are built")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--list", action="store_true", help="print ops, shapes and peers' libraries, and stop")
+    parser.add_argument("--quick", action="store_true", help="small shapes; no rows are written but to --table")
+    parser.add_argument("--dry-run", action="store_true", help="the same on a CPU, by the backend cpp")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="default: benchmarks/results/gpu.csv")
+    options = parser.parse_args()
+    if options.table is None and not (options.quick or options.dry_run):
+        options.table = measure.RESULTS / "gpu.csv"
+    absent = [library for library in measure.LIBRARIES if not measure.installed(library)]
+    if options.list:
+        for op in ops.values():
+            print(op.name, *op.gpu, sep="\n    ")
+    print(f"not installed, and not measured: {', '.join(absent)}" if absent else "all peers are installed", flush=True)
+    if options.list:
+        return
+    wanted = ("cpp",) if options.dry_run else ("cuda", "triton")
+    options.backends = options.backends or [name for name in wanted if backends.describe()["built"][name]]
+    failures = []
+    for op, result in each(Bench(options).measure_op, [ops[name] for name in options.ops], LIMIT):
+        failures += [f"{op.name}: {result}"] if isinstance(result, Exception) else result
+    if failures:
+        sys.exit("\n".join([f"{len(failures)} failed:", *failures]))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-TABLES = ("cpu", "gpu", "gpu_products")
+TABLES = ("cpu", "gpu")
 # Implementations that are this library's; the others are peers.
 OURS = ("vgpo_kernels", "cuda", "triton")
 CEILING = "ceiling: "
-# Columns of a table for GPUs that hold ours as a share of one ceiling for all rows, and what that is.
-SHARES = {"share_of_copy": "copy", "share_of_product": "large matrix product"}
 
 STYLE = """\
 text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; fill: #1f2328 }
@@ -67,29 +65,21 @@ class Case:
 
 
 def read_cases(table: Path) -> list[Case]:
-    """Return the cases of a table in the order of their first rows: of each the latest run, of the last row's device.
-
-    The tables of ``measure.py``, whose ceilings are rows, and those of ``gpu*.py`` are understood.
-    """
+    """Return the cases that were measured on the last row's device, of each the latest run."""
     runs: list[Case] = []
     with table.open(newline="") as file:
         for row in csv.DictReader(file):
-            name = row.get("implementation") or row["variant"]
-            software = f"torch {row['torch']}, {row['date']}"
-            case = Case(row["op"], row["shape"], row.get("dtype", ""), row["device"], software)
+            name, ms = row["implementation"], float(row["ms"])
+            if name.startswith(CEILING):
+                continue
+            case = Case(row["op"], row["shape"], row["dtype"], row["device"], f"torch {row['torch']}, {row['date']}")
             if not runs or runs[-1].key != case.key or name in runs[-1].ms:
                 runs.append(case)
-            case, ms = runs[-1], float(row["ms"])
-            if name.startswith(CEILING):
-                if case.ceiling is not None and case.ceiling[0] == "":
-                    case.ceiling = (name.removeprefix(CEILING), case.ceiling[1])
-                continue
+            case = runs[-1]
             case.ms[name] = ms
             if name in OURS and case.ceiling is None:
-                column = next((column for column in SHARES if column in row), None)
-                share = float(row[column]) if column else float(row["percent_of_ceiling"]) / 100
-                case.ceiling = (SHARES.get(column or "", ""), ms * share)
-                case.work = ms * float(row.get("gb_per_s") or row["tflop_per_s"])
+                case.ceiling = (row["ceiling"], ms * float(row["percent_of_ceiling"]) / 100)
+                case.work = ms * float(row["gb_per_s"])
     latest = {case.key: case for case in runs if any(name in OURS for name in case.ms)}
     return [case for case in latest.values() if case.device == runs[-1].device]
 

@@ -4,8 +4,7 @@
 #   scripts/gpu_check.sh [stage...]     stages: build test triton sanitize bench; all of them by default
 #
 # A stage takes minutes at most and can be run alone. PYTHON names the interpreter that has torch for CUDA. Benchmarks
-# append rows to benchmarks/results/gpu.csv and gpu_products.csv. A stage that fails does not stop the next, except the
-# build.
+# append rows to benchmarks/results/gpu.csv. A stage that fails does not stop the next, except the build.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -91,8 +90,7 @@ if wanted sanitize; then
 fi
 
 if wanted bench; then
-    stage bench 150 "$PYTHON" benchmarks/gpu.py
-    stage "bench of products" 150 "$PYTHON" benchmarks/gpu_products.py
+    stage bench 480 "$PYTHON" benchmarks/gpu.py
 fi
 
 finish

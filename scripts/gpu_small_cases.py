@@ -1,4 +1,4 @@
-"""Call every CUDA operator on small batches and compare with the definition: what compute-sanitizer watches.
+"""Call every CUDA operator on small batches and compare with the reference: what compute-sanitizer watches.
 
 Needs a GPU and an extension built with CUDA. Exits with an error if a result is wrong.
 """
@@ -16,13 +16,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from cases import Batch, Response, make_batch  # noqa: E402
 from linear_cases import make_head  # noqa: E402
-from tolerance import assert_close, assert_matches  # noqa: E402
+from tolerance import assert_close  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import vgpo_kernels  # noqa: E402
 from vgpo_kernels import VGPOConfig, backend  # noqa: E402
-from vgpo_kernels.reference import visual_focus as focus_reference  # noqa: E402
-from vgpo_kernels.reference import visual_weights as weights_reference  # noqa: E402
 
 MIXED = (
     Response(visual=70, length=600, holes=True),
@@ -32,37 +30,47 @@ MIXED = (
 )
 
 
+def focus(batch: Batch) -> dict[str, Tensor]:
+    """Prototypes, and cosines by them, computed and given."""
+    packed = {"cu_seqlens": batch.cu_seqlens}
+    prototype = vgpo_kernels.visual_prototype(batch.hidden, batch.visual_mask, **packed)
+    return {
+        "prototype": prototype,
+        "cos": vgpo_kernels.visual_focus(batch.hidden, batch.visual_mask, batch.response_mask, **packed),
+        "cos by a given prototype": vgpo_kernels.visual_focus(
+            batch.hidden, None, batch.response_mask, prototype=prototype, **packed
+        ),
+    }
+
+
+def weigh(batch: Batch, cos: Tensor, config: VGPOConfig) -> vgpo_kernels.VisualWeights:
+    """Factors and what they are made of."""
+    options = {"has_visual": batch.has_visual, "cu_seqlens": batch.cu_seqlens}
+    return vgpo_kernels.visual_weights(cos, batch.response_mask, batch.group_ids, config, **options)
+
+
 def check(batch: Batch, config: VGPOConfig, loss_type: str) -> None:
-    """Run all operators on one batch; the definition runs on the CPU, where no sanitizer slows it down."""
+    """Run all operators on one batch; the reference runs on the CPU, where no sanitizer slows it down."""
     gpu = batch.to("cuda")
-    packed = {"cu_seqlens": gpu.cu_seqlens}
     with backend("cuda"):
-        prototype = vgpo_kernels.visual_prototype(gpu.hidden, gpu.visual_mask, **packed)
-        cos = vgpo_kernels.visual_focus(gpu.hidden, gpu.visual_mask, gpu.response_mask, **packed)
-        given = vgpo_kernels.visual_focus(gpu.hidden, None, gpu.response_mask, prototype=prototype, **packed)
-        seen = gpu.has_visual
-        weights = vgpo_kernels.visual_weights(cos, gpu.response_mask, gpu.group_ids, config, has_visual=seen, **packed)
-        phi = vgpo_kernels.group_weights(weights.score, gpu.group_ids, config, has_visual=seen)
+        found = focus(gpu)
+        weights = weigh(gpu, found["cos"], config)
+        phi = vgpo_kernels.group_weights(weights.score, gpu.group_ids, config, has_visual=gpu.has_visual)
         logp = gpu.logp.clone().requires_grad_()
         tokens = (gpu.old_logp, gpu.advantages)
-        options = {"loss_type": loss_type, "ref_logp": gpu.ref_logp, "kl_coef": 0.1, **packed}
+        options = {"loss_type": loss_type, "ref_logp": gpu.ref_logp, "kl_coef": 0.1, "cu_seqlens": gpu.cu_seqlens}
         separate = vgpo_kernels.policy_loss(logp, *tokens, gpu.response_mask, factors=weights.factors, **options).loss
         whole = vgpo_kernels.vgpo_loss(
             *(gpu.hidden, logp, *tokens, gpu.visual_mask, gpu.response_mask, gpu.group_ids, config), **options
         ).loss
         gradients = [torch.autograd.grad(loss, logp)[0] for loss in (separate, whole)]
+    with backend("reference"):
+        exact, exact_weights = focus(batch), weigh(batch, found["cos"].cpu(), config)
 
-    boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.long()
-    arguments = (batch.hidden, batch.visual_mask, batch.response_mask, boundaries)
-    assert_matches(prototype, focus_reference.visual_prototype, (*arguments[:2], boundaries), ("prototype",))
-    assert_matches(cos, focus_reference.visual_focus, arguments, ("cos",))
-    assert_close(given, cos.double(), name="cos by a given prototype", floor=1e-5)
-    names = ("factors", "psi", "w", "phi", "score")
-    exact = weights_reference.visual_weights(
-        cos.cpu(), batch.response_mask, batch.group_ids, batch.has_visual, boundaries, config.as_floats()
-    )
-    for name, actual, expected in zip(names, weights[:5], exact[:5], strict=True):
-        assert_close(actual, expected, name=name, floor=1e-5)
+    for name in exact:
+        assert_close(found[name], exact[name], name=name, floor=1e-5)
+    for name in ("factors", "psi", "w", "phi", "score"):
+        assert_close(getattr(weights, name), getattr(exact_weights, name), name=name, floor=1e-5)
     assert torch.equal(phi.cpu(), weights.phi.cpu()), "phi in two phases"
     assert_close(whole, separate.double(), name="loss in one call", floor=1e-5)
     assert_close(gradients[1], gradients[0].double(), name="gradient in one call", floor=1e-5)

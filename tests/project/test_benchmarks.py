@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
+import os
 import re
+import subprocess
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,43 +17,51 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import measure, plot
-from benchmarks.rows import append_csv
+from benchmarks import gpu, measure, plot
+from benchmarks.measure import append_csv
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def case(flops: int = 0) -> measure.Case:
-    tensor = torch.ones(1024)
-    return measure.Case(
-        op="sum",
-        shape="1024",
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        bytes=4096,
-        flops=flops,
-        run=tensor.sum,
-        check=lambda: None,
-        ceilings=(measure.Ceiling("read", 2048, tensor.amax),),
-        peers={"peer <x>": tensor.sum},
-    )
-
-
 def rows(flops: int = 0) -> list[measure.Row]:
     """Rows of made-up times: op 2 ms, ceiling 0.5 ms for half the bytes, peer 6 ms."""
-    stopwatch = measure.Stopwatch(case(flops))
-    stopwatch.ceilings["read"] = [0.0005, 0.0006]
+    tensor = torch.ones(1024)
+
+    def make(size: int, dtype: torch.dtype, device: torch.device, seed: int) -> measure.Case:
+        return measure.Case(
+            run=tensor.sum,
+            check=lambda found, bound: None,
+            ceiling=measure.Ceiling("read", "bytes", 2048, tensor.amax),
+            bytes=4096,
+            flops=flops,
+            peers={"peer <x>": measure.Peer(tensor.sum), "for GPUs": measure.Peer(tensor.sum, gpu_only=True)},
+        )
+
+    op = measure.Op("sum", make, cpu=(1024,), gpu=(), small=8)
+    setting = measure.Setting(op, 1024, torch.float32, torch.device("cpu"))
+    stopwatch = measure.Stopwatch(setting, setting.case())
+    stopwatch.ceiling = [0.0005, 0.0006]
     stopwatch.peers["peer <x>"] = [0.007, 0.006]
     return stopwatch.rows([0.003, 0.002])
 
 
 def test_rows_follow_from_the_fastest_rounds() -> None:
     ours, ceiling, peer = rows(flops=8_000_000)
-    assert (ours.ms, ours.median_ms, ours.times_ours) == (2.0, 2.5, 1.0)
+    assert (ours.op, ours.shape, ours.dtype) == ("sum", "1024", "float32")
+    assert (ours.ms, ours.median_ms, peer.ms) == (2.0, 2.5, 6.0)
     assert ours.percent_of_ceiling == 50.0  # 4096 bytes in 2 ms against 2048 in 0.5 ms
-    assert (ours.gflop_per_s, ceiling.gflop_per_s, peer.gflop_per_s) == (4.0, None, 1.33)
-    assert (ceiling.implementation, peer.times_ours) == ("ceiling: read", 3.0)
-    assert rows()[0].gflop_per_s is None
+    assert (ours.tflop_per_s, ceiling.tflop_per_s, peer.tflop_per_s) == (0.004, None, 0.0013333)
+    assert (ceiling.implementation, ours.ceiling, peer.ceiling) == ("ceiling: read", "read", "read")
+    assert rows()[0].tflop_per_s is None
+
+
+@pytest.mark.parametrize(("device", "ms"), [("cpu", 2.0), ("cuda", 3.0)])
+def test_a_cpus_rate_is_of_the_fastest_call_and_a_gpus_of_the_median(device, ms, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "device_name", str)
+    copy = measure.Speed("copy", "bytes", 1e6)
+    times = [0.002, 0.003, 0.009]
+    row = measure.make_row(("sum", "8", "float32"), torch.device(device), "ours", times, {"bytes": 1000}, copy)
+    assert (row.ms, row.median_ms, row.percent_of_ceiling) == (ms, 3.0, round(100 / ms, 1))
 
 
 def test_the_table_has_every_implementation_and_figure() -> None:
@@ -107,21 +119,14 @@ def test_pictures_are_well_formed_and_true_to_scale(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in drawn[tmp_path / "cpu.svg"]
 
 
-@pytest.mark.parametrize(
-    ("table", "speed", "share", "ceiling"),
-    [
-        ("gpu", "gb_per_s", "share_of_copy", "copy"),
-        ("gpu_products", "tflop_per_s", "share_of_product", "large matrix product"),
-    ],
-)
-def test_tables_of_gpus_are_drawn_too(tmp_path: Path, table: str, speed: str, share: str, ceiling: str) -> None:
-    row = {"date": "d", "commit": "c", "device": "gpu", "driver": "1", "torch": "2", "op": "visual_focus"}
-    row |= {"shape": "B=8", speed: 1000.0, share: 0.5, "launches": 2, "peak_mib": 1.0}
-    variants = ({"variant": "cuda", "ms": 0.04}, {"variant": "cuda, host", "ms": 0.05}, {"variant": "eager", "ms": 0.4})
-    write(tmp_path / f"{table}.csv", [row | variant for variant in variants])
-    (found,) = plot.read_cases(tmp_path / f"{table}.csv")
-    assert found.ours == 0.04 and found.ceiling == (ceiling, 0.02)
-    assert "40.0 \N{MICRO SIGN}s" in plot.pictures(tmp_path)[tmp_path / f"{table}_visual_focus.svg"]
+def test_tables_of_gpus_are_drawn_too(tmp_path: Path) -> None:
+    row = changed(rows(), shape="B=8", device="gpu", ceiling="copy", percent_of_ceiling=50.0, launches=2)[0]
+    run = [{"implementation": "ceiling: copy", "op": "ceiling"}, {"implementation": "cuda", "ms": 0.04}]
+    run += [{"implementation": "cuda, host", "ms": 0.05}, {"implementation": "PyTorch", "ms": 0.4}]
+    write(tmp_path / "gpu.csv", [row | changes for changes in run])
+    (found,) = plot.read_cases(tmp_path / "gpu.csv")
+    assert found.ours == 0.04 and found.ceiling == ("copy", 0.02)
+    assert "40.0 \N{MICRO SIGN}s" in plot.pictures(tmp_path)[tmp_path / "gpu_sum.svg"]
 
 
 def test_the_composite_takes_one_case_of_each_operator() -> None:
@@ -158,3 +163,79 @@ def test_figures_in_the_readme_are_in_the_pictures_alone() -> None:
     """No figure is typed: a time or a share of a ceiling stands in what was drawn from recorded rows."""
     prose = re.sub(r"^```.*?^```|<[^>]*>", "", (plot.ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     assert not re.findall(r"\d ?(?:ms|\N{MICRO SIGN}s|GB/s|GFLOP/s|%|x longer|times faster)", prose)
+
+
+# What the command for GPUs measured beside each op before its declaration was shared with the CPU.
+MEASURED_ON_GPUS = {
+    "visual_prototype": {"PyTorch", "torch.compile"},
+    "visual_focus": {"PyTorch in fp32", "torch.compile in fp32", "token loop"},
+    "visual_weights": {"PyTorch", "torch.compile"},
+    "group_weights": {"PyTorch", "torch.compile"},
+    "policy_loss": {"PyTorch, no metrics", "torch.compile, no metrics"},
+    "vgpo_loss": {"PyTorch in fp32", "torch.compile in fp32"},
+    "attention_mass": {
+        "eager attention + segment sum",
+        "torch.compile",
+        "scaled_dot_product_attention",
+        "scaled_dot_product_attention, all keys causal",
+    },
+    "attention_mass and its gradient": {"eager attention", "torch.compile"},
+    "attention_heatmap": {"eager attention", "torch.compile"},
+    "linear_logprob with entropy": {"PyTorch", "torch.compile", "products alone"},
+    "linear_logprob with entropy and its gradient": {"PyTorch", "torch.compile", "products alone"},
+    "linear_logprob": {"PyTorch", "torch.compile", "products alone"},
+    "linear_logprob and its gradient": {"PyTorch", "torch.compile", "products alone"},
+    "linear_policy_loss and its gradient": {"PyTorch", "products alone"},
+}
+
+
+@pytest.mark.slow
+def test_the_command_for_gpus_measures_every_op_and_peer(tmp_path: Path) -> None:
+    """A dry run: everything but what torch.cuda answers, at small shapes, each result checked."""
+    table = tmp_path / "gpu.csv"
+    command = [sys.executable, gpu.__file__, "--dry-run", "--table", table]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not measured: " in done.stdout or "all peers are installed" in done.stdout
+    with table.open(newline="") as file:
+        found = [(row["op"], row["implementation"]) for row in csv.DictReader(file)]
+    assert len(set(found)) == len(found)
+    assert {("ceiling", "ceiling: copy"), ("ceiling", "ceiling: product")} <= set(found)
+    for op in measure.all_ops():
+        ours = {"cpp", "cpp, host"} if op.captured else {"cpp"}
+        missing = (ours | MEASURED_ON_GPUS[op.name]) - {name for other, name in found if other == op.name}
+        assert not missing, f"{op.name} was not measured by {missing}"
+
+
+def test_what_goes_wrong_with_one_op_leaves_the_others(tmp_path: Path) -> None:
+    made = [tmp_path / name for name in ("first", "last")]
+    codes = [f"open({str(made[0])!r}, 'w')", "import os; os._exit(3)", f"open({str(made[1])!r}, 'w')"]
+    (_, first), (_, died), (_, last) = gpu.each(exec, codes, limit=300)
+    assert first is None and last is None and all(path.exists() for path in made)
+    assert str(died) == "the process died with code 3"
+    ((_, late),) = gpu.each(exec, ["import time; time.sleep(60)"], limit=0.01)
+    assert str(late) == "took more than 0.01 s"
+
+
+def test_a_wrong_result_gets_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "gpu.csv"
+    options = argparse.Namespace(dry_run=True, quick=False, no_peers=False, shapes=None, backends=["cpp"], table=table)
+    tensor = torch.ones(1024)
+
+    def make(size: int, dtype: torch.dtype, device: torch.device, seed: int) -> measure.Case:
+        peers = {
+            "right": measure.Peer(lambda: 1),
+            "wrong": measure.Peer(lambda: 2),
+            "broken": measure.Peer(lambda: 1 // 0),
+            "other": measure.Peer(lambda: 2, same=False),
+        }
+        return measure.Case(lambda: 1, check, measure.Ceiling("read", "bytes", 1, tensor.amax), 4096, peers=peers)
+
+    def check(found: int, bound: float) -> None:
+        assert found == 1, "it is not 1"
+
+    failures = gpu.Bench(options).measure_op(measure.Op("one", make, cpu=(), gpu=(8,), small=8))
+    assert [failure.partition(":")[0] for failure in failures] == ["one, 8, wrong", "one, 8, broken"]
+    with table.open(newline="") as file:
+        found = [row["implementation"] for row in csv.DictReader(file) if row["op"] == "one"]
+    assert found == ["cpp", "cpp, host", "right", "other"]
