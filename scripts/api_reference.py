@@ -268,12 +268,14 @@ def fields_of(node: ast.ClassDef) -> list[ast.AnnAssign]:
 
 
 def field_source(item: ast.AnnAssign, source: object) -> str:
-    """Write a field as a parameter; a dataclass's ``field(default=...)`` by its default."""
+    """Write a field as a parameter: its type without what is annotated, ``field(default=...)`` by the default."""
     assert callable(source)
-    value = item.value
+    value, kind = item.value, item.annotation
+    if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Annotated":
+        kind = kind.slice.elts[0] if isinstance(kind.slice, ast.Tuple) else kind.slice
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
         value = next((word.value for word in value.keywords if word.arg == "default"), None)
-    return f"{source(item.target)}: {source(item.annotation)}" + (f" = {source(value)}" if value is not None else "")
+    return f"{source(item.target)}: {source(kind)}" + (f" = {source(value)}" if value is not None else "")
 
 
 def parameters_of(node: Function, source: object) -> list[str]:
