@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import groupby
@@ -297,8 +297,9 @@ def commit() -> str:
     )
 
 
+@cache
 def _said(*command: str) -> str:
-    """First line that a program prints; empty without the program."""
+    """First line that a program prints, which is run once; empty without the program."""
     if shutil.which(command[0]) is None:
         return ""
     lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().splitlines()
