@@ -176,7 +176,7 @@ def logprob_case(
     }
     if not entropy and installed("trl"):
         peers["TRL, chunked"] = Peer(run(chunked_by_trl))
-    if not entropy and backward:
+    if not entropy and backward and device.type == "cuda":
         peers |= cross_entropies(head)
     return head.case(run(ours), check, 1 + backward, backward, peers)
 
@@ -200,7 +200,7 @@ def cross_entropies(head: Head) -> dict[str, Peer]:
         return chunked_linear_cross_entropy(*head.leaves, head.targets, reduction="sum")
 
     def peer(loss: Callable[[], Tensor]) -> Peer:
-        return Peer(lambda: torch.autograd.grad(loss(), head.leaves), same=False, gpu_only=True)
+        return Peer(lambda: torch.autograd.grad(loss(), head.leaves), same=False)
 
     libraries = {"Liger": ("liger_kernel", liger), "CCE": ("cut_cross_entropy", cut), "quack": ("quack", quack)}
     return {name: peer(loss) for name, (library, loss) in libraries.items() if installed(library)}

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import groupby
@@ -36,6 +36,7 @@ from vgpo_kernels import backend, backends
 Run = Callable[[], Any]
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+EXTENSION: Any = sys.modules.get("vgpo_kernels._C")  # None where it is not built: a GPU can do without
 
 # Libraries that are measured beside ours where they are installed.
 LIBRARIES = ("liger_kernel", "cut_cross_entropy", "quack", "trl")
@@ -155,26 +156,14 @@ def compare(name: str, found: Tensor, exact: Tensor, bound: float) -> None:
 
 def read_ceiling(tensor: Tensor) -> Ceiling:
     """Read a tensor once, with all threads and vector loads."""
-
-    def run() -> None:
-        from vgpo_kernels import _C
-
-        _C.read_memory(tensor)
-
-    return Ceiling("read", "bytes", tensor.numel() * tensor.element_size(), run)
+    return Ceiling("read", "bytes", tensor.numel() * tensor.element_size(), lambda: EXTENSION.read_memory(tensor))
 
 
 def copy_ceiling(size: int) -> Ceiling:
     """Copy memory so that ``size`` bytes move in all, half of them read and half written."""
     source = torch.ones(size // 2, dtype=torch.uint8)
     target = torch.zeros_like(source)
-
-    def run() -> None:
-        from vgpo_kernels import _C
-
-        _C.copy_memory(source, target)
-
-    return Ceiling("copy", "bytes", size, run)
+    return Ceiling("copy", "bytes", size, lambda: EXTENSION.copy_memory(source, target))
 
 
 def installed(library: str) -> bool:
@@ -297,8 +286,9 @@ def commit() -> str:
     )
 
 
+@cache
 def _said(*command: str) -> str:
-    """First line that a program prints; empty without the program."""
+    """First line that a program prints, which is run once; empty without the program."""
     if shutil.which(command[0]) is None:
         return ""
     lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().splitlines()
