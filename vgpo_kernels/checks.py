@@ -517,10 +517,12 @@ def settings(name: str, value: object, kind: type[T]) -> T:
     return value
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return fp64 if any tensor is fp64 (then the reference implementation handles the call), else fp32."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+def compute_dtype(*arguments: object) -> torch.dtype:
+    """Return fp64 if an argument is an fp64 tensor (then the reference implementation handles the call), else fp32."""
+    for value in arguments:
+        if isinstance(value, Tensor) and value.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _bounded_integer(name: str, value: object, least: int, most: int) -> int:
