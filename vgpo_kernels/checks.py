@@ -7,7 +7,6 @@ wait for a GPU, so they run for CPU tensors only; GPU kernels clamp the values t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -47,9 +46,9 @@ def require_floating(name: str, value: object) -> Tensor:
     return tensor
 
 
-def require_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -> None:
+def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """Raise ValueError unless ``tensor`` has ``shape``, which ``meaning`` explains."""
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)} ({meaning}), got {describe(tensor)}")
 
 
@@ -65,7 +64,7 @@ def rows_apart(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def mask(name: str, value: object, shape: Sequence[int], meaning: str, device: torch.device, other: str) -> Tensor:
+def mask(name: str, value: object, shape: tuple[int, ...], meaning: str, device: torch.device, other: str) -> Tensor:
     """Return a boolean mask as contiguous bool; integer masks of 0 and 1 are converted.
 
     Raises:
@@ -425,7 +424,7 @@ def head(hidden: object, weight: object, bias: object) -> tuple[Tensor, Tensor, 
     return states, rows_apart(rows), bias
 
 
-def targets(value: object, shape: Sequence[int], meaning: str, device: torch.device, other: str = "hidden") -> Tensor:
+def targets(value: object, shape: tuple[int, ...], meaning: str, device: torch.device, other: str = "hidden") -> Tensor:
     """Return target ids of ``shape`` as int64."""
     ids = integers("targets", value)
     require_shape("targets", ids, shape, meaning)
@@ -517,10 +516,12 @@ def settings(name: str, value: object, kind: type[T]) -> T:
     return value
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return fp64 if any tensor is fp64 (then the reference implementation handles the call), else fp32."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+def compute_dtype(*arguments: object) -> torch.dtype:
+    """Return fp64 if an argument is an fp64 tensor (then the reference implementation handles the call), else fp32."""
+    for value in arguments:
+        if isinstance(value, Tensor) and value.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _bounded_integer(name: str, value: object, least: int, most: int) -> int:
@@ -535,7 +536,7 @@ def _bounded_integer(name: str, value: object, least: int, most: int) -> int:
 
 
 def _computable(tensor: Tensor, detach: bool) -> Tensor:
-    if detach:
+    if detach and tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.dtype != torch.float64:
         tensor = tensor.float()

@@ -1,4 +1,4 @@
-"""Let the emulated GPU serve the operators, and run the tests of the operators on it."""
+"""Let the emulated GPU handle the operators, and run the tests of the operators on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vgpo_kernels import backend, backends
 
 @contextmanager
 def serving(emulator: Any, operators: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Serve CPU tensors by an emulator's methods of the operators' names, in place of whatever C++ backend is built."""
+    """Let an emulator's methods handle CPU tensors, in place of the C++ backend (built or not)."""
     library = torch.library.Library("vgpo_kernels", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")

@@ -24,7 +24,6 @@ from vgpo_kernels.ops.policy_loss import (
     POLICY_METRICS,
     SHARED_TENSORS,
     PolicyLoss,
-    compute_dtype,
     shared_arguments,
     unpack,
 )
@@ -204,7 +203,7 @@ def linear_policy_loss(
         "chunk_bytes": checks.chunk_bytes(chunk_bytes),
         **shared,
     }
-    dtype = compute_dtype(arguments)
+    dtype = checks.compute_dtype(*arguments.values())
     return unpack(registry.call("linear_policy_loss", mask.device, dtype, **arguments), POLICY_METRICS, dtype)
 
 

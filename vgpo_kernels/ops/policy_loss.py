@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -114,7 +113,7 @@ def policy_loss(
         **options,
     )
     arguments["factors"] = checks.optional_per_token("factors", factors, mask)
-    dtype = compute_dtype(arguments)
+    dtype = checks.compute_dtype(*arguments.values())
     return unpack(registry.call("policy_loss", mask.device, dtype, **arguments), POLICY_METRICS, dtype)
 
 
@@ -176,11 +175,6 @@ def shared_arguments(
         "options": chosen.as_floats(),
     }
     return arguments, chosen
-
-
-def compute_dtype(arguments: Mapping[str, Any]) -> torch.dtype:
-    """Return the dtype that an operator computes in, by the tensors among its arguments."""
-    return checks.compute_dtype(*[value for value in arguments.values() if isinstance(value, Tensor)])
 
 
 def unpack(result: Any, names: tuple[str, ...], dtype: torch.dtype) -> PolicyLoss:

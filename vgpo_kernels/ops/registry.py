@@ -193,11 +193,10 @@ def call(name: str, device: torch.device, dtype: torch.dtype, **arguments: Any) 
 
     """
     names = OPERATORS[name].arguments
-    values = [arguments[key] for key in names if key in arguments]
-    if not len(arguments) == len(values) == len(names):
+    if arguments.keys() != set(names):
         wrong = ", ".join(sorted(arguments.keys() ^ set(names)))
         raise TypeError(f"{name} takes the arguments {', '.join(names)}; missing or unknown: {wrong}")
-    return implementation(name, backends.select(device, dtype))(*values)
+    return implementation(name, backends.select(device, dtype))(*[arguments[key] for key in names])
 
 
 def implementation(name: str, backend: str) -> Callable[..., Any]:

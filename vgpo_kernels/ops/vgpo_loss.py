@@ -15,7 +15,6 @@ from vgpo_kernels.ops.policy_loss import (
     LOSS_TENSORS,
     POLICY_METRICS,
     PolicyLoss,
-    compute_dtype,
     fake_loss,
     keep_gradients,
     loss_arguments,
@@ -88,7 +87,7 @@ def vgpo_loss(
         "config": checks.settings("config", config, VGPOConfig).as_floats(),
         **loss_arguments(mask, boundaries, logp, old_logp, advantages, **policy_loss_options),
     }
-    dtype = compute_dtype(arguments)
+    dtype = checks.compute_dtype(*arguments.values())
     return unpack(registry.call("vgpo_loss", mask.device, dtype, **arguments), METRICS, dtype)
 
 

@@ -136,7 +136,7 @@ def group_weights(score: Tensor, group_ids: Tensor, config: VGPOConfig, *, has_v
 
 def name_metrics(names: tuple[str, ...], values: Tensor) -> dict[str, Tensor]:
     """Split a vector of metrics into named 0-dimensional tensors, without reading them."""
-    return dict(zip(names, values.unbind(), strict=True))
+    return dict(zip(names, values.detach().unbind(), strict=True))
 
 
 def _fake_weights(cos: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
