@@ -2,8 +2,8 @@
 
 The environment variable ``VGPO_BUILD`` chooses: ``auto`` (the default) builds what the machine can and
 never fails an installation; ``cpu`` and ``cuda`` build exactly that or fail; ``none`` installs pure Python,
-served by the PyTorch reference (and by Triton on a GPU). ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``, ``CXX`` and
-``MAX_JOBS`` mean what they mean to every PyTorch extension.
+whose calls use the PyTorch reference implementation (and Triton on a GPU). ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``,
+``CXX`` and ``MAX_JOBS`` mean what they mean to every PyTorch extension.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ class BuildExtension(build_ext):
             (ROOT / self.get_ext_filename("vgpo_kernels._C")).unlink(missing_ok=True)
         self.extensions = self.distribution.ext_modules = []
         kind = "" if mode == "none" else "warning: "
-        say(f"{kind}built no extension: {reason}; the PyTorch reference serves instead, slower")
+        say(f"{kind}built no extension: {reason}; calls use the slower PyTorch reference implementation")
 
 
 def first_line(error: BaseException) -> str:

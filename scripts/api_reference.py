@@ -73,7 +73,7 @@ GROUPS = (
         "Backends",
         "vgpo_kernels.backends",
         ("backend", "describe", "select", "triton_interpreted"),
-        "Which implementation serves a call; `vgpo_kernels.backend` is the first of these.",
+        "Which implementation handles a call; `vgpo_kernels.backend` is the first of these.",
     ),
     Group(
         "Models of transformers",

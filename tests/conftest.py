@@ -15,7 +15,7 @@ torch.manual_seed(0)
 
 
 def pytest_configure() -> None:
-    # The reference would serve, and every test of what was built be skipped: green, and nothing tested.
+    # The reference implementation would take over, and every test of what was built be skipped: green, nothing tested.
     refused = backends.describe()["refused"]
     if refused is not None:
         raise pytest.UsageError(refused)
@@ -48,7 +48,7 @@ if backends.describe()["built"]["triton"] and backends.triton_interpreted():
 
 
 def available_backends() -> list[str]:
-    """Return the backends that can serve a test in this process: device and backend are one choice."""
+    """Return the backends that can run a test in this process: device and backend are one choice."""
     names = ["reference"]
     if backends.describe()["built"]["cpp"]:
         names.append("cpp")
@@ -63,21 +63,21 @@ def available_backends() -> list[str]:
 
 @pytest.fixture(params=available_backends())
 def backend_name(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test once a backend, with every call inside served by it."""
+    """Run the test once per backend, with every call inside on that backend."""
     with backends.backend(request.param):
         yield request.param
 
 
 @pytest.fixture(params=[name for name in available_backends() if name != "reference"])
 def exact_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test once a compiled backend: those promise equal bits, the reference equality up to rounding."""
+    """Run the test once per compiled backend: those promise equal bits, the reference equality up to rounding."""
     with backends.backend(request.param):
         yield request.param
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Device of the tensors that the test's backend serves here."""
+    """Device of the tensors that the test's backend takes here."""
     exact = "exact_backend" in request.fixturenames
     backend_name = request.getfixturevalue("exact_backend" if exact else "backend_name")
     on_gpu = backend_name == "cuda" or (backend_name == "triton" and not backends.triton_interpreted())

@@ -28,7 +28,7 @@ class Head:
     targets: Tensor  # [N]
 
     def double(self) -> Head:
-        """Return the same numbers in fp64, which the definition serves."""
+        """Return the same numbers in fp64, which the reference implementation computes."""
         bias = None if self.bias is None else self.bias.double()
         return replace(self, hidden=self.hidden.double(), weight=self.weight.double(), bias=bias)
 
@@ -99,7 +99,7 @@ def with_predicting_rows(batch: Batch, vocabulary: int, seed: int = 0) -> tuple[
 def logprob(head: Head, leaves: list[Tensor] | None = None, **options: Any) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of a head, of its own tensors or of leaves in their place.
 
-    On the backend in force, or of an fp64 head, which only the definition serves.
+    On the backend in force, or of an fp64 head, which only the reference implementation computes.
     """
     hidden, weight, *bias = leaves or head.tensors()
     arguments = (hidden, weight, head.targets)
@@ -109,7 +109,7 @@ def logprob(head: Head, leaves: list[Tensor] | None = None, **options: Any) -> t
 
 
 def definition_of(hidden: Tensor) -> Any:
-    """Choose the definition for fp64 numbers."""
+    """Choose the reference implementation for fp64 numbers."""
     return backend("reference") if hidden.dtype == torch.float64 else nullcontext()
 
 

@@ -1,7 +1,7 @@
-"""The one tolerance policy: how far a fast result may lie from the fp64 definition.
+"""The one tolerance policy: how far a fast result may lie from the reference implementation in fp64.
 
-A result computed in fp32 is right if its error is at most twice that of the definition run in fp32 on the same
-input, plus a floor of a few units in the last place of the values at hand: more for long sums, and for results
+A result computed in fp32 is right if its error is at most twice that of the reference implementation run in fp32 on the
+same input, plus a floor of a few units in the last place of the values at hand: more for long sums, and for results
 that are rounded to 16 bits.
 """
 
@@ -34,15 +34,15 @@ def assert_close(
 
     Args:
         actual: The result under test.
-        exact: The definition in fp64.
-        narrow: The definition in fp32, whose error is the yardstick; without it only the floor counts.
+        exact: The reference implementation in fp64.
+        narrow: The reference implementation in fp32, whose error is the yardstick; without it only the floor counts.
         name: Named in the failure.
         floor: Allowed error relative to the largest magnitude of ``exact`` (at least 1).
 
     """
     assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
     actual, exact = actual.detach().cpu().double(), exact.detach().cpu().double()
-    assert torch.equal(actual.isnan(), exact.isnan()), f"{name}: NaN in other places than the definition has them"
+    assert torch.equal(actual.isnan(), exact.isnan()), f"{name}: NaN in other places than the reference has"
     actual, exact = actual.nan_to_num(), exact.nan_to_num()
     if not exact.numel():
         return

@@ -95,7 +95,7 @@ def built_digest(file: Path) -> str | None:
 
 
 def why_refused(file: Path, root: Path) -> str | None:
-    """Why an extension must not serve a package, or ``None`` if it may.
+    """Why an extension must not be used with a package, or ``None`` if it may.
 
     Args:
         file: The extension.
@@ -112,14 +112,15 @@ def why_refused(file: Path, root: Path) -> str | None:
 
 
 def load() -> Loaded:
-    """Import the extension if it may serve; warn once if it may not."""
+    """Import the extension if it may be used; warn once if it may not."""
     spec = importlib.util.find_spec(NAME)
     if spec is None or spec.origin is None:
         return Loaded(None, None, "")
     refused = why_refused(Path(spec.origin), Path(__file__).resolve().parent.parent)
     if refused is not None:
         sys.modules[NAME] = None  # type: ignore[assignment]  # nobody else imports it either
-        warnings.warn(f"{refused} Until then the slower PyTorch reference serves.", RuntimeWarning, stacklevel=3)
+        warning = f"{refused} Until then calls use the slower PyTorch reference implementation."
+        warnings.warn(warning, RuntimeWarning, stacklevel=3)
         return Loaded(None, refused, "")
     try:
         return Loaded(importlib.import_module(NAME), None, "")

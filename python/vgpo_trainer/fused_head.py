@@ -55,7 +55,7 @@ def fuse_heads(
         norm: The final norm or its name, for a model in which it is not found.
 
     Returns:
-        Which head serves: ``OURS``, ``TRLS`` or ``ALL_LOGITS``.
+        Which head is used: ``OURS``, ``TRLS`` or ``ALL_LOGITS``.
 
     """
     present = [unwrap(model) for model in models if model is not None]

@@ -1,4 +1,4 @@
-"""attention_mass and attention_heatmap on every backend: against the definition and eager attention; edges."""
+"""attention_mass and attention_heatmap on every backend, against the reference implementation and eager attention."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def heatmap(case: Attention, **options: Any) -> Tensor:
 
 
 def check(function: Any, case: Attention, **options: Any) -> None:
-    """Compare a result and its gradients by q and k with those of the definition, in fp64 and in fp32."""
+    """Compare a result and its gradients by q and k with those of the reference implementation, in fp64 and in fp32."""
     with backend("reference"):
         exact = run(function, case.to(torch.float64), **options)
     # What a definition in fp32 gets wrong: the yardstick.

@@ -1,7 +1,7 @@
 """Every public function on every backend, in both layouts and all dtypes, on one batch of every edge, in fp64's terms.
 
 The tests of each function look at it closely; this matrix leaves out none of its squares. Gradients are checked against
-the definition's as well, and the definition's against finite differences.
+the reference implementation's as well, and the reference implementation's against finite differences.
 """
 
 from __future__ import annotations
@@ -350,7 +350,7 @@ def test_conforms(
         assert_close(found[name].cpu().double() / unit, expected / unit, name=name, floor=floor)
 
 
-# ---- the definition's own gradients, against finite differences --------------------------------------------------
+# ---- gradients of the reference implementation, against finite differences ---------------------------------------
 
 SMALL = (
     Response(visual=2, text=1, length=3, holes=True),

@@ -1,4 +1,4 @@
-"""What the C++ backend promises beyond the definition: every SIMD level, any thread count, 64-bit offsets."""
+"""What only the C++ backend promises: every SIMD level, any number of threads, 64-bit offsets."""
 
 from __future__ import annotations
 

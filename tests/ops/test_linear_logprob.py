@@ -1,4 +1,4 @@
-"""linear_logprob on every backend: values and gradients against the definition, slices, edges, and bad input."""
+"""linear_logprob on every backend: values and gradients against the reference implementation, slices, edges."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_products_run_in_the_dtype_of_hidden(
     mixed = replace(head, weight=make_head(30, 24, 200).weight.to(DTYPES[weight_dtype]))
     rounded = replace(mixed, weight=mixed.weight.to(DTYPES[hidden_dtype]))
     if backend_name == "reference" or (backend_name == "cpp" and hidden_dtype == "float16"):
-        rounded = mixed  # no processor multiplies fp16, and the definition computes with the weight as it is
+        rounded = mixed  # no processor multiplies fp16; the reference implementation takes the weight as it is
     assert_close(logprob(mixed.to(device))[0], logprob(rounded.double())[0], name="logp")
     assert gradients(mixed.to(device))[1].dtype == DTYPES[weight_dtype]
 

@@ -1,4 +1,4 @@
-"""policy_loss on every backend: value, gradient and metrics against the definition, and the definition itself."""
+"""policy_loss on every backend against the reference implementation, and that against the equations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AGGREGATIONS = CHOICES["aggregation"]
 
 
 def loss_of(batch: Batch, *, advantages: Tensor | None = None, wide: bool = False, **options: Any) -> PolicyLoss:
-    """The loss of a batch on the backend in force, or of its fp64 copy, which the definition serves."""
+    """The loss of a batch on the backend in force, or of its fp64 copy, which the reference implementation computes."""
 
     def cast(value: Any) -> Any:
         return value.double() if wide and isinstance(value, Tensor) and value.is_floating_point() else value

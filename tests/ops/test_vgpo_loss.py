@@ -60,7 +60,7 @@ def check(batch: Batch, config: VGPOConfig, **options: Any) -> None:
     with backend("reference"):
         exact = in_one_call(batch, batch.logp, config, **options)
     # A gate may fall either way where two cosines differ by less than fp32 can tell, so this bound is loose.
-    assert_close(results[0][0], exact.loss.double(), name="loss against the definition", floor=1e-3)
+    assert_close(results[0][0], exact.loss.double(), name="loss against the reference implementation", floor=1e-3)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

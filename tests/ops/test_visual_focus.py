@@ -1,4 +1,4 @@
-"""visual_prototype and visual_focus on every backend, against the definition and against plain loops."""
+"""visual_prototype and visual_focus on every backend, against the reference implementation and against plain loops."""
 
 from __future__ import annotations
 

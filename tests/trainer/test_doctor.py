@@ -45,7 +45,7 @@ def test_prints_versions_backends_and_a_passed_check(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert torch.__version__ in shown
-    assert f"served by {backends.describe()['serves']['cpu']}" in shown
+    assert f"handled by {backends.describe()['serves']['cpu']}" in shown
     assert "cpu by" in shown and "works, error" in shown
 
 

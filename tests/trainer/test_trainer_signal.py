@@ -1,4 +1,4 @@
-"""The factors a trainer puts into its loss, against the definition applied to a whole rollout batch at once."""
+"""The factors a trainer puts into its loss, against those of a whole rollout batch at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``vgpo doctor``: what is installed, what is built, what serves which device, and whether it computes correctly.
+"""``vgpo doctor``: what is installed, what is built, which backend each device gets, and whether it computes correctly.
 
 It needs torch alone; what it has to say of the trainer needs the trainer's packages.
 """
@@ -19,7 +19,7 @@ from typing import Any
 from vgpo_trainer.runs.folder import version_of
 
 DESCRIPTION = (
-    "Print versions, what is built and which backend serves which device. Check the kernels on a small example, and on "
+    "Print versions, what is built and which backend each device gets. Check the kernels on a small example, and on "
     "a tiny model what is captured of it, the fused head and a training step."
 )
 PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "accelerate", "datasets", "peft", "scikit-learn", "numpy")
@@ -34,7 +34,7 @@ class CheckResult:
 
     Attributes:
         device: ``"cpu"`` or ``"cuda"``.
-        backend: The backend that served it.
+        backend: The backend that computed it.
         error: Largest difference from the fp64 definition in the loss, its gradient and the factors.
         milliseconds: Of the fastest of a few calls.
         failure: What went wrong, or None.
@@ -48,7 +48,7 @@ class CheckResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the device computes what the definition says."""
+        """Whether the device computes what the reference implementation does."""
         return self.failure is None and self.error <= TOLERANCE
 
 
@@ -143,7 +143,7 @@ def diagnosis(described: dict[str, Any]) -> list[tuple[str, str]]:
     built = [name for name, is_built in described["built"].items() if is_built]
     lines.append(("built", ", ".join(built)))
     lines += [("extension", f"{name}: {value}") for name, value in (described["extension"] or {}).items()]
-    lines += [(f"{device} tensors", f"served by {name}") for device, name in described["serves"].items()]
+    lines += [(f"{device} tensors", f"handled by {name}") for device, name in described["serves"].items()]
     if described["forced"]:
         lines.append(("forced", f"{described['forced']}, by VGPO_BACKEND"))
     return lines
@@ -186,7 +186,7 @@ def check_device(device: str, backend: str) -> CheckResult:
 
     Args:
         device: Where to compute.
-        backend: The backend that serves it, for the record.
+        backend: The backend that handles it, for the record.
     """
     import torch
 

@@ -247,7 +247,7 @@ def prove_fused_head() -> None:
             warnings.simplefilter("always")
             fuse_heads((model,), TEMPERATURE, fp32=False)
         for warning in caught:
-            if str(warning.message).startswith("fused_head"):  # another head would serve
+            if str(warning.message).startswith("fused_head"):  # another head would be used
                 raise Failure(str(warning.message))
         found = model(**inputs, labels=ids, fused_lm_head=True).log_probs
     expect_equal(found, expected, real.bool()[:, 1:], TOLERANCE)
