@@ -536,7 +536,7 @@ def _bounded_integer(name: str, value: object, least: int, most: int) -> int:
 
 
 def _computable(tensor: Tensor, detach: bool) -> Tensor:
-    if detach and tensor.requires_grad:
+    if detach:  # whatever requires_grad says, which is False for tensors that functorch differentiates
         tensor = tensor.detach()
     if tensor.dtype != torch.float64:
         tensor = tensor.float()

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 # Kernels know a choice by its place in these lists (csrc/math.h has enums of the same order: LossType, ...).
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gspo_token", "cispo", "sapo"]
@@ -51,8 +48,9 @@ _RANGES: dict[str, Callable[[float], bool]] = {
 class Number:
     """A finite number of a range. A field that may be ``None`` has a number that travels in its place."""
 
+    width: ClassVar[int] = 1  # in how many numbers a value travels
     expected: str = "finite"
-    none: float | None = None
+    none: str | None = None  # a number as text, which torch.compile never takes for an input of a graph
 
     def check(self, name: str, value: Any) -> None:
         if value is None and self.none is not None:
@@ -65,17 +63,20 @@ class Number:
             raise ValueError(f"{name} must be {self.expected}, got {value}")
 
     def encode(self, value: Any) -> list[float]:
-        return [self.none if value is None and self.none is not None else float(value)]
+        return [float(self.none if value is None and self.none is not None else value)]
 
-    def decode(self, numbers: Iterator[float]) -> float | None:
+    def decode(self, name: str, numbers: Iterator[float]) -> float | None:
         number = next(numbers)
-        stands_for_none = self.none is not None and (number == self.none or math.isnan(number))
-        return None if stands_for_none else number
+        if self.none is not None and (number == float(self.none) or (math.isnan(number) and self.none == "nan")):
+            return None
+        return number
 
 
 @dataclass(frozen=True)
 class Flag:
     """A bool, which travels as 0 or 1."""
+
+    width: ClassVar[int] = 1
 
     def check(self, name: str, value: Any) -> None:
         if not isinstance(value, bool):
@@ -84,7 +85,7 @@ class Flag:
     def encode(self, value: bool) -> list[float]:
         return [float(value)]
 
-    def decode(self, numbers: Iterator[float]) -> bool:
+    def decode(self, name: str, numbers: Iterator[float]) -> bool:
         return bool(next(numbers))
 
 
@@ -92,6 +93,7 @@ class Flag:
 class Choice:
     """One of some strings, which travels as its place among them."""
 
+    width: ClassVar[int] = 1
     choices: tuple[str, ...]
 
     def check(self, name: str, value: Any) -> None:
@@ -101,13 +103,18 @@ class Choice:
     def encode(self, value: str) -> list[float]:
         return [float(self.choices.index(value))]
 
-    def decode(self, numbers: Iterator[float]) -> str:
-        return self.choices[int(next(numbers))]
+    def decode(self, name: str, numbers: Iterator[float]) -> str:
+        code = next(numbers)
+        if not 0 <= code < len(self.choices):
+            raise ValueError(f"{name} must be the code of a choice, in [0, {len(self.choices)}), got {code}")
+        return self.choices[int(code)]
 
 
 @dataclass(frozen=True)
 class Bounds:
     """A pair (low, high), which travels as two numbers; ``None`` as -inf and inf."""
+
+    width: ClassVar[int] = 2
 
     def check(self, name: str, value: Any) -> None:
         if value is None:
@@ -123,7 +130,7 @@ class Bounds:
         low, high = value or (-math.inf, math.inf)
         return [float(low), float(high)]
 
-    def decode(self, numbers: Iterator[float]) -> Clamp | None:
+    def decode(self, name: str, numbers: Iterator[float]) -> Clamp | None:
         low, high = next(numbers), next(numbers)
         return None if math.isinf(low) else (low, high)
 
@@ -140,28 +147,49 @@ def _kind_of(hint: Any) -> Kind:
     return Flag() if hint is bool else Number()
 
 
+S = TypeVar("S", bound="_Settings")
+
+
 class _Settings:
     """A dataclass whose fields are checked, and turned into numbers and back, each as its annotation says."""
 
-    kinds: ClassVar[dict[str, Kind]]  # of the fields, in their order
+    kinds: ClassVar[dict[str, Kind]] = {}  # of the fields, in their order
+    defaults: ClassVar[dict[str, Any]] = {}
 
     def __init_subclass__(cls) -> None:
+        if cls.kinds:  # a user's subclass: kernels know nothing of its own fields
+            return
         hints = get_type_hints(cls, include_extras=True)
         cls.kinds = {name: _kind_of(hint) for name, hint in hints.items() if get_origin(hint) is not ClassVar}
+        cls.defaults = {name: getattr(cls, name) for name in cls.kinds}
 
     def __post_init__(self) -> None:
         for name, kind in self.kinds.items():
-            kind.check(name, getattr(self, name))
+            value = getattr(self, name)
+            if value is not self.defaults[name]:  # most are, in every call of a loss
+                kind.check(name, value)
 
     def as_floats(self) -> list[float]:
         """Flatten to the numbers that kernels take, field by field (``read`` in csrc/math.h)."""
-        return [number for name, kind in self.kinds.items() for number in kind.encode(getattr(self, name))]
+        numbers: list[float] = []
+        for name, kind in self.kinds.items():
+            value = getattr(self, name)
+            numbers += (value,) if type(value) is float else kind.encode(value)
+        return numbers
 
     @classmethod
-    def from_floats(cls, floats: list[float]) -> Self:
-        """Return the settings that :meth:`as_floats` flattened."""
+    def from_floats(cls: type[S], floats: list[float]) -> S:
+        """Return the settings that :meth:`as_floats` flattened.
+
+        Raises:
+            ValueError: There are more or fewer numbers, or one is not what its field takes.
+
+        """
+        expected = sum(kind.width for kind in cls.kinds.values())
+        if len(floats) != expected:
+            raise ValueError(f"{cls.__name__} must have {expected} numbers, got {len(floats)}")
         numbers = iter(floats)
-        return cls(**{name: kind.decode(numbers) for name, kind in cls.kinds.items()})
+        return cls(**{name: kind.decode(name, numbers) for name, kind in cls.kinds.items()})
 
 
 # ---- the settings --------------------------------------------------------------------------------------------------
@@ -208,7 +236,7 @@ class VGPOConfig(_Settings):
     intra: bool = True
     inter: bool = True
     score: Score = "affine"
-    score_offset: Annotated[float | None, Number(none=math.nan)] = None
+    score_offset: Annotated[float | None, Number(none="nan")] = None
     position: Position = "one_based"
     accumulation: Accumulation = "compensated"
     intra_clamp: Annotated[Clamp | None, Bounds()] = None
@@ -271,17 +299,17 @@ class PolicyLossOptions(_Settings):
     aggregation: Annotated[Aggregation | None, Choice(get_args(Aggregation))] = None
     epsilon_low: Annotated[float, Number(">= 0")] = 0.2
     epsilon_high: Annotated[float, Number(">= 0")] = 0.28
-    dual_clip: Annotated[float | None, Number("> 1", none=math.inf)] = None
+    dual_clip: Annotated[float | None, Number("> 1", none="inf")] = None
     kl_coef: float = 0.0
     kl_estimator: KLEstimator = "k3"
     entropy_coef: float = 0.0
-    max_length: Annotated[float | None, Number("> 0", none=0.0)] = None
+    max_length: Annotated[float | None, Number("> 0", none="0")] = None
     sapo_temperature_positive: Annotated[float, Number("> 0")] = 1.0
     sapo_temperature_negative: Annotated[float, Number("> 0")] = 1.05
-    ratio_clamp: Annotated[float | None, Number("> 0", none=math.inf)] = 20.0
-    cispo_cap: Annotated[float | None, Number("> 0", none=math.nan)] = None
+    ratio_clamp: Annotated[float | None, Number("> 0", none="inf")] = 20.0
+    cispo_cap: Annotated[float | None, Number("> 0", none="nan")] = None
     kl_bias_correction: bool = False
-    importance_cap: Annotated[float | None, Number("> 0", none=math.inf)] = None
+    importance_cap: Annotated[float | None, Number("> 0", none="inf")] = None
     importance_mode: ImportanceMode = "truncate"
 
     def __post_init__(self) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import get_type_hints
 
 import pytest
 
 from vgpo_kernels import PolicyLossOptions, VGPOConfig
-from vgpo_kernels.config import CHOICES
+from vgpo_kernels.config import CHOICES, Choice
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -123,3 +125,43 @@ def test_what_loss_kernels_take_says_it_all(loss_type: str) -> None:
     plain = PolicyLossOptions(loss_type=loss_type)  # type: ignore[arg-type]
     assert PolicyLossOptions.from_floats(plain.as_floats()) == plain
     assert len(options.as_floats()) == 16
+
+
+@pytest.mark.parametrize("settings", [VGPOConfig(), PolicyLossOptions()])
+def test_numbers_that_are_no_settings_are_refused(settings: VGPOConfig | PolicyLossOptions) -> None:
+    kind, floats = type(settings), settings.as_floats()
+    for wrong in ([], floats[:-1], [*floats, 0.0]):
+        with pytest.raises(ValueError, match=rf"{kind.__name__} must have {len(floats)} numbers, got {len(wrong)}"):
+            kind.from_floats(wrong)
+    choices = {name: field.choices for name, field in kind.kinds.items() if isinstance(field, Choice)}
+    for name, names in choices.items():
+        place = sum(field.width for field in list(kind.kinds.values())[: list(kind.kinds).index(name)])
+        for code in (-1.0, float(len(names)), math.nan, math.inf):
+            with pytest.raises(ValueError, match=f"{name} must be the code of a choice"):
+                kind.from_floats([*floats[:place], code, *floats[place + 1 :]])
+
+
+def test_a_subclass_may_have_fields_of_its_own() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Labelled(VGPOConfig):
+        beta: float = 0.5
+        label: str = "mine"
+        extra: float = 1.0
+
+    config = Labelled(label="ours")
+    assert VGPOConfig.from_floats(config.as_floats()) == VGPOConfig(beta=0.5) and config.label == "ours"
+    with pytest.raises(ValueError, match="beta must be >= 0"):
+        Labelled(beta=-3.0)
+
+    @dataclasses.dataclass(frozen=True)
+    class Negative(VGPOConfig):
+        beta: float = -3.0
+
+    with pytest.raises(ValueError, match="beta must be >= 0"):
+        Negative()
+
+
+def test_signatures_can_be_read() -> None:
+    for kind in (VGPOConfig, PolicyLossOptions):
+        assert "floats" in get_type_hints(kind.from_floats)
+        assert get_type_hints(kind).keys() >= kind.kinds.keys()

@@ -131,6 +131,42 @@ def test_a_traced_loss_has_its_gradient(backend_name: str, device: torch.device)
     assert_close(gradients[1], gradients[0].double(), name="gradient")
 
 
+def test_tracing_for_any_shape_begins_once() -> None:
+    """Numbers that stand for None in settings must not be taken for inputs of the graph."""
+    batch = make_batch(EDGES["plain"])
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    loss = torch.compile(policy, fullgraph=True, dynamic=True, backend=compiler)
+    assert_close(loss(batch, batch.hidden), policy(batch, batch.hidden).double(), floor=1e-5)
+    assert len(graphs) == 1
+
+
+def test_only_log_probs_are_differentiated_by_functorch() -> None:
+    """Its tensors do not say that they require a gradient, and are detached all the same."""
+    batch = make_batch(EDGES["plain"])
+    logp = batch.logp.nan_to_num()
+
+    def loss(current: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+        return vgpo_kernels.policy_loss(current, old, advantages, batch.response_mask).loss
+
+    with vgpo_kernels.backend("reference"):
+        for place, values in enumerate((logp, logp, batch.advantages)):
+            arguments = [logp, logp, batch.advantages]
+
+            def of_one(value: Tensor, place: int = place, arguments: list[Tensor] = arguments) -> Tensor:
+                return loss(*(value if index == place else other for index, other in enumerate(arguments)))
+
+            _, slope = torch.func.jvp(of_one, (values,), (torch.ones_like(values),))
+            assert (slope != 0) == (place == 0)
+        slopes = torch.func.grad(lambda rows: torch.func.vmap(lambda row: loss(row, row, batch.advantages))(rows).sum())
+        expected = torch.func.grad(lambda current: loss(current, logp, batch.advantages))(logp)
+        assert_close(slopes(logp[None])[0], expected.double(), name="gradient")
+
+
 def test_metrics_are_read_without_being_computed(backend_name: str, device: torch.device) -> None:
     batch = make_batch(EDGES["plain"]).to(device)
     metrics = vgpo_kernels.policy_loss(batch.logp, batch.old_logp, batch.advantages, batch.response_mask).metrics
