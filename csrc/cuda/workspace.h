@@ -14,10 +14,15 @@ class Arena {
     explicit Arena(void* base) : base_(static_cast<unsigned char*>(base)) {}
 
     template <typename T>
-    T* take(const char* /*name*/, int64_t count) {
-        const size_t offset = bytes_;
-        bytes_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-        return base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + offset);
+    T* take([[maybe_unused]] const char* name, int64_t count) {
+        const size_t offset = bytes_, bytes = static_cast<size_t>(count) * sizeof(T);
+        bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+        if (base_ == nullptr) return nullptr;
+#ifdef VGPO_EMULATION
+        // There an array may get memory of its own, so that an overrun cannot hide in its neighbour.
+        if (void* apart = emulation::take_apart(name, bytes)) return static_cast<T*>(apart);
+#endif
+        return reinterpret_cast<T*>(base_ + offset);
     }
 
     size_t bytes() const { return bytes_; }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import test_policy_loss
 import test_vgpo_loss
@@ -11,8 +9,8 @@ import test_visual_focus
 import test_visual_weights
 import torch
 from cases import EDGES, Batch, Response, make_batch
-from emulation.harness import EmulationError, Emulator, Shape, compiler
-from emulation.serving import adopt, serving
+from emulation.harness import EmulationError, Emulator, Shape
+from emulation.serving import adopt
 from tolerance import assert_close, assert_matches
 from torch import Tensor
 
@@ -22,36 +20,7 @@ from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import visual_focus as reference
 from vgpo_kernels.reference import visual_weights as weights_reference
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ to build kernels for emulation")
-
-OPERATORS = ("visual_prototype", "visual_focus", "visual_weights", "group_weights", "policy_loss", "vgpo_loss")
-
-
-@pytest.fixture(scope="session")
-def emulator() -> Emulator:
-    return Emulator()
-
-
-@pytest.fixture
-def backend_name(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with serving(emulator, OPERATORS, monkeypatch) as name:
-        yield name
-
-
-@pytest.fixture
-def exact_backend(backend_name: str) -> str:
-    return backend_name
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cpu")
-
-
-adopt(globals(), test_visual_focus)
-adopt(globals(), test_visual_weights)
-adopt(globals(), test_policy_loss)
-adopt(globals(), test_vgpo_loss)
+adopt(globals(), test_visual_focus, test_visual_weights, test_policy_loss, test_vgpo_loss)
 
 
 # ---- schedules ---------------------------------------------------------------------------------------------------
@@ -108,6 +77,20 @@ def test_no_order_of_threads_or_blocks_changes_a_bit(emulator: Emulator, dtype: 
         with emulator.launched_as(shape):
             for actual, wanted in zip(call_everything(emulator, *arguments), expected, strict=True):
                 assert torch.equal(actual.nan_to_num(7.0), wanted.nan_to_num(7.0)), name
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_launches_as_on_a_gpu(emulator: Emulator, packed: bool) -> None:
+    """With the binding's own blocks and threads, and all arrays of a workspace in one allocation."""
+    batch = make_batch(EDGES["long"] + MIXED, packed=packed, features=24)
+    arguments = (batch, VGPOConfig.released(), PolicyLossOptions(loss_type="gspo", kl_coef=0.1, entropy_coef=0.1))
+    expected = call_everything(emulator, *arguments)
+    with emulator.launched_as(Shape(blocks=0)):
+        found = call_everything(emulator, *arguments)
+    with emulator.launched_as(Shape(blocks=0, order="reverse", guard="before")):
+        again = call_everything(emulator, *arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("threads", [32, 96, 512])
@@ -195,21 +178,7 @@ def test_boundaries_that_lie_cannot_lead_outside(emulator: Emulator) -> None:
 def test_a_kernel_that_strays_is_caught(emulator: Emulator) -> None:
     """The harness looks at product kernels, too: a response mask shorter than its layout says is read past its end."""
     batch = make_batch(EDGES["plain"], packed=True)
-    short = batch.response_mask[:-3]
-    with pytest.raises(EmulationError, match="past the end of response_mask"):
-        emulator.run(
-            "visual_focus",
-            {
-                "hidden": batch.hidden,
-                "visual_mask": batch.visual_mask,
-                "response_mask": short,
-                "cu_seqlens": batch.cu_seqlens.long(),
-            },
-            {"cos_out": tuple(batch.response_mask.shape)},
-            dtype=0,
-            batch=4,
-            tokens=len(batch.response_mask),
-            rows=len(batch.response_mask),
-            dim=batch.hidden.shape[-1],
-            row_stride=batch.hidden.stride(0),
-        )
+    arguments = (batch.hidden, batch.visual_mask, batch.response_mask, batch.cu_seqlens.long(), None, None)
+    strays = "visual_focus: visual_focus_kernel<float>: .* past the end of response_mask"
+    with emulator.cut_short(response_mask=3), pytest.raises(EmulationError, match=strays):
+        emulator.visual_focus(*arguments)

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
-from emulation.harness import GUARDS, ORDERS, Buffers, build, compiler, fetch
+from emulation.harness import GUARDS, EmulationError, Emulator, Shape
+from emulation.serving import adopt
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ to build kernels for emulation")
+adopt(globals())
 
 THREADS = 64
 SCHEDULES = [("forward", 0), ("reverse", 0), ("shuffled", 1), ("shuffled", 2), ("interleaved", 0)]
 
 
-@pytest.fixture(scope="module")
-def plants() -> ctypes.CDLL:
-    library = build("plants.cpp")
-    library.run_plant.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3]
-    library.run_plant.restype = ctypes.c_char_p
-    return library
-
-
 def run(
-    plants: ctypes.CDLL, name: str, order: str, seed: int = 0, *, guard: str = "after", blocks: int = 3
-) -> tuple[str, Tensor, Tensor]:
-    """Return the harness's message, the input and the output."""
+    emulator: Emulator, name: str, order: str, seed: int = 0, *, guard: str = "after", blocks: int = 3
+) -> tuple[str, Tensor, Tensor | None]:
+    """Return the harness's message, the input, and the output of a kernel that it finds nothing wrong with."""
     values = torch.arange(1.0, blocks * THREADS + 1)
-    with Buffers(plants, guard) as buffers:
-        given = buffers.put("input", values)
-        output = buffers.allocate("output", 4 * len(values))
-        scratch = buffers.allocate("scratch", 4 * len(values))
-        message = plants.run_plant(name.encode(), given, output, scratch, blocks, ORDERS[order], seed).decode()
-        return message, values, fetch(output, values.shape)
+    with emulator.launched_as(Shape(blocks, THREADS, order, seed, guard)):
+        try:
+            return "", values, emulator.run_plant(values, name)
+        except EmulationError as error:
+            return str(error), values, None
 
 
 def reversed_blocks(values: Tensor) -> Tensor:
@@ -87,9 +77,9 @@ CORRECT = {
 @pytest.mark.parametrize(("order", "seed"), SCHEDULES)
 @pytest.mark.parametrize("name", CORRECT)
 def test_a_correct_kernel_is_correct_in_every_order(
-    plants: ctypes.CDLL, name: str, order: str, seed: int, guard: str
+    emulator: Emulator, name: str, order: str, seed: int, guard: str
 ) -> None:
-    message, values, output = run(plants, name, order, seed, guard=guard)
+    message, values, output = run(emulator, name, order, seed, guard=guard)
     assert message == ""
     assert torch.equal(output, CORRECT[name](values))
 
@@ -105,12 +95,12 @@ def test_a_correct_kernel_is_correct_in_every_order(
         ("missing wait", reversed_blocks),
     ],
 )
-def test_a_missing_barrier_shows(plants: ctypes.CDLL, name: str, expected: object) -> None:
+def test_a_missing_barrier_shows(emulator: Emulator, name: str, expected: object) -> None:
     """No order reports an error, but not every order computes the right result: that is what the kernels' tests use."""
     assert callable(expected)
     wrong = []
     for order, seed in SCHEDULES:
-        message, values, output = run(plants, name, order, seed)
+        message, values, output = run(emulator, name, order, seed)
         assert message == ""
         wrong.append(not torch.equal(output, expected(values)))
     assert any(wrong)
@@ -132,6 +122,10 @@ def test_a_missing_barrier_shows(plants: ctypes.CDLL, name: str, expected: objec
         ("index past shared memory", "after", "undefined behaviour: an index"),
         ("dynamic memory too small", "after", "0 bytes past the end of dynamic shared memory"),
         ("write to an input", "after", "out-of-range access, a write to input, in block (0, 0, 0), thread (0, 0, 0)"),
+        ("write past an output", "after", "0 bytes past the end of the tensor of shape [192] from plants.h"),
+        ("write before an output", "before", "4 bytes before the begin of the tensor of shape [192] from plants.h"),
+        ("write past an array of the workspace", "after", "0 bytes past the end of scratch"),
+        ("write before an array of the workspace", "before", "4 bytes before the begin of scratch"),
         ("misaligned vector", "before", "undefined behaviour: an index, alignment"),
         ("misaligned copy", "after", "misaligned asynchronous copy"),
         ("matrices by half a warp", "after", "deadlock in block (0, 0, 0): 32 threads in a warp operation"),
@@ -142,18 +136,26 @@ def test_a_missing_barrier_shows(plants: ctypes.CDLL, name: str, expected: objec
         ("stack overflow", "after", "out-of-range access"),
     ],
 )
-def test_a_mistake_is_reported(plants: ctypes.CDLL, name: str, guard: str, expected: str) -> None:
-    message, _, _ = run(plants, name, "forward", guard=guard)
+def test_a_mistake_is_reported(emulator: Emulator, name: str, guard: str, expected: str) -> None:
+    message, _, _ = run(emulator, name, "forward", guard=guard)
     assert expected in message
     # The harness survives: the next launch is not affected.
-    message, values, output = run(plants, "reverse", "forward")
+    message, values, output = run(emulator, "reverse", "forward")
     assert message == ""
     assert torch.equal(output, reversed_blocks(values))
 
 
+@pytest.mark.parametrize("memory", ["output", "workspace"])
+def test_what_a_binding_allocates_is_poisoned(emulator: Emulator, memory: str) -> None:
+    run(emulator, "reverse", "forward")
+    message, _, output = run(emulator, f"unwritten {memory}", "forward")
+    assert message == ""
+    assert output.isnan().all()
+
+
 @pytest.mark.parametrize(("order", "seed"), SCHEDULES)
-def test_shared_memory_is_poisoned_at_block_start(plants: ctypes.CDLL, order: str, seed: int) -> None:
-    run(plants, "reverse", order, seed)
-    message, _, output = run(plants, "unwritten shared memory", order, seed)
+def test_shared_memory_is_poisoned_at_block_start(emulator: Emulator, order: str, seed: int) -> None:
+    run(emulator, "reverse", order, seed)
+    message, _, output = run(emulator, "unwritten shared memory", order, seed)
     assert message == ""
     assert output.isnan().all()

@@ -2,58 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import test_linear_logprob
 import torch
-from emulation.harness import Shape, compiler
-from emulation.linear import HeadEmulator
-from emulation.serving import adopt, serving
+from emulation.harness import Emulator, Shape
+from emulation.serving import adopt
 from linear_cases import make_head
 from tolerance import assert_close
 from torch import Tensor
 
-from vgpo_kernels.ops import linear_logprob as ops
 from vgpo_kernels.reference import linear_logprob as reference
 from vgpo_kernels.reference.linear_logprob import gradient_of
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ to build kernels for emulation")
+adopt(globals(), test_linear_logprob)
 
 Kernel = Callable[..., None]
-OPERATORS = ("head_statistics", "head_gradient", "head_product")
 SHAPES = {
     "reverse": Shape(order="reverse"),
     "interleaved": Shape(order="interleaved"),
     "guards before": Shape(order="shuffled", seed=2, guard="before"),
 }
-
-
-@pytest.fixture(scope="session")
-def emulator() -> HeadEmulator:
-    return HeadEmulator()
-
-
-@pytest.fixture
-def backend_name(emulator: HeadEmulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    # The device is the CPU's, where 16-bit products would be taken in fp32, and the kernels a GPU's.
-    kernels = ops.compiled_kernels(torch.device("cpu"))._replace(half=True)
-    monkeypatch.setattr(ops, "compiled_kernels", lambda _: kernels)
-    with serving(emulator, OPERATORS, monkeypatch) as name:
-        yield name
-
-
-@pytest.fixture
-def exact_backend(backend_name: str) -> str:
-    return backend_name
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cpu")
-
-
-adopt(globals(), test_linear_logprob)
 
 
 def chunk(columns: int, dtype: torch.dtype, bias: bool) -> tuple[Tensor, ...]:
@@ -63,20 +33,21 @@ def chunk(columns: int, dtype: torch.dtype, bias: bool) -> tuple[Tensor, ...]:
 
 
 def run(statistics: Kernel, gradient: Kernel, head: tuple[Tensor, ...], **options: torch.dtype) -> list[Tensor]:
-    """Statistics and gradient of a chunk whose rows are 7 floats longer than its columns, by either implementation."""
+    """Statistics, gradient and products of a chunk whose rows are 7 floats longer than its columns."""
     columns = head[1].shape[0]
     running = torch.tensor([1.5, 3.0, -2.0, 0.0])[:, None].repeat(1, 3)
     coefficients = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
     coefficients[0] += 9  # a maximum, so that no probability explodes
     logits = torch.full((3, columns + 7), float("nan"))[:, :columns]
     statistics(*head, running, logits, True, **options)
+    products = logits.clone()
     gradient(*head, coefficients, logits, True, **options)
-    return [running, gradient_of(logits, head[0].dtype).clone()]
+    return [running, gradient_of(logits, head[0].dtype).clone(), products]
 
 
 @pytest.mark.parametrize("columns", [1, 3, 64, 4097, 8300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_rows_at_any_address_of_any_length(emulator: HeadEmulator, dtype: torch.dtype, columns: int) -> None:
+def test_rows_at_any_address_of_any_length(emulator: Emulator, dtype: torch.dtype, columns: int) -> None:
     """Rows that begin and end inside a vector or inside a pass of the block; every order of threads."""
     head = chunk(columns, dtype, bias=columns % 2 == 1)
     exact, narrow = (
@@ -90,6 +61,7 @@ def test_rows_at_any_address_of_any_length(emulator: HeadEmulator, dtype: torch.
         assert_close(found[0], exact[0].double(), narrow[0], name=f"statistics, {name}", floor=4e-6)
         rounding = 2 * torch.finfo(dtype).eps
         assert_close(found[1], exact[1].double(), narrow[1], name=f"gradient, {name}", floor=rounding)
+        assert_close(found[2], exact[2].double(), narrow[2], name=f"products, {name}", floor=4e-6)
         assert torch.equal(found[1], expected[1]), name
         # Which logits a thread adds up depends on where their vectors begin, and guards move that.
         assert shape.guard == "before" or torch.equal(found[0], expected[0]), name

@@ -1,10 +1,17 @@
-// The bindings of csrc/cuda themselves, with checks, allocation, launches and registration, on the emulated GPU.
+// The bindings of csrc/cuda with checks, allocation, launches and registration, on the emulated GPU.
 #include <cuda_runtime.h>
-#include <torch/library.h>
+
+#include "tensors.h"
 
 // They register for CUDA tensors; here the same functions take CPU tensors, under a namespace of their own.
 #undef TORCH_LIBRARY_IMPL
 #define TORCH_LIBRARY_IMPL(space, key, library) _TORCH_LIBRARY_IMPL(vgpo_emulated, CPU, library, C10_UID)
+
+namespace vgpo::cuda {
+struct HeadMeanArguments;
+}
+template <>
+constexpr bool emulation::kFollowsGrid<vgpo::cuda::HeadMeanArguments> = true;
 
 #include "../../csrc/arguments.cpp"
 #include "../../csrc/cuda/attention_mass.cu"
@@ -13,3 +20,4 @@
 #include "../../csrc/cuda/vgpo_loss.cu"
 #include "../../csrc/cuda/visual_focus.cu"
 #include "../../csrc/cuda/visual_weights.cu"
+#include "plants.h"

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -91,6 +92,26 @@ class GuardedBuffer {
     unsigned char* data_;
     size_t mapped_;
 };
+
+// How a call guards its memory, while it lasts.
+struct Guarding {
+    Guard side = Guard::kAfter;
+    bool apart = false;  // every array of a workspace in a buffer of its own
+    std::vector<std::unique_ptr<GuardedBuffer>> arrays;
+};
+
+inline Guarding& guarding() {
+    static Guarding current;
+    return current;
+}
+
+// An array of a workspace in a buffer of its own, until the call ends; null where the call does not ask for that.
+inline void* take_apart(const char* name, size_t bytes) {
+    Guarding& current = guarding();
+    if (!current.apart) return nullptr;
+    current.arrays.push_back(std::make_unique<GuardedBuffer>(name, bytes, current.side));
+    return current.arrays.back()->data();
+}
 
 struct FaultTrap {
     sigjmp_buf resume;

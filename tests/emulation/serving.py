@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from emulation.harness import Emulator, compiler
 
 from vgpo_kernels import backend, backends
+from vgpo_kernels.ops import linear_logprob, linear_vgpo_loss
 
 
-@contextmanager
-def serving(emulator: Any, operators: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Let an emulator's methods handle CPU tensors, in place of the C++ backend (built or not)."""
+@pytest.fixture(scope="session")
+def emulator() -> Emulator:
+    return Emulator()
+
+
+@pytest.fixture
+def backend_name(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Let the emulated GPU handle CPU tensors, in place of the C++ backend (built or not)."""
     library = torch.library.Library("vgpo_kernels", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
-        for name in operators:
-            library.impl(name, getattr(emulator, name), "CPU")
+        for name, operator in emulator.operators.items():
+            library.impl(name, functools.partial(emulator.call, operator), "CPU")
     monkeypatch.setattr(backends, "_BUILT_CPP", True)
+    # The device is the CPU's, where 16-bit products would be taken in fp32, and the kernels a GPU's.
+    kernels = linear_logprob.compiled_kernels(torch.device("cpu"))._replace(half=True)
+    for module in (linear_logprob, linear_vgpo_loss):
+        monkeypatch.setattr(module, "compiled_kernels", lambda _: kernels)
     with backend("cpp"):
         yield "cuda"
     library._destroy()
 
 
-def adopt(into: dict[str, Any], module: ModuleType) -> None:
-    """Take over the tests of a module that run once a backend."""
-    for name, function in vars(module).items():
-        if name.startswith("test_") and {"backend_name", "exact_backend"} & set(inspect.signature(function).parameters):
-            into[f"{module.__name__}_{name.removeprefix('test_')}"] = function
+@pytest.fixture
+def exact_backend(backend_name: str) -> str:
+    return backend_name
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu")
+
+
+def adopt(into: dict[str, Any], *modules: ModuleType) -> None:
+    """Take over the tests of modules that run once per backend, with fixtures that run them on the emulated GPU."""
+    into["pytestmark"] = pytest.mark.skipif(compiler() is None, reason="needs g++ to build kernels for emulation")
+    into.update(emulator=emulator, backend_name=backend_name, exact_backend=exact_backend, device=device)
+    for module in modules:
+        for name, function in vars(module).items():
+            if not name.startswith("test_"):
+                continue
+            if {"backend_name", "exact_backend"} & set(inspect.signature(function).parameters):
+                into[f"{module.__name__}_{name.removeprefix('test_')}"] = function

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import Response, make_batch
-from emulation.bindings import emulated_operators
-from emulation.harness import compiler
+from emulation.harness import compiler, emulated_operators
 from test_attention_mass import draw
 from test_operators import operator_arguments
 from torch import Tensor

@@ -1,9 +1,14 @@
-// Kernels with one planted mistake each, and their correct twins: what the harness must catch, and must not.
-#include <cuda_runtime.h>
+// Kernels with one planted mistake each, and their correct twins, behind a binding: what the harness must catch, and
+// must not.
+#pragma once
 
 #include <cooperative_groups.h>
 
-#include "exports.h"
+#include <map>
+#include <string>
+
+#include "../../csrc/cuda/workspace.h"
+#include "tensors.h"
 
 namespace {
 
@@ -127,6 +132,16 @@ void read_unwritten_shared(const float* in, float* out) {
     out[blockIdx.x * blockDim.x + threadIdx.x] = tile[threadIdx.x];
 }
 
+void read_unwritten(const float* memory, float* out) {
+    const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x;
+    out[thread] = memory[thread];
+}
+
+void write_beside(float* memory, bool past) {
+    const unsigned threads = gridDim.x * blockDim.x;
+    if (blockIdx.x == 0 && threadIdx.x == 0) memory[past ? static_cast<int64_t>(threads) : -1] = 0.0f;
+}
+
 void divergent_barrier(const float*, float* out) {
     if (threadIdx.x == 0) return;
     __syncthreads();
@@ -190,62 +205,86 @@ void deep_recursion(const float* in, float* out, int depth) {
     out[threadIdx.x] = frame[depth % 256];
 }
 
-}  // namespace
+struct PlantArguments {
+    const float* in;
+    float* out;
+    float* scratch;
+};
+using PlantKernel = void (*)(PlantArguments);
 
-extern "C" {
+#define PLANT(name, ...) {name, [](PlantArguments a) { __VA_ARGS__; }}
+const std::map<std::string, PlantKernel> kPlants = {
+    PLANT("reverse", reverse_block<Plant::kNone>(a.in, a.out)),
+    PLANT("missing barrier", reverse_block<Plant::kMissingBarrier>(a.in, a.out)),
+    PLANT("read past the end", reverse_block<Plant::kLastRead>(a.in, a.out)),
+    PLANT("read before the begin", reverse_block<Plant::kFirstRead>(a.in, a.out)),
+    PLANT("index past shared memory", reverse_block<Plant::kSharedIndex>(a.in, a.out)),
+    PLANT("write to an input", reverse_block<Plant::kWriteInput>(a.in, a.out)),
+    PLANT("misaligned vector", reverse_block<Plant::kMisaligned>(a.in, a.out)),
+    PLANT("dynamic", reverse_through_dynamic<false>(a.in, a.out)),
+    PLANT("missing barrier, dynamic", reverse_through_dynamic<true>(a.in, a.out)),
+    PLANT("dynamic memory too small", reverse_through_dynamic<false>(a.in, a.out)),
+    PLANT("asynchronous copies", reverse_through_copies<false>(a.in, a.out)),
+    PLANT("missing wait", reverse_through_copies<true>(a.in, a.out)),
+    PLANT("misaligned copy", copy_askew(a.in, a.out)),
+    PLANT("matrices", matrices<false>(a.in, a.out)),
+    PLANT("matrices by half a warp", matrices<true>(a.in, a.out)),
+    PLANT("rounds", rounds<false>(a.in, a.out)),
+    PLANT("missing barrier between rounds", rounds<true>(a.in, a.out)),
+    PLANT("two sums", two_sums<false>(a.in, a.out)),
+    PLANT("missing barrier between sums", two_sums<true>(a.in, a.out)),
+    PLANT("neighbours", neighbours<false>(a.in, a.out, a.scratch)),
+    PLANT("missing grid barrier", neighbours<true>(a.in, a.out, a.scratch)),
+    PLANT("grid barrier without cooperation", neighbours<false>(a.in, a.out, a.scratch)),
+    PLANT("shared across the grid", shared_across_grid(a.in, a.out)),
+    PLANT("unwritten shared memory", read_unwritten_shared(a.in, a.out)),
+    PLANT("unwritten output", read_unwritten(a.out, a.out)),
+    PLANT("unwritten workspace", read_unwritten(a.scratch, a.out)),
+    PLANT("write past an output", write_beside(a.out, true)),
+    PLANT("write before an output", write_beside(a.out, false)),
+    PLANT("write past an array of the workspace", write_beside(a.scratch, true)),
+    PLANT("write before an array of the workspace", write_beside(a.scratch, false)),
+    PLANT("divergent barrier", divergent_barrier(a.in, a.out)),
+    PLANT("two barriers", two_barriers(a.in, a.out)),
+    PLANT("warp operations", warp_operations(a.in, a.out)),
+    PLANT("half warps", half_warps<false>(a.in, a.out)),
+    PLANT("wrong warp mask", half_warps<true>(a.in, a.out)),
+    PLANT("atomics", atomics(a.in, a.out, a.scratch)),
+    PLANT("stack overflow", deep_recursion(a.in, a.out, 1000)),
+};
+#undef PLANT
 
-// Runs the kernel `name` over blocks * 64 floats; returns what the harness has to say.
-const char* run_plant(const char* name, const float* in, float* out, float* scratch, int64_t blocks, int64_t order,
-                      int64_t seed) {
-    static std::string error;
-    const std::string wanted = name;
-    emulation::Launch launch;
-    launch.grid.x = static_cast<unsigned>(blocks);
-    launch.block.x = 64;
-    launch.dynamic_shared_bytes = 64 * sizeof(float);
-    launch.cooperative = true;
-    launch.order = static_cast<emulation::Order>(order);
-    launch.seed = static_cast<uint64_t>(seed);
-    std::function<void()> kernel;
-    if (wanted == "reverse") kernel = [=] { reverse_block<Plant::kNone>(in, out); };
-    if (wanted == "missing barrier") kernel = [=] { reverse_block<Plant::kMissingBarrier>(in, out); };
-    if (wanted == "read past the end") kernel = [=] { reverse_block<Plant::kLastRead>(in, out); };
-    if (wanted == "read before the begin") kernel = [=] { reverse_block<Plant::kFirstRead>(in, out); };
-    if (wanted == "index past shared memory") kernel = [=] { reverse_block<Plant::kSharedIndex>(in, out); };
-    if (wanted == "write to an input") kernel = [=] { reverse_block<Plant::kWriteInput>(in, out); };
-    if (wanted == "misaligned vector") kernel = [=] { reverse_block<Plant::kMisaligned>(in, out); };
-    if (wanted == "dynamic") kernel = [=] { reverse_through_dynamic<false>(in, out); };
-    if (wanted == "missing barrier, dynamic") kernel = [=] { reverse_through_dynamic<true>(in, out); };
-    if (wanted == "asynchronous copies") kernel = [=] { reverse_through_copies<false>(in, out); };
-    if (wanted == "missing wait") kernel = [=] { reverse_through_copies<true>(in, out); };
-    if (wanted == "misaligned copy") kernel = [=] { copy_askew(in, out); };
-    if (wanted == "matrices") kernel = [=] { matrices<false>(in, out); };
-    if (wanted == "matrices by half a warp") kernel = [=] { matrices<true>(in, out); };
-    if (wanted == "dynamic memory too small") {
-        launch.dynamic_shared_bytes -= sizeof(float);
-        kernel = [=] { reverse_through_dynamic<false>(in, out); };
-    }
-    if (wanted == "rounds") kernel = [=] { rounds<false>(in, out); };
-    if (wanted == "missing barrier between rounds") kernel = [=] { rounds<true>(in, out); };
-    if (wanted == "two sums") kernel = [=] { two_sums<false>(in, out); };
-    if (wanted == "missing barrier between sums") kernel = [=] { two_sums<true>(in, out); };
-    if (wanted == "neighbours") kernel = [=] { neighbours<false>(in, out, scratch); };
-    if (wanted == "missing grid barrier") kernel = [=] { neighbours<true>(in, out, scratch); };
-    if (wanted == "grid barrier without cooperation") {
-        launch.cooperative = false;
-        kernel = [=] { neighbours<false>(in, out, scratch); };
-    }
-    if (wanted == "shared across the grid") kernel = [=] { shared_across_grid(in, out); };
-    if (wanted == "unwritten shared memory") kernel = [=] { read_unwritten_shared(in, out); };
-    if (wanted == "divergent barrier") kernel = [=] { divergent_barrier(in, out); };
-    if (wanted == "two barriers") kernel = [=] { two_barriers(in, out); };
-    if (wanted == "warp operations") kernel = [=] { warp_operations(in, out); };
-    if (wanted == "half warps") kernel = [=] { half_warps<false>(in, out); };
-    if (wanted == "wrong warp mask") kernel = [=] { half_warps<true>(in, out); };
-    if (wanted == "atomics") kernel = [=] { atomics(in, out, scratch); };
-    if (wanted == "stack overflow") kernel = [=] { deep_recursion(in, out, 1000); };
-    error = kernel == nullptr ? "no kernel of this name" : emulation::launch(launch, kernel);
-    return error.c_str();
+// Allocates as bindings do. The workspace has a second array, into which an overrun of the first could go unseen.
+void bind(PlantArguments& arguments, vgpo::cuda::Arena& arena, int64_t count) {
+    arguments.scratch = arena.take<float>("scratch", count);
+    arena.take<float>("more scratch", count);
 }
 
-}  // extern "C"
+}  // namespace
+
+namespace vgpo::cuda {
+
+// Runs the kernel of this name over blocks of 64 floats.
+inline at::Tensor run_plant(const at::Tensor& input, const std::string& name) {
+    constexpr unsigned kBlock = 64;
+    at::Tensor output = at::empty(input.sizes(), input.options());
+    PlantArguments arguments{input.const_data_ptr<float>(), output.mutable_data_ptr<float>(), nullptr};
+    Arena counter(nullptr);
+    bind(arguments, counter, input.numel());
+    const at::Tensor memory = at::empty({static_cast<int64_t>(counter.bytes())}, input.options().dtype(at::kByte));
+    Arena arena(memory.mutable_data_ptr());
+    bind(arguments, arena, input.numel());
+    void* parameters[] = {&arguments};
+    const size_t shared_bytes = (name == "dynamic memory too small" ? kBlock - 1 : kBlock) * sizeof(float);
+    const dim3 grid(static_cast<unsigned>(input.numel()) / kBlock);
+    const bool cooperative = name != "grid barrier without cooperation";
+    emulation::run_kernel(kPlants.at(name), grid, dim3(kBlock), parameters, shared_bytes, cooperative);
+    return output;
+}
+
+}  // namespace vgpo::cuda
+
+TORCH_LIBRARY_FRAGMENT(vgpo_emulated, library) {
+    library.def("run_plant(Tensor input, str name) -> Tensor");
+    library.impl("run_plant", c10::DispatchKey::CPU, &vgpo::cuda::run_plant);
+}
