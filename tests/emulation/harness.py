@@ -57,8 +57,12 @@ def compiler() -> str | None:
 
 
 def compile_library(source: str, *flags: str) -> Path:
-    """Compile ``source``, a file of this folder; unchanged sources are compiled once."""
-    command = [compiler() or "g++", *FLAGS, f"-I{HERE / 'include'}", *flags]
+    """Compile ``source``, a file of this folder or any other, against torch; unchanged sources are compiled once."""
+    folders = [flag for folder in cpp_extension.include_paths() for flag in ("-isystem", folder)]
+    torch_library = Path(torch.__file__).parent / "lib"
+    libraries = [f"-L{torch_library}", f"-Wl,-rpath,{torch_library},--no-as-needed", "-ltorch_cpu", "-lc10"]
+    version = f"-DBUILT_FOR_TORCH={torch.__version__}"  # another torch is another command, which compiles anew
+    command = [compiler() or "g++", *FLAGS, f"-I{HERE / 'include'}", version, *flags, *folders, *libraries]
     files = [HERE / source, *HERE.glob("*.h"), *HERE.glob("include/**/*.h")]
     files += [*ROOT.glob("csrc/*.*"), *ROOT.glob("csrc/cuda/*.*")]
     digest = hashlib.sha256(" ".join(command).encode())
@@ -85,11 +89,7 @@ def emulated_operators() -> dict[str, Callable[..., Any]]:
 
     They launch as they do on a GPU, without guards; an :class:`Emulator` adds those.
     """
-    folders = [flag for folder in cpp_extension.include_paths() for flag in ("-isystem", folder)]
-    torch_library = Path(torch.__file__).parent / "lib"
-    libraries = [f"-L{torch_library}", f"-Wl,-rpath,{torch_library},--no-as-needed", "-ltorch_cpu", "-lc10"]
-    version = f"-DBUILT_FOR_TORCH={torch.__version__}"  # another torch is another command, which compiles anew
-    path = compile_library("bindings.cpp", version, *folders, *libraries)
+    path = compile_library("bindings.cpp")
     for operator in registry.OPERATORS.values():
         _library.define(str(operator.compiled._schema).removeprefix(f"{registry.NAMESPACE}::"))
     torch.ops.load_library(path)
