@@ -2,22 +2,38 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+
 #include "settings.h"
 
 namespace vgpo {
-namespace {
 
-template <typename Settings>
-Settings settings(const char* name, at::ArrayRef<double> numbers) {
-    SettingsReader reader(numbers.data(), numbers.size());
-    Settings result = {};
-    result.read(reader);
-    const std::string complaint = reader.complaint(name);
-    TORCH_CHECK_VALUE(complaint.empty(), complaint);
-    return result;
+ArgumentReader::ArgumentReader(const c10::FunctionSchema& schema, at::ArrayRef<c10::IValue> arguments, Values values)
+    : schema_(schema), arguments_(arguments), device_(at::kCPU), values_(values) {
+    const auto is_tensor = [](const c10::IValue& value) { return value.isTensor(); };
+    const auto first = std::find_if(arguments.begin(), arguments.end(), is_tensor);
+    TORCH_CHECK_VALUE(first != arguments.end(), schema.name(), " needs a tensor");
+    device_ = first->toTensor().device();
 }
 
-}  // namespace
+const c10::IValue& ArgumentReader::argument(const char* name) const {
+    const std::optional<int> index = schema_.argumentIndexWithName(name);
+    TORCH_CHECK(index.has_value(), schema_.name(), " has no argument ", name);
+    read_ |= uint64_t{1} << *index;
+    return arguments_[*index];
+}
+
+void ArgumentReader::check_all_read() const {
+    const size_t count = arguments_.size();
+    if (read_ == (uint64_t{1} << count) - 1) return;
+    for (size_t i = 0; i < count; ++i) {
+        const bool read = (read_ >> i & 1) != 0;
+        TORCH_CHECK(read, schema_.name(), " does not read its argument ", schema_.arguments()[i].name());
+    }
+}
 
 void ArgumentReader::check_contiguous(const char* name, const at::Tensor& tensor, at::ScalarType type,
                                       at::IntArrayRef shape) const {
@@ -27,7 +43,8 @@ void ArgumentReader::check_contiguous(const char* name, const at::Tensor& tensor
                       tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device());
 }
 
-float* ArgumentReader::rows(const char* name, const at::Tensor& tensor, int64_t rows, int64_t columns) const {
+float* ArgumentReader::rows(const char* name, int64_t rows, int64_t columns) const {
+    const at::Tensor& tensor = this->tensor(name);
     TORCH_CHECK_VALUE(tensor.device() == device_ && tensor.scalar_type() == at::kFloat && tensor.dim() == 2 &&
                           tensor.size(0) == rows && tensor.size(1) == columns &&
                           (tensor.stride(1) == 1 || columns == 1),
@@ -36,21 +53,22 @@ float* ArgumentReader::rows(const char* name, const at::Tensor& tensor, int64_t 
     return tensor.mutable_data_ptr<float>();
 }
 
-HiddenType ArgumentReader::type(const char* name, const at::Tensor& tensor) const {
-    switch (tensor.scalar_type()) {
+HiddenType ArgumentReader::type(const char* name) const {
+    switch (tensor(name).scalar_type()) {
         case at::kFloat: return HiddenType::kFloat;
         case at::kBFloat16: return HiddenType::kBFloat16;
         case at::kHalf: return HiddenType::kHalf;
-        default: TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16 or float16, got ", tensor.scalar_type());
+        default:
+            TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16 or float16, got ", tensor(name).scalar_type());
     }
 }
 
 // Boundaries of a packed batch of `length` tokens or rows.
-const int64_t* ArgumentReader::boundaries(const char* name, const at::Tensor& cu_seqlens, int64_t length) const {
-    TORCH_CHECK_VALUE(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, name, " must have shape [B + 1], got ",
-                      cu_seqlens.sizes());
-    const int64_t batch = cu_seqlens.size(0) - 1;
-    const int64_t* result = tensor<int64_t>(name, cu_seqlens, {batch + 1});
+const int64_t* ArgumentReader::boundaries(const char* name, int64_t length) const {
+    const at::IntArrayRef given = shape(name);
+    TORCH_CHECK_VALUE(given.size() == 1 && given[0] >= 1, name, " must have shape [B + 1], got ", given);
+    const int64_t batch = given[0] - 1;
+    const int64_t* result = data<int64_t>(name, given);
     if (values_ == Values::kClamped) return result;
     bool rising = result[0] == 0 && result[batch] == length;
     for (int64_t b = 0; b < batch; ++b) rising = rising && result[b] <= result[b + 1];
@@ -58,18 +76,19 @@ const int64_t* ArgumentReader::boundaries(const char* name, const at::Tensor& cu
     return result;
 }
 
-Layout ArgumentReader::layout(const at::Tensor& mask, const OptionalTensor& cu_seqlens) const {
-    if (!cu_seqlens.has_value()) {
-        TORCH_CHECK_VALUE(mask.dim() == 2, "masks must have shape [B, T] without cu_seqlens, got ", mask.sizes());
-        return Layout::padded(mask.size(0), mask.size(1), mask.size(1));
+Layout ArgumentReader::layout(const char* mask) const {
+    const at::IntArrayRef given = shape(mask);
+    if (!has("cu_seqlens")) {
+        TORCH_CHECK_VALUE(given.size() == 2, "masks must have shape [B, T] without cu_seqlens, got ", given);
+        return Layout::padded(given[0], given[1], given[1]);
     }
-    TORCH_CHECK_VALUE(mask.dim() == 1, "masks must have shape [N] with cu_seqlens, got ", mask.sizes());
-    const int64_t* data = boundaries("cu_seqlens", *cu_seqlens, mask.size(0));
-    return Layout::packed(data, cu_seqlens->size(0) - 1, mask.size(0));
+    TORCH_CHECK_VALUE(given.size() == 1, "masks must have shape [N] with cu_seqlens, got ", given);
+    const int64_t* cu_seqlens = boundaries("cu_seqlens", given[0]);
+    return Layout::packed(cu_seqlens, shape("cu_seqlens")[0] - 1, given[0]);
 }
 
-FocusTensors ArgumentReader::focus(const at::Tensor& hidden, const OptionalTensor& visual_mask, const Layout& layout,
-                                 const OptionalTensor& prototype, const OptionalTensor& prototype_index) const {
+FocusTensors ArgumentReader::hidden(const Layout& layout) const {
+    const at::Tensor& hidden = tensor("hidden");
     const bool packed = layout.cu_seqlens != nullptr;
     TORCH_CHECK_VALUE(hidden.device() == device_ && hidden.dim() == (packed ? 2 : 3) && hidden.stride(-1) == 1 &&
                           hidden.size(-1) > 0,
@@ -87,21 +106,29 @@ FocusTensors ArgumentReader::focus(const at::Tensor& hidden, const OptionalTenso
         input.layout.rows = hidden.size(1);
     }
     input.hidden = hidden.const_data_ptr();
-    input.type = type("hidden", hidden);
+    input.type = type("hidden");
     input.strides = {hidden.stride(0), hidden.stride(packed ? 0 : 1)};
     input.columns = hidden.size(-1);
-    input.visual_mask = tensor<bool>("visual_mask", visual_mask, hidden.sizes().slice(0, hidden.dim() - 1));
-    TORCH_CHECK_VALUE(visual_mask.has_value() || prototype.has_value(), "visual_mask is None, which needs prototype");
-    if (!prototype.has_value()) return input;
+    input.visual_mask = data<bool>("visual_mask", hidden.sizes().slice(0, hidden.dim() - 1));
+    return input;
+}
 
-    TORCH_CHECK_VALUE(prototype->dim() == 2, "prototype must have shape [P, D], got ", prototype->sizes());
-    const int64_t given = prototype_index.has_value() ? prototype->size(0) : layout.batch;
+FocusTensors ArgumentReader::focus(const Layout& layout) const {
+    FocusTensors input = hidden(layout);
+    const bool indexed = has("prototype_index");
+    if (!has("prototype")) {
+        TORCH_CHECK_VALUE(has("visual_mask"), "visual_mask is None, which needs prototype");
+        return input;
+    }
+    const at::IntArrayRef prototypes = shape("prototype");
+    TORCH_CHECK_VALUE(prototypes.size() == 2, "prototype must have shape [P, D], got ", prototypes);
+    const int64_t given = indexed ? prototypes[0] : layout.batch;
     // Without a row there is no memory to point at, and a null pointer stands for prototypes to be computed.
-    TORCH_CHECK_VALUE(given > 0 || layout.batch == 0, "prototype must have a row, got ", prototype->sizes());
+    TORCH_CHECK_VALUE(given > 0 || layout.batch == 0, "prototype must have a row, got ", prototypes);
     input.num_prototypes = given;
-    input.prototype = tensor<float>("prototype", *prototype, {given, input.columns});
-    input.prototype_index = tensor<int64_t>("prototype_index", prototype_index, {layout.batch});
-    if (values_ == Values::kClamped || input.prototype_index == nullptr) return input;
+    input.prototype = data<float>("prototype", {given, input.columns});
+    input.prototype_index = data<int64_t>("prototype_index", {layout.batch});
+    if (values_ == Values::kClamped || !indexed) return input;
     for (int64_t b = 0; b < layout.batch; ++b) {
         const int64_t row = input.prototype_index[b];
         TORCH_CHECK_VALUE(-1 <= row && row < given, "prototype_index must lie in [-1, ", given, "), got ", row);
@@ -109,43 +136,58 @@ FocusTensors ArgumentReader::focus(const at::Tensor& hidden, const OptionalTenso
     return input;
 }
 
-WeightsConfig ArgumentReader::config(at::ArrayRef<double> numbers) const {
-    return settings<WeightsConfig>("config", numbers);
+template <typename Settings>
+Settings ArgumentReader::settings(const char* name) const {
+    const std::vector<double> numbers = argument(name).toDoubleVector();
+    SettingsReader reader(numbers.data(), numbers.size());
+    Settings result = {};
+    result.read(reader);
+    const std::string complaint = reader.complaint(name);
+    TORCH_CHECK_VALUE(complaint.empty(), complaint);
+    return result;
 }
+
+WeightsConfig ArgumentReader::config() const { return settings<WeightsConfig>("config"); }
 
 // A vector of length B has one entry per response, also in a packed batch of as many tokens.
-SpreadInput ArgumentReader::spread(const char* name, const at::Tensor& tensor, at::IntArrayRef shape,
-                                   const Layout& layout) const {
-    const bool per_response = tensor.dim() == 1 && tensor.size(0) == layout.batch;
-    return {this->tensor<float>(name, tensor, per_response ? at::IntArrayRef(layout.batch) : shape), !per_response};
+SpreadInput ArgumentReader::spread(const char* name, at::IntArrayRef shape, const Layout& layout) const {
+    if (!has(name)) return {};
+    const bool per_response = this->shape(name) == at::IntArrayRef(layout.batch);
+    return {data<float>(name, per_response ? at::IntArrayRef(layout.batch) : shape), !per_response};
 }
 
-LossInput ArgumentReader::loss(const at::Tensor& logp, const at::Tensor& old_logp, const at::Tensor& advantages,
-                               const at::Tensor& response_mask, const Layout& layout, const OptionalTensor& ref_logp,
-                               const OptionalTensor& entropy, const OptionalTensor& importance_weights,
-                               const OptionalTensor& num_tokens, const OptionalTensor& num_sequences,
-                               at::ArrayRef<double> options) const {
-    const at::IntArrayRef shape = response_mask.sizes();
+LossInput ArgumentReader::loss(const Layout& layout) const {
+    const at::IntArrayRef tokens = shape("response_mask");
     LossInput input = {};
     input.layout = layout;
-    input.logp = tensor<float>("logp", logp, shape);
-    input.old_logp = tensor<float>("old_logp", old_logp, shape);
-    input.advantages = spread("advantages", advantages, shape, layout);
-    input.response_mask = tensor<bool>("response_mask", response_mask, shape);
-    input.ref_logp = tensor<float>("ref_logp", ref_logp, shape);
-    input.entropy = tensor<float>("entropy", entropy, shape);
-    if (importance_weights.has_value()) {
-        input.importance = spread("importance_weights", *importance_weights, shape, layout);
-    }
-    input.num_tokens = tensor<float>("num_tokens", num_tokens, {});
-    input.num_sequences = tensor<float>("num_sequences", num_sequences, {});
-    input.options = settings<LossOptions>("options", options);
+    input.logp = data<float>("logp", tokens);
+    input.old_logp = data<float>("old_logp", tokens);
+    input.advantages = spread("advantages", tokens, layout);
+    input.response_mask = data<bool>("response_mask", tokens);
+    input.ref_logp = data<float>("ref_logp", tokens);
+    input.entropy = data<float>("entropy", tokens);
+    input.importance = spread("importance_weights", tokens, layout);
+    input.num_tokens = data<float>("num_tokens", {});
+    input.num_sequences = data<float>("num_sequences", {});
+    input.options = settings<LossOptions>("options");
     return input;
 }
 
-Heads ArgumentReader::heads(const char* name, const at::Tensor& tensor, const char* boundaries_name,
-                                 const OptionalTensor& cu_seqlens) const {
-    const bool packed = cu_seqlens.has_value();
+// To be called after `loss`, which has checked logp. The gradient w.r.t. entropy has no elements without entropy.
+LossResult ArgumentReader::empty_loss(int64_t metrics) const {
+    const at::Tensor& logp = tensor("logp");
+    const bool bonus = has("entropy");
+    const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, logp.options()); };
+    const at::Tensor loss = empty({}), grad_logp = empty(logp.sizes());
+    const at::Tensor grad_entropy = bonus ? empty(logp.sizes()) : empty({0}), values = empty({metrics});
+    return {{loss, grad_logp, grad_entropy, values},
+            {loss.mutable_data_ptr<float>(), grad_logp.mutable_data_ptr<float>(),
+             bonus ? grad_entropy.mutable_data_ptr<float>() : nullptr, values.mutable_data_ptr<float>()}};
+}
+
+Heads ArgumentReader::heads(const char* name, const char* boundaries_name) const {
+    const at::Tensor& tensor = this->tensor(name);
+    const bool packed = has(boundaries_name);
     TORCH_CHECK_VALUE(tensor.device() == device_ && tensor.dim() == (packed ? 3 : 4) && tensor.stride(-1) == 1, name,
                       " must have shape ", packed ? "[N, H, d]" : "[B, H, T, d]",
                       " with a contiguous last dimension, on ", device_, ", got ", tensor.sizes(), " on ",
@@ -155,45 +197,43 @@ Heads ArgumentReader::heads(const char* name, const at::Tensor& tensor, const ch
                 tensor.size(2), nullptr};
     }
     return {tensor.const_data_ptr(), 0, tensor.stride(1), tensor.stride(0), tensor.size(1), tensor.size(0),
-            boundaries(boundaries_name, *cu_seqlens, tensor.size(0))};
+            boundaries(boundaries_name, tensor.size(0))};
 }
 
-AttentionTensors ArgumentReader::attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
-                                         const OptionalTensor& query_positions, const OptionalTensor& cu_seqlens_q,
-                                         const OptionalTensor& cu_seqlens_k, int64_t num_segments, double scale,
-                                         int64_t window) const {
-    const bool packed = cu_seqlens_q.has_value();
-    TORCH_CHECK_VALUE(packed == cu_seqlens_k.has_value(), "cu_seqlens_q and cu_seqlens_k belong together");
+AttentionTensors ArgumentReader::attention(int64_t num_segments) const {
+    const at::Tensor &q = tensor("q"), &k = tensor("k");
+    const bool packed = has("cu_seqlens_q");
+    TORCH_CHECK_VALUE(packed == has("cu_seqlens_k"), "cu_seqlens_q and cu_seqlens_k belong together");
     AttentionTensors input = {};
-    input.type = type("q", q);
-    input.q = heads("q", q, "cu_seqlens_q", cu_seqlens_q);
-    input.k = heads("k", k, "cu_seqlens_k", cu_seqlens_k);
+    input.type = type("q");
+    input.q = heads("q", "cu_seqlens_q");
+    input.k = heads("k", "cu_seqlens_k");
     input.size = q.size(-1);
-    input.batch = packed ? cu_seqlens_q->size(0) - 1 : q.size(0);
+    input.batch = packed ? shape("cu_seqlens_q")[0] - 1 : q.size(0);
     TORCH_CHECK_VALUE(k.scalar_type() == q.scalar_type() && k.size(-1) == input.size && input.size > 0 &&
                           input.k.heads > 0 && input.q.heads > 0 && input.q.heads % input.k.heads == 0 &&
-                          input.batch == (packed ? cu_seqlens_k->size(0) - 1 : k.size(0)),
+                          input.batch == (packed ? shape("cu_seqlens_k")[0] - 1 : k.size(0)),
                       "k must have q's dtype, batch and head size and a divisor of its heads, got ", k.scalar_type(),
                       " ", k.sizes(), " and q ", q.scalar_type(), " ", q.sizes());
-    TORCH_CHECK_VALUE(num_segments >= 1 && window >= 0, "num_segments must be positive and window not negative, got ",
-                      num_segments, " and ", window);
-    input.segments = tensor<int32_t>("key_segments", key_segments, input.token_shape(input.k));
-    input.positions = tensor<int64_t>("query_positions", query_positions, input.token_shape(input.q));
+    input.window = value<int64_t>("window");
+    TORCH_CHECK_VALUE(num_segments >= 1 && input.window >= 0,
+                      "num_segments must be positive and window not negative, got ", num_segments, " and ",
+                      input.window);
+    input.segments = data<int32_t>("key_segments", input.token_shape(input.k));
+    input.positions = data<int64_t>("query_positions", input.token_shape(input.q));
     input.num_segments = num_segments;
-    input.scale = static_cast<float>(scale);
-    input.window = window;
+    input.scale = static_cast<float>(value<double>("scale"));
     return input;
 }
 
-LossTensors empty_loss(const at::Tensor& logp, const OptionalTensor& entropy, int64_t metrics) {
-    const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, logp.options()); };
-    return {empty({}), empty(logp.sizes()), entropy.has_value() ? empty(logp.sizes()) : empty({0}), empty({metrics})};
-}
-
-LossOutput loss_output(const LossTensors& tensors, const OptionalTensor& entropy) {
-    const auto& [loss, grad_logp, grad_entropy, metrics] = tensors;
-    return {loss.mutable_data_ptr<float>(), grad_logp.mutable_data_ptr<float>(),
-            entropy.has_value() ? grad_entropy.mutable_data_ptr<float>() : nullptr, metrics.mutable_data_ptr<float>()};
+void call(Operation operation, Values values, const c10::FunctionSchema& schema, torch::jit::Stack& stack) {
+    const size_t count = schema.arguments().size();
+    const ArgumentReader reader(schema, torch::jit::last(stack, count), values);
+    Tensors results = operation(reader);
+    reader.check_all_read();
+    TORCH_CHECK(results.size() == schema.returns().size(), schema.name(), " returns ", results.size(), " tensors");
+    torch::jit::drop(stack, count);
+    for (at::Tensor& result : results) stack.emplace_back(std::move(result));
 }
 
 }  // namespace vgpo

@@ -1,80 +1,118 @@
-// Reads the arguments of operators, for CPU and CUDA alike. The public functions have checked them; what is asked again
-// here keeps a direct call of an operator from reading outside its arguments.
+// Reads the arguments of operators by the names of their schema, which Python defines, for CPU and CUDA alike. The
+// public functions have checked them; what is asked again here keeps a direct call of an operator from reading outside
+// its arguments.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
+#include <ATen/core/ivalue.h>
+#include <ATen/core/stack.h>
+#include <torch/library.h>
 
-#include <optional>
-#include <tuple>
+#include <vector>
 
 #include "inputs.h"
 
 namespace vgpo {
 
-using OptionalTensor = std::optional<at::Tensor>;
+// What an operator returns, in the schema's order.
+using Tensors = std::vector<at::Tensor>;
+
+// What a loss operator returns, and the same as raw pointers.
+struct LossResult {
+    Tensors tensors;
+    LossOutput output;
+};
 
 // Whether the values of boundaries and indices are looked at. On a GPU that would synchronise; its kernels clamp them
 // into the arrays instead.
 enum class Values { kChecked, kClamped };
 
+// The arguments of one call. A name that the schema does not have raises, and so does an argument that nobody has read
+// when the operator returns.
 class ArgumentReader {
 public:
-    // Every tensor must be on `device`.
-    ArgumentReader(c10::Device device, Values values) : device_(device), values_(values) {}
+    // Every tensor must be on the device of the first.
+    ArgumentReader(const c10::FunctionSchema& schema, at::ArrayRef<c10::IValue> arguments, Values values);
 
     c10::Device device() const { return device_; }
 
+    // Whether an optional argument is given.
+    bool has(const char* name) const { return !argument(name).isNone(); }
+    // A number or a flag: double, int64_t or bool.
+    template <typename T>
+    T value(const char* name) const {
+        return argument(name).to<T>();
+    }
+    // Marks as read what an operator does not need.
+    void ignore(const char* name) const { argument(name); }
+    // A tensor, unchecked.
+    const at::Tensor& tensor(const char* name) const { return argument(name).toTensor(); }
+    at::IntArrayRef shape(const char* name) const { return tensor(name).sizes(); }
+
     // The data of a contiguous tensor of type T and the given shape; null for a tensor that is absent.
     template <typename T>
-    const T* tensor(const char* name, const at::Tensor& tensor, at::IntArrayRef shape) const {
-        check_contiguous(name, tensor, c10::CppTypeToScalarType<T>::value, shape);
-        return tensor.const_data_ptr<T>();
-    }
-    template <typename T>
-    const T* tensor(const char* name, const OptionalTensor& tensor, at::IntArrayRef shape) const {
-        return tensor.has_value() ? this->tensor<T>(name, *tensor, shape) : nullptr;
+    const T* data(const char* name, at::IntArrayRef shape) const {
+        const c10::IValue& given = argument(name);
+        if (given.isNone()) return nullptr;
+        check_contiguous(name, given.toTensor(), c10::CppTypeToScalarType<T>::value, shape);
+        return given.toTensor().const_data_ptr<T>();
     }
 
     // The data of an fp32 matrix whose rows are contiguous, with any stride between them.
-    float* rows(const char* name, const at::Tensor& tensor, int64_t rows, int64_t columns) const;
+    float* rows(const char* name, int64_t rows, int64_t columns) const;
 
-    HiddenType type(const char* name, const at::Tensor& tensor) const;
+    HiddenType type(const char* name) const;
 
-    // The layout of response arrays shaped as `mask`, with as many rows as tokens. `focus` gives it the rows of hidden
-    // states.
-    Layout layout(const at::Tensor& mask, const OptionalTensor& cu_seqlens) const;
+    // The layout of response arrays shaped as a mask, with as many rows as tokens. `hidden` and `focus` give it the
+    // rows of hidden states.
+    Layout layout(const char* mask) const;
 
-    FocusTensors focus(const at::Tensor& hidden, const OptionalTensor& visual_mask, const Layout& layout,
-                     const OptionalTensor& prototype, const OptionalTensor& prototype_index) const;
+    // Hidden states and the visual mask.
+    FocusTensors hidden(const Layout& layout) const;
+    // The same and given prototypes.
+    FocusTensors focus(const Layout& layout) const;
 
-    WeightsConfig config(at::ArrayRef<double> numbers) const;
+    WeightsConfig config() const;
 
-    LossInput loss(const at::Tensor& logp, const at::Tensor& old_logp, const at::Tensor& advantages,
-                   const at::Tensor& response_mask, const Layout& layout, const OptionalTensor& ref_logp,
-                   const OptionalTensor& entropy, const OptionalTensor& importance_weights,
-                   const OptionalTensor& num_tokens, const OptionalTensor& num_sequences,
-                   at::ArrayRef<double> options) const;
+    LossInput loss(const Layout& layout) const;
+    LossResult empty_loss(int64_t metrics) const;
 
-    AttentionTensors attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
-                             const OptionalTensor& query_positions, const OptionalTensor& cu_seqlens_q,
-                             const OptionalTensor& cu_seqlens_k, int64_t num_segments, double scale,
-                             int64_t window) const;
+    AttentionTensors attention(int64_t num_segments) const;
+
+    void check_all_read() const;
 
 private:
-    void check_contiguous(const char* name, const at::Tensor& tensor, at::ScalarType type, at::IntArrayRef shape) const;
-    const int64_t* boundaries(const char* name, const at::Tensor& cu_seqlens, int64_t length) const;
-    SpreadInput spread(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, const Layout& layout) const;
-    Heads heads(const char* name, const at::Tensor& tensor, const char* boundaries_name,
-                     const OptionalTensor& cu_seqlens) const;
+    const c10::IValue& argument(const char* name) const;
+    void check_contiguous(const char* name, const at::Tensor& tensor, at::ScalarType type,
+                          at::IntArrayRef shape) const;
+    const int64_t* boundaries(const char* name, int64_t length) const;
+    template <typename Settings>
+    Settings settings(const char* name) const;
+    SpreadInput spread(const char* name, at::IntArrayRef shape, const Layout& layout) const;
+    Heads heads(const char* name, const char* boundaries_name) const;
 
+    const c10::FunctionSchema& schema_;
+    at::ArrayRef<c10::IValue> arguments_;
     c10::Device device_;
     Values values_;
+    mutable uint64_t read_ = 0;  // a bit per argument
 };
 
-// What a loss operator returns: loss, its gradients w.r.t. logp and entropy (no elements without entropy), metrics.
-using LossTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-LossTensors empty_loss(const at::Tensor& logp, const OptionalTensor& entropy, int64_t metrics);
-LossOutput loss_output(const LossTensors& tensors, const OptionalTensor& entropy);
+using Operation = Tensors (*)(const ArgumentReader& reader);
+
+// Takes the arguments of an operation off torch's stack and puts its results there.
+void call(Operation operation, Values values, const c10::FunctionSchema& schema, torch::jit::Stack& stack);
+
+template <Operation operation, Values values>
+void call_boxed(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
+    call(operation, values, handle.schema(), *stack);
+}
+
+// An operation as TORCH_LIBRARY_IMPL registers it. No order of arguments is written down in C++: torch passes them in a
+// list, and the schema names them.
+template <Operation operation, Values values>
+torch::CppFunction by_name() {
+    return torch::CppFunction::makeFromBoxedFunction<&call_boxed<operation, values>>();
+}
 
 }  // namespace vgpo

@@ -196,13 +196,12 @@ void backward_of_head(const AttentionTensors& input, int64_t b, int64_t key_head
 }
 
 template <typename Slopes>
-std::tuple<at::Tensor, at::Tensor> backward(const AttentionTensors& input, const at::Tensor& q, const at::Tensor& k,
-                                            const at::Tensor& lse, const Slopes& slopes) {
+Tensors backward(const ArgumentReader& reader, const AttentionTensors& input, const float* lse, const Slopes& slopes) {
+    const at::Tensor &q = reader.tensor("q"), &k = reader.tensor("k");
     at::Tensor grad_q = at::zeros(q.sizes(), q.options()), grad_k = at::zeros(k.sizes(), k.options());
-    const float* lse_data = lse.const_data_ptr<float>();
     const auto item = [&](int64_t index) {
         const int64_t b = index / input.k.heads, key_head = index % input.k.heads;
-        backward_of_head(input, b, key_head, q, k, lse_data, slopes(b), grad_q, grad_k);
+        backward_of_head(input, b, key_head, q, k, lse, slopes(b), grad_q, grad_k);
     };
     const int64_t items = input.batch * input.k.heads;
     if (items >= at::get_num_threads()) {
@@ -239,15 +238,12 @@ at::Tensor mean_of_heads(const AttentionTensors& input, const at::Tensor& by_hea
 namespace ops {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_mass(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments, const OptionalTensor& query_positions,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, int64_t num_segments, double scale,
-    int64_t window, bool per_head) {
-    const ArgumentReader reader(at::kCPU, Values::kChecked);
-    const AttentionTensors input = reader.attention(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
-                                                 num_segments, scale, window);
+Tensors attention_mass(const ArgumentReader& reader) {
+    const auto num_segments = reader.value<int64_t>("num_segments");
+    const bool per_head = reader.value<bool>("per_head");
+    const AttentionTensors input = reader.attention(num_segments);
     std::vector<int64_t> shape = input.head_shape(input.q);
-    at::Tensor lse = at::empty(shape, q.options().dtype(at::kFloat));
+    at::Tensor lse = at::empty(shape, reader.tensor("q").options().dtype(at::kFloat));
     shape.push_back(num_segments);
     at::Tensor mass = at::empty(shape, lse.options());
     float *mass_data = mass.mutable_data_ptr<float>(), *lse_data = lse.mutable_data_ptr<float>();
@@ -273,21 +269,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_mass(
     return {mean_of_heads(input, mass), mass, lse};
 }
 
-std::tuple<at::Tensor, at::Tensor> attention_mass_backward(
-    const at::Tensor& grad_mass, const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
-    const OptionalTensor& query_positions, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    const at::Tensor& head_mass, const at::Tensor& lse, double scale, int64_t window) {
-    TORCH_CHECK_VALUE(head_mass.dim() > 0, "head_mass must have shape [..., segments], got ", head_mass.sizes());
-    const int64_t segments = head_mass.size(-1);
-    const ArgumentReader reader(at::kCPU, Values::kChecked);
-    const AttentionTensors input = reader.attention(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
-                                                 segments, scale, window);
-    std::vector<int64_t> shape = input.head_shape(input.q);
-    reader.tensor<float>("lse", lse, shape);
+Tensors attention_mass_backward(const ArgumentReader& reader) {
+    std::vector<int64_t> shape = reader.shape("head_mass").vec();
+    TORCH_CHECK_VALUE(!shape.empty(), "head_mass must have shape [..., segments], got ", shape);
+    const int64_t segments = shape.back();
+    const AttentionTensors input = reader.attention(segments);
+    shape = input.head_shape(input.q);
+    const float* lse = reader.data<float>("lse", shape);
     shape.push_back(segments);
-    const float* masses = reader.tensor<float>("head_mass", head_mass, shape);
-    const float* grads = reader.tensor<float>("grad_mass", grad_mass, shape);
-    return backward(input, q, k, lse, [&](int64_t b) {
+    const float* masses = reader.data<float>("head_mass", shape);
+    const float* grads = reader.data<float>("grad_mass", shape);
+    return backward(reader, input, lse, [&](int64_t b) {
         return [&, b](const KeyOrder& order, int64_t head, int64_t token, float* row) {
             const int64_t index = input.query_index(b, head, token) * segments;
             float mean = 0.0f;
@@ -300,16 +292,12 @@ std::tuple<at::Tensor, at::Tensor> attention_mass_backward(
     });
 }
 
-at::Tensor attention_heatmap(const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
-                             const OptionalTensor& query_positions, const at::Tensor& query_weights,
-                             const at::Tensor& lse, const OptionalTensor& cu_seqlens_q,
-                             const OptionalTensor& cu_seqlens_k, double scale, int64_t window, bool per_head) {
-    const ArgumentReader reader(at::kCPU, Values::kChecked);
-    const AttentionTensors input = reader.attention(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
-                                                 kLabels, scale, window);
-    const float* lse_data = reader.tensor<float>("lse", lse, input.head_shape(input.q));
-    const float* weights = reader.tensor<float>("query_weights", query_weights, input.token_shape(input.q));
-    at::Tensor heat = at::zeros(input.head_shape(input.k), lse.options());
+Tensors attention_heatmap(const ArgumentReader& reader) {
+    const bool per_head = reader.value<bool>("per_head");
+    const AttentionTensors input = reader.attention(kLabels);
+    const float* lse = reader.data<float>("lse", input.head_shape(input.q));
+    const float* weights = reader.data<float>("query_weights", input.token_shape(input.q));
+    at::Tensor heat = at::zeros(input.head_shape(input.k), reader.tensor("lse").options());
     float* heat_data = heat.mutable_data_ptr<float>();
 
     const std::vector<KeyOrder> orders = key_orders(input);
@@ -325,22 +313,17 @@ at::Tensor attention_heatmap(const at::Tensor& q, const at::Tensor& k, const at:
     }
     parallel_items(static_cast<int64_t>(items.size()) * input.k.heads, [&](int64_t index) {
         const Item& item = items[index / input.k.heads];
-        heat_of_panel(input, item.b, index % input.k.heads, orders[item.b], item.panel, weights, lse_data, heat_data);
+        heat_of_panel(input, item.b, index % input.k.heads, orders[item.b], item.panel, weights, lse, heat_data);
     });
-    return per_head ? heat : mean_of_heads(input, heat);
+    return {per_head ? heat : mean_of_heads(input, heat)};
 }
 
-std::tuple<at::Tensor, at::Tensor> attention_heatmap_backward(
-    const at::Tensor& grad_heat, const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
-    const OptionalTensor& query_positions, const at::Tensor& query_weights, const at::Tensor& lse,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, double scale, int64_t window) {
-    const ArgumentReader reader(at::kCPU, Values::kChecked);
-    const AttentionTensors input = reader.attention(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
-                                                 kLabels, scale, window);
-    reader.tensor<float>("lse", lse, input.head_shape(input.q));
-    const float* grads = reader.tensor<float>("grad_heat", grad_heat, input.head_shape(input.k));
-    const float* weights = reader.tensor<float>("query_weights", query_weights, input.token_shape(input.q));
-    return backward(input, q, k, lse, [&](int64_t b) {
+Tensors attention_heatmap_backward(const ArgumentReader& reader) {
+    const AttentionTensors input = reader.attention(kLabels);
+    const float* lse = reader.data<float>("lse", input.head_shape(input.q));
+    const float* grads = reader.data<float>("grad_heat", input.head_shape(input.k));
+    const float* weights = reader.data<float>("query_weights", input.token_shape(input.q));
+    return backward(reader, input, lse, [&](int64_t b) {
         return [&, b](const KeyOrder& order, int64_t head, int64_t token, float* row) {
             const float* grad = grads + input.key_index(b, head, 0);
             const float weight = weights[input.q.first(b) + token];
@@ -360,13 +343,13 @@ std::tuple<at::Tensor, at::Tensor> attention_heatmap_backward(
     });
 }
 
+TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
+    library.impl("attention_mass", by_name<attention_mass, Values::kChecked>());
+    library.impl("attention_mass_backward", by_name<attention_mass_backward, Values::kChecked>());
+    library.impl("attention_heatmap", by_name<attention_heatmap, Values::kChecked>());
+    library.impl("attention_heatmap_backward", by_name<attention_heatmap_backward, Values::kChecked>());
+}
+
 }  // namespace
 }  // namespace ops
 }  // namespace vgpo
-
-TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
-    library.impl("attention_mass", &vgpo::ops::attention_mass);
-    library.impl("attention_mass_backward", &vgpo::ops::attention_mass_backward);
-    library.impl("attention_heatmap", &vgpo::ops::attention_heatmap);
-    library.impl("attention_heatmap_backward", &vgpo::ops::attention_heatmap_backward);
-}

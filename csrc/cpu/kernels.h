@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../layout.h"
+#include "../inputs.h"
 
 namespace vgpo {
 
@@ -17,17 +17,10 @@ struct ResponseWeights {
     double early_sum, late_sum;  // of rho, before and from ordinal ceil(T / 2)
 };
 
-// Tokens of one response for the policy loss. Arrays hold `length` values; null where an input is absent.
-struct LossTokens {
-    const float* logp;
-    const float* old_logp;
-    const float* advantages;  // null: `advantage` for every token
-    const float* factors;
-    const float* ref_logp;
-    const float* entropy;
-    const float* importance;  // null: `importance_weight` for every token
-    float advantage;
-    float importance_weight;
+// Valid tokens of one response for the policy loss, side by side. Arrays hold `length` values, and those of a value per
+// response one; layout, mask and numbers of the batch are not set.
+struct LossTokens : LossInput {
+    const float* factors;  // null: all one
     float mean_log_ratio;  // of the response; read by sequence-level losses
     float scale;           // what a token counts in the loss
     int64_t length;
@@ -98,7 +91,7 @@ struct Kernels {
 
     double (*log_ratio_sum)(const float* logp, const float* old_logp, int64_t length);
     // Adds to `sums` and writes d loss / d logp; for gspo without the share that goes through the mean log-ratio.
-    void (*policy_loss)(const LossTokens& tokens, const LossOptions& options, float* grad_logp, LossSums& sums);
+    void (*policy_loss)(const LossTokens& tokens, float* grad_logp, LossSums& sums);
 
     // A panel of up to kPanelKeys keys, transposed and widened: component i of key j is panel[i * kPanelKeys + j].
     void (*pack_keys[kHiddenTypes])(const void* keys, const int64_t* offsets, int64_t count, int64_t size,

@@ -1,8 +1,10 @@
 // The kernels for any processor.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "kernels.h"
 #include "simd/types.h"

@@ -55,13 +55,12 @@ BFloat16Matrix matrix_of(const at::Tensor& tensor) {
             tensor.stride(1)};
 }
 
-Rows rows_of(const char* name, const at::Tensor& tensor, int64_t rows, int64_t columns) {
-    return {ArgumentReader(at::kCPU, Values::kChecked).rows(name, tensor, rows, columns), tensor.stride(0)};
+Rows rows_of(const ArgumentReader& reader, const char* name, int64_t rows, int64_t columns) {
+    return {reader.rows(name, rows, columns), reader.tensor(name).stride(0)};
 }
 
-Chunk chunk_of(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
-               const at::Tensor& targets, int64_t first, double temperature) {
-    const ArgumentReader reader(at::kCPU, Values::kChecked);
+Chunk chunk_of(const ArgumentReader& reader) {
+    const at::Tensor &hidden = reader.tensor("hidden"), &weight = reader.tensor("weight");
     for (const at::Tensor* tensor : {&hidden, &weight}) {
         TORCH_CHECK_VALUE(tensor->device().is_cpu() && tensor->dim() == 2 && tensor->stride(1) == 1 &&
                               (tensor->scalar_type() == at::kFloat || tensor->scalar_type() == at::kBFloat16),
@@ -74,14 +73,14 @@ Chunk chunk_of(const at::Tensor& hidden, const at::Tensor& weight, const Optiona
                       " and ", weight.sizes());
     return {hidden,
             weight,
-            reader.tensor<float>("bias", bias, {weight.size(0)}),
-            reader.tensor<int64_t>("targets", targets, {hidden.size(0)}),
-            first,
-            static_cast<float>(1.0 / temperature)};
+            reader.data<float>("bias", {weight.size(0)}),
+            reader.data<int64_t>("targets", {hidden.size(0)}),
+            reader.value<int64_t>("first"),
+            static_cast<float>(1.0 / reader.value<double>("temperature"))};
 }
 
 // Writes left @ right to `result`, or adds it, where the processor has no units for it that torch opens to us.
-void torch_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& result, bool accumulate) {
+void torch_product(const at::Tensor& left, const at::Tensor& right, at::Tensor result, bool accumulate) {
     const at::Tensor wide_left = left.to(at::kFloat), wide_right = right.to(at::kFloat);
     if (accumulate) {
         at::addmm_out(result, result, wide_left, wide_right);
@@ -138,13 +137,12 @@ void for_each_product(const Chunk& chunk, const Rows& kept, const Work& work) {
 namespace ops {
 namespace {
 
-void head_statistics(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
-                     const at::Tensor& targets, int64_t first, double temperature, at::Tensor& statistics,
-                     at::Tensor& logits, bool keep) {
-    const Chunk chunk = chunk_of(hidden, weight, bias, targets, first, temperature);
+Tensors head_statistics(const ArgumentReader& reader) {
+    const Chunk chunk = chunk_of(reader);
+    const bool keep = reader.value<bool>("keep");
     const int64_t rows = chunk.rows(), groups = groups_of(chunk.columns());
-    const Rows running = rows_of("statistics", statistics, 4, rows);
-    const Rows products = rows_of("logits", logits, rows, chunk.columns());
+    const Rows running = rows_of(reader, "statistics", 4, rows);
+    const Rows products = rows_of(reader, "logits", rows, chunk.columns());
     const Kernels& simd = kernels();
     std::vector<LogitStatistics> partial(static_cast<size_t>(groups * rows));
     const auto take = [&](const Tile& tile) {
@@ -160,10 +158,10 @@ void head_statistics(const at::Tensor& hidden, const at::Tensor& weight, const O
             }
         }
     };
-    if (in_bf16(hidden, weight)) {
+    if (in_bf16(chunk.hidden, chunk.weight)) {
         for_each_product(chunk, keep ? products : Rows{nullptr, 0}, take);
     } else {
-        torch_product(hidden, weight.t(), logits, false);
+        torch_product(chunk.hidden, chunk.weight.t(), reader.tensor("logits"), false);
         for_each_strip(chunk, products, take);
     }
     at::parallel_for(0, rows, 1024, [&](int64_t begin, int64_t end) {
@@ -178,15 +176,15 @@ void head_statistics(const at::Tensor& hidden, const at::Tensor& weight, const O
             *running.at(2, row) = total.weighted;
         }
     });
+    return {};
 }
 
-void head_gradient(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
-                   const at::Tensor& targets, int64_t first, double temperature, const at::Tensor& coefficients,
-                   at::Tensor& logits, bool recompute) {
-    const Chunk chunk = chunk_of(hidden, weight, bias, targets, first, temperature);
-    const Rows of_row = rows_of("coefficients", coefficients, 5, chunk.rows());
-    const Rows products = rows_of("logits", logits, chunk.rows(), chunk.columns());
-    const bool narrow = hidden.scalar_type() == at::kBFloat16;
+Tensors head_gradient(const ArgumentReader& reader) {
+    const Chunk chunk = chunk_of(reader);
+    const bool recompute = reader.value<bool>("recompute");
+    const Rows of_row = rows_of(reader, "coefficients", 5, chunk.rows());
+    const Rows products = rows_of(reader, "logits", chunk.rows(), chunk.columns());
+    const bool narrow = chunk.hidden.scalar_type() == at::kBFloat16;
     const auto gradient = kernels().logit_gradient[narrow ? 1 : 0];
     const auto turn = [&](const Tile& tile) {
         const float* offsets = chunk.bias == nullptr ? nullptr : chunk.bias + tile.column;
@@ -202,24 +200,27 @@ void head_gradient(const at::Tensor& hidden, const at::Tensor& weight, const Opt
             gradient(tile.products.at(r, 0), offsets, tile.columns, chunk.factor, coefficient, to);
         }
     };
-    if (recompute && in_bf16(hidden, weight)) {
+    if (recompute && in_bf16(chunk.hidden, chunk.weight)) {
         for_each_product(chunk, {nullptr, 0}, turn);
-        return;
+        return {};
     }
-    if (recompute) torch_product(hidden, weight.t(), logits, false);
+    if (recompute) torch_product(chunk.hidden, chunk.weight.t(), reader.tensor("logits"), false);
     // A row's narrow gradient overtakes none of its products as long as one thread goes through it in order.
     for_each_strip(chunk, products, turn);
+    return {};
 }
 
-void head_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& result, bool accumulate) {
+Tensors head_product(const ArgumentReader& reader) {
+    const at::Tensor &left = reader.tensor("left"), &right = reader.tensor("right");
+    const bool accumulate = reader.value<bool>("accumulate");
     TORCH_CHECK_VALUE(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0),
                       "left and right must be matrices that can be multiplied, got ", left.sizes(), " and ",
                       right.sizes());
-    const Rows products = rows_of("result", result, left.size(0), right.size(1));
+    const Rows products = rows_of(reader, "result", left.size(0), right.size(1));
     const auto usable = [](const at::Tensor& matrix) { return matrix.stride(0) == 1 || matrix.stride(1) == 1; };
     if (!in_bf16(left, right) || !usable(left) || !usable(right) || left.size(1) == 0) {
-        torch_product(left, right, result, accumulate);
-        return;
+        torch_product(left, right, reader.tensor("result"), accumulate);
+        return {};
     }
     const PackedColumns packed_right(matrix_of(right));
     const BFloat16Matrix matrix = matrix_of(left);
@@ -237,14 +238,15 @@ void head_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& r
                  accumulate);
         release_products();
     });
+    return {};
+}
+
+TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
+    library.impl("head_statistics", by_name<head_statistics, Values::kChecked>());
+    library.impl("head_gradient", by_name<head_gradient, Values::kChecked>());
+    library.impl("head_product", by_name<head_product, Values::kChecked>());
 }
 
 }  // namespace
 }  // namespace ops
 }  // namespace vgpo
-
-TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
-    library.impl("head_statistics", &vgpo::ops::head_statistics);
-    library.impl("head_gradient", &vgpo::ops::head_gradient);
-    library.impl("head_product", &vgpo::ops::head_product);
-}

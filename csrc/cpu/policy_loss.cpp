@@ -23,23 +23,15 @@ public:
           positions_(end - begin),
           span_(span_of(mask_, positions_)),
           first_(begin + span_.first) {
+        tokens.options = input.options;
         tokens.length = span_.count;
-        tokens.logp = gathered(input.logp, buffers_[0]);
-        tokens.old_logp = gathered(input.old_logp, buffers_[1]);
-        tokens.factors = gathered(factors, buffers_[2]);
-        tokens.ref_logp = gathered(input.ref_logp, buffers_[3]);
-        tokens.entropy = gathered(input.entropy, buffers_[4]);
-        if (input.advantages.per_token) {
-            tokens.advantages = gathered(input.advantages.values, buffers_[5]);
-        } else {
-            tokens.advantage = input.advantages.values[response];
-        }
-        tokens.importance_weight = 1.0f;
-        if (input.importance.per_token) {
-            tokens.importance = gathered(input.importance.values, buffers_[6]);
-        } else if (input.importance.values != nullptr) {
-            tokens.importance_weight = input.importance.values[response];
-        }
+        tokens.logp = gathered(input.logp, kLogp);
+        tokens.old_logp = gathered(input.old_logp, kOldLogp);
+        tokens.advantages = gathered(input.advantages, response, kAdvantages);
+        tokens.factors = gathered(factors, kFactors);
+        tokens.ref_logp = gathered(input.ref_logp, kRefLogp);
+        tokens.entropy = gathered(input.entropy, kEntropy);
+        tokens.importance = gathered(input.importance, response, kImportance);
     }
 
     // Where kernels leave values of the valid tokens side by side in an array of tokens.
@@ -52,18 +44,25 @@ public:
     LossTokens tokens = {};
 
 private:
-    const float* gathered(const float* values, float* buffer) const {
+    // A buffer per array.
+    enum Array { kLogp, kOldLogp, kAdvantages, kFactors, kRefLogp, kEntropy, kImportance, kArrays };
+
+    const float* gathered(const float* values, Array array) {
         if (values == nullptr) return nullptr;
         if (!span_.has_holes()) return values + first_;
-        compact(values + first_, mask_ + span_.first, span_.extent, buffer);
-        return buffer;
+        compact(values + first_, mask_ + span_.first, span_.extent, buffers_[array]);
+        return buffers_[array];
+    }
+    SpreadInput gathered(const SpreadInput& input, int64_t response, Array array) {
+        if (input.per_token) return {gathered(input.values, array), true};
+        return {input.values == nullptr ? nullptr : input.values + response, false};
     }
 
     const bool* mask_;
     int64_t positions_;
     ValidSpan span_;
     int64_t first_;
-    float buffers_[7][kPiece];
+    float buffers_[kArrays][kPiece];
 };
 
 // A batch cut into pieces, with the number of valid tokens of each response.
@@ -187,7 +186,7 @@ void policy_loss(const LossInput& input, const float* factors, const LossOutput&
         PieceTokens gathered(input, factors, b, begin, end);
         gathered.tokens.mean_log_ratio = means[b];
         gathered.tokens.scale = token_scale(batch.counts[b], num_tokens, num_sequences, options);
-        kernels().policy_loss(gathered.tokens, options, gathered.place(output.grad_logp), sums[piece]);
+        kernels().policy_loss(gathered.tokens, gathered.place(output.grad_logp), sums[piece]);
         gathered.spread_out(output.grad_logp);
         for (int64_t token = begin; output.grad_entropy != nullptr && token < end; ++token) {
             output.grad_entropy[token] =
@@ -213,24 +212,18 @@ void policy_loss(const LossInput& input, const float* factors, const LossOutput&
 namespace ops {
 namespace {
 
-LossTensors policy_loss(const at::Tensor& logp, const at::Tensor& old_logp, const at::Tensor& advantages,
-                        const at::Tensor& response_mask, const OptionalTensor& factors,
-                        const OptionalTensor& cu_seqlens, const OptionalTensor& ref_logp,
-                        const OptionalTensor& entropy, const OptionalTensor& importance_weights,
-                        const OptionalTensor& num_tokens, const OptionalTensor& num_sequences,
-                        at::ArrayRef<double> options) {
-    const ArgumentReader reader(at::kCPU, Values::kChecked);
-    const Layout layout = reader.layout(response_mask, cu_seqlens);
-    const LossInput input = reader.loss(logp, old_logp, advantages, response_mask, layout, ref_logp, entropy,
-                                        importance_weights, num_tokens, num_sequences, options);
-    const float* given = reader.tensor<float>("factors", factors, response_mask.sizes());
-    const LossTensors result = empty_loss(logp, entropy, kPolicyMetrics);
-    vgpo::policy_loss(input, given, loss_output(result, entropy));
-    return result;
+Tensors policy_loss(const ArgumentReader& reader) {
+    const LossInput input = reader.loss(reader.layout("response_mask"));
+    const float* factors = reader.data<float>("factors", reader.shape("response_mask"));
+    const LossResult result = reader.empty_loss(kPolicyMetrics);
+    vgpo::policy_loss(input, factors, result.output);
+    return result.tensors;
+}
+
+TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
+    library.impl("policy_loss", by_name<policy_loss, Values::kChecked>());
 }
 
 }  // namespace
 }  // namespace ops
 }  // namespace vgpo
-
-TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) { library.impl("policy_loss", &vgpo::ops::policy_loss); }

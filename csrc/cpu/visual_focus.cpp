@@ -117,35 +117,30 @@ void visual_focus(const FocusTensors& input, const bool* response_mask, float* c
 namespace ops {
 namespace {
 
-at::Tensor visual_prototype(const at::Tensor& hidden, const at::Tensor& visual_mask,
-                            const OptionalTensor& cu_seqlens) {
-    const ArgumentReader reader(at::kCPU, Values::kChecked);
-    const Layout layout = reader.layout(visual_mask, cu_seqlens);
-    const FocusTensors input = reader.focus(hidden, visual_mask, layout, std::nullopt, std::nullopt);
-    at::Tensor means = at::empty({layout.batch, input.columns}, hidden.options().dtype(at::kFloat));
+Tensors visual_prototype(const ArgumentReader& reader) {
+    const Layout layout = reader.layout("visual_mask");
+    const FocusTensors input = reader.hidden(layout);
+    at::Tensor means = at::empty({layout.batch, input.columns}, reader.tensor("hidden").options().dtype(at::kFloat));
     std::vector<int64_t> counts(layout.batch);
     vgpo::visual_prototype(input, means.mutable_data_ptr<float>(), counts.data());
-    return means;
+    return {means};
 }
 
-at::Tensor visual_focus(const at::Tensor& hidden, const OptionalTensor& visual_mask, const at::Tensor& response_mask,
-                        const OptionalTensor& cu_seqlens, const OptionalTensor& prototype,
-                        const OptionalTensor& prototype_index) {
-    const ArgumentReader reader(at::kCPU, Values::kChecked);
-    const Layout layout = reader.layout(response_mask, cu_seqlens);
-    const FocusTensors input = reader.focus(hidden, visual_mask, layout, prototype, prototype_index);
-    const bool* mask = reader.tensor<bool>("response_mask", response_mask, response_mask.sizes());
-    at::Tensor cos = at::empty(response_mask.sizes(), hidden.options().dtype(at::kFloat));
-    std::unique_ptr<bool[]> has_visual(new bool[layout.batch]);
+Tensors visual_focus(const ArgumentReader& reader) {
+    const at::IntArrayRef tokens = reader.shape("response_mask");
+    const FocusTensors input = reader.focus(reader.layout("response_mask"));
+    const bool* mask = reader.data<bool>("response_mask", tokens);
+    at::Tensor cos = at::empty(tokens, reader.tensor("hidden").options().dtype(at::kFloat));
+    std::unique_ptr<bool[]> has_visual(new bool[input.layout.batch]);
     vgpo::visual_focus(input, mask, cos.mutable_data_ptr<float>(), has_visual.get());
-    return cos;
+    return {cos};
+}
+
+TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
+    library.impl("visual_prototype", by_name<visual_prototype, Values::kChecked>());
+    library.impl("visual_focus", by_name<visual_focus, Values::kChecked>());
 }
 
 }  // namespace
 }  // namespace ops
 }  // namespace vgpo
-
-TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
-    library.impl("visual_prototype", &vgpo::ops::visual_prototype);
-    library.impl("visual_focus", &vgpo::ops::visual_focus);
-}

@@ -149,46 +149,42 @@ void group_weights(const float* score, const int64_t* group_ids, const bool* mem
 namespace ops {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> visual_weights(
-    const at::Tensor& cos, const at::Tensor& response_mask, const at::Tensor& group_ids,
-    const OptionalTensor& has_visual, const OptionalTensor& cu_seqlens, at::ArrayRef<double> config) {
-    const ArgumentReader reader(at::kCPU, Values::kChecked);
-    const Layout layout = reader.layout(response_mask, cu_seqlens);
-    const at::IntArrayRef tokens = response_mask.sizes(), each(layout.batch);
-    const float* values = reader.tensor<float>("cos", cos, tokens);
-    const bool* mask = reader.tensor<bool>("response_mask", response_mask, tokens);
-    const int64_t* groups = reader.tensor<int64_t>("group_ids", group_ids, each);
-    const bool* images = reader.tensor<bool>("has_visual", has_visual, each);
-    const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, cos.options()); };
+Tensors visual_weights(const ArgumentReader& reader) {
+    const Layout layout = reader.layout("response_mask");
+    const at::IntArrayRef tokens = reader.shape("response_mask"), each(layout.batch);
+    const float* cos = reader.data<float>("cos", tokens);
+    const bool* mask = reader.data<bool>("response_mask", tokens);
+    const int64_t* groups = reader.data<int64_t>("group_ids", each);
+    const bool* images = reader.data<bool>("has_visual", each);
+    const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, reader.tensor("cos").options()); };
     at::Tensor factors = empty(tokens), psi = empty(tokens), w = empty(tokens);
     at::Tensor phi = empty(each), score = empty(each), metrics = empty({kFocusMetrics});
     const WeightsOutput output = {
         factors.mutable_data_ptr<float>(), psi.mutable_data_ptr<float>(),   w.mutable_data_ptr<float>(),
         phi.mutable_data_ptr<float>(),     score.mutable_data_ptr<float>(), metrics.mutable_data_ptr<float>()};
-    vgpo::visual_weights(values, mask, groups, images, layout, reader.config(config), output);
+    vgpo::visual_weights(cos, mask, groups, images, layout, reader.config(), output);
     return {factors, psi, w, phi, score, metrics};
 }
 
-at::Tensor group_weights(const at::Tensor& score, const at::Tensor& group_ids, const OptionalTensor& has_visual,
-                         at::ArrayRef<double> config) {
-    TORCH_CHECK_VALUE(score.dim() == 1, "score must have shape [B], got ", score.sizes());
-    const ArgumentReader reader(at::kCPU, Values::kChecked);
-    const int64_t batch = score.size(0);
-    const float* values = reader.tensor<float>("score", score, {batch});
-    const int64_t* groups = reader.tensor<int64_t>("group_ids", group_ids, {batch});
-    const bool* images = reader.tensor<bool>("has_visual", has_visual, {batch});
+Tensors group_weights(const ArgumentReader& reader) {
+    const at::IntArrayRef each = reader.shape("score");
+    TORCH_CHECK_VALUE(each.size() == 1, "score must have shape [B], got ", each);
+    const int64_t batch = each[0];
+    const float* score = reader.data<float>("score", each);
+    const int64_t* groups = reader.data<int64_t>("group_ids", each);
+    const bool* images = reader.data<bool>("has_visual", each);
     std::unique_ptr<bool[]> member(new bool[batch]);
-    for (int64_t b = 0; b < batch; ++b) member[b] = is_finite(values[b]) && (images == nullptr || images[b]);
-    at::Tensor phi = at::empty({batch}, score.options());
-    vgpo::group_weights(values, groups, member.get(), batch, reader.config(config), phi.mutable_data_ptr<float>());
-    return phi;
+    for (int64_t b = 0; b < batch; ++b) member[b] = is_finite(score[b]) && (images == nullptr || images[b]);
+    at::Tensor phi = at::empty(each, reader.tensor("score").options());
+    vgpo::group_weights(score, groups, member.get(), batch, reader.config(), phi.mutable_data_ptr<float>());
+    return {phi};
+}
+
+TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
+    library.impl("visual_weights", by_name<visual_weights, Values::kChecked>());
+    library.impl("group_weights", by_name<group_weights, Values::kChecked>());
 }
 
 }  // namespace
 }  // namespace ops
 }  // namespace vgpo
-
-TORCH_LIBRARY_IMPL(vgpo_kernels, CPU, library) {
-    library.impl("visual_weights", &vgpo::ops::visual_weights);
-    library.impl("group_weights", &vgpo::ops::group_weights);
-}

@@ -78,50 +78,43 @@ at::Tensor mean_of_heads(const at::Tensor& by_head, bool packed) {
     return mean;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_mass(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments, const OptionalTensor& query_positions,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, int64_t num_segments, double scale,
-    int64_t window, bool per_head) {
-    const ArgumentReader reader(q.device(), Values::kClamped);
-    const AttentionTensors given = reader.attention(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
-                                                    num_segments, scale, window);
+Tensors attention_mass(const ArgumentReader& reader) {
+    const auto num_segments = reader.value<int64_t>("num_segments");
+    const bool per_head = reader.value<bool>("per_head");
+    const AttentionTensors given = reader.attention(num_segments);
     std::vector<int64_t> shape = given.head_shape(given.q);
-    at::Tensor lse = at::empty(shape, q.options().dtype(at::kFloat));
+    at::Tensor lse = at::empty(shape, reader.tensor("q").options().dtype(at::kFloat));
     shape.push_back(num_segments);
     at::Tensor mass = at::empty(shape, lse.options());
     by_type(given.type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const AttentionMassArguments<T> arguments{attention_input<T>(given), mass.mutable_data_ptr<float>(),
                                                   lse.mutable_data_ptr<float>()};
-        launch(attention_mass_kernel<T>, arguments, launch_shape(arguments), q);
+        launch(attention_mass_kernel<T>, arguments, launch_shape(arguments), reader.tensor("q"));
     });
     if (per_head) return {mass, at::empty({0}, lse.options()), lse};
     return {mean_of_heads(mass, given.packed()), mass, lse};
 }
 
-at::Tensor attention_heatmap(const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
-                             const OptionalTensor& query_positions, const at::Tensor& query_weights,
-                             const at::Tensor& lse, const OptionalTensor& cu_seqlens_q,
-                             const OptionalTensor& cu_seqlens_k, double scale, int64_t window, bool per_head) {
-    const ArgumentReader reader(q.device(), Values::kClamped);
-    const AttentionTensors given = reader.attention(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
-                                                    kLabels, scale, window);
-    const float* weights = reader.tensor<float>("query_weights", query_weights, given.token_shape(given.q));
-    const float* lse_data = reader.tensor<float>("lse", lse, given.head_shape(given.q));
-    at::Tensor heat = at::empty(given.head_shape(given.k), lse.options());
+Tensors attention_heatmap(const ArgumentReader& reader) {
+    const bool per_head = reader.value<bool>("per_head");
+    const AttentionTensors given = reader.attention(kLabels);
+    const float* weights = reader.data<float>("query_weights", given.token_shape(given.q));
+    const float* lse = reader.data<float>("lse", given.head_shape(given.q));
+    at::Tensor heat = at::empty(given.head_shape(given.k), reader.tensor("lse").options());
     by_type(given.type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const AttentionHeatmapArguments<T> arguments{attention_input<T>(given), weights, lse_data,
+        const AttentionHeatmapArguments<T> arguments{attention_input<T>(given), weights, lse,
                                                      heat.mutable_data_ptr<float>()};
-        launch(attention_heatmap_kernel<T>, arguments, launch_shape(arguments), q);
+        launch(attention_heatmap_kernel<T>, arguments, launch_shape(arguments), reader.tensor("q"));
     });
-    return per_head ? heat : mean_of_heads(heat, given.packed());
+    return {per_head ? heat : mean_of_heads(heat, given.packed())};
 }
 
 // Gradients w.r.t. q and k of masses (given `mass`) or of a heat map (given `weights`).
-std::tuple<at::Tensor, at::Tensor> gradients(const AttentionTensors& given, const at::Tensor& q, const at::Tensor& k,
-                                             const float* grad, const float* mass, const float* weights,
-                                             const float* lse) {
+Tensors gradients(const ArgumentReader& reader, const AttentionTensors& given, const float* grad, const float* mass,
+                  const float* weights, const float* lse) {
+    const at::Tensor &q = reader.tensor("q"), &k = reader.tensor("k");
     at::Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options());
     at::Tensor means = at::empty(given.head_shape(given.q), q.options().dtype(at::kFloat));
     by_type(given.type, [&](auto* type) {
@@ -135,40 +128,31 @@ std::tuple<at::Tensor, at::Tensor> gradients(const AttentionTensors& given, cons
     return {grad_q, grad_k};
 }
 
-std::tuple<at::Tensor, at::Tensor> attention_mass_backward(
-    const at::Tensor& grad_mass, const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
-    const OptionalTensor& query_positions, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    const at::Tensor& head_mass, const at::Tensor& lse, double scale, int64_t window) {
-    TORCH_CHECK_VALUE(head_mass.dim() > 0, "head_mass must have shape [..., segments], got ", head_mass.sizes());
-    const ArgumentReader reader(q.device(), Values::kClamped);
-    const AttentionTensors given = reader.attention(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
-                                                    head_mass.size(-1), scale, window);
+Tensors attention_mass_backward(const ArgumentReader& reader) {
+    const at::IntArrayRef masses = reader.shape("head_mass");
+    TORCH_CHECK_VALUE(!masses.empty(), "head_mass must have shape [..., segments], got ", masses);
+    const AttentionTensors given = reader.attention(masses.back());
     std::vector<int64_t> shape = given.head_shape(given.q);
-    const float* lse_data = reader.tensor<float>("lse", lse, shape);
+    const float* lse = reader.data<float>("lse", shape);
     shape.push_back(given.num_segments);
-    return gradients(given, q, k, reader.tensor<float>("grad_mass", grad_mass, shape),
-                     reader.tensor<float>("head_mass", head_mass, shape), nullptr, lse_data);
+    return gradients(reader, given, reader.data<float>("grad_mass", shape), reader.data<float>("head_mass", shape),
+                     nullptr, lse);
 }
 
-std::tuple<at::Tensor, at::Tensor> attention_heatmap_backward(
-    const at::Tensor& grad_heat, const at::Tensor& q, const at::Tensor& k, const at::Tensor& key_segments,
-    const OptionalTensor& query_positions, const at::Tensor& query_weights, const at::Tensor& lse,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, double scale, int64_t window) {
-    const ArgumentReader reader(q.device(), Values::kClamped);
-    const AttentionTensors given = reader.attention(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k,
-                                                    kLabels, scale, window);
-    return gradients(given, q, k, reader.tensor<float>("grad_heat", grad_heat, given.head_shape(given.k)), nullptr,
-                     reader.tensor<float>("query_weights", query_weights, given.token_shape(given.q)),
-                     reader.tensor<float>("lse", lse, given.head_shape(given.q)));
+Tensors attention_heatmap_backward(const ArgumentReader& reader) {
+    const AttentionTensors given = reader.attention(kLabels);
+    return gradients(reader, given, reader.data<float>("grad_heat", given.head_shape(given.k)), nullptr,
+                     reader.data<float>("query_weights", given.token_shape(given.q)),
+                     reader.data<float>("lse", given.head_shape(given.q)));
+}
+
+TORCH_LIBRARY_IMPL(vgpo_kernels, CUDA, library) {
+    library.impl("attention_mass", by_name<attention_mass, Values::kClamped>());
+    library.impl("attention_mass_backward", by_name<attention_mass_backward, Values::kClamped>());
+    library.impl("attention_heatmap", by_name<attention_heatmap, Values::kClamped>());
+    library.impl("attention_heatmap_backward", by_name<attention_heatmap_backward, Values::kClamped>());
 }
 
 }  // namespace
 }  // namespace cuda
 }  // namespace vgpo
-
-TORCH_LIBRARY_IMPL(vgpo_kernels, CUDA, library) {
-    library.impl("attention_mass", &vgpo::cuda::attention_mass);
-    library.impl("attention_mass_backward", &vgpo::cuda::attention_mass_backward);
-    library.impl("attention_heatmap", &vgpo::cuda::attention_heatmap);
-    library.impl("attention_heatmap_backward", &vgpo::cuda::attention_heatmap_backward);
-}

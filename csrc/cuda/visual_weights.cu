@@ -9,21 +9,18 @@ namespace vgpo {
 namespace cuda {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> visual_weights(
-    const at::Tensor& cos, const at::Tensor& response_mask, const at::Tensor& group_ids,
-    const OptionalTensor& has_visual, const OptionalTensor& cu_seqlens, at::ArrayRef<double> config) {
-    const ArgumentReader reader(response_mask.device(), Values::kClamped);
-    const Layout layout = reader.layout(response_mask, cu_seqlens);
+Tensors visual_weights(const ArgumentReader& reader) {
+    const Layout layout = reader.layout("response_mask");
     check_rows(layout);
-    const at::IntArrayRef tokens = response_mask.sizes(), each(layout.batch);
+    const at::IntArrayRef tokens = reader.shape("response_mask"), each(layout.batch);
     VisualWeightsArguments arguments = {};
     arguments.layout = layout;
-    arguments.cos = reader.tensor<float>("cos", cos, tokens);
-    arguments.response_mask = reader.tensor<bool>("response_mask", response_mask, tokens);
-    arguments.group_ids = reader.tensor<int64_t>("group_ids", group_ids, each);
-    arguments.has_visual = reader.tensor<bool>("has_visual", has_visual, each);
-    arguments.config = reader.config(config);
-    const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, cos.options()); };
+    arguments.cos = reader.data<float>("cos", tokens);
+    arguments.response_mask = reader.data<bool>("response_mask", tokens);
+    arguments.group_ids = reader.data<int64_t>("group_ids", each);
+    arguments.has_visual = reader.data<bool>("has_visual", each);
+    arguments.config = reader.config();
+    const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, reader.tensor("cos").options()); };
     at::Tensor factors = empty(tokens), psi = empty(tokens), w = empty(tokens);
     at::Tensor phi = empty(each), score = empty(each), metrics = empty({kFocusMetrics});
     arguments.factors = factors.mutable_data_ptr<float>();
@@ -36,27 +33,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     return {factors, psi, w, phi, score, metrics};
 }
 
-at::Tensor group_weights(const at::Tensor& score, const at::Tensor& group_ids, const OptionalTensor& has_visual,
-                         at::ArrayRef<double> config) {
-    TORCH_CHECK_VALUE(score.dim() == 1, "score must have shape [B], got ", score.sizes());
-    const ArgumentReader reader(score.device(), Values::kClamped);
-    const at::IntArrayRef each = score.sizes();
-    at::Tensor phi = at::empty(each, score.options());
-    const GroupWeightsArguments arguments{reader.tensor<float>("score", score, each),
-                                          reader.tensor<int64_t>("group_ids", group_ids, each),
-                                          reader.tensor<bool>("has_visual", has_visual, each),
-                                          score.size(0),
-                                          reader.config(config),
+Tensors group_weights(const ArgumentReader& reader) {
+    const at::IntArrayRef each = reader.shape("score");
+    TORCH_CHECK_VALUE(each.size() == 1, "score must have shape [B], got ", each);
+    at::Tensor phi = at::empty(each, reader.tensor("score").options());
+    const GroupWeightsArguments arguments{reader.data<float>("score", each),
+                                          reader.data<int64_t>("group_ids", each),
+                                          reader.data<bool>("has_visual", each),
+                                          each[0],
+                                          reader.config(),
                                           phi.mutable_data_ptr<float>()};
     launch(group_weights_kernel<kThreads>, arguments, arguments.batch, reader.device());
-    return phi;
+    return {phi};
+}
+
+TORCH_LIBRARY_IMPL(vgpo_kernels, CUDA, library) {
+    library.impl("visual_weights", by_name<visual_weights, Values::kClamped>());
+    library.impl("group_weights", by_name<group_weights, Values::kClamped>());
 }
 
 }  // namespace
 }  // namespace cuda
 }  // namespace vgpo
-
-TORCH_LIBRARY_IMPL(vgpo_kernels, CUDA, library) {
-    library.impl("visual_weights", &vgpo::cuda::visual_weights);
-    library.impl("group_weights", &vgpo::cuda::group_weights);
-}

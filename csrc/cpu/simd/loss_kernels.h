@@ -17,11 +17,14 @@ inline double log_ratio_sum(const float* logp, const float* old_logp, int64_t le
 inline Vector load_or(const float* from, int64_t index, int lanes, float otherwise) {
     return from == nullptr ? Vector(otherwise) : load_first(from + index, lanes);
 }
+inline Vector load_or(const SpreadInput& from, int64_t index, int lanes, float otherwise) {
+    return from.per_token ? load_first(from.values + index, lanes) : Vector(from.values ? *from.values : otherwise);
+}
 
 // At most kSumBlock tokens: lane sums are folded into doubles once.
-inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t end, const LossOptions& options,
-                              float* grad_logp, LossSums& sums) {
+inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t end, float* grad_logp, LossSums& sums) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    const LossOptions& options = tokens.options;
     const bool through_mean = options.loss_type == LossType::kGspo;
     const Vector zero(0.0f), one(1.0f), scale(tokens.scale), kl_coef(options.kl_coef);
     const Vector entropy_coef(options.entropy_coef);
@@ -34,12 +37,11 @@ inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t e
         const Vector logp = load_first(tokens.logp + i, lanes);
         const Vector log_ratio = logp - load_first(tokens.old_logp + i, lanes);
         const Vector factor = load_or(tokens.factors, i, lanes, 1.0f);
-        const Vector advantage = load_or(tokens.advantages, i, lanes, tokens.advantage) * factor;
+        const Vector advantage = load_or(tokens.advantages, i, lanes, 0.0f) * factor;
         const Vector exponent = options.sequence_level() ? Vector(tokens.mean_log_ratio) : log_ratio;
         const Ratio<Vector> ratio = importance_ratio(exponent, options);
         const Surrogate<Vector> term = surrogate(ratio, logp, advantage, options);
-        const Vector importance = importance_correction(
-            load_or(tokens.importance, i, lanes, tokens.importance_weight), options);
+        const Vector importance = importance_correction(load_or(tokens.importance, i, lanes, 1.0f), options);
 
         Vector value = importance * term.value;
         Vector slope = importance * term.slope;  // w.r.t. the (mean) log-ratio
@@ -95,9 +97,9 @@ inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t e
     sums.tokens += end - begin;
 }
 
-inline void policy_loss(const LossTokens& tokens, const LossOptions& options, float* grad_logp, LossSums& sums) {
+inline void policy_loss(const LossTokens& tokens, float* grad_logp, LossSums& sums) {
     for (int64_t begin = 0; begin < tokens.length; begin += kSumBlock) {
         const int64_t end = begin + kSumBlock < tokens.length ? begin + kSumBlock : tokens.length;
-        policy_loss_block(tokens, begin, end, options, grad_logp, sums);
+        policy_loss_block(tokens, begin, end, grad_logp, sums);
     }
 }
