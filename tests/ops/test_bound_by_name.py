@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_bad_operators import ARGUMENTS, LAYOUTS, OPERATORS, call, device, operators_of
+from emulation.harness import NAMESPACE, compile_library
+from test_bad_operators import ARGUMENTS, LAYOUTS, OPERATORS, call, device
+
+from vgpo_kernels.ops import registry
 
 __all__ = ["device"]
 
@@ -45,13 +48,15 @@ torch.save(found, f"{folder}/found.pt")
 
 def library_of(device: str) -> tuple[str, str]:
     """Return the namespace of a device's operators, and the library that implements them."""
-    operators_of(device)
-    if device == "cpu":
-        spec = find_spec("vgpo_kernels._C")
-        assert spec is not None and spec.origin is not None
-        return "vgpo_kernels", spec.origin
-    (path,) = (path for path in torch.ops.loaded_libraries if "bindings" in Path(path).name)
-    return "vgpo_emulated", path
+    if device == "cuda":
+        return NAMESPACE, str(compile_library("bindings.cpp"))
+    spec = find_spec("vgpo_kernels._C")
+    assert spec is not None and spec.origin is not None
+    return registry.NAMESPACE, spec.origin
+
+
+def fresh(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def call_all(
@@ -63,8 +68,8 @@ def call_all(
         schema = str(operator._schema)
         listed, result = schema[schema.index("(") + 1 :].split(") -> ")
         declared = change(listed.split(", "))
-        given = {key: value for key, value in ARGUMENTS[layout][name].items() if key in " ".join(declared).split()}
-        given = {key: value.detach().clone() if isinstance(value, torch.Tensor) else value for key, value in given.items()}
+        names = {argument.split()[-1] for argument in declared}
+        given = {key: fresh(value) for key, value in ARGUMENTS[layout][name].items() if key in names}
         calls[name] = (f"({', '.join(declared)}) -> {result}", given)
     torch.save(calls, folder / "calls.pt")
     subprocess.run([sys.executable, "-c", CALL_ALL, *library_of(device), str(folder)], check=True)
