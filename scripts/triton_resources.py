@@ -33,14 +33,8 @@ TABLE = ROOT / "benchmarks" / "results" / "triton_resources.csv"
 
 from vgpo_kernels import PolicyLossOptions, VGPOConfig  # noqa: E402
 from vgpo_kernels.config import CHOICES  # noqa: E402
-from vgpo_kernels.triton_kernels import (  # noqa: E402
-    attention_mass,
-    linear_logprob,
-    policy_loss,
-    vgpo_loss,
-    visual_focus,
-    visual_weights,
-)
+from vgpo_kernels.ops import registry  # noqa: E402
+from vgpo_kernels.triton_kernels import attention_mass, linear_logprob  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -120,6 +114,12 @@ def recording(target: GPUTarget, variant: str = "") -> Iterator[list[Launch]]:
         vars(runtime).update(previous_state)
 
 
+def call_of(operator: str, **given: Any) -> Callable[[], Any]:
+    """Return a call of an operator with arguments by name, ``None`` for those of its schema that are not given."""
+    arguments = dict.fromkeys(registry.OPERATORS[operator].arguments) | given
+    return lambda: registry.implementation(operator, "triton")(**arguments)
+
+
 def calls(loss_types: Iterable[str]) -> dict[str, Callable[[], Any]]:
     """Return calls that between them launch every kernel, in the variants that take the most registers."""
     batch, rows, tokens = 2, 64, 32
@@ -137,21 +137,40 @@ def calls(loss_types: Iterable[str]) -> dict[str, Callable[[], Any]]:
         everything = {"kl_coef": 0.1, "entropy_coef": 0.1, "kl_bias_correction": True, "importance_cap": 2.0}
         return PolicyLossOptions(**everything, **changes).as_floats()
 
-    def policy(loss_type: str) -> Callable[[], Any]:
-        tensors = (values, values, per_response, mask, values, None, values, values, values, None, None)
-        return lambda: policy_loss.policy_loss(*tensors, options(loss_type=loss_type, aggregation="token-mean"))
+    terms = ("logp", "old_logp", "ref_logp", "entropy", "importance_weights")
 
-    image = (flat_visual, flat_visual, groups, boundaries, None, None)
+    def policy(loss_type: str) -> Callable[[], Any]:
+        return call_of(
+            "policy_loss",
+            **dict.fromkeys((*terms, "factors"), values),
+            advantages=per_response,
+            response_mask=mask,
+            options=options(loss_type=loss_type, aggregation="token-mean"),
+        )
+
     return {
-        "vgpo_loss, packed, bfloat16": lambda: vgpo_loss.vgpo_loss(
-            *(flat_hidden, flat_values, flat_values, flat_values, *image, flat_values, flat_values, flat_values),
-            *(None, None, paper, options(loss_type="dapo")),
+        "vgpo_loss, packed, bfloat16": call_of(
+            "vgpo_loss",
+            **dict.fromkeys((*terms, "advantages"), flat_values),
+            hidden=flat_hidden,
+            visual_mask=flat_visual,
+            response_mask=flat_visual,
+            group_ids=groups,
+            cu_seqlens=boundaries,
+            config=paper,
+            options=options(loss_type="dapo"),
         ),
-        "visual_focus, given prototypes, float32": lambda: visual_focus.visual_focus(
-            hidden.float(), None, mask, None, torch.zeros(batch, FEATURES), groups
+        "visual_focus, given prototypes, float32": call_of(
+            "visual_focus",
+            hidden=hidden.float(),
+            response_mask=mask,
+            prototype=torch.zeros(batch, FEATURES),
+            prototype_index=groups,
         ),
-        "visual_weights, released": lambda: visual_weights.visual_weights(values, mask, groups, None, None, released),
-        "group_weights": lambda: visual_weights.group_weights(per_response, groups, None, paper),
+        "visual_weights, released": call_of(
+            "visual_weights", cos=values, response_mask=mask, group_ids=groups, config=released
+        ),
+        "group_weights": call_of("group_weights", score=per_response, group_ids=groups, config=paper),
         **{f"policy_loss, {name}": policy(name) for name in loss_types},
         **attention_calls(),
         **head_calls(),

@@ -13,8 +13,8 @@ import pytest
 import torch
 from cases import Response, make_batch
 from emulation.harness import compiler, emulated_operators
+from operator_cases import BATCH_OPERATORS, operator_arguments, schema_order
 from test_attention_mass import draw
-from test_operators import operator_arguments
 from torch import Tensor
 
 from vgpo_kernels import PolicyLossOptions, VGPOConfig, backends
@@ -62,53 +62,72 @@ def worse(good: Tensor) -> list[Change]:
 def good_arguments(packed: bool) -> dict[str, dict[str, Any]]:
     """Arguments that each operator takes, by name, every tensor among them given."""
     batch = make_batch(tuple(Response(visual=4, length=5 + index) for index in range(3)), features=8, packed=packed)
-    found = {name: list(values) for name, values in operator_arguments(batch).items()}
-    prototypes = [torch.rand(2, 8), torch.tensor([0, -1, 1])]
-    weights = [torch.rand(3), torch.tensor(20.0), torch.tensor(3.0)]
-    found["visual_focus"][4:6] = prototypes
-    found["vgpo_loss"][8:10], found["vgpo_loss"][12:15] = prototypes, weights
-    found["policy_loss"][8:11] = weights
-    found["group_weights"][2] = batch.has_visual
+    optional = {
+        "prototype": torch.rand(2, 8),
+        "prototype_index": torch.tensor([0, -1, 1]),
+        "importance_weights": torch.rand(3),
+        "num_tokens": torch.tensor(20.0),
+        "num_sequences": torch.tensor(3.0),
+    }
+    found = {name: operator_arguments(name, batch, **optional) for name in BATCH_OPERATORS}
     found |= attention_arguments(packed) | head_arguments()
-    names = {name: [argument.name for argument in OPERATORS[name]._schema.arguments] for name in OPERATORS}
-    return {name: dict(zip(names[name], found[name], strict=True)) for name in OPERATORS}
+    return {name: found[name] for name in OPERATORS}
 
 
-def attention_arguments(packed: bool) -> dict[str, list[Any]]:
+def attention_arguments(packed: bool) -> dict[str, dict[str, Any]]:
     case = draw(((3, 9), (3, 9)), size=8, packed=packed)
-    q, k, labels = case.q, case.k, case.segments.clamp(max=1).int()
-    boundaries = [None if tensor is None else tensor.long() for tensor in (case.cu_seqlens_q, case.cu_seqlens_k)]
-    positions = torch.full(q.shape[::2] if q.dim() == 4 else q.shape[:1], 2)
-    keys = [q, k, labels, positions]
-    head_mass, _, lse = OPERATORS["attention_mass"](*keys, *boundaries, 2, 0.2, 4, True)
-    weights = torch.full(positions.shape, 0.25)
-    grad_heat = OPERATORS["attention_heatmap"](*keys, weights, lse, *boundaries, 0.2, 4, True)
-    return {
-        "attention_mass": [*keys, *boundaries, 2, 0.2, 4, False],
-        "attention_mass_backward": [head_mass, *keys, *boundaries, head_mass, lse, 0.2, 4],
-        "attention_heatmap": [*keys, weights, lse, *boundaries, 0.2, 4, False],
-        "attention_heatmap_backward": [grad_heat, *keys, weights, lse, *boundaries, 0.2, 4],
+    positions = torch.full(case.q.shape[::2] if case.q.dim() == 4 else case.q.shape[:1], 2)
+    given = {
+        "q": case.q,
+        "k": case.k,
+        "key_segments": case.segments.clamp(max=1).int(),
+        "query_positions": positions,
+        "query_weights": torch.full(positions.shape, 0.25),
+        "cu_seqlens_q": None if case.cu_seqlens_q is None else case.cu_seqlens_q.long(),
+        "cu_seqlens_k": None if case.cu_seqlens_k is None else case.cu_seqlens_k.long(),
+        "num_segments": 2,
+        "scale": 0.2,
+        "window": 4,
+        "per_head": True,
     }
 
+    def heads(operator: str) -> tuple[Tensor, ...]:
+        return OPERATORS[operator](**schema_order(operator, **given))
 
-def head_arguments() -> dict[str, list[Any]]:
+    given["head_mass"], _, given["lse"] = heads("attention_mass")
+    given |= {"grad_mass": given["head_mass"], "grad_heat": heads("attention_heatmap"), "per_head": False}
+    return {name: schema_order(name, **given) for name in ATTENTION}
+
+
+def head_arguments() -> dict[str, dict[str, Any]]:
     rows, features, vocabulary = 5, 8, 7
-    hidden, weight, bias = torch.rand(rows, features), torch.rand(vocabulary, features), torch.rand(vocabulary)
-    head = [hidden, weight, bias, torch.arange(rows), 0, 1.0]
-    logits = torch.zeros(rows, vocabulary)
-    return {
-        "head_statistics": [*head, torch.zeros(4, rows), logits, True],
-        "head_gradient": [*head, torch.zeros(5, rows), logits, True],
-        "head_product": [hidden, weight.T.contiguous(), logits, False],
+    hidden, weight = torch.rand(rows, features), torch.rand(vocabulary, features)
+    given = {
+        "hidden": hidden,
+        "weight": weight,
+        "bias": torch.rand(vocabulary),
+        "targets": torch.arange(rows),
+        "first": 0,
+        "temperature": 1.0,
+        "statistics": torch.zeros(4, rows),
+        "coefficients": torch.zeros(5, rows),
+        "logits": torch.zeros(rows, vocabulary),
+        "keep": True,
+        "recompute": True,
+        "left": hidden,
+        "right": weight.T.contiguous(),
+        "result": torch.zeros(rows, vocabulary),
+        "accumulate": False,
     }
+    return {name: schema_order(name, **given) for name in (*HEADS, "head_product")}
 
 
-ARGUMENTS = {"padded": good_arguments(False), "packed": good_arguments(True)}
-# Changes that make another call, as good as the first.
-LAYOUTS = tuple(ARGUMENTS)
 FOCUSING = ("visual_focus", "vgpo_loss")
 HEADS = ("head_statistics", "head_gradient")
 ATTENTION = tuple(name for name in OPERATORS if name.startswith("attention"))
+ARGUMENTS = {"padded": good_arguments(False), "packed": good_arguments(True)}
+# Changes that make another call, as good as the first.
+LAYOUTS = tuple(ARGUMENTS)
 DIVISORS = {"one fewer of dimension 1", "one more of dimension 1"}  # of six heads: two, and so one or three
 ANY_MATRIX = {"another dtype", "gaps"}
 ACCEPTED: dict[str, set[str]] = {
@@ -168,6 +187,11 @@ def call(device: str, layout: str, operator: str, **changed: Any) -> tuple[Tenso
 
 def test_both_devices_have_the_same_operators() -> None:
     assert operators_of("cuda").keys() == operators_of("cpu").keys()
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_argument_is_given(operator: str) -> None:
+    assert not [name for name, value in ARGUMENTS["packed"][operator].items() if value is None]
 
 
 @pytest.mark.parametrize(("layout", "operator"), [(layout, name) for layout in ARGUMENTS for name in OPERATORS])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import EDGES, Batch, Response, make_batch
 from linear_cases import Head, with_predicting_rows
+from operator_cases import operator_arguments
 from tolerance import assert_close, floor_of
 from torch import Tensor
 
@@ -225,23 +226,21 @@ def test_a_token_that_nothing_predicts_is_refused(backend_name: str, device: tor
 def test_opcheck(exact_backend: str, device: torch.device, packed: bool) -> None:
     batch, head = with_predicting_rows(make_batch(FEW, packed=packed), VOCABULARY)
     batch, head = batch.to(device), head.to(device)
-    arguments = (
-        head.hidden.nan_to_num().requires_grad_(),
-        head.weight.clone().requires_grad_(),
-        head.bias,
-        head.targets,
-        batch.old_logp,
-        batch.advantages,
-        batch.response_mask,
-        None,
-        None if batch.cu_seqlens is None else batch.cu_seqlens.long(),
-        *(None,) * 4,
-        0.9,
-        PolicyLossOptions().as_floats(),
-        [True, True, False],
-        CHUNK_BYTES,
+    arguments = operator_arguments(
+        "linear_policy_loss",
+        batch,
+        hidden=head.hidden.nan_to_num().requires_grad_(),
+        weight=head.weight.clone().requires_grad_(),
+        bias=head.bias,
+        targets=head.targets,
+        temperature=0.9,
+        gradients=[True, True, False],
+        chunk_bytes=CHUNK_BYTES,
+        # The loss is positive without, and opcheck's gradient of its magnitude 1: backward, which scales results in
+        # place, leaves those that opcheck compares as they were.
+        factors=None,
     )
-    torch.library.opcheck(registry.implementation("linear_policy_loss", exact_backend), arguments)
+    torch.library.opcheck(registry.implementation("linear_policy_loss", exact_backend), tuple(arguments.values()))
 
 
 def test_traces_into_one_graph(backend_name: str, device: torch.device) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from cases import EDGES, Batch, make_batch
+from operator_cases import BATCH_OPERATORS, CONFIG, operator_arguments
 from tolerance import assert_close
 from torch import Tensor
 
@@ -28,43 +28,13 @@ ROOMS = {
     "benchmarks": "bench_{}.py",
     "tests/ops": "test_{}.py",
 }
-CONFIG = VGPOConfig.paper().as_floats()
-OPTIONS = vgpo_kernels.PolicyLossOptions(max_length=32).as_floats()
-
-
-def operator_arguments(batch: Batch) -> dict[str, tuple[Any, ...]]:
-    """Arguments of each operator, as its public function would pass them."""
-    cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.long()
-    mask = batch.response_mask
-    logp = batch.logp.nan_to_num().requires_grad_()
-    entropy = batch.entropy.nan_to_num().requires_grad_()
-    old, reference = batch.old_logp.nan_to_num(), batch.ref_logp.nan_to_num()
-    hidden = batch.hidden.nan_to_num()
-    score = torch.rand(len(batch.group_ids), device=mask.device)
-    cos = torch.where(mask, torch.rand(mask.shape, device=mask.device), 0.0)
-    policy = (reference, entropy, None, None, None)
-    image = (batch.visual_mask, mask)
-    return {
-        "visual_prototype": (hidden, batch.visual_mask, cu_seqlens),
-        "visual_focus": (hidden, *image, cu_seqlens, None, None),
-        "visual_weights": (cos, mask, batch.group_ids, batch.has_visual, cu_seqlens, CONFIG),
-        "group_weights": (score, batch.group_ids, None, CONFIG),
-        "policy_loss": (logp, old, batch.advantages, mask, cos, cu_seqlens, *policy, OPTIONS),
-        "vgpo_loss": (
-            *(hidden, logp, old, batch.advantages, *image, batch.group_ids, cu_seqlens, None, None),
-            *(*policy, CONFIG, OPTIONS),
-        ),
-    }
-
-
-NAMES = list(operator_arguments(make_batch(EDGES["plain"])))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BATCH_OPERATORS)
 def test_opcheck(exact_backend: str, device: torch.device, name: str, packed: bool) -> None:
-    arguments = operator_arguments(make_batch(EDGES["plain"], packed=packed).to(device))[name]
-    torch.library.opcheck(registry.implementation(name, exact_backend), arguments)
+    arguments = operator_arguments(name, make_batch(EDGES["plain"], packed=packed).to(device))
+    torch.library.opcheck(registry.implementation(name, exact_backend), tuple(arguments.values()))
 
 
 def focus(batch: Batch, hidden: Tensor) -> Tensor:

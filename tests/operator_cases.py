@@ -1,0 +1,55 @@
+"""Arguments of operators by name, for tests that call operators past their public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cases import Batch
+from torch import Tensor
+
+from vgpo_kernels import PolicyLossOptions, VGPOConfig
+from vgpo_kernels.ops import registry
+
+BATCH_OPERATORS = ("visual_prototype", "visual_focus", "visual_weights", "group_weights", "policy_loss", "vgpo_loss")
+CONFIG = VGPOConfig.paper().as_floats()
+OPTIONS = PolicyLossOptions(max_length=32).as_floats()
+
+
+def schema_order(operator: str, **given: Any) -> dict[str, Any]:
+    """Return every argument of an operator by name, in the schema's order: those given, and ``None`` for the rest.
+
+    Names of other operators' arguments are passed over, so that several operators may share what is given.
+    """
+    known = {name for definition in registry.OPERATORS.values() for name in definition.arguments}
+    assert given.keys() <= known, f"no operator has the arguments {given.keys() - known}"
+    return {name: given.get(name) for name in registry.OPERATORS[operator].arguments}
+
+
+def operator_arguments(operator: str, batch: Batch, **given: Any) -> dict[str, Any]:
+    """Return the arguments of an operator on a batch, as its public function would pass them, and ``given`` ones."""
+    mask = batch.response_mask
+    generator = torch.Generator().manual_seed(11)
+
+    def uniform(like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=generator).to(like.device)
+
+    of_batch = {
+        "hidden": batch.hidden.nan_to_num(),
+        "visual_mask": batch.visual_mask,
+        "response_mask": mask,
+        "group_ids": batch.group_ids,
+        "has_visual": batch.has_visual,
+        "cu_seqlens": None if batch.cu_seqlens is None else batch.cu_seqlens.long(),
+        "logp": batch.logp.nan_to_num().requires_grad_(),
+        "old_logp": batch.old_logp.nan_to_num(),
+        "ref_logp": batch.ref_logp.nan_to_num(),
+        "entropy": batch.entropy.nan_to_num().requires_grad_(),
+        "advantages": batch.advantages,
+        "cos": torch.where(mask, uniform(mask), 0.0),
+        "factors": uniform(mask),
+        "score": uniform(batch.group_ids),
+        "config": CONFIG,
+        "options": OPTIONS,
+    }
+    return schema_order(operator, **(of_batch | given))

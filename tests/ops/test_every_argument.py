@@ -1,0 +1,197 @@
+"""Every argument and option of every public function counts: another value gives another result, on every backend.
+
+One that is added and forgotten on the way (in a public function, an operator, a backend) fails here, and so does one
+that the tables below do not know.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from bad_input import Subject, subjects
+from torch import Tensor
+
+import vgpo_kernels
+from vgpo_kernels import VGPOConfig
+from vgpo_kernels.config import CHOICES
+from vgpo_kernels.ops import registry
+
+# Packed, where every argument has a meaning.
+SUBJECTS = {
+    label.removesuffix(", packed"): made
+    for label, made in subjects().items()
+    if label.removesuffix(", packed") in vgpo_kernels.__all__ and inspect.isfunction(made.function)
+}
+
+
+# ---- from the schemas of operators to the signatures of public functions -------------------------------------------
+
+# What public functions make of other arguments. (The fields of options are keywords.)
+DERIVED = {
+    "attention_heatmap": {"key_segments", "lse", "query_weights"},  # of the masks
+    "linear_logprob": {"first"},  # of linear_logprob_slice
+    "linear_policy_loss": {"gradients", "options"},  # what is differentiable
+    "policy_loss": {"options"},
+    "vgpo_loss": {"options"},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in registry.OPERATORS if name in SUBJECTS])
+def test_the_public_function_names_every_argument_of_its_operator(name: str) -> None:
+    """Through ``**options`` another one would work, undocumented."""
+    assert set(registry.OPERATORS[name].arguments) - SUBJECTS[name].arguments() == DERIVED.get(name, set())
+
+
+# ---- every value counts --------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """Values of an argument that lead to different results.
+
+    Attributes:
+        values: The values, or what makes one of the arguments that the function accepts; none: all choices of its name.
+        given: Other arguments, with which it counts.
+
+    """
+
+    values: tuple[Any, ...] = ()
+    given: Mapping[str, Any] = {}
+
+
+def changed(change: Callable[[Tensor], Tensor], name: str) -> tuple[Callable[[Mapping[str, Any]], Any], ...]:
+    return (lambda good: good[name]), (lambda good: change(good[name]))
+
+
+def every_other(mask: Tensor) -> Tensor:
+    return mask & (torch.arange(mask.numel()) % 2 == 0).view_as(mask)
+
+
+def without_one(boundaries: Tensor) -> Tensor:
+    """Give the tokens of a sequence to the one after it."""
+    return torch.cat([boundaries[:2], boundaries[1:2], boundaries[3:]])
+
+
+# What is done to a tensor; order and scale of its values change.
+CHANGES: dict[torch.dtype, Callable[[Tensor], Tensor]] = {
+    torch.float32: torch.cos,
+    torch.int64: lambda values: values.roll(1),
+    torch.bool: every_other,
+    torch.int32: without_one,
+}
+ACTIVE = {"kl_coef": 0.3, "entropy_coef": 0.1, "dual_clip": 1.3, "importance_cap": 0.5}
+NO_PROTOTYPE = {"prototype": None, "prototype_index": None}
+FAR = {"ref_logp": lambda good: good["ref_logp"] + 5}
+CASES = {
+    # "bnpo", "dapo" and "dr_grpo" are "grpo" with other default aggregations.
+    "loss_type": Case(
+        tuple(name for name in CHOICES["loss_type"] if name not in ("bnpo", "dapo", "dr_grpo")),
+        {"aggregation": "token-mean"},
+    ),
+    "aggregation": Case(),
+    "epsilon_low": Case((0.2, 0.01)),
+    "epsilon_high": Case((0.28, 0.01)),
+    "dual_clip": Case((None, 1.05)),
+    "kl_coef": Case((0.3, 0.6)),
+    "kl_estimator": Case(given=FAR),
+    "entropy_coef": Case((0.1, 0.2)),
+    "max_length": Case((16, 8), {"aggregation": "seq-mean-token-sum-norm"}),
+    "sapo_temperature_positive": Case((1.0, 2.0), {"loss_type": "sapo"}),
+    "sapo_temperature_negative": Case((1.0, 2.0), {"loss_type": "sapo"}),
+    "ratio_clamp": Case((None, 0.1)),
+    "cispo_cap": Case((None, 1.05), {"loss_type": "cispo"}),
+    "kl_bias_correction": Case((False, True)),
+    "importance_cap": Case((None, 0.3)),
+    "importance_mode": Case(),
+    "beta": Case((0.3, 0.6)),
+    "tail_ratio": Case((0.5, 1.0)),
+    "top_ratio": Case((0.2, 0.6)),
+    "schedule": Case(),
+    "start_ratio": Case((0.0, 0.5)),
+    "exponent": Case((2.0, 3.0), {"schedule": "exponential"}),
+    "step_ratio": Case((0.5, 0.9), {"schedule": "step"}),
+    "gate": Case((True, False)),
+    "intra": Case((True, False)),
+    "inter": Case((True, False)),
+    "score": Case(),
+    "score_offset": Case((None, -1.0), {"score": "offset"}),
+    "position": Case(),
+    "accumulation": Case(),
+    "intra_clamp": Case((None, (0.9, 1.1))),
+    "inter_clamp": Case((None, (0.9, 1.1))),
+    "num_tokens": Case((30, 60)),
+    "num_sequences": Case((4, 8), {"aggregation": "seq-mean-token-mean"}),
+    "temperature": Case((1.0, 0.7)),
+    "ignore_index": Case((-100, lambda good: int(good["targets"][0]))),
+    "first": Case((3, 2)),
+    "return_entropy": Case((False, True)),
+    "num_segments": Case((3, 4)),
+    "scale": Case((None, 1.0)),
+    "window": Case((None, 1)),
+    "per_head": Case((False, True)),
+    "query_positions": Case(changed(lambda positions: positions - 1, "query_positions")),
+    "visual_mask": Case(changed(every_other, "visual_mask"), NO_PROTOTYPE),
+    "combine_slices: targets": Case(changed(lambda targets: targets.clone().fill_(-100), "targets")),
+}
+# How the work is cut, which no result depends on.
+NO_RESULT = {"chunk_bytes"}
+
+
+def names_of(made: Subject) -> set[str]:
+    """Return the names of a function's arguments, with the fields of its config."""
+    names = made.arguments() - NO_RESULT
+    return names - {"config"} | set(VGPOConfig.kinds) if "config" in names else names
+
+
+def case_of(function: str, name: str, good: Mapping[str, Any]) -> Case:
+    found = CASES.get(f"{function}: {name}") or CASES.get(name)
+    if found is None:
+        assert isinstance(good.get(name), Tensor), f"{name} of {function} has no case: with which values does it count?"
+        return Case(changed(CHANGES[good[name].dtype], name))
+    return found if found.values else found._replace(values=CHOICES[name])
+
+
+def results_of(made: Subject, changes: Mapping[str, Any], device: torch.device) -> Tensor:
+    """Return all that a function returns, and the gradients of a weighted sum of it, flat."""
+    good = made.good | {name: value for name, value in ACTIVE.items() if name in made.arguments()}
+    given = good | {name: value(good) if callable(value) else value for name, value in changes.items()}
+    if "config" in given:
+        given["config"] = VGPOConfig(**{name: given.pop(name) for name in VGPOConfig.kinds if name in given})
+    given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+    floats = [name for name, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    given |= {name: given[name].detach().requires_grad_() for name in floats}
+    found = flat(made.function(**given))
+    sums = [
+        (one * torch.arange(1, one.numel() + 1, device=device).view_as(one)).sum() for one in found if one.requires_grad
+    ]
+    gradients = torch.autograd.grad(sum(sums), [given[name] for name in floats], allow_unused=True) if sums else ()
+    return torch.cat([one.detach().reshape(-1).float().nan_to_num() for one in (*found, *gradients) if one is not None])
+
+
+def flat(results: Any) -> list[Tensor]:
+    if isinstance(results, Tensor):
+        return [results]
+    parts = results.values() if isinstance(results, dict) else results
+    return [tensor for part in parts for tensor in flat(part)]
+
+
+def differ(one: Tensor, other: Tensor) -> bool:
+    return one.shape != other.shape or not torch.allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", SUBJECTS)
+def test_every_argument_counts(backend_name: str, device: torch.device, function: str) -> None:
+    made = SUBJECTS[function]
+    silent = []
+    for name in sorted(names_of(made)):
+        case = case_of(function, name, made.good)
+        given = {other: value for other, value in case.given.items() if other in names_of(made)}
+        found = [results_of(made, given | {name: value}, device) for value in case.values]
+        assert len(found) > 1
+        if not all(differ(*pair) for pair in combinations(found, 2)):
+            silent.append(name)
+    assert not silent, "another value changes nothing"
