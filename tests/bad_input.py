@@ -260,7 +260,7 @@ class Subject:
             return {setting.name for setting in fields(VGPOConfig)}
         keywords = inspect.signature(policy_ops.policy_loss).parameters.values()
         names |= {keyword.name for keyword in keywords if keyword.kind is keyword.KEYWORD_ONLY} - {"factors"}
-        names |= set(OPTION_VALUES)
+        names |= set(PolicyLossOptions.kinds)
         return names - ({"entropy"} if "targets" in names else set())
 
 

@@ -273,7 +273,8 @@ class PolicyLossOptions(_Settings):
         loss_type: Surrogate: ``"grpo"``, ``"bnpo"``, ``"dapo"`` and ``"dr_grpo"`` clip the token ratio and differ in
             their default aggregation; ``"gspo"`` and ``"gspo_token"`` clip the sequence ratio; ``"cispo"`` weights
             the log-prob by the clipped, detached ratio; ``"sapo"`` gates softly.
-        aggregation: How token losses become one number; ``None`` takes the loss type's own.
+        aggregation: How token losses become one number: ``"token-mean"``, ``"seq-mean-token-mean"``,
+            ``"seq-mean-token-sum"`` or ``"seq-mean-token-sum-norm"``; ``None`` takes the loss type's own.
         epsilon_low: Clip range below 1, >= 0.
         epsilon_high: Clip range above 1, >= 0.
         dual_clip: Bound on the ratio where the advantage is negative, > 1 (two-sided clipping), or ``None``.

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 
 from vgpo_kernels import PolicyLossOptions, VGPOConfig
-from vgpo_kernels.config import CHOICES, Choice
+from vgpo_kernels.config import CHOICES, DEFAULT_AGGREGATION, Choice
+
+MATH = (Path(__file__).resolve().parents[2] / "csrc" / "math.h").read_text()
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -165,3 +169,26 @@ def test_signatures_can_be_read() -> None:
     for kind in (VGPOConfig, PolicyLossOptions):
         assert "floats" in get_type_hints(kind.from_floats)
         assert get_type_hints(kind).keys() >= kind.kinds.keys()
+
+
+def test_every_loss_type_has_a_default_aggregation() -> None:
+    assert tuple(DEFAULT_AGGREGATION) == CHOICES["loss_type"]
+    assert set(DEFAULT_AGGREGATION.values()) <= set(CHOICES["aggregation"])
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_kernels_name_choices_alike(name: str) -> None:
+    """Choices travel as numbers: an enum of csrc/math.h has the same names in the same order."""
+    kind = name.title().replace("_", "")
+    (listed,) = re.findall(rf"enum class {kind} {{(.*?)}}", MATH, re.DOTALL)
+    *enumerators, count = re.findall(r"\bk(\w+)", listed)
+    assert count == "Count"
+    spelled = [enumerator.lower().replace("sequence", "seq") for enumerator in enumerators]
+    assert spelled == [re.sub(r"[-_]", "", choice) for choice in CHOICES[name]]
+
+
+@pytest.mark.parametrize("settings", [VGPOConfig, PolicyLossOptions])
+def test_the_docstring_lists_every_choice(settings: type[VGPOConfig | PolicyLossOptions]) -> None:
+    for name in settings.kinds.keys() & CHOICES.keys():
+        (text,) = re.findall(rf"^ {{8}}{name}: (.*?)(?=^ {{8}}\w|^$)", settings.__doc__ or "", re.DOTALL | re.MULTILINE)
+        assert set(CHOICES[name]) <= set(re.findall(r'"([\w-]+)"', text)), name
