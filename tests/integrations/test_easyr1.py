@@ -15,7 +15,7 @@ from tolerance import assert_close
 from torch import Tensor
 
 from vgpo_kernels import VGPOConfig, visual_focus, visual_weights
-from vgpo_kernels.integrations.easyr1 import authors_config, compute_policy_loss, patch_easyr1
+from vgpo_kernels.integrations.easyr1 import AUTHORS_NAMES, authors_config, compute_policy_loss, patch_easyr1
 from vgpo_kernels.integrations.surface import UnknownSurfaceError
 
 transformers = pytest.importorskip("transformers")
@@ -198,7 +198,7 @@ def test_the_loss_is_easyr1s(loss_type: str, average: str) -> None:
     old = logp + 0.4 * normal()
     logp.requires_grad_()
     loss, metrics = compute_policy_loss(
-        old, logp, advantages, mask, 0.2, 0.3, 3.0, tau_positive=1.0, tau_negative=1.1,
+        old, logp, advantages, mask, 0.1, 0.3, 1.5, tau_positive=0.8, tau_negative=1.1,
         loss_type=loss_type, loss_avg_mode=average,
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(loss, logp)
@@ -208,15 +208,15 @@ def test_the_loss_is_easyr1s(loss_type: str, average: str) -> None:
         mean = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
         log_ratio = mean if loss_type == "gspo" else mean.detach() + logp - logp.detach()
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(0.8, 1.3)
+    clipped = ratio.clamp(0.9, 1.3)
     if loss_type == "cispo":
         token_loss = -advantages * logp * clipped.detach()
     elif loss_type == "sapo":
-        tau = torch.where(advantages >= 0, 1.0, 1.1)
+        tau = torch.where(advantages >= 0, 0.8, 1.1)
         token_loss = -advantages * 4 / tau * torch.sigmoid(tau * (ratio - 1))
     else:
         upper = torch.maximum(-advantages * ratio, -advantages * clipped)
-        token_loss = torch.where(advantages < 0, torch.minimum(upper, -advantages * 3.0), upper)
+        token_loss = torch.where(advantages < 0, torch.minimum(upper, -advantages * 1.5), upper)
     if average == "token":
         expected = (token_loss * mask).sum() / mask.sum()
     else:
@@ -240,10 +240,20 @@ def test_the_authors_names_are_understood() -> None:
         "visual_attention_threshold": 0.1,
         "visual_compensation_type": "step-function",
         "visual_compensation_step_ratio": 0.7,
+        "visual_compensation_start_ratio": 0.2,
+        "visual_compensation_exponent": 3.0,
         "adv_estimator": "grpo",
     }
+    assert AUTHORS_NAMES.keys() <= script.keys()
     expected = VGPOConfig.released(
-        inter=False, tail_ratio=0.4, beta=0.6, top_ratio=0.1, schedule="step", step_ratio=0.7
+        inter=False,
+        tail_ratio=0.4,
+        beta=0.6,
+        top_ratio=0.1,
+        schedule="step",
+        step_ratio=0.7,
+        start_ratio=0.2,
+        exponent=3.0,
     )
     assert authors_config(script) == expected
     assert authors_config({}) == VGPOConfig.released()

@@ -49,8 +49,15 @@ def draw(seed: int = 0) -> dict[str, Tensor]:
 
 
 def actor_config(**global_batch: Any) -> ActorConfig:
+    # Other numbers than policy_loss would take by itself.
     config = ActorConfig(
-        strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=1, clip_ratio_low=0.2, clip_ratio_high=0.28
+        strategy="fsdp",
+        rollout_n=4,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio_low=0.15,
+        clip_ratio_high=0.35,
+        tau_pos=0.8,
+        tau_neg=1.2,
     )
     config.global_batch_info.update(global_batch)
     return config

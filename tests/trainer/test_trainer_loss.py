@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -11,11 +12,9 @@ pytest.importorskip("trl")
 
 from trainer.tiny_runs import generation_batch, make_trainer, rows
 from trl import GRPOTrainer
-from vgpo_trainer.trl_surface import FORWARD_INPUTS
+from vgpo_trainer.trl_surface import FORWARD_INPUTS, LOSS_TYPES, SURFACE
 
 from vgpo_kernels import VGPOConfig
-
-LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +29,11 @@ def trainer(tmp_path_factory):
         num_generations=4,
         beta=0.0,
         rollout_samples=4,
+        # Other numbers than policy_loss would take by itself.
+        epsilon=0.15,
+        epsilon_high=0.35,
+        sapo_temperature_pos=0.7,
+        sapo_temperature_neg=1.3,
     )
     built.model.train()
     built.current_gradient_accumulation_steps = 1  # the training loop sets it
@@ -55,6 +59,7 @@ def rollout(trainer) -> dict[str, Any]:
     batch["old_per_token_logps"] = logp + 0.4 * torch.randn(logp.shape, generator=noise)
     batch["reference"] = logp + 0.4 * torch.randn(logp.shape, generator=noise)
     batch["advantages"] = torch.randn(logp.shape[0], generator=noise)
+    trainer.max_completion_length = 2 * logp.shape[1]
     assert batch["completion_mask"].sum() < batch["completion_mask"].numel(), "the batch should have padding"
     return batch
 
@@ -78,13 +83,18 @@ def assert_same_loss(trainer, batch, trl_batch=None):
         assert (gradient - reference).abs().max() <= 1e-5 * largest
 
 
+def test_every_input_of_trls_pass_is_handed_on():
+    found = signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    assert set(found) - {"self"} == set(SURFACE["_get_per_token_logps_and_entropies"])
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_without_vgpo_the_loss_is_trls(trainer, rollout, monkeypatch, loss_type, beta, mode):
     monkeypatch.setattr(trainer, "loss_type", loss_type)
     monkeypatch.setattr(trainer, "beta", beta)
-    monkeypatch.setattr(trainer, "epsilon_high", 5.0 if loss_type == "cispo" else 0.28)
+    monkeypatch.setattr(trainer, "epsilon_high", 5.0 if loss_type == "cispo" else 0.35)
     monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 3)
     if beta:
         rollout = {**rollout, "ref_per_token_logps": rollout["reference"]}
@@ -104,7 +114,7 @@ def test_with_vgpo_the_loss_is_trls_on_reweighted_advantages(trainer, rollout, m
     assert_same_loss(trainer, {**rollout, "visual_factors": factors}, trl_batch={**rollout, "advantages": reweighted})
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", [name for name, loss in LOSS_TYPES.items() if loss.clipped])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_sequence_level_ratios(trainer, rollout, monkeypatch, loss_type, beta):
     monkeypatch.setattr(trainer, "loss_type", loss_type)
