@@ -206,3 +206,4 @@ def test_clip_shares_are_trls(trainer, rollout, monkeypatch, loss_type):
     for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "entropy", "kl"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
     assert ours["clip_ratio/low_mean"] > 0 and ours["clip_ratio/high_mean"] > 0
+    assert ours["vgpo/old_policy_kl"] > 0
