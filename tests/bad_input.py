@@ -327,17 +327,22 @@ RESPONSES = tuple(Response(visual=4, length=5 + 2 * index, group=index // 2) for
 
 
 def _batch_subjects(packed: bool) -> dict[str, Subject]:
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
     batch, head = with_predicting_rows(make_batch(RESPONSES, features=8, packed=packed), VOCABULARY)
     head = replace(head, targets=head.targets.clamp(min=0))
     hidden, responses = batch.hidden, batch.response_mask
     layout = {"cu_seqlens": batch.cu_seqlens} if packed else {}
     image = {"hidden": hidden, "visual_mask": batch.visual_mask}
-    shared = {"prototype": torch.rand(3, 8), "prototype_index": torch.tensor([0, 2, -1, 1])}
+    shared = {"prototype": uniform(3, 8), "prototype_index": torch.tensor([0, 2, -1, 1])}
     groups = {"group_ids": batch.group_ids, "config": VGPOConfig.paper()}
     policy = {
         "advantages": batch.advantages,
         "ref_logp": batch.ref_logp,
-        "importance_weights": torch.rand(4),
+        "importance_weights": uniform(4),
         "num_tokens": 30,
         "num_sequences": 4,
         "max_length": 16,
@@ -345,7 +350,7 @@ def _batch_subjects(packed: bool) -> dict[str, Subject]:
     sampled = {"logp": batch.logp, "old_logp": batch.old_logp, "entropy": batch.entropy}
     projected = {"weight": head.weight, "bias": head.bias, "targets": head.targets, "old_logp": batch.old_logp}
     response = {"response_mask": responses}
-    factors = {"factors": torch.rand(responses.shape)}
+    factors = {"factors": uniform(*responses.shape)}
 
     # What is another batch, and no mistake; what it does not fit to is found by the argument that comes after.
     fewer_features = without(KINDS["hidden"](hidden), *_dimensions(hidden, -1))
@@ -374,10 +379,10 @@ def _batch_subjects(packed: bool) -> dict[str, Subject]:
         "visual_focus": subject(vgpo_kernels.visual_focus, both, response_mask=fewer_rows, **shares),
         "visual_weights": subject(
             vgpo_kernels.visual_weights,
-            {"cos": torch.rand(responses.shape), "has_visual": batch.has_visual} | response | groups | layout,
+            {"cos": uniform(*responses.shape), "has_visual": batch.has_visual} | response | groups | layout,
         ),
         "group_weights": subject(
-            vgpo_kernels.group_weights, {"score": torch.rand(4), "has_visual": batch.has_visual} | groups
+            vgpo_kernels.group_weights, {"score": uniform(4), "has_visual": batch.has_visual} | groups
         ),
         "policy_loss": subject(vgpo_kernels.policy_loss, sampled | policy | response | factors | layout),
         "vgpo_loss": subject(vgpo_kernels.vgpo_loss, both | sampled | policy | groups, **shares),
