@@ -65,12 +65,12 @@ pybind11::dict build_info() {
 // The name and kind of every field, and the number of choices of those that are codes.
 template <typename Settings>
 std::vector<std::tuple<std::string, std::string, int>> fields_read() {
-    vgpo::SettingsReader reader(nullptr, 0);
-    Settings settings = {};
-    settings.read(reader);
-    std::vector<std::tuple<std::string, std::string, int>> fields;
-    for (const auto& field : reader.fields()) fields.emplace_back(field.name, field.kind, field.choices);
-    return fields;
+    std::vector<vgpo::SettingsReader::Field> fields;
+    vgpo::SettingsReader reader(nullptr, 0, &fields);
+    Settings().read(reader);
+    std::vector<std::tuple<std::string, std::string, int>> found;
+    for (const auto& field : fields) found.emplace_back(field.name, field.kind, field.choices);
+    return found;
 }
 
 int64_t contiguous_bytes(const at::Tensor& tensor) {

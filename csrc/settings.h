@@ -21,7 +21,9 @@ public:
         int choices;  // of a code
     };
 
-    SettingsReader(const double* numbers, size_t count) : numbers_(numbers), count_(count) {}
+    // `fields`, if given, gets every field that is read.
+    SettingsReader(const double* numbers, size_t count, std::vector<Field>* fields = nullptr)
+        : numbers_(numbers), count_(count), fields_(fields) {}
 
     template <typename T>
     void number(const char* name, T& field) {
@@ -61,8 +63,6 @@ public:
         high = static_cast<T>(second);
     }
 
-    const std::vector<Field>& fields() const { return fields_; }
-
     // What is wrong with `settings`, all of whose fields have been read; empty if nothing is.
     std::string complaint(const char* settings) const {
         if (read_ == count_) return complaint_;
@@ -73,7 +73,8 @@ public:
 
 private:
     double begin(const Field& field) {
-        fields_.push_back(field);
+        name_ = field.name;
+        if (fields_ != nullptr) fields_->push_back(field);
         return next();
     }
 
@@ -85,13 +86,14 @@ private:
     void expect(bool valid, const char* expected, double value) {
         if (valid || !complaint_.empty()) return;
         std::ostringstream message;
-        message << fields_.back().name << " must be " << expected << ", got " << value;
+        message << name_ << " must be " << expected << ", got " << value;
         complaint_ = message.str();
     }
 
     const double* numbers_;
     size_t count_, read_ = 0;
-    std::vector<Field> fields_;
+    std::vector<Field>* fields_;
+    const char* name_ = "";  // of the field being read
     std::string complaint_;
 };
 

@@ -126,12 +126,11 @@ struct LossWorkspace {
     double* sequence_slopes = nullptr;    // [pieces] of GSPO
 };
 
-template <typename Arena>
-void bind_loss(LossWorkspace& workspace, Arena& arena, const Layout& layout, const LossOptions& options) {
-    workspace.sums = arena.template take<PolicySums>("policy_sums", max_pieces(layout));
+inline void bind_loss(LossWorkspace& workspace, Arena& arena, const Layout& layout, const LossOptions& options) {
+    workspace.sums = arena.take<PolicySums>("policy_sums", max_pieces(layout));
     if (!options.sequence_level()) return;
-    workspace.log_ratio_sums = arena.template take<double>("log_ratio_sums", max_pieces(layout));
-    workspace.sequence_slopes = arena.template take<double>("sequence_slopes", max_pieces(layout));
+    workspace.log_ratio_sums = arena.take<double>("log_ratio_sums", max_pieces(layout));
+    workspace.sequence_slopes = arena.take<double>("sequence_slopes", max_pieces(layout));
 }
 
 // A piece of a response: ordinals [first, last).
@@ -291,8 +290,7 @@ struct PolicyLossArguments {
     LossOutput output;
 };
 
-template <typename Arena>
-void bind(PolicyLossArguments& arguments, Arena& arena) {
+inline void bind(PolicyLossArguments& arguments, Arena& arena) {
     bind_tokens(arguments.lists, arena, arguments.input.layout);
     bind_loss(arguments.workspace, arena, arguments.input.layout, arguments.input.options);
 }

@@ -20,20 +20,20 @@ struct VgpoLossArguments {
     FocusWorkspace lists;
     WeightsWorkspace weights;
     LossWorkspace loss;
-    float* cos;           // [tokens]
+    float* cos;         // [tokens]
     LossOutput output;  // metrics: [kPolicyMetrics + kFocusMetrics]
 };
 
-template <typename T, typename Arena>
+template <typename T>
 void bind(VgpoLossArguments<T>& arguments, Arena& arena) {
     const FocusInput<T>& focus = arguments.focus;
     const bool given = focus.given_prototypes != nullptr;
     bind_image(arguments.lists, arena, focus.layout, focus.dim, given);
     bind_tokens(arguments.lists, arena, focus.layout);
-    if (!given) arguments.lists.prototypes = arena.template take<float>("prototypes", focus.layout.batch * focus.dim);
+    if (!given) arguments.lists.prototypes = arena.take<float>("prototypes", focus.layout.batch * focus.dim);
     bind_weights(arguments.weights, arena, focus.layout);
-    arguments.weights.scores = arena.template take<float>("scores", focus.layout.batch);
-    arguments.cos = arena.template take<float>("cos", focus.layout.num_tokens());
+    arguments.weights.scores = arena.take<float>("scores", focus.layout.batch);
+    arguments.cos = arena.take<float>("cos", focus.layout.num_tokens());
     bind_loss(arguments.loss, arena, focus.layout, arguments.policy.options);
 }
 

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "vector.cuh"
+#include "workspace.h"
 
 namespace vgpo {
 namespace cuda {
@@ -70,18 +71,16 @@ inline int64_t max_runs(const Layout& layout) {
 }
 
 // Arrays that the visual rows need; with given prototypes only whether there is an image.
-template <typename Arena>
-void bind_image(FocusWorkspace& workspace, Arena& arena, const Layout& layout, int64_t dim, bool given) {
-    workspace.visual_count = arena.template take<int32_t>("visual_count", layout.batch);
+inline void bind_image(FocusWorkspace& workspace, Arena& arena, const Layout& layout, int64_t dim, bool given) {
+    workspace.visual_count = arena.take<int32_t>("visual_count", layout.batch);
     if (given) return;
-    workspace.visual_index = arena.template take<int32_t>("visual_index", layout.num_rows());
-    workspace.row_sums = arena.template take<float>("row_sums", max_runs(layout) * dim);
+    workspace.visual_index = arena.take<int32_t>("visual_index", layout.num_rows());
+    workspace.row_sums = arena.take<float>("row_sums", max_runs(layout) * dim);
 }
 
-template <typename Arena>
-void bind_tokens(FocusWorkspace& workspace, Arena& arena, const Layout& layout) {
-    workspace.token_count = arena.template take<int32_t>("token_count", layout.batch);
-    workspace.token_index = arena.template take<int32_t>("token_index", layout.num_tokens());
+inline void bind_tokens(FocusWorkspace& workspace, Arena& arena, const Layout& layout) {
+    workspace.token_count = arena.take<int32_t>("token_count", layout.batch);
+    workspace.token_index = arena.take<int32_t>("token_index", layout.num_tokens());
 }
 
 // ---- phase one: list the rows ---------------------------------------------------------------------------------
@@ -328,7 +327,7 @@ struct VisualPrototypeArguments {
 
 // Every kernel's arguments have `bind`, which takes the arrays of its workspace from an arena (workspace.h), and
 // `useful_blocks`, beyond which a grid would only make its barriers slower.
-template <typename T, typename Arena>
+template <typename T>
 void bind(VisualPrototypeArguments<T>& arguments, Arena& arena) {
     bind_image(arguments.workspace, arena, arguments.input.layout, arguments.input.dim, false);
 }
@@ -367,13 +366,13 @@ struct VisualFocusArguments {
     float* cos;  // [tokens]
 };
 
-template <typename T, typename Arena>
+template <typename T>
 void bind(VisualFocusArguments<T>& arguments, Arena& arena) {
     const FocusInput<T>& input = arguments.input;
     const bool given = input.given_prototypes != nullptr;
     bind_image(arguments.workspace, arena, input.layout, input.dim, given);
     bind_tokens(arguments.workspace, arena, input.layout);
-    if (!given) arguments.workspace.prototypes = arena.template take<float>("prototypes", input.layout.batch * input.dim);
+    if (!given) arguments.workspace.prototypes = arena.take<float>("prototypes", input.layout.batch * input.dim);
 }
 
 template <typename T>

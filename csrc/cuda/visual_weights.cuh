@@ -40,11 +40,10 @@ struct WeightsWorkspace {
     float* scores = nullptr;             // [B] s, NaN for a non-finite response
 };
 
-template <typename Arena>
-void bind_weights(WeightsWorkspace& workspace, Arena& arena, const Layout& layout) {
-    workspace.cosines = arena.template take<float>("cosines", layout.num_tokens());
-    workspace.weights = arena.template take<float>("weights", layout.num_tokens());
-    workspace.responses = arena.template take<ResponseFocus>("responses", layout.batch);
+inline void bind_weights(WeightsWorkspace& workspace, Arena& arena, const Layout& layout) {
+    workspace.cosines = arena.take<float>("cosines", layout.num_tokens());
+    workspace.weights = arena.take<float>("weights", layout.num_tokens());
+    workspace.responses = arena.take<ResponseFocus>("responses", layout.batch);
 }
 
 // Random access to the tokens of a response by ordinal.
@@ -363,8 +362,7 @@ struct VisualWeightsArguments {
     float* metrics;  // [kFocusMetrics]
 };
 
-template <typename Arena>
-void bind(VisualWeightsArguments& arguments, Arena& arena) {
+inline void bind(VisualWeightsArguments& arguments, Arena& arena) {
     bind_tokens(arguments.lists, arena, arguments.layout);
     bind_weights(arguments.workspace, arena, arguments.layout);
 }
