@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import trl
@@ -14,9 +14,7 @@ from transformers import PreTrainedModel
 
 from vgpo_kernels.integrations.surface import known, require
 from vgpo_kernels.integrations.transformers import unwrap
-
-if TYPE_CHECKING:
-    from vgpo_trainer.config import VGPOTrainingConfig
+from vgpo_trainer.config import VGPOTrainingConfig
 
 KNOWN = known("trl")
 

@@ -12,15 +12,13 @@ import torch
 pytest.importorskip("trl")
 
 from torch.nn.functional import normalize
-from trainer.test_trainer_signal import capture_unshuffled
+from trainer.test_trainer_signal import capture_unshuffled, hidden_and_masks
 from trainer.tiny_runs import generation_batch, make_trainer, rows
 from vgpo_trainer import signals
 from vgpo_trainer.cli import build_parser
 from vgpo_trainer.runs.metrics import read_metrics
-from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
 
 from vgpo_kernels import VGPOConfig, visual_weights
-from vgpo_kernels.integrations.transformers import visual_mask
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding-a-signal.md"
 MODULE = "vgpo_trainer.signals.nearest"
@@ -63,18 +61,7 @@ def test_its_factors_follow_from_its_values(nearest, tmp_path, monkeypatch):
     kept = capture_unshuffled(trainer, monkeypatch)
     inputs = generation_batch(trainer)
     trainer._prepare_inputs(inputs)
-    sequence = Sequences.of(kept[0])
-    mask = sequence.response_mask.bool()
-    given = {name: kept[0][name] for name in FORWARD_INPUTS if name in kept[0] and name != "num_images"}
-    with torch.no_grad():
-        hidden = trainer.model(
-            input_ids=sequence.input_ids,
-            attention_mask=sequence.attention_mask,
-            output_hidden_states=True,
-            **given,
-        ).hidden_states[-1]
-    shown = visual_mask(sequence.input_ids, trainer.model)
-    shown[:, -mask.shape[1] :] = False
+    hidden, shown, mask = hidden_and_masks(trainer, kept[0])
     states = normalize(hidden, dim=-1)
     largest = torch.stack(
         [(states[row] @ states[row][shown[row]].T).amax(-1)[-mask.shape[1] :] for row in range(len(mask))]

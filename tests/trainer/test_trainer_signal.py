@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("trl")
 import transformers
@@ -26,11 +27,8 @@ from vgpo_kernels.integrations import model_surface
 from vgpo_kernels.integrations.transformers import visual_mask, visual_token_ids
 
 
-def defined_factors(trainer, rows_of_batch: list[dict[str, Any]], batch: dict[str, Any], config: VGPOConfig):
-    """The factors by definition: hidden states the expensive way, groups by answer, one call over everything.
-
-    ``batch`` is in the order of ``rows_of_batch``, before TRL shuffles it.
-    """
+def hidden_and_masks(trainer, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Last hidden states the expensive way, image tokens and scored tokens of a batch."""
     sequence = Sequences.of(batch)
     model_inputs = {name: batch[name] for name in FORWARD_INPUTS if name in batch and name != "num_images"}
     with torch.no_grad():
@@ -43,6 +41,15 @@ def defined_factors(trainer, rows_of_batch: list[dict[str, Any]], batch: dict[st
     mask = sequence.response_mask.bool()
     shown = visual_mask(sequence.input_ids, trainer.model)
     shown[:, -mask.shape[1] :] = False
+    return hidden, shown, mask
+
+
+def defined_factors(trainer, rows_of_batch: list[dict[str, Any]], batch: dict[str, Any], config: VGPOConfig):
+    """The factors by definition: groups by answer, one call over everything.
+
+    ``batch`` is in the order of ``rows_of_batch``, before TRL shuffles it.
+    """
+    hidden, shown, mask = hidden_and_masks(trainer, batch)
     cos = visual_focus(hidden, shown, mask)
     groups = torch.tensor([int(row["answer"]) for row in rows_of_batch])
     return visual_weights(cos, mask, groups, config, has_visual=shown.any(dim=1)), mask

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from vgpo_trainer.demo.ablation import BUDGET, AblationError, AblationFolder, AblationSettings, run_ablation
-from vgpo_trainer.reports.ablation import ARMS, write_ablation
+from vgpo_trainer.reports.arms import ARMS
 
 DESCRIPTION = (
     "Train the demo's model with DAPO, with VGPO, and with parts of VGPO, over several seeds each, and compare "
@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the ablation as the command line says: 0 when done, 2 when it cannot start, 130 when interrupted."""
+    from vgpo_trainer.reports.ablation import write_ablation
+
     folder = AblationFolder(arguments.out)
     report = arguments.report or arguments.out
     try:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vgpo_trainer.commands.arguments import positive
 from vgpo_trainer.runs.checkpoints import CheckpointError, check_checkpoint, checkpoints
-from vgpo_trainer.runs.folder import RunFolder, versions_of_a_run
+from vgpo_trainer.runs.folder import RunFolder, RunFolderError, versions_of_a_run
 from vgpo_trainer.runs.writing import RunFailure, writing
 from vgpo_trainer.signals import SIGNALS
 
@@ -291,13 +291,13 @@ def run_identity(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def refuse_another_run(arguments: argparse.Namespace) -> None:
     """Raise RunError if the run folder belongs to a run of another model, dataset or method."""
-    path = RunFolder(arguments.out).config
-    if not path.is_file():
+    folder = RunFolder(arguments.out)
+    if not folder.config.is_file():
         return
     try:
-        earlier = json.loads(path.read_text())["run"]
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{path} does not say which run it belongs to; choose another --out") from error
+        earlier = folder.read_config()["run"]
+    except (RunFolderError, KeyError) as error:
+        raise RunError(f"{folder.config} does not say which run it belongs to; choose another --out") from error
     for name, value in run_identity(arguments).items():
         if earlier.get(name, value) != value:
             option = f"--{name.replace('_', '-')}"

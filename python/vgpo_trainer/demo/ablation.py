@@ -11,7 +11,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from vgpo_trainer.demo.settings import EVALUATION_SEED, DemoSettings
 from vgpo_trainer.demo.training import reinforce, silence_libraries, starting_point
-from vgpo_trainer.reports.ablation import ARMS, Run, write_ablation
+from vgpo_trainer.reports.arms import ARMS, Run
 from vgpo_trainer.runs.folder import RunFolder, versions_of_a_run
-from vgpo_trainer.runs.writing import write_atomically, writing
+from vgpo_trainer.runs.writing import RunFailure, write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from vgpo_trainer.demo.evaluation import Evaluation
     from vgpo_trainer.demo.warm_start import WarmStartProgress
 
@@ -51,7 +49,7 @@ class AblationSettings:
         learning_rate: AdamW's.
         temperature: Of sampling.
         seeds: Runs an arm, with seeds 0, 1, ...
-        arms: Names from :data:`~vgpo_trainer.reports.ablation.ARMS`.
+        arms: Names from :data:`~vgpo_trainer.reports.arms.ARMS`.
     """
 
     steps: int = 120
@@ -147,6 +145,8 @@ class AblationFolder:
             write_atomically(self.budget, json.dumps(budget, indent=2) + "\n")
         except OSError as error:
             raise AblationError(f"cannot write to {error.filename or self.path}: {error.strerror}") from error
+        except RunFailure as error:
+            raise AblationError(str(error)) from error
 
     def read_budget(self) -> dict[str, Any]:
         """The budget that all runs share.
@@ -190,8 +190,7 @@ class AblationFolder:
     def store(self, run: Run) -> None:
         """Keep a finished run."""
         path = self.results / f"{run.arm}-{run.seed}.json"
-        with writing(path):
-            write_atomically(path, json.dumps(asdict(run)) + "\n")
+        write_atomically(path, json.dumps(asdict(run)) + "\n")
 
     def _check_same(self, budget: dict[str, Any]) -> None:
         for name, value in self.read_budget().items():
@@ -284,6 +283,8 @@ def run_ablation(settings: AblationSettings, folder: AblationFolder, threads: in
         threads: CPU threads.
         report: Folder of the table and the plot.
     """
+    from vgpo_trainer.reports.ablation import write_ablation
+
     done = {(run.arm, run.seed): run for run in folder.finished()}
     wanted = list(settings.runs())
     missing = [run for run in wanted if run not in done]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -12,8 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from vgpo_trainer.demo.evaluation import Evaluation
     from vgpo_trainer.demo.training import DemoResult
     from vgpo_trainer.demo.warm_start import WarmStartProgress
@@ -149,13 +148,13 @@ def describe_accuracy(evaluation: Evaluation) -> str:
     return f"{evaluation.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}, {count} problems)"
 
 
-def sparkline(values: list[float], low: float = 0.0, high: float = 1.0) -> str:
-    """Values as a row of block characters; what is not finite is a blank."""
+def sparkline(values: list[float]) -> str:
+    """Values from 0 to 1 as a row of block characters; what is not finite is a blank."""
     characters = []
     for value in values:
         if not math.isfinite(value):
             characters.append(" ")
             continue
-        share = min(max((value - low) / (high - low), 0.0), 1.0)
+        share = min(max(value, 0.0), 1.0)
         characters.append(_BLOCKS[min(int(share * len(_BLOCKS)), len(_BLOCKS) - 1)])
     return "".join(characters)

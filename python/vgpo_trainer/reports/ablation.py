@@ -7,74 +7,21 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from vgpo_trainer.reports.arms import ARMS, BASELINE, Run
 from vgpo_trainer.reports.charts import MINUS, Panel, interval_chart
 from vgpo_trainer.reports.intervals import LEVEL, Interval
 from vgpo_trainer.reports.pages import NOTHING, asset, percent, render
 from vgpo_trainer.runs.json import finite
 from vgpo_trainer.runs.writing import write_atomically, writing
 
-BASELINE = "dapo"
 FEWEST_PAIRS = 3  # of a difference that the verdict mentions
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train.
-
-    Attributes:
-        title: For the table and the plot.
-        changes: Fields of :class:`~vgpo_kernels.VGPOConfig` that differ from the paper's; None trains without VGPO.
-    """
-
-    title: str
-    changes: dict[str, Any] | None
-
-
-ARMS = {
-    "dapo": Arm("DAPO", None),
-    "intra": Arm("DAPO + intra", {"inter": False}),
-    "inter": Arm("DAPO + inter", {"intra": False}),
-    "vgpo": Arm("VGPO: both, linear, tail gate", {}),
-    "exponential": Arm("VGPO, exponential schedule", {"schedule": "exponential"}),
-    "step": Arm("VGPO, step schedule", {"schedule": "step"}),
-    "full": Arm("VGPO, full compensation", {"gate": False}),
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """Result of one arm with one seed.
-
-    Attributes:
-        accuracy_before, accuracy: Held-out accuracy of greedy answers, 0 to 1.
-        late_early_ratio: Visual accumulation of the second half of a response divided by that of the first half, mean
-            over the responses sampled in the last ten steps.
-        reward: Mean over the last ten steps.
-        steps: Optimisation steps that were done.
-        seconds: Wall-clock time.
-        cpu_seconds: CPU time of all threads.
-        rewards: Mean reward of every step.
-    """
-
-    arm: str
-    seed: int
-    accuracy_before: float
-    accuracy: float
-    late_early_ratio: float
-    reward: float
-    steps: int
-    seconds: float
-    cpu_seconds: float
-    threads: int
-    versions: dict[str, str]
-    rewards: list[float]
 
 
 @dataclass(frozen=True)
@@ -137,11 +84,6 @@ def write_ablation(folder: Path, report: Path, budget: Mapping[str, Any], runs: 
     Raises:
         RunFailure: A file cannot be written.
     """
-    with writing(report):
-        return _write(folder, report, budget, runs)
-
-
-def _write(folder: Path, report: Path, budget: Mapping[str, Any], runs: Sequence[Run]) -> Path:
     summary = summarise(runs)
     columns = [field.name for field in fields(Run) if field.name not in ("versions", "rewards")]
     buffer = io.StringIO()
@@ -152,7 +94,8 @@ def _write(folder: Path, report: Path, budget: Mapping[str, Any], runs: Sequence
     results = {"budget": budget, "arms": [asdict(arm) for arm in summary], "runs": [asdict(run) for run in runs]}
     write_atomically(folder / "results.json", json.dumps(finite(results), indent=2) + "\n")
     image = report / "images" / "ablation.svg"
-    image.parent.mkdir(parents=True, exist_ok=True)
+    with writing(image.parent):
+        image.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(image, plot(summary, runs))
     page = report / "ablation.md"
     write_atomically(page, markdown(summary, runs, budget))
@@ -238,10 +181,10 @@ def _points(interval: Interval) -> str:
     return _written(interval, lambda value: f"{100 * value:+.1f}")
 
 
-def _written(interval: Interval, write: Any) -> str:
+def _written(interval: Interval, write: Callable[[float], str]) -> str:
     if math.isnan(interval.mean):
         return NOTHING
     text = write(interval.mean)
     if math.isfinite(interval.low):
         text += f" ({write(interval.low)} to {write(interval.high)})"
-    return str(text).replace("-", MINUS)
+    return text.replace("-", MINUS)

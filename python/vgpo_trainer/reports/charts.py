@@ -86,14 +86,14 @@ class Panel:
     reference: float | None = None
 
 
-def axis_around(label: str, values: Sequence[float], *, pad: float = 0.06, percent: bool = False) -> Axis:
+def axis_around(label: str, values: Sequence[float], *, pad: float = 0.06) -> Axis:
     """An axis that holds all finite values with some room; an axis of 0 to 1 if there are none."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
-        return Axis(label, 0.0, 1.0, percent)
+        return Axis(label, 0.0, 1.0)
     low, high = min(finite), max(finite)
     room = pad * (high - low) or max(abs(high), 1.0) * pad
-    return Axis(label, low - room, high + room, percent)
+    return Axis(label, low - room, high + room)
 
 
 def line_chart(series: Sequence[Series], x_axis: Axis, y_axis: Axis, title: str) -> Markup:

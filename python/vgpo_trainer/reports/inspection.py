@@ -12,21 +12,19 @@ import io
 import math
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from PIL import Image
+
+from vgpo_kernels.integrations.transformers import SEGMENT_NAMES
+from vgpo_trainer.inspection import Inspection
 from vgpo_trainer.reports.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Series, axis_around, line_chart
 from vgpo_trainer.reports.pages import asset, render
 from vgpo_trainer.runs.json import finite
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from vgpo_trainer.inspection import Inspection
-
 LONGEST_SIDE = 1024  # pixels of the picture in the page
 SMALL = 128  # pixels of a picture whose pixels are to be seen
 LEVELS = 255  # of a map, relative to its brightest place
-NAMES = ("image", "question", "generated")
 
 
 def write_page(inspection: Inspection, path: Path) -> Path:
@@ -42,14 +40,14 @@ def build_page(inspection: Inspection) -> str:
     across = Axis("token of the answer", 1, max(len(inspection.tokens), 2))
     shares = [
         Series(name, [(index + 1, share[place]) for index, share in enumerate(inspection.shares)])
-        for place, name in enumerate(NAMES)
+        for place, name in enumerate(SEGMENT_NAMES)
     ]
     focus = Series("cosine to the image", [(index + 1, cos) for index, cos in enumerate(inspection.cos)])
     return render(
         "inspection.html.j2",
         title=f"What it looks at: {inspection.prompt}",
         inspection=inspection,
-        names=NAMES,
+        names=SEGMENT_NAMES,
         layers=_layers(inspection.layers),
         attention=mean(on_image),
         attention_ratio=_late_over_early(on_image),

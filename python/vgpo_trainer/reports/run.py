@@ -20,7 +20,7 @@ from vgpo_trainer.reports.intervals import Interval, paired_change
 from vgpo_trainer.reports.pages import render
 from vgpo_trainer.runs.folder import RunFolder, RunFolderError, StoredRollout
 from vgpo_trainer.runs.metrics import read_metrics
-from vgpo_trainer.runs.writing import write_atomically, writing
+from vgpo_trainer.runs.writing import write_atomically
 
 SHOWN_GROUPS = 6
 SHOWN_RESPONSES = 3
@@ -63,8 +63,7 @@ def write_report(folder: RunFolder) -> Path:
         inspection_address=folder.inspection_address,
         settings=[config.get(part) or {} for part in ("settings", "vgpo", "versions")],
     )
-    with writing(folder.report):
-        write_atomically(folder.report, page)
+    write_atomically(folder.report, page)
     return folder.report
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the files of its folder, written and read here and nowhere else.
+"""What a run leaves behind: the files of its folder, and how they are written and read.
 
 ======================  ================================================================================
 ``config.json``         every setting of the run, and the versions it ran with
@@ -108,8 +108,7 @@ class RunFolder:
 
     def write_config(self, content: dict[str, Any]) -> None:
         """Write ``config.json``."""
-        with writing(self.config):
-            write_atomically(self.config, json.dumps(content, indent=2, default=str) + "\n")
+        write_atomically(self.config, json.dumps(content, indent=2, default=str) + "\n")
 
     def read_config(self) -> dict[str, Any]:
         """Read ``config.json``.
@@ -153,8 +152,7 @@ class RunFolder:
 
     def write_evaluation(self, content: dict[str, Any]) -> None:
         """Write ``evaluation.json``."""
-        with writing(self.evaluation):
-            write_atomically(self.evaluation, json.dumps(content, indent=2) + "\n")
+        write_atomically(self.evaluation, json.dumps(content, indent=2) + "\n")
 
     def read_evaluation(self) -> dict[str, Any] | None:
         """Read ``evaluation.json``; None if there is no such file.

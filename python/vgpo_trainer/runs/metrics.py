@@ -41,8 +41,7 @@ class MetricsFile(TrainerCallback):
             return
         kept = [record for record in read_metrics(self.path) if record["step"] <= state.global_step]
         self._earlier_seconds = max((record["seconds"] for record in kept), default=0.0)
-        with writing(self.path):
-            write_atomically(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
+        write_atomically(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
         self._written = True
 
     def on_log(

@@ -33,17 +33,22 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that whoever reads it finds the old content or the new, whatever happens meanwhile."""
+    """Write a text file so that whoever reads it finds the old content or the new, whatever happens meanwhile.
+
+    Raises:
+        RunFailure: It cannot be written.
+    """
     part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def first_line(error: Exception) -> str:

@@ -80,6 +80,18 @@ class VisualSignal(ABC):
     def __init__(self, batch: SignalBatch, settings: SignalSettings) -> None:
         self.batch = batch
         self.settings = settings
+        self._rows = 0  # of the batch, read so far
+
+    def next_rows(self, number: int) -> slice:
+        """Return which rows of the batch the next ones are that a forward pass has reached."""
+        self._rows += number
+        return slice(self._rows - number, self._rows)
+
+    def check_read(self, complaint: str) -> None:
+        """Raise RuntimeError unless every row was read; ``complaint`` has places for ``{read}`` and ``{rows}``."""
+        rows = self.batch.response_mask.shape[0]
+        if self._rows != rows:
+            raise RuntimeError(complaint.format(read=self._rows, rows=rows))
 
     @classmethod
     @abstractmethod

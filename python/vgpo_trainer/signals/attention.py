@@ -27,7 +27,7 @@ class AttentionSignal(VisualSignal):
         super().__init__(batch, settings)
         self._segments = torch.where(batch.image_mask, IMAGE, OTHER).masked_fill(batch.attention_mask == 0, IGNORED)
         self._slices: list[list[Tensor]] = []  # the shares of each layer
-        self._rows = 0
+        self._slice = slice(0)  # the rows that pass
         self._last_layer: int | None = None
 
     @classmethod
@@ -49,9 +49,9 @@ class AttentionSignal(VisualSignal):
         """Take the queries and keys of the next layer; the first layer again begins the next slice."""
         if self._last_layer is None or call.layer <= self._last_layer:
             self._slices.append([])
-            self._rows += call.q.shape[0]
+            self._slice = self.next_rows(call.q.shape[0])
         self._last_layer = call.layer
-        segments = self._segments[self._rows - call.q.shape[0] : self._rows].to(call.k.device)
+        segments = self._segments[self._slice].to(call.k.device)
         if segments.shape != (call.k.shape[0], call.k.shape[2]):
             raise RuntimeError(
                 f"layer {call.layer} has keys {list(call.k.shape)} for segments {list(segments.shape)}: the attention "
@@ -75,14 +75,12 @@ class AttentionSignal(VisualSignal):
         Raises:
             RuntimeError: The forward pass did not reach an attention layer for every row.
         """
-        responses = self.batch.response_mask
-        if self._rows != responses.shape[0]:
-            raise RuntimeError(
-                f"the attention of {self._rows} of {responses.shape[0]} responses was captured; a compiled or "
-                "replaced forward pass does not call attention by its name"
-            )
+        self.check_read(
+            "the attention of {read} of {rows} responses was captured; a compiled or replaced forward pass does not "
+            "call attention by its name"
+        )
         mean = torch.cat([torch.stack(layers).mean(dim=0) for layers in self._slices])
-        return mean * responses.bool()
+        return mean * self.batch.response_mask.bool()
 
 
 def _nothing(call: AttentionCall) -> None:

@@ -18,7 +18,6 @@ class HiddenStateSignal(VisualSignal):
     def __init__(self, batch: SignalBatch, settings: SignalSettings) -> None:
         super().__init__(batch, settings)
         self._slices: list[Tensor] = []
-        self._rows = 0
 
     @abstractmethod
     def reduce(self, hidden: Tensor, image_mask: Tensor, response_mask: Tensor) -> Tensor:
@@ -41,7 +40,7 @@ class HiddenStateSignal(VisualSignal):
 
     def _take(self, hidden: Tensor) -> None:
         """Take the hidden states ``[b, S, D]`` of the next b rows."""
-        rows = slice(self._rows, self._rows + hidden.shape[0])
+        rows = self.next_rows(hidden.shape[0])
         image_mask = self.batch.image_mask[rows].to(hidden.device)
         response_mask = self.batch.response_mask[rows].to(hidden.device)
         if image_mask.shape != hidden.shape[:2]:
@@ -50,7 +49,6 @@ class HiddenStateSignal(VisualSignal):
                 "VGPO needs one hidden state for each position of the sequence"
             )
         self._slices.append(self.reduce(hidden, image_mask, response_mask))
-        self._rows = rows.stop
 
     @property
     def values(self) -> Tensor:
@@ -59,10 +57,8 @@ class HiddenStateSignal(VisualSignal):
         Raises:
             RuntimeError: The forward pass did not reach the final norm for every row.
         """
-        responses = self.batch.response_mask
-        if self._rows != responses.shape[0]:
-            raise RuntimeError(
-                f"hidden states of {self._rows} of {responses.shape[0]} responses reached the hook on the final norm; "
-                "a compiled or replaced forward pass skips hooks"
-            )
-        return torch.cat(self._slices).to(responses.device)
+        self.check_read(
+            "hidden states of {read} of {rows} responses reached the hook on the final norm; a compiled or replaced "
+            "forward pass skips hooks"
+        )
+        return torch.cat(self._slices).to(self.batch.response_mask.device)

@@ -1,0 +1,61 @@
+"""What an ablation compares: its arms, and the result of one run. A command line needs these without the pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+BASELINE = "dapo"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        title: For the table and the plot.
+        changes: Fields of :class:`~vgpo_kernels.VGPOConfig` that differ from the paper's; None trains without VGPO.
+    """
+
+    title: str
+    changes: dict[str, Any] | None
+
+
+ARMS = {
+    "dapo": Arm("DAPO", None),
+    "intra": Arm("DAPO + intra", {"inter": False}),
+    "inter": Arm("DAPO + inter", {"intra": False}),
+    "vgpo": Arm("VGPO: both, linear, tail gate", {}),
+    "exponential": Arm("VGPO, exponential schedule", {"schedule": "exponential"}),
+    "step": Arm("VGPO, step schedule", {"schedule": "step"}),
+    "full": Arm("VGPO, full compensation", {"gate": False}),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Result of one arm with one seed.
+
+    Attributes:
+        accuracy_before, accuracy: Held-out accuracy of greedy answers, 0 to 1.
+        late_early_ratio: Visual accumulation of the second half of a response divided by that of the first half, mean
+            over the responses sampled in the last ten steps.
+        reward: Mean over the last ten steps.
+        steps: Optimisation steps that were done.
+        seconds: Wall-clock time.
+        cpu_seconds: CPU time of all threads.
+        rewards: Mean reward of every step.
+    """
+
+    arm: str
+    seed: int
+    accuracy_before: float
+    accuracy: float
+    late_early_ratio: float
+    reward: float
+    steps: int
+    seconds: float
+    cpu_seconds: float
+    threads: int
+    versions: dict[str, str]
+    rewards: list[float]
