@@ -1,5 +1,5 @@
 # Every target makes its own environment on first use: `make demo` and `make test` are all there is to type.
-# ARGS goes to the command behind a target: make demo ARGS="--steps 20", make test ARGS="tests/emulation -x".
+# ARGS goes to the command behind a target: make demo ARGS="--steps 20", make test ARGS="tests/cuda -x".
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3

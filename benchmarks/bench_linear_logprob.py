@@ -164,10 +164,9 @@ def logprob_case(
 
     def check(found: tuple[Tensor, ...], bound: float) -> None:
         values, gradients = exact()
-        for name, one, wide in zip(("logp", "entropy"), found[: len(values)], values, strict=False):
-            compare(name, one, wide, bound)
-        for name, one, wide in zip(GRADIENTS, found[len(values) :], gradients, strict=False):
-            compare(name, one, wide, head.bound(bound))
+        names = (*("logp", "entropy")[: len(values)], *GRADIENTS[: len(gradients)])
+        for name, one, wide in zip(names, found, (*values, *gradients), strict=True):
+            compare(name, one, wide, head.bound(bound) if name in GRADIENTS else bound)
 
     in_torch = partial(materialised, entropy=entropy)
     peers = {

@@ -17,7 +17,18 @@ from tolerance import assert_close
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.measure import Case, Op, Peer, Tokens, by_reference, compare, copy_ceiling, normals, with_gradient
+from benchmarks.measure import (
+    GPU_TOKENS,
+    Case,
+    Op,
+    Peer,
+    Tokens,
+    by_reference,
+    compare,
+    copy_ceiling,
+    normals,
+    with_gradient,
+)
 from vgpo_kernels import policy_loss
 
 
@@ -60,7 +71,7 @@ OPS = (
         name="policy_loss",
         make=loss_case,
         cpu=(Tokens(8, 2048), Tokens(64, 4096)),
-        gpu=(Tokens(8, 2048), Tokens(32, 2048), Tokens(2, 32768)),
+        gpu=GPU_TOKENS,
         small=Tokens(8, 256),
         dtypes=(torch.float32,),
     ),

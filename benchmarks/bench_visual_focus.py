@@ -21,7 +21,7 @@ from tolerance import assert_close
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.measure import Case, Op, Peer, by_reference, normals, read_ceiling
+from benchmarks.measure import GPU_TOKENS, Case, Op, Peer, by_reference, normals, read_ceiling
 from vgpo_kernels import visual_focus, visual_prototype
 
 
@@ -50,7 +50,7 @@ class RolloutShape(NamedTuple):
 CPU_SHAPE = RolloutShape(batch=8, length=3072, features=2048, visual=768, response=2048)
 GPU_SHAPES = tuple(
     RolloutShape(batch=batch, length=1024 + response, features=3584, visual=1024, response=response)
-    for batch, response in ((8, 2048), (32, 2048), (2, 32768))
+    for batch, response in GPU_TOKENS
 )
 SMALL_SHAPE = RolloutShape(batch=8, length=192, features=512, visual=64, response=96)
 

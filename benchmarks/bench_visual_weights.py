@@ -18,7 +18,7 @@ from tolerance import assert_close
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.measure import Case, Op, Peer, Tokens, by_reference, copy_ceiling, normals
+from benchmarks.measure import GPU_TOKENS, Case, Op, Peer, Tokens, by_reference, copy_ceiling, normals
 from vgpo_kernels import VGPOConfig, group_weights, visual_weights
 
 CONFIG = VGPOConfig.paper()
@@ -88,7 +88,7 @@ OPS = (
         name="visual_weights",
         make=weights_case,
         cpu=(Tokens(64, 4096), Tokens(1, 131072)),
-        gpu=(Tokens(8, 2048), Tokens(32, 2048), Tokens(2, 32768)),
+        gpu=GPU_TOKENS,
         small=Tokens(8, 256),
         dtypes=(torch.float32,),
     ),
@@ -96,7 +96,7 @@ OPS = (
         name="group_weights",
         make=group_case,
         cpu=(),
-        gpu=(Responses(8), Responses(32), Responses(2)),
+        gpu=tuple(Responses(size.batch) for size in GPU_TOKENS),
         small=Responses(8),
         dtypes=(torch.float32,),
     ),

@@ -129,6 +129,10 @@ class Tokens(NamedTuple):
         return f"{self.batch} x {self.length}"
 
 
+# Responses and their tokens in rollouts of a 7B model.
+GPU_TOKENS = (Tokens(8, 2048), Tokens(32, 2048), Tokens(2, 32768))
+
+
 def normals(seed: int, device: torch.device) -> Callable[..., Tensor]:
     """Return a source of normal fp32 numbers: ``normal(*sizes)``."""
     generator = torch.Generator(device).manual_seed(seed)

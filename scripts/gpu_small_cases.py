@@ -16,11 +16,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from cases import Batch, Response, make_batch  # noqa: E402
 from linear_cases import make_head  # noqa: E402
-from tolerance import assert_close  # noqa: E402
+from tolerance import assert_close, assert_matches  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import vgpo_kernels  # noqa: E402
 from vgpo_kernels import VGPOConfig, backend  # noqa: E402
+from vgpo_kernels.reference import visual_focus as focus_reference  # noqa: E402
 
 MIXED = (
     Response(visual=70, length=600, holes=True),
@@ -67,8 +68,12 @@ def check(batch: Batch, config: VGPOConfig, loss_type: str) -> None:
     with backend("reference"):
         exact, exact_weights = focus(batch), weigh(batch, found["cos"].cpu(), config)
 
-    for name in exact:
-        assert_close(found[name], exact[name], name=name, floor=1e-5)
+    boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.long()
+    image = (batch.hidden, batch.visual_mask)
+    assert_matches(found["prototype"], focus_reference.visual_prototype, (*image, boundaries), ("prototype",))
+    assert_matches(found["cos"], focus_reference.visual_focus, (*image, batch.response_mask, boundaries), ("cos",))
+    given = "cos by a given prototype"
+    assert_close(found[given], exact[given], name=given, floor=1e-5)
     for name in ("factors", "psi", "w", "phi", "score"):
         assert_close(getattr(weights, name), getattr(exact_weights, name), name=name, floor=1e-5)
     assert torch.equal(phi.cpu(), weights.phi.cpu()), "phi in two phases"

@@ -9,6 +9,7 @@ from cases import Batch
 from torch import Tensor
 
 from vgpo_kernels import PolicyLossOptions, VGPOConfig
+from vgpo_kernels.config import Bounds, Choice, Flag, Kind, Number
 from vgpo_kernels.ops import registry
 
 BATCH_OPERATORS = ("visual_prototype", "visual_focus", "visual_weights", "group_weights", "policy_loss", "vgpo_loss")
@@ -53,3 +54,10 @@ def operator_arguments(operator: str, batch: Batch, **given: Any) -> dict[str, A
         "options": OPTIONS,
     }
     return schema_order(operator, **(of_batch | given))
+
+
+def field_kind(kind: Kind) -> str:
+    """Return what C++ calls a kind of field (csrc/settings.h)."""
+    if isinstance(kind, Number):
+        return "optional" if kind.none is not None else "ratio" if kind.expected.startswith("in") else "number"
+    return {Flag: "flag", Choice: "code", Bounds: "bounds"}[type(kind)]

@@ -87,16 +87,23 @@ void launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t usefu
                                                c10::cuda::getCurrentCUDAStream(device.index())));
 }
 
-// Allocates the workspace of a kernel's arguments, and launches it.
+// Allocates the workspace of a kernel's arguments.
 template <typename Arguments>
-void launch_with_workspace(void (*kernel)(Arguments), Arguments& arguments, c10::Device device) {
+at::Tensor allocate_workspace(Arguments& arguments, c10::Device device) {
     Arena counter(nullptr);
     bind(arguments, counter);
-    // Freed when this function returns, and reused by later work of the same stream at the earliest.
-    const at::Tensor memory =
+    at::Tensor memory =
         at::empty({static_cast<int64_t>(counter.bytes())}, at::TensorOptions().dtype(at::kByte).device(device));
     Arena arena(memory.mutable_data_ptr());
     bind(arguments, arena);
+    return memory;
+}
+
+// Launches a kernel with a workspace.
+template <typename Arguments>
+void launch_with_workspace(void (*kernel)(Arguments), Arguments& arguments, c10::Device device) {
+    // Freed when this function returns, and reused by later work of the same stream at the earliest.
+    const at::Tensor memory = allocate_workspace(arguments, device);
     launch(kernel, arguments, useful_blocks(arguments), device);
 }
 

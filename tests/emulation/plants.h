@@ -7,7 +7,7 @@
 #include <map>
 #include <string>
 
-#include "../../csrc/cuda/workspace.h"
+#include "../../csrc/cuda/binding.cuh"
 #include "tensors.h"
 
 namespace {
@@ -209,6 +209,7 @@ struct PlantArguments {
     const float* in;
     float* out;
     float* scratch;
+    int64_t count;  // of each array
 };
 using PlantKernel = void (*)(PlantArguments);
 
@@ -254,10 +255,10 @@ const std::map<std::string, PlantKernel> kPlants = {
 };
 #undef PLANT
 
-// Allocates as bindings do. The workspace has a second array, into which an overrun of the first could go unseen.
-void bind(PlantArguments& arguments, vgpo::cuda::Arena& arena, int64_t count) {
-    arguments.scratch = arena.take<float>("scratch", count);
-    arena.take<float>("more scratch", count);
+// The workspace has a second array, into which an overrun of the first could go unseen.
+void bind(PlantArguments& arguments, vgpo::cuda::Arena& arena) {
+    arguments.scratch = arena.take<float>("scratch", arguments.count);
+    arena.take<float>("more scratch", arguments.count);
 }
 
 }  // namespace
@@ -268,12 +269,9 @@ namespace vgpo::cuda {
 inline at::Tensor run_plant(const at::Tensor& input, const std::string& name) {
     constexpr unsigned kBlock = 64;
     at::Tensor output = at::empty(input.sizes(), input.options());
-    PlantArguments arguments{input.const_data_ptr<float>(), output.mutable_data_ptr<float>(), nullptr};
-    Arena counter(nullptr);
-    bind(arguments, counter, input.numel());
-    const at::Tensor memory = at::empty({static_cast<int64_t>(counter.bytes())}, input.options().dtype(at::kByte));
-    Arena arena(memory.mutable_data_ptr());
-    bind(arguments, arena, input.numel());
+    PlantArguments arguments{input.const_data_ptr<float>(), output.mutable_data_ptr<float>(), nullptr,
+                             input.numel()};
+    const at::Tensor memory = allocate_workspace(arguments, input.device());
     void* parameters[] = {&arguments};
     const size_t shared_bytes = (name == "dynamic memory too small" ? kBlock - 1 : kBlock) * sizeof(float);
     const dim3 grid(static_cast<unsigned>(input.numel()) / kBlock);

@@ -13,15 +13,15 @@ import pytest
 import torch
 from cases import Response, make_batch
 from emulation.harness import compiler, emulated_operators
-from operator_cases import BATCH_OPERATORS, operator_arguments, schema_order
+from operator_cases import BATCH_OPERATORS, field_kind, operator_arguments, schema_order
 from test_attention_mass import draw
 from torch import Tensor
 
 from vgpo_kernels import PolicyLossOptions, VGPOConfig, backends
-from vgpo_kernels.config import Bounds, Choice, Flag, Number
 from vgpo_kernels.ops import registry
 
-pytestmark = pytest.mark.skipif(not backends.describe()["built"]["cpp"], reason="tests what only the extension has")
+if not backends.describe()["built"]["cpp"]:
+    pytest.skip("the C++ extension is not built", allow_module_level=True)
 
 OPERATORS = {
     name: getattr(torch.ops.vgpo_kernels, name).default
@@ -185,8 +185,9 @@ def call(device: str, layout: str, operator: str, **changed: Any) -> tuple[Tenso
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def test_both_devices_have_the_same_operators() -> None:
-    assert operators_of("cuda").keys() == operators_of("cpu").keys()
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_both_devices_have_the_same_operators(device: str) -> None:
+    assert operators_of(device).keys() == operators_of("cpu").keys()
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -220,11 +221,14 @@ SETTINGS: dict[str, VGPOConfig | PolicyLossOptions] = {
     "config": VGPOConfig.paper(),
     "options": PolicyLossOptions(max_length=8),
 }
-# What a field of a kind must not be, for any number that travels in its place.
-NONE_OF_KIND: dict[type, tuple[float, ...]] = {
-    Choice: (-1.0, 99.0, NAN, INFINITY),
-    Flag: (0.5, -1.0, NAN),
-    Bounds: (NAN,),
+# Numbers that no field of a kind may be.
+NONE_OF_KIND: dict[str, tuple[float, ...]] = {
+    "code": (-1.0, 99.0, NAN, INFINITY),
+    "flag": (0.5, -1.0, NAN),
+    "bounds": (NAN,),
+    "ratio": (-5.0, 1.5, NAN),
+    "number": (NAN, INFINITY),
+    "optional": (),
 }
 
 
@@ -235,11 +239,8 @@ def bad_settings(argument: str) -> list[tuple[str, list[float]]]:
     bad = [(f"{argument} must have {len(good)} numbers", numbers) for numbers in ([], good[:-1], [*good, 0.0])]
     index = 0
     for name, kind in settings.kinds.items():
-        values = NONE_OF_KIND.get(type(kind), ())
-        if isinstance(kind, Number) and kind.none is None:
-            values = (-5.0, 1.5, NAN) if kind.expected.startswith("in") else (NAN, INFINITY)
-        bad += [(name, [*good[:index], value, *good[index + 1 :]]) for value in values]
-        index += len(kind.encode(getattr(settings, name)))
+        bad += [(name, [*good[:index], value, *good[index + 1 :]]) for value in NONE_OF_KIND[field_kind(kind)]]
+        index += kind.width
     return bad
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from cases import EDGES, make_batch
+from operator_cases import field_kind
 from tolerance import assert_close, assert_matches
 
 import vgpo_kernels
 from vgpo_kernels import VGPOConfig, backend, backends, policy_loss, visual_focus, visual_prototype, visual_weights
-from vgpo_kernels.config import Bounds, Choice, Flag, Kind, Number, PolicyLossOptions
+from vgpo_kernels.config import PolicyLossOptions
 from vgpo_kernels.reference import visual_focus as focus_definition
 from vgpo_kernels.reference import visual_weights as weights_definition
 
@@ -46,14 +47,6 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(previous)
 
 
-def as_kernels_read(kind: Kind) -> tuple[str, int]:
-    """Return what C++ calls a kind of field, and how many choices it knows."""
-    if isinstance(kind, Number):
-        ratio = kind.expected.startswith("in")
-        return ("optional" if kind.none is not None else "ratio" if ratio else "number"), 0
-    return {Flag: "flag", Choice: "code", Bounds: "bounds"}[type(kind)], len(getattr(kind, "choices", ()))
-
-
 @pytest.mark.parametrize(
     ("settings", "fields"), [(VGPOConfig, _C.config_fields), (PolicyLossOptions, _C.options_fields)]
 )
@@ -61,7 +54,8 @@ def test_settings_are_read_as_they_are_written(
     settings: type[VGPOConfig | PolicyLossOptions], fields: Callable[[], list[tuple[str, str, int]]]
 ) -> None:
     """Kernels read numbers without names: C++ and Python must have the same fields, kinds and choices in one order."""
-    assert fields() == [(name, *as_kernels_read(kind)) for name, kind in settings.kinds.items()]
+    written = settings.kinds.items()
+    assert fields() == [(name, field_kind(kind), len(getattr(kind, "choices", ()))) for name, kind in written]
 
 
 def test_levels_are_named_from_the_simplest() -> None:

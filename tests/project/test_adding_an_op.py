@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,20 +67,23 @@ case.check(case.peers["PyTorch"].run(), 1e-5)
 
 
 @pytest.fixture(scope="module")
-def project() -> Path:
+def project() -> Iterator[Path]:
     """The packages, sources and helpers of the tests, with the files of the page among them."""
-    shutil.rmtree(PROJECT, ignore_errors=True)
-    unbuilt = shutil.ignore_patterns("*.so", "__pycache__", "results", "integrations")
-    for folder in ("vgpo_kernels", "csrc", "benchmarks"):
-        shutil.copytree(ROOT / folder, PROJECT / folder, ignore=unbuilt)
-    (PROJECT / "tests/ops").mkdir(parents=True)
-    for name in ("conftest.py", "cases.py", "tolerance.py"):
-        shutil.copy(ROOT / "tests" / name, PROJECT / "tests" / name)
-    shutil.copy(ROOT / "pyproject.toml", PROJECT)
-    for name, code in FILES.items():
-        assert not (ROOT / name).exists()
-        (PROJECT / name).write_text(code)
-    return PROJECT
+    PROJECT.parent.mkdir(exist_ok=True)
+    with PROJECT.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another test process may be doing the same
+        shutil.rmtree(PROJECT, ignore_errors=True)
+        unbuilt = shutil.ignore_patterns("*.so", "__pycache__", "results", "integrations")
+        for folder in ("vgpo_kernels", "csrc", "benchmarks"):
+            shutil.copytree(ROOT / folder, PROJECT / folder, ignore=unbuilt)
+        (PROJECT / "tests/ops").mkdir(parents=True)
+        for name in ("conftest.py", "cases.py", "tolerance.py"):
+            shutil.copy(ROOT / "tests" / name, PROJECT / "tests" / name)
+        shutil.copy(ROOT / "pyproject.toml", PROJECT)
+        for name, code in FILES.items():
+            assert not (ROOT / name).exists()
+            (PROJECT / name).write_text(code)
+        yield PROJECT
 
 
 def run(project: Path, *command: str) -> str:

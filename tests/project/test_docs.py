@@ -8,12 +8,11 @@ import importlib
 import importlib.util
 import re
 import shlex
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from load_script import load_script
 from vgpo_trainer.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,16 +21,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 WRITTEN = [page for page in PAGES if page.name != "api.md"]
 
 
-def load_script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("api_reference", ROOT / "scripts" / "api_reference.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-api = load_script()
+api = load_script("api_reference")
 NAMES = [(group.module, name) for group in api.GROUPS for name in group.names]
 
 # ---- the API reference ---------------------------------------------------------------------------------------------

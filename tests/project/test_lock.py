@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -10,9 +9,9 @@ import subprocess
 import sys
 from importlib.metadata import requires, version
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from load_script import load_script
 
 pytest.importorskip("packaging")
 if sys.version_info < (3, 11):
@@ -31,15 +30,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 
 
-def load_script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("newest", ROOT / "scripts" / "newest.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-newest = load_script()
+newest = load_script("newest")
 
 
 def environment(python: str) -> dict[str, str]:
