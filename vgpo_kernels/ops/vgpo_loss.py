@@ -63,7 +63,7 @@ def vgpo_loss(
         config: The settings of the factors.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         prototype: As in :func:`visual_focus`: ``[P, D]``, or one for each position.
-        prototype_index: Row of ``prototype`` for each response or token, as in :func:`visual_focus`.
+        prototype_index: As in :func:`visual_focus`: a row for each response ``[B]``, or for each token.
         visibility: ``"all"``, or ``"causal"`` for images that arrive late, as in :func:`visual_focus`.
         **policy_loss_options: Every keyword of :func:`policy_loss` but ``factors``.
 
