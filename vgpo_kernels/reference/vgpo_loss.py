@@ -27,7 +27,7 @@ def vgpo_loss(
     dtype: torch.dtype = torch.float64,
     **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and the metrics ``[20]``: the policy's, then the focus's.
+    """Return the loss and the metrics: the policy's, then the focus's.
 
     ``loss_arguments`` are the rest of :class:`vgpo_kernels.reference.policy_loss.LossArguments`.
     """
