@@ -68,10 +68,10 @@ def linear_vgpo_loss(
 
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed; float32,
-            bfloat16 or float16; differentiable, so not ``captured.hidden`` of ``capture_hidden_states``, which is
-            detached: with it the loss trains the head alone, and a warning says so. The decoder of a model of
-            transformers returns it: ``model.model(**inputs).last_hidden_state``. Padded, token (b, t) of the response arrays has row (b, S - T + t), and row
-            (b, S - T + t - 1) predicts it. Packed, token n has row n, and row n - 1 predicts it.
+            bfloat16 or float16. Padded, token (b, t) of the response arrays has row (b, S - T + t), and row
+            (b, S - T + t - 1) predicts it. Packed, token n has row n, and row n - 1 predicts it. Differentiable: a
+            decoder of transformers returns it, ``model.model(**inputs).last_hidden_state``. ``captured.hidden`` of
+            ``capture_hidden_states`` is detached; with it the loss trains the head alone, and a UserWarning says so.
         weight: The LM head, ``[V, D]``.
         targets: Ids of the tokens, integer, in response_mask's shape. Values off the mask are not read.
         old_logp: As in :func:`linear_policy_loss`.
@@ -150,15 +150,16 @@ def linear_policy_loss(
 
     Only rows that predict a scored token are computed. For a loss of single tokens, the gradient w.r.t. a chunk's
     logits is known as soon as the chunk is computed, so three matrix products are enough instead of four. A loss of
-    whole sequences (``"gspo"``, ``"gspo_token"``, ``"luspo"``, ``"vespo"``) goes over the vocabulary twice. The backward pass only scales the
-    gradients, which are kept in the dtypes of hidden and weight (fp32 for fp16). Where no gradient is needed, as in
-    ``torch.no_grad()``, there is one matrix product.
+    whole sequences (``"gspo"``, ``"gspo_token"``, ``"luspo"``, ``"vespo"``) goes over the vocabulary twice. The
+    backward pass only scales the gradients, which are kept in the dtypes of hidden and weight (fp32 for fp16). Where no
+    gradient is needed, as in ``torch.no_grad()``, there is one matrix product.
 
     On a GPU the host waits for the number of scored tokens, because shapes depend on it.
 
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
-            differentiable, and detached states are warned of, as in :func:`linear_vgpo_loss`. A token is predicted by the row before its own, as in :func:`linear_vgpo_loss`.
+            differentiable: detached ones are warned of, as in :func:`linear_vgpo_loss`. A token is predicted by the row
+            before its own, as there.
         weight: The LM head, ``[V, D]``; differentiable, as in :func:`linear_logprob`.
         targets: Ids of the tokens, integer, in response_mask's shape. Values off the mask are not read.
         old_logp: Log-probabilities under the policy that generated the tokens, in response_mask's shape. ``None``: the

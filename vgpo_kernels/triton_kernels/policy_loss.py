@@ -331,8 +331,8 @@ def loss_kernel(
         elif AGGREGATION == "seq-mean-token-sum-norm":
             share = tl.div_rn(share, max_length)
 
-    # Through the mean the gradient of a token contains the derivatives of all tokens of its response w.r.t. their common ratio:
-    # a first round sums them, the second writes gradients. Other losses have only the second.
+    # Through the mean a token's gradient contains the derivatives of all tokens of its response w.r.t. their common
+    # ratio: a first round sums them, the second writes gradients. Other losses have only the second.
     common_slope = tl.zeros((), tl.float32)
     for writes in tl.static_range(0 if THROUGH_MEAN else 1, 2):
         slope_sum = tl.zeros((BLOCK,), tl.float32)
