@@ -56,7 +56,11 @@ LOSS_TYPES = {
     "dr_grpo": LossType("seq-mean-token-sum-norm", "sequences", clipped=True),
     "cispo": LossType("token-mean", "generation batch", clipped=False),
     "sapo": LossType("seq-mean-token-mean", "sequences", clipped=False),
+    "luspo": LossType("seq-mean-token-sum", "sequences", clipped=True),
+    "vespo": LossType("token-mean", "generation batch", clipped=False),
 }
+# TRL's settings that policy_loss has by the same names.
+VESPO_SETTINGS = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 
 # The methods of GRPOTrainer that VGPOTrainer overrides or calls, and the arguments that it relies on.
 SURFACE = {
@@ -74,6 +78,13 @@ SURFACE = {
     ),
     "_compute_loss": ("model", "inputs"),
     "get_high_entropy_mask": ("entropies", "mask", "threshold"),
+    "get_gamma_weights": (
+        "advantages",
+        "log_ratio_per_token",
+        "mask",
+        "importance_sampling_ratio",
+        *(name.removeprefix("vespo_") for name in VESPO_SETTINGS),
+    ),
     "get_off_policy_mask": (
         "advantages",
         "per_token_logps",
@@ -117,7 +128,7 @@ class Sequences(NamedTuple):
         )
 
 
-def old_logp(inputs: Mapping[str, Any], logp: Tensor) -> Tensor:
+def rollout_logp(inputs: Mapping[str, Any], logp: Tensor) -> Tensor:
     """Return the log-probabilities under the policy that generated a batch; TRL keeps none where it is the same."""
     old: Tensor | None = inputs.get("old_per_token_logps")
     return logp.detach() if old is None else old
