@@ -16,7 +16,7 @@ from vgpo_kernels.ops.linear_vgpo_loss import linear_policy_loss, linear_vgpo_lo
 from vgpo_kernels.ops.policy_loss import PolicyLoss, policy_loss
 from vgpo_kernels.ops.vgpo_loss import vgpo_loss
 from vgpo_kernels.ops.visual_focus import visual_focus, visual_prototype
-from vgpo_kernels.ops.visual_weights import VisualWeights, group_weights, visual_weights
+from vgpo_kernels.ops.visual_weights import VisualWeights, combine_factors, group_weights, visual_weights
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,7 @@ __all__ = [
     "attention_mass",
     "backend",
     "backends",
+    "combine_factors",
     "combine_slices",
     "group_weights",
     "linear_logprob",

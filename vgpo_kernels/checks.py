@@ -7,16 +7,19 @@ wait for a GPU, so they run for CPU tensors only; GPU kernels clamp the values t
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
+
+from vgpo_kernels.config import Visibility
 
 T = TypeVar("T")
 
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 INDEX_DTYPES = (torch.int64, torch.int32)
+VISIBILITIES: tuple[str, ...] = get_args(Visibility)
 
 # The largest integer of an operator's argument, and the largest of an int32: the dtype of segments.
 _LARGEST = 2**63 - 1
@@ -175,25 +178,49 @@ def response_rows(response_mask: Tensor, hidden: Tensor, name: str = "hidden") -
         )
 
 
-def prototype(value: object, index: object, hidden: Tensor, batch: int) -> tuple[Tensor | None, Tensor | None]:
-    """Check a given prototype ``[P, D]`` and its ``prototype_index [B]`` (-1: no image)."""
+def visibility(value: object) -> bool:
+    """Return whether ``visibility`` is ``"causal"``."""
+    if value not in VISIBILITIES:
+        raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {value!r}")
+    return value == "causal"
+
+
+def prototype(
+    value: object, index: object, hidden: Tensor, response_mask: Tensor, batch: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check given prototypes and their ``prototype_index`` (-1: no image).
+
+    Returns:
+        Prototypes ``[P, D]``, and the row of each response ``[B]`` or of each token, in response_mask's shape; without
+        rows response b has row b.
+
+    """
     if value is None:
         if index is not None:
             raise ValueError("prototype_index needs prototype, which is None")
         return None, None
     means = require_floating("prototype", value).detach()
     require_device("prototype", means, hidden.device, "hidden")
+    if means.dtype != torch.float64:
+        means = means.float()
+    # [B] and [N] are the same shape in a packed batch of as many tokens: then rows are per response.
+    if index is None and means.shape == hidden.shape and means.shape != (batch, hidden.shape[-1]):
+        rows = torch.arange(means.shape[:-1].numel(), device=means.device).view(means.shape[:-1])
+        first = rows.shape[-1] - response_mask.shape[-1]
+        return means.reshape(-1, means.shape[-1]), rows[..., first:].contiguous()
     if means.dim() != 2 or means.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"prototype must have shape [P, {hidden.shape[-1]}], a column per feature of hidden {describe(hidden)}, "
-            f"got {describe(means)}"
+            f"or hidden's shape, got {describe(means)}"
         )
-    if means.dtype != torch.float64:
-        means = means.float()
     if index is None:
         require_shape("prototype", means, (batch, hidden.shape[-1]), "a row per response without prototype_index")
         return means.contiguous(), None
-    rows = per_response_integers("prototype_index", index, batch, hidden.device, "hidden")
+    rows = integers("prototype_index", index)
+    if rows.shape != (batch,):
+        require_shape("prototype_index", rows, response_mask.shape, f"one entry per response, [{batch}], or per token")
+    require_device("prototype_index", rows, hidden.device, "hidden")
+    rows = rows.to(torch.int64).contiguous()
     if values_are_free(rows) and rows.numel() and (rows.min() < -1 or rows.max() >= means.shape[0]):
         raise ValueError(
             f"prototype_index must lie in [-1, {means.shape[0]}) (-1: no image), the rows of prototype "
@@ -209,15 +236,27 @@ def image(
     visual: object,
     means: object,
     index: object,
+    seen: object,
     hidden: Tensor,
     response_mask: Tensor,
     boundaries: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Check what gives the prototypes: ``visual_mask``, or ``prototype`` with its ``prototype_index``."""
+) -> dict[str, Any]:
+    """Check what gives the prototypes: ``visual_mask``, or ``prototype`` with its ``prototype_index``.
+
+    Returns:
+        The arguments by name, as operators take them.
+
+    """
     if visual is None and means is None:
         raise ValueError("visual_mask is None, which needs prototype to be given")
-    rows = prototype(means, index, hidden, batch_size(response_mask, boundaries))
-    return None if visual is None else visual_mask(visual, hidden), *rows
+    causal = visibility(seen)
+    given, rows = prototype(means, index, hidden, response_mask, batch_size(response_mask, boundaries))
+    return {
+        "visual_mask": None if visual is None else visual_mask(visual, hidden),
+        "prototype": given,
+        "prototype_index": rows,
+        "causal": causal and given is None,
+    }
 
 
 def integers(name: str, value: object) -> Tensor:
@@ -236,10 +275,9 @@ def per_response_integers(name: str, value: object, batch: int, device: torch.de
     return tensor.to(torch.int64).contiguous()
 
 
-def has_visual(value: object, batch: int, device: torch.device, other: str) -> Tensor | None:
-    """Return ``has_visual`` as bool ``[B]``, or ``None``: every response has an image."""
-    meaning = f"one entry per response of {other}"
-    return None if value is None else mask("has_visual", value, (batch,), meaning, device, other)
+def per_response_mask(name: str, value: object, batch: int, device: torch.device, other: str) -> Tensor | None:
+    """Return a mask of responses as bool ``[B]``, or ``None``."""
+    return None if value is None else mask(name, value, (batch,), f"one entry per response of {other}", device, other)
 
 
 def per_token(name: str, value: object, like: Tensor, *, detach: bool = True) -> Tensor:
@@ -544,6 +582,6 @@ def _computable(tensor: Tensor, detach: bool) -> Tensor:
 
 
 def _summarise(tensor: Tensor) -> str:
-    values = tensor.tolist()
+    values = tensor.reshape(-1).tolist()
     shown = ", ".join(str(value) for value in values[:8])
     return f"[{shown}, ...] of {len(values)}" if len(values) > 8 else f"[{shown}]"

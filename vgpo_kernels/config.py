@@ -16,6 +16,7 @@ Schedule = Literal["linear", "exponential", "step"]
 Score = Literal["affine", "offset"]
 Position = Literal["one_based", "zero_based"]
 Accumulation = Literal["compensated", "normalized", "mean"]
+Visibility = Literal["all", "causal"]
 Clamp = tuple[float, float]
 
 # What a loss type averages over unless the caller says otherwise.

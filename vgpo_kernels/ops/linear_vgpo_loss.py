@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import checks
-from vgpo_kernels.config import PolicyLossOptions, VGPOConfig
+from vgpo_kernels.config import PolicyLossOptions, VGPOConfig, Visibility
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.lm_head import (
     LOGITS_SHARE,
@@ -32,7 +32,6 @@ from vgpo_kernels.ops.visual_weights import visual_weights
 from vgpo_kernels.reference import linear_logprob as reference
 from vgpo_kernels.reference.linear_logprob import first_tokens, logp_and_entropy, predicting_rows
 from vgpo_kernels.reference.policy_loss import SEQUENCE_LEVEL
-from vgpo_kernels.reference.vgpo_loss import images_of
 
 
 def linear_vgpo_loss(
@@ -51,6 +50,7 @@ def linear_vgpo_loss(
     cu_seqlens: Tensor | None = None,
     prototype: Tensor | None = None,
     prototype_index: Tensor | None = None,
+    visibility: Visibility = "all",
     chunk_bytes: int | None = None,
     **policy_loss_options: Any,
 ) -> PolicyLoss:
@@ -81,8 +81,9 @@ def linear_vgpo_loss(
         bias: The head's bias ``[V]``.
         temperature: What logits are divided by, > 0.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
-        prototype: Prototypes ``[P, D]``, as in :func:`visual_focus`; a row of zeros means no image.
-        prototype_index: Row of ``prototype`` for each response, integer ``[B]``, -1 for no image.
+        prototype: Prototypes, as in :func:`visual_focus`; a row of zeros means no image.
+        prototype_index: Row of ``prototype`` for each response or token, as in :func:`visual_focus`.
+        visibility: ``"all"``, or ``"causal"`` for images that arrive late, as in :func:`visual_focus`.
         chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where the
             gradients take one sweep over the logits.
         **policy_loss_options: Every keyword of :func:`policy_loss` but ``factors`` and ``entropy``.
@@ -103,23 +104,20 @@ def linear_vgpo_loss(
         cu_seqlens=cu_seqlens,
         prototype=prototype,
         prototype_index=prototype_index,
+        visibility=visibility,
     )
-    states, boundaries = checks.hidden_states(hidden, cu_seqlens)
-    mask, _ = checks.response_layout(response_mask, boundaries, states.device)
-    visible, means, rows = checks.image(visual_mask, prototype, prototype_index, states, mask, boundaries)
-    has_visual = images_of(states, visible, boundaries, means, rows)
-    weights = visual_weights(cos, mask, group_ids, config, cu_seqlens=boundaries, has_visual=has_visual)
+    weights = visual_weights(cos, response_mask, group_ids, config, cu_seqlens=cu_seqlens)
     loss, metrics = linear_policy_loss(
         hidden,
         weight,
         targets,
         old_logp,
         advantages,
-        mask,
+        response_mask,
         factors=weights.factors,
         bias=bias,
         temperature=temperature,
-        cu_seqlens=boundaries,
+        cu_seqlens=cu_seqlens,
         chunk_bytes=chunk_bytes,
         **policy_loss_options,
     )

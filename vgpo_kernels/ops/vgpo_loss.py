@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vgpo_kernels import checks
-from vgpo_kernels.config import VGPOConfig
+from vgpo_kernels.config import VGPOConfig, Visibility
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.policy_loss import (
     LOSS_RESULT,
@@ -40,6 +40,7 @@ def vgpo_loss(
     cu_seqlens: Tensor | None = None,
     prototype: Tensor | None = None,
     prototype_index: Tensor | None = None,
+    visibility: Visibility = "all",
     **policy_loss_options: Any,
 ) -> PolicyLoss:
     """Visual focus, factors and policy loss of whole groups in one call (paper, Eq. 3-11).
@@ -61,8 +62,9 @@ def vgpo_loss(
         group_ids: Responses to one prompt share an id, integer ``[B]``.
         config: The settings of the factors.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
-        prototype: Prototypes ``[P, D]``, as in :func:`visual_focus`; a row of zeros means no image.
-        prototype_index: Row of ``prototype`` for each response, integer ``[B]``, -1 for no image.
+        prototype: Prototypes, as in :func:`visual_focus`; a row of zeros means no image.
+        prototype_index: Row of ``prototype`` for each response or token, as in :func:`visual_focus`.
+        visibility: ``"all"``, or ``"causal"`` for images that arrive late, as in :func:`visual_focus`.
         **policy_loss_options: Every keyword of :func:`policy_loss` but ``factors``.
 
     Returns:
@@ -76,15 +78,12 @@ def vgpo_loss(
     hidden, boundaries = checks.hidden_states(hidden, cu_seqlens)
     mask, _ = checks.response_layout(response_mask, boundaries, hidden.device)
     checks.response_rows(mask, hidden)
-    visible, means, rows = checks.image(visual_mask, prototype, prototype_index, hidden, mask, boundaries)
     batch = checks.batch_size(mask, boundaries)
     arguments = {
         "hidden": hidden,
-        "visual_mask": visible,
         "group_ids": checks.per_response_integers("group_ids", group_ids, batch, mask.device, "hidden"),
-        "prototype": means,
-        "prototype_index": rows,
         "config": checks.settings("config", config, VGPOConfig).as_floats(),
+        **checks.image(visual_mask, prototype, prototype_index, visibility, hidden, mask, boundaries),
         **loss_arguments(mask, boundaries, logp, old_logp, advantages, **policy_loss_options),
     }
     dtype = checks.compute_dtype(*arguments.values())
@@ -94,7 +93,7 @@ def vgpo_loss(
 registry.define(
     reference.vgpo_loss,
     "(Tensor hidden, Tensor logp, Tensor old_logp, Tensor advantages, Tensor? visual_mask, Tensor response_mask, "
-    "Tensor group_ids, Tensor? cu_seqlens, Tensor? prototype, Tensor? prototype_index, "
+    "Tensor group_ids, Tensor? cu_seqlens, Tensor? prototype, Tensor? prototype_index, bool causal, "
     f"{LOSS_TENSORS}, float[] config, float[] options) -> {LOSS_RESULT}",
     partial(fake_loss, num_metrics=len(METRICS)),
     setup_context=keep_gradients,

@@ -6,11 +6,18 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import checks
+from vgpo_kernels.config import Visibility
 from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import visual_focus as reference
 
 
-def visual_prototype(hidden: Tensor, visual_mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+def visual_prototype(
+    hidden: Tensor,
+    visual_mask: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    visibility: Visibility = "all",
+) -> Tensor:
     """Mean hidden state of each response's image (or video) tokens, the prototype mu (paper, Eq. 3).
 
     Args:
@@ -18,20 +25,30 @@ def visual_prototype(hidden: Tensor, visual_mask: Tensor, *, cu_seqlens: Tensor 
             float32, bfloat16 or float16. Detached: no gradient flows into the signal.
         visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``. Any number of spans.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
+        visibility: ``"all"``: the mean over all image tokens of the response. ``"causal"``: at each position the mean
+            over those before it.
 
     Returns:
-        Prototypes ``[B, D]``, float32; zeros for a response without visual tokens.
+        Prototypes ``[B, D]``, float32; zeros for a response without visual tokens. With ``"causal"`` one for each
+        position, in ``hidden``'s shape; zeros before the first visual token. :func:`visual_focus` takes either as
+        ``prototype``.
 
     Raises:
         TypeError: An argument is not a tensor or has the wrong dtype.
-        ValueError: Shapes, devices or boundaries do not fit together.
+        ValueError: Shapes, devices or boundaries do not fit together, or ``visibility`` is unknown.
 
     """
     hidden, boundaries = checks.hidden_states(hidden, cu_seqlens)
     visible = checks.visual_mask(visual_mask, hidden)
     dtype = checks.compute_dtype(hidden)
     means = registry.call(
-        "visual_prototype", hidden.device, dtype, hidden=hidden, visual_mask=visible, cu_seqlens=boundaries
+        "visual_prototype",
+        hidden.device,
+        dtype,
+        hidden=hidden,
+        visual_mask=visible,
+        cu_seqlens=boundaries,
+        causal=checks.visibility(visibility),
     )
     return means.to(dtype)  # type: ignore[no-any-return]
 
@@ -44,52 +61,58 @@ def visual_focus(
     cu_seqlens: Tensor | None = None,
     prototype: Tensor | None = None,
     prototype_index: Tensor | None = None,
+    visibility: Visibility = "all",
 ) -> Tensor:
     """Cosine similarity of each response token's hidden state with its image's prototype (paper, Eq. 4).
 
     ``cos = <h, mu> / max(|h| |mu|, 1e-8)``, where h is the hidden state at the token itself.
 
+    A token that sees no image has no focus: its cosine is NaN, which :func:`visual_weights` reads as unweighted. Where
+    an image is seen but the hidden state or the prototype is not finite, it is infinite, so that the two are told
+    apart.
+
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
             float32, bfloat16 or float16. Detached. Rows off both masks are never read.
         visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``; may be ``None`` where
-            ``prototype`` is given.
+            ``prototype`` is given. Placeholders that the policy sampled into its answer are no image: leave them out.
         response_mask: True at scored response tokens, bool or integer: ``[B, T]`` with T <= S for the last T
             positions, or ``[N]``. May have holes.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
-        prototype: Prototypes ``[P, D]`` to use instead of the mean over ``visual_mask``. The responses to one prompt
-            have the same image, so one row per prompt is enough. A row of zeros means no image.
-        prototype_index: Row of ``prototype`` for each response, integer ``[B]``, -1 for no image. Without it,
-            ``prototype`` has one row per response.
+        prototype: Prototypes to use instead of the mean over ``visual_mask``: ``[P, D]``, or one for each position in
+            ``hidden``'s shape. The responses to one prompt have the same image, so one row per prompt is enough. A row
+            of zeros means no image.
+        prototype_index: Row of ``prototype [P, D]`` for each response, integer ``[B]``, or for each token, in
+            ``response_mask``'s shape; -1 for no image. Without it, ``prototype`` has one row per response. (``[B]`` and
+            ``[N]`` are the same shape in a packed batch with N = B: then rows are per response.)
+        visibility: Which image tokens a response token is compared with. ``"all"``: all of its response.
+            ``"causal"``: those at positions before it; an image that arrives late (shown by a tool, in a later turn)
+            then changes no bit of what came before. Where every image precedes the response, both give the same bits.
+            Given prototypes are taken as they are.
 
     Returns:
-        Cosines in ``response_mask``'s shape, float32; 0 off the mask and in responses without an image.
+        Cosines in ``response_mask``'s shape, float32; 0 off the mask, NaN at tokens that see no image, infinite where
+        a hidden state is not finite.
 
     Raises:
         TypeError: An argument is not a tensor or has the wrong dtype.
-        ValueError: Shapes, devices, boundaries or indices do not fit together.
+        ValueError: Shapes, devices, boundaries or indices do not fit together, or ``visibility`` is unknown.
 
     """
     hidden, boundaries = checks.hidden_states(hidden, cu_seqlens)
     mask, _ = checks.response_layout(response_mask, boundaries, hidden.device)
     checks.response_rows(mask, hidden)
-    visible, means, rows = checks.image(visual_mask, prototype, prototype_index, hidden, mask, boundaries)
-    dtype = checks.compute_dtype(hidden, means)
+    image = checks.image(visual_mask, prototype, prototype_index, visibility, hidden, mask, boundaries)
+    dtype = checks.compute_dtype(hidden, image["prototype"])
     cos = registry.call(
-        "visual_focus",
-        hidden.device,
-        dtype,
-        hidden=hidden,
-        visual_mask=visible,
-        response_mask=mask,
-        cu_seqlens=boundaries,
-        prototype=means,
-        prototype_index=rows,
+        "visual_focus", hidden.device, dtype, hidden=hidden, response_mask=mask, cu_seqlens=boundaries, **image
     )
     return cos.to(dtype)  # type: ignore[no-any-return]
 
 
-def _fake_prototype(hidden: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _fake_prototype(hidden: Tensor, cu_seqlens: Tensor | None, causal: bool) -> Tensor:
+    if causal:
+        return hidden.new_empty(hidden.shape, dtype=torch.float32)
     batch = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return hidden.new_empty((batch, hidden.shape[-1]), dtype=torch.float32)
 
@@ -100,12 +123,12 @@ def _fake_focus(hidden: Tensor, response_mask: Tensor) -> Tensor:
 
 registry.define(
     reference.visual_prototype,
-    "(Tensor hidden, Tensor visual_mask, Tensor? cu_seqlens) -> Tensor",
+    "(Tensor hidden, Tensor visual_mask, Tensor? cu_seqlens, bool causal) -> Tensor",
     _fake_prototype,
 )
 registry.define(
     reference.visual_focus,
     "(Tensor hidden, Tensor? visual_mask, Tensor response_mask, Tensor? cu_seqlens, Tensor? prototype, "
-    "Tensor? prototype_index) -> Tensor",
+    "Tensor? prototype_index, bool causal) -> Tensor",
     _fake_focus,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,15 @@ from vgpo_kernels.config import VGPOConfig
 from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import visual_weights as reference
 
-FOCUS_METRICS = ("focus_mean", "gate_rate", "late_early_ratio", "weighted_responses", "nonfinite_responses")
+FOCUS_METRICS = (
+    "focus_mean",
+    "gate_rate",
+    "late_early_ratio",
+    "weighted_responses",
+    "nonfinite_responses",
+    "groups",
+    "singleton_groups",
+)
 
 
 class VisualWeights(NamedTuple):
@@ -20,14 +29,15 @@ class VisualWeights(NamedTuple):
 
     Attributes:
         factors: Factor of each token's advantage, ``(1 + psi)(1 + phi)`` after clamping; 1 off the mask.
-        psi: Intra-trajectory weight of each token (Eq. 8), unclamped; 0 off the mask.
-        w: Compensated visual focus of each token (Eq. 5); 0 off the mask.
+        psi: Intra-trajectory weight of each token (Eq. 8), unclamped; 0 off the mask and at tokens without a signal.
+        w: Compensated visual focus of each token (Eq. 5); 0 where psi is for one of these reasons.
         phi: Inter-trajectory weight of each response (Eq. 10), unclamped, ``[B]``.
         score: Visual accumulation s of each response, ``[B]``, the input of :func:`group_weights` where groups straddle
-            micro-batches. NaN for a response with a non-finite cosine.
+            micro-batches. NaN for a response that is not weighted.
         metrics: 0-dimensional tensors: ``focus_mean`` (mean cosine), ``gate_rate`` (share of tokens compensated),
             ``late_early_ratio`` (mean focus of a response's second half over that of its first),
-            ``weighted_responses`` and ``nonfinite_responses`` (counts).
+            ``weighted_responses`` and ``nonfinite_responses`` (counts), ``groups`` (that have a weighted response) and
+            ``singleton_groups`` (that have one only, whose phi is 0).
 
     """
 
@@ -54,16 +64,19 @@ def visual_weights(
     the strongest tokens of the tail; psi centres the min-max normalised w within a response, phi the normalised
     accumulation of w within a group.
 
-    Responses without an image, and responses with a NaN or infinite cosine, are not weighted: their factors are 1, and
-    their group's statistics leave them out.
+    A response is not weighted if it has no image (all its cosines are NaN), no scored token (overlong filtering), or a
+    cosine that is not finite: its factors are 1, its score is NaN, and its group's statistics leave it out. Cosines
+    that are NaN up to the first number say that no image was seen yet: these tokens have psi 0, and no statistic counts
+    them.
 
     Args:
-        cos: Cosines of :func:`visual_focus`, ``[B, T]`` or packed ``[N]``. Values off the mask are not read.
+        cos: Cosines of :func:`visual_focus`, ``[B, T]`` or packed ``[N]``. Values off the mask are not read. Of a
+            response's cosines, NaN is no signal up to the first number, and spoils the response after it.
         response_mask: True at scored response tokens, bool or integer, in ``cos``'s shape.
         group_ids: Responses to one prompt share an id, integer ``[B]``, in any order.
         config: The settings, such as ``VGPOConfig.paper()`` or ``VGPOConfig.released()``.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
-        has_visual: Whether a response has an image, bool ``[B]``; ``None`` means that all have.
+        has_visual: Whether a response has an image, bool ``[B]``, for cosines that do not say so by NaN.
 
     Returns:
         A :class:`VisualWeights` of float32 tensors.
@@ -77,7 +90,7 @@ def visual_weights(
     values = checks.per_token("cos", cos, mask)
     batch = checks.batch_size(mask, boundaries)
     groups = checks.per_response_integers("group_ids", group_ids, batch, mask.device, "response_mask")
-    images = checks.has_visual(has_visual, batch, mask.device, "response_mask")
+    images = checks.per_response_mask("has_visual", has_visual, batch, mask.device, "response_mask")
     dtype = checks.compute_dtype(values)
     result = registry.call(
         "visual_weights",
@@ -98,13 +111,16 @@ def group_weights(score: Tensor, group_ids: Tensor, config: VGPOConfig, *, has_v
     """Inter-trajectory weights phi from the visual accumulation of each response (paper, Eq. 9-10).
 
     This is the second phase of :func:`visual_weights` where groups straddle micro-batches or ranks: gather ``score``
-    and ``group_ids`` (one number per response) and call this once on all of them.
+    and ``group_ids`` (one number per response) and call this once on all of them; :func:`combine_factors` makes factors
+    of the result.
 
     Args:
-        score: Visual accumulation of each response, ``[B]``. A response with a non-finite score is left out.
+        score: Visual accumulation of each response, ``[B]``. A response with a non-finite score is left out: it was not
+            weighted.
         group_ids: Responses to one prompt share an id, integer ``[B]``.
-        config: The settings; with ``inter=False`` the result is zero.
-        has_visual: Whether a response has an image, bool ``[B]``; ``None`` means that all have.
+        config: The settings; with ``inter=False`` the result is zero. With ``score="offset"`` and without a
+            ``score_offset`` there is a warning: each call of :func:`visual_weights` then took an offset of its own.
+        has_visual: Whether a response has an image, bool ``[B]``; ``None``: a finite score says so.
 
     Returns:
         phi, float32 ``[B]``, unclamped; 0 for a response that is left out and for a group of one.
@@ -120,7 +136,15 @@ def group_weights(score: Tensor, group_ids: Tensor, config: VGPOConfig, *, has_v
     batch = score.shape[0]
     values = checks.per_response("score", score, batch, score.device)
     groups = checks.per_response_integers("group_ids", group_ids, batch, score.device, "score")
-    images = checks.has_visual(has_visual, batch, score.device, "score")
+    images = checks.per_response_mask("has_visual", has_visual, batch, score.device, "score")
+    settings = checks.settings("config", config, VGPOConfig)
+    if settings.score == "offset" and settings.score_offset is None and not torch.compiler.is_compiling():
+        warnings.warn(
+            "group_weights compares scores with score='offset' and score_offset=None: each call of visual_weights took "
+            "the smallest cosine of its own batch for the offset, so factors depend on how the batch was cut; set "
+            "score_offset to that of the whole rollout batch: min(0, its smallest cosine)",
+            stacklevel=2,
+        )
     dtype = checks.compute_dtype(values)
     phi = registry.call(
         "group_weights",
@@ -129,9 +153,62 @@ def group_weights(score: Tensor, group_ids: Tensor, config: VGPOConfig, *, has_v
         score=values,
         group_ids=groups,
         has_visual=images,
-        config=checks.settings("config", config, VGPOConfig).as_floats(),
+        config=settings.as_floats(),
     )
     return phi.to(dtype)  # type: ignore[no-any-return]
+
+
+def combine_factors(
+    psi: Tensor,
+    phi: Tensor,
+    response_mask: Tensor,
+    config: VGPOConfig,
+    *,
+    cu_seqlens: Tensor | None = None,
+    weighted: Tensor | None = None,
+) -> Tensor:
+    """Factors of the advantage from both weights, ``(1 + psi)(1 + phi)`` with each clamped as ``config`` says (Eq. 11).
+
+    The last step where groups straddle micro-batches or ranks: psi comes from :func:`visual_weights` of the micro-batch,
+    phi from :func:`group_weights` of all scores. Equal to ``factors`` of one :func:`visual_weights` of the whole batch.
+
+    Args:
+        psi: Intra-trajectory weights, ``[B, T]`` or packed ``[N]``. Values off the mask are not read.
+        phi: Inter-trajectory weights of these responses, ``[B]``.
+        response_mask: True at scored response tokens, bool or integer, in ``psi``'s shape.
+        config: The settings; only their clamps matter here.
+        cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
+        weighted: Whether a response is weighted, bool ``[B]``, such as ``score.isfinite()``; others have factors of 1.
+            Needed only where a clamp leaves out 1: psi and phi of other responses are 0.
+
+    Returns:
+        Factors in ``psi``'s shape, float32; 1 off the mask.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or boundaries do not fit together.
+
+    """
+    mask, boundaries = checks.response_layout(response_mask, cu_seqlens)
+    intra = checks.per_token("psi", psi, mask)
+    batch = checks.batch_size(mask, boundaries)
+    inter = checks.per_response("phi", phi, batch, mask.device)
+    chosen = checks.per_response_mask("weighted", weighted, batch, mask.device, "response_mask")
+    settings = checks.settings("config", config, VGPOConfig)
+    token, trajectory = 1 + intra, 1 + inter
+    if settings.intra_clamp is not None:
+        token = token.clamp(*settings.intra_clamp)
+    if settings.inter_clamp is not None:
+        trajectory = trajectory.clamp(*settings.inter_clamp)
+    if chosen is None:
+        chosen = torch.ones_like(trajectory, dtype=torch.bool)
+    if boundaries is None:
+        trajectory, chosen = trajectory[:, None], chosen[:, None]
+    else:
+        lengths = boundaries.diff()
+        trajectory = trajectory.repeat_interleave(lengths, output_size=mask.shape[0])
+        chosen = chosen.repeat_interleave(lengths, output_size=mask.shape[0])
+    return torch.where(mask & chosen, token * trajectory, torch.ones_like(token))
 
 
 def name_metrics(names: tuple[str, ...], values: Tensor) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,19 +14,48 @@ def visual_prototype(
     hidden: Tensor,  # [B, S, D] or [N, D]
     visual_mask: Tensor,  # [B, S] or [N]
     cu_seqlens: Tensor | None = None,  # [B + 1]
+    causal: bool = False,
     *,
     dtype: torch.dtype = torch.float64,
-) -> Tensor:  # [B, D]
-    """Mean hidden state of each response's visual tokens (Eq. 3); zeros where there are none."""
+) -> Tensor:  # [B, D], causal: hidden's shape
+    """Mean hidden state of each response's visual tokens (Eq. 3), causal: of those before each position.
+
+    Zeros where there are none.
+    """
     batch = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     visible = visual_mask.reshape(-1)
     rows = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
     # A hidden state off the mask may be NaN, and NaN times zero is NaN: replace it instead of multiplying by zero.
     rows = torch.where(visible[:, None], rows, torch.zeros_like(rows))
-    response, _ = responses_of(visible.shape[0], batch, cu_seqlens, hidden.device)
+    response, begin = responses_of(visible.shape[0], batch, cu_seqlens, hidden.device)
+    if causal:
+        place = torch.arange(len(visible), device=hidden.device) - begin[response]
+        total = _totals_before(rows, place)
+        count = _totals_before(visible.to(dtype)[:, None], place)
+        return (total / count.clamp(min=1)).reshape(hidden.shape)
     total = rows.new_zeros(batch, hidden.shape[-1]).index_add(0, response, rows)
     count = rows.new_zeros(batch).index_add(0, response, visible.to(dtype))
     return total / count.clamp(min=1)[:, None]
+
+
+def _totals_before(rows: Tensor, place: Tensor) -> Tensor:
+    """Sum the rows ``[N, D]`` of a response before each of them; ``place [N]`` is a row's position in its response.
+
+    Spans double: a row holds the sum of 1, 2, 4, ... rows. So no other response and no later row enters a sum, not even
+    with a factor of zero, which would carry a NaN over.
+    """
+
+    def shifted(values: Tensor, by: int) -> Tensor:
+        earlier = torch.cat([values.new_zeros(by, values.shape[1]), values[:-by]])
+        return torch.where((place >= by)[:, None], earlier, torch.zeros_like(values))
+
+    if len(rows) < 2:
+        return torch.zeros_like(rows)
+    total, span = shifted(rows, 1), 1
+    while span < len(rows):
+        total = total + shifted(total, span)
+        span *= 2
+    return total
 
 
 def visual_focus(
@@ -33,24 +64,43 @@ def visual_focus(
     response_mask: Tensor,  # [B, T] or [N]
     cu_seqlens: Tensor | None = None,  # [B + 1]
     prototype: Tensor | None = None,  # [P, D]
-    prototype_index: Tensor | None = None,  # [B]
+    prototype_index: Tensor | None = None,  # [B], or response_mask's shape
+    causal: bool = False,
     *,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:  # response_mask's shape
-    """Cosine between each response token's hidden state and its image's prototype (Eq. 4)."""
+    """Cosine between each response token's hidden state and its image's prototype (Eq. 4).
+
+    NaN where a token sees no image; infinite where it does, but a hidden state is not finite.
+    """
+    tokens = tokens_of(response_mask, cu_seqlens)
     if prototype is None:
         assert visual_mask is not None
-        means = visual_prototype(hidden, visual_mask, cu_seqlens, dtype=dtype)
-    elif prototype_index is None:
-        means = prototype.to(dtype)
+        means = visual_prototype(hidden, visual_mask, cu_seqlens, causal, dtype=dtype)
+        seen = images_of(hidden, visual_mask, cu_seqlens, causal)
+        if causal:
+            mean, looking = rows_of(response_mask, means), rows_of(response_mask, seen[..., None])[:, 0]
+        else:
+            mean, looking = tokens.spread(means), tokens.spread(seen)
     else:
-        means = prototype.to(dtype)[prototype_index.clamp(min=0)]
-        means = torch.where((prototype_index >= 0)[:, None], means, torch.zeros_like(means))
-    # Without an image the cosine is 0, even if the hidden state is NaN.
-    tokens = tokens_of(response_mask, cu_seqlens)
-    looking = tokens.valid & tokens.spread((means != 0).any(-1))
+        index = torch.arange(len(prototype), device=hidden.device) if prototype_index is None else prototype_index
+        row = index.reshape(-1) if index.shape == response_mask.shape else tokens.spread(index)
+        mean = prototype.to(dtype)[row.clamp(min=0)]
+        looking = (row >= 0) & (mean != 0).any(-1)
     rows = rows_of(response_mask, hidden).to(dtype)
-    mean = tokens.spread(means)
     norms = torch.linalg.vector_norm(rows, dim=-1) * torch.linalg.vector_norm(mean, dim=-1)
     cos = (rows * mean).sum(-1) / norms.clamp(min=1e-8)
-    return torch.where(looking, cos, torch.zeros_like(cos)).reshape(response_mask.shape)
+    cos = torch.where(torch.isfinite(cos), cos, torch.full_like(cos, math.inf))
+    cos = torch.where(looking, cos, torch.full_like(cos, math.nan))
+    return torch.where(tokens.valid, cos, torch.zeros_like(cos)).reshape(response_mask.shape)
+
+
+def images_of(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None, causal: bool) -> Tensor:
+    """Whether a response has a visual token, bool ``[B]``; causal: before each position, in visual_mask's shape."""
+    batch = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    visible = visual_mask.reshape(-1).to(torch.int64)
+    response, begin = responses_of(visible.shape[0], batch, cu_seqlens, hidden.device)
+    if causal:
+        running = torch.cat([visible.new_zeros(1), visible.cumsum(0)])
+        return (running[:-1] > running[begin][response]).reshape(visual_mask.shape)
+    return visible.new_zeros(batch).index_add(0, response, visible) > 0

@@ -26,47 +26,52 @@ def visual_weights(
     """Compensate (Eq. 5-6), re-weight within (Eq. 7-8) and between trajectories (Eq. 9-11).
 
     Returns:
-        factors, psi and w in cos's shape, phi and score ``[B]``, and the focus metrics ``[5]``.
+        factors, psi and w in cos's shape, phi and score ``[B]``, and the focus metrics ``[7]``.
 
     """
     settings = VGPOConfig.from_floats(config)
     tokens = tokens_of(response_mask, cu_seqlens)
     flat = torch.where(tokens.valid, cos.reshape(-1).to(dtype), torch.zeros_like(cos.reshape(-1), dtype=dtype))
     with_image = torch.ones_like(tokens.length, dtype=torch.bool) if has_visual is None else has_visual
-    finite = tokens.total((~torch.isfinite(flat)).to(dtype)) == 0
-    weighted = with_image & finite
+    # Leading NaNs are tokens before the first image: no signal. Anything else that is not finite spoils a response.
+    ordinal = torch.where(torch.isnan(flat), math.inf, tokens.ordinal.to(dtype))
+    start = torch.minimum(tokens.extreme(ordinal, "amin", math.inf) - 1, tokens.length.to(dtype)).to(torch.int64)
+    sighted = tokens.valid & (tokens.ordinal > tokens.spread(start))
+    broken = with_image & (tokens.total((sighted & ~torch.isfinite(flat)).to(dtype)) > 0)
+    weighted = with_image & ~broken & (start < tokens.length)
     # The cosines of responses that are not weighted must not reach any arithmetic.
-    active = tokens.valid & tokens.spread(weighted)
+    active = sighted & tokens.spread(weighted)
     usable = torch.where(active, flat, torch.zeros_like(flat))
+    counted = tokens._replace(valid=active)
 
-    rho = _focus(flat, usable, tokens.valid & tokens.spread(with_image), settings)
-    gate = _gate(usable, active, tokens, settings)
+    rho = _focus(flat, usable, sighted & tokens.spread(with_image), settings)
+    gate = _gate(usable, active, tokens, start, settings)
     w = rho * (1 + gate * _schedule(tokens, settings, dtype))
-    low, high = tokens.extreme(w, "amin", math.inf), tokens.extreme(w, "amax", -math.inf)
+    low, high = counted.extreme(w, "amin", math.inf), counted.extreme(w, "amax", -math.inf)
     normalized = (w - tokens.spread(low)) / (tokens.spread(high) - tokens.spread(low) + EPSILON)
-    length = tokens.length.clamp(min=1).to(dtype)
-    psi = normalized - tokens.spread(tokens.total(normalized) / length)
+    number = (tokens.length - start).clamp(min=1).to(dtype)
+    psi = normalized - tokens.spread(counted.total(normalized) / number)
     if not settings.intra:
         psi = torch.zeros_like(psi)
+    psi = torch.where(active, psi, torch.zeros_like(psi))
     score = {
-        "compensated": tokens.total(w),
-        "normalized": tokens.total(normalized),
-        "mean": tokens.total(w) / length,
+        "compensated": counted.total(w),
+        "normalized": counted.total(normalized),
+        "mean": counted.total(w) / number,
     }[settings.accumulation]
-    score = torch.where(with_image, score, torch.zeros_like(score))
-    score = torch.where(finite, score, torch.full_like(score, math.nan))
-    phi = group_weights(score, group_ids, with_image, config, dtype=dtype)
+    score = torch.where(weighted, score, torch.full_like(score, math.nan))
+    phi = group_weights(score, group_ids, None, config, dtype=dtype)
 
     factors = _clamp(1 + psi, settings.intra_clamp) * tokens.spread(_clamp(1 + phi, settings.inter_clamp))
-    ones, zeros = torch.ones_like(factors), torch.zeros_like(factors)
-    metrics = _metrics(usable, rho, gate, active, weighted, with_image & ~finite, tokens)
+    metrics = _metrics(usable, rho, gate, counted, tokens, weighted)
+    counts = [weighted.sum(), broken.sum(), *_group_counts(weighted, group_ids)]
     return (
-        torch.where(active, factors, ones).reshape(cos.shape),
-        torch.where(active, psi, zeros).reshape(cos.shape),
-        torch.where(active, w, zeros).reshape(cos.shape),
+        torch.where(tokens.valid & tokens.spread(weighted), factors, torch.ones_like(factors)).reshape(cos.shape),
+        psi.reshape(cos.shape),
+        torch.where(active, w, torch.zeros_like(w)).reshape(cos.shape),
         phi,
         score,
-        metrics,
+        torch.cat([metrics, torch.stack(counts).to(dtype)]),
     )
 
 
@@ -83,11 +88,7 @@ def group_weights(
         return torch.zeros_like(score, dtype=dtype)
     score = score.to(dtype)
     member = torch.isfinite(score) if has_visual is None else torch.isfinite(score) & has_visual
-    # Number the groups by sorting their ids. No shape depends on the number of groups, so that this can be traced.
-    order = group_ids.argsort(stable=True)
-    ordered = group_ids[order]
-    starts = torch.cat([ordered.new_zeros(min(1, len(ordered))), (ordered[1:] != ordered[:-1]).to(torch.int64)])
-    group = torch.empty_like(group_ids).scatter(0, order, starts.cumsum(0))
+    group = _number_groups(group_ids)
 
     def reduce(values: Tensor, how: str, empty: float) -> Tensor:
         chosen = torch.where(member, values, torch.full_like(values, empty))
@@ -100,13 +101,27 @@ def group_weights(
     return torch.where(member, phi, torch.zeros_like(phi))
 
 
-def _focus(flat: Tensor, usable: Tensor, with_image: Tensor, settings: VGPOConfig) -> Tensor:
+def _number_groups(group_ids: Tensor) -> Tensor:
+    """Number the groups by sorting their ids, ``[B]``. No shape depends on their number, so this can be traced."""
+    order = group_ids.argsort(stable=True)
+    ordered = group_ids[order]
+    starts = torch.cat([ordered.new_zeros(min(1, len(ordered))), (ordered[1:] != ordered[:-1]).to(torch.int64)])
+    return torch.empty_like(group_ids).scatter(0, order, starts.cumsum(0))
+
+
+def _group_counts(weighted: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the groups that have a weighted response, and those that have one only."""
+    sizes = torch.zeros_like(group_ids).scatter_add(0, _number_groups(group_ids), weighted.to(group_ids.dtype))
+    return (sizes > 0).sum(), (sizes == 1).sum()
+
+
+def _focus(flat: Tensor, usable: Tensor, sighted: Tensor, settings: VGPOConfig) -> Tensor:
     """Visual focus rho of each token."""
     if settings.score == "affine":
         return (1 + usable) / 2
     if settings.score_offset is not None:
         return usable - settings.score_offset
-    finite = with_image & torch.isfinite(flat)
+    finite = sighted & torch.isfinite(flat)
     candidates = torch.cat([torch.where(finite, flat, torch.zeros_like(flat)), flat.new_zeros(1)])
     return usable - candidates.amin()
 
@@ -128,14 +143,14 @@ def _schedule(tokens: Tokens, settings: VGPOConfig, dtype: torch.dtype) -> Tenso
     return torch.where(position < settings.start_ratio, torch.zeros_like(strength), settings.beta * strength)
 
 
-def _gate(usable: Tensor, active: Tensor, tokens: Tokens, settings: VGPOConfig) -> Tensor:
+def _gate(usable: Tensor, active: Tensor, tokens: Tokens, start: Tensor, settings: VGPOConfig) -> Tensor:
     """Gate G of each token (Eq. 6): 1 in the tail where the cosine reaches the k-th largest of the tail.
 
     rho increases with the cosine, so comparing cosines selects the same tokens, and exactly so in any precision.
     """
     if not settings.gate:
         return torch.ones_like(usable)
-    first = (tokens.length.to(torch.float64) * (1.0 - settings.tail_ratio)).to(torch.int64)
+    first = (tokens.length.to(torch.float64) * (1.0 - settings.tail_ratio)).to(torch.int64).maximum(start)
     tail_length = tokens.length - first
     k = (tail_length.to(torch.float64) * settings.top_ratio).to(torch.int64).clamp(min=1)
     tail = active & (tokens.ordinal > tokens.spread(first))
@@ -152,32 +167,24 @@ def _clamp(factor: Tensor, bounds: tuple[float, float] | None) -> Tensor:
     return factor if bounds is None else factor.clamp(*bounds)
 
 
-def _metrics(
-    usable: Tensor,
-    rho: Tensor,
-    gate: Tensor,
-    active: Tensor,
-    weighted: Tensor,
-    nonfinite: Tensor,
-    tokens: Tokens,
-) -> Tensor:
-    """focus_mean, gate_rate, late_early_ratio, weighted_responses, nonfinite_responses."""
-    dtype = usable.dtype
-    share = active.to(dtype)
+def _metrics(usable: Tensor, rho: Tensor, gate: Tensor, counted: Tokens, tokens: Tokens, weighted: Tensor) -> Tensor:
+    """focus_mean, gate_rate, late_early_ratio of the tokens that are counted."""
+    share = counted.valid.to(usable.dtype)
     number = share.sum().clamp(min=1)
-    half = (tokens.length + 1) // 2
-    late = tokens.ordinal > tokens.spread(half)
-    early_sum = tokens.total(torch.where(late, torch.zeros_like(rho), rho))
-    late_sum = tokens.total(torch.where(late, rho, torch.zeros_like(rho)))
-    early_mean, late_mean = early_sum / half.clamp(min=1), late_sum / (tokens.length - half).clamp(min=1)
-    counted = weighted & (tokens.length >= 2) & (early_sum > 0)
-    ratio = torch.where(counted, late_mean / torch.where(counted, early_mean, 1.0), 0.0)
+    late = tokens.ordinal > tokens.spread((tokens.length + 1) // 2)
+
+    def half(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        tokens_of_half = counted._replace(valid=counted.valid & chosen)
+        return tokens_of_half.total(rho), tokens_of_half.total(torch.ones_like(rho))
+
+    (early_sum, early_count), (late_sum, late_count) = half(~late), half(late)
+    defined = weighted & (late_count > 0) & (early_sum > 0)
+    early_mean, late_mean = early_sum / early_count.clamp(min=1), late_sum / late_count.clamp(min=1)
+    ratio = torch.where(defined, late_mean / torch.where(defined, early_mean, 1.0), 0.0)
     return torch.stack(
         [
             (usable * share).sum() / number,
             (gate * share).sum() / number,
-            ratio.sum() / counted.sum().clamp(min=1),
-            weighted.sum().to(dtype),
-            nonfinite.sum().to(dtype),
+            ratio.sum() / defined.sum().clamp(min=1),
         ]
-    ).to(dtype)
+    )
