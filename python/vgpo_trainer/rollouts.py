@@ -33,14 +33,14 @@ class RolloutSample:
         tokens: Text of each completion token, special tokens included.
         scored: Whether a token was sampled by the model (tool output was not, and takes no part in the loss).
         cos: Visual signal of each token: the cosine of its hidden state to the image prototype, or what the signal
-            chosen in its place shows (a share of attention).
+            chosen in its place shows (a share of attention); NaN where no image was seen yet, 0 where not scored.
         psi: Intra-trajectory weight of each token.
         factors: What each token's advantage is multiplied by; all 1 where VGPO is off.
         phi: Inter-trajectory weight of the response.
         reward: Weighted sum of the rewards; NaN if no reward function scored the response.
         advantage: Group-relative advantage before the factors.
-        late_early_ratio: Score of the second half over that of the first; NaN for a response shorter than two tokens
-            and for one without image.
+        late_early_ratio: Score of the second half over that of the first; NaN where a half has no token that has seen
+            an image.
         correct: What a reward function reported with ``log_extra("correct", [...])``, else ``None``.
 
     """

@@ -20,7 +20,8 @@ with TRL's ``log_metric("accuracy", value)``. Ours:
 ``vgpo/late_early_ratio``  score (visual focus, attention share) of a response's second half over its first
 ``vgpo/psi_std``           standard deviation of the token weights psi
 ``vgpo/phi_std``           standard deviation of the trajectory weights phi
-``vgpo/weighted_share``    share of responses that have an image (and a finite signal)
+``vgpo/weighted_share``    share of responses that have an image, a scored token and a finite signal; the other means
+                           here are over these responses and, of their tokens, over those that have seen an image
 ``vgpo/factor_mean``       the factors (1 + psi)(1 + phi) that multiply advantages; also ``_min``, ``_max``
 ``vgpo/old_policy_kl``     divergence of the policy from the one that generated
 =========================  ==================================================================================
@@ -329,17 +330,16 @@ class VGPOTrainer(GRPOTrainer):
         assert self._signal_config is not None
         response_mask = Sequences.of(batch).response_mask
         found = compute_factors(
-            signal.values,
+            signal.marked_values(),
             response_mask,
             batch["prompt_group"],
-            signal.batch.image_mask.any(dim=1),
             self._signal_config,
             gather=self.accelerator.gather,
             process_index=self.accelerator.process_index,
         )
-        shown = signal.shown
+        shown = signal.marked_shown()
         self._record(batch, mode, shown, found)
-        self._log_signal(shown, found, response_mask, mode)
+        self._log_signal(shown, found, mode)
         return found
 
     def _record(
@@ -541,12 +541,11 @@ class VGPOTrainer(GRPOTrainer):
             self._metrics[mode]["vgpo/factor_min"].append(extremes[:, 0].min().item())
             self._metrics[mode]["vgpo/factor_max"].append(extremes[:, 1].max().item())
 
-    def _log_signal(self, shown: Tensor, found: SignalFactors, response_mask: Tensor, mode: str) -> None:
-        tokens = response_mask.bool() & found.weighted[:, None]
-        halves = found.late_early.isfinite()
+    def _log_signal(self, shown: Tensor, found: SignalFactors, mode: str) -> None:
+        tokens, halves = found.counted, found.late_early.isfinite()
         psi, phi = found.psi[tokens], found.phi[found.weighted]
         sums = {
-            "batch": torch.full((), response_mask.shape[0], device=response_mask.device),
+            "batch": torch.full((), len(found.weighted), device=tokens.device),
             "responses": found.weighted.sum(),
             "tokens": tokens.sum(),
             "ratios": halves.sum(),
