@@ -329,6 +329,8 @@ class VGPOTrainer(GRPOTrainer):
         """Compute the factors of a batch from its signal; both are recorded and logged."""
         assert self._signal_config is not None
         response_mask = Sequences.of(batch).response_mask
+        if batch.get("pixel_values") is None:  # of text, or one whose images TRL drops: those that a tool cut short
+            signal.batch = signal.batch._replace(image_mask=torch.zeros_like(signal.batch.image_mask))
         found = compute_factors(
             signal.marked_values(),
             response_mask,
