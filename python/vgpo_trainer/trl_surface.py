@@ -130,7 +130,7 @@ class Sequences(NamedTuple):
 class WithoutEmptyImages:
     """Stands in for a model in TRL's log-probability pass: rows of text alone reach it without inputs of images.
 
-    Of a batch in which other rows have images, TRL hands on pixel values of no image at all, which vision towers reject.
+    Where other rows of a batch have images, TRL hands on pixel values of no image at all, which vision towers reject.
     """
 
     def __init__(self, model: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -78,9 +78,7 @@ def assert_as_defined(trainer: Any, batch: dict[str, Any], groups: list[int]) ->
     scored[:, -mask.shape[1] :] = mask
     expected, _, phi = factors(hidden, shown, scored, groups)
     for row, wanted in enumerate(expected):
-        torch.testing.assert_close(
-            batch["visual_factors"][row][mask[row]], torch.tensor(wanted), atol=5e-4, rtol=5e-4
-        )
+        torch.testing.assert_close(batch["visual_factors"][row][mask[row]], torch.tensor(wanted), atol=5e-4, rtol=5e-4)
     assert max(phi) > 0.1
 
 
@@ -156,7 +154,7 @@ def test_an_evaluation_has_groups_of_its_own_size(tmp_path, monkeypatch):
 class Digits:
     """An environment that owns its prompts: a picture and a question for each seed."""
 
-    resets: list[int] = []
+    resets: ClassVar[list[int]] = []
 
     def reset(self, seed: int) -> list[dict[str, Any]]:
         self.resets.append(seed)
@@ -209,15 +207,9 @@ def test_a_prompt_id_column_wins(tmp_path, monkeypatch):
     assert sum("groups of responses" in str(warning.message) for warning in caught) == 1
     groups = [0] * 4 + [4] * 4 + [0] * 4 + [12] * 4
     assert len(kept) == 2 and kept[0]["prompt_group"].tolist() == groups
-    hidden_trainer = make_trainer(tmp_path / "again", per_device_train_batch_size=16, rollout_samples=0)
-    assert_as_defined(hidden_trainer, kept[0] | {"visual_factors": factors_again(hidden_trainer, kept[0])}, groups)
-
-
-def factors_again(trainer: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """The factors that the first pass of a trainer gives a batch."""
-    trainer.model.train()
-    signal = trainer._scoring_pass(batch, "train")
-    return trainer._signal_factors({**batch, "prompt_group": batch["prompt_group"]}, signal, "train").factors
+    fresh = make_trainer(tmp_path / "again", per_device_train_batch_size=16, rollout_samples=0)
+    signal = fresh._scoring_pass(kept[0], "train")
+    assert_as_defined(fresh, kept[0] | {"visual_factors": fresh._signal_factors(kept[0], signal, "train").factors}, groups)
 
 
 def test_ids_that_differ_between_readings_are_warned_of(tmp_path):
@@ -226,7 +218,9 @@ def test_ids_that_differ_between_readings_are_warned_of(tmp_path):
         lambda batch: {**batch, "prompt_id": [next(counter) for _ in batch["prompt"]]}
     )
     trainer = make_trainer(tmp_path, dataset=dataset, per_device_train_batch_size=8, max_steps=1)
-    message = r"smaller than num_generations=4: prompt_id \d+ has 1.* and 3 more; a prompt_id must be the same each time"
+    message = (
+        r"smaller than num_generations=4: prompt_id \d+ has 1.* and 3 more; a prompt_id must be the same each"
+    )
     with pytest.warns(UserWarning, match=message):
         trainer.train()
 

@@ -1,4 +1,4 @@
-"""Images that a tool shows in the middle of a response: real tool calls through TRL, by a model that follows a script."""
+"""Images that a tool shows in the middle of a response: real tool calls through TRL, of a model with a script."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from torch import Tensor
-from trainer.definition import factors
+from trainer.definition import factors, group_weights, token_weights
 from trainer.test_trainer_signal import capture_unshuffled
 from trainer.tiny_runs import generation_batch, make_trainer, picture
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -143,7 +143,7 @@ def test_factors_with_images_that_tools_show(tmp_path, monkeypatch):
     hidden, images, scored = states_and_places(trainer, batch)
     expected, cosines, phi = factors(hidden, images, scored, [0] * 4 + [1] * 4)
     leading = [sum(cos is None for cos in row) for row in cosines]
-    assert leading[:4] == [0] * 4 and all(0 < number < len(row) for number, row in zip(leading[4:7], cosines[4:7]))
+    assert leading[:4] == [0] * 4 and all(0 < number < len(row) for number, row in zip(leading[4:7], cosines[4:7], strict=True))
     mask = Sequences.of(batch).response_mask.bool()
     for row, wanted in enumerate(expected):
         made = batch["visual_factors"][row][mask[row]]
@@ -194,6 +194,25 @@ def test_images_that_trl_drops_give_no_signal(tmp_path, monkeypatch):
     assert (batch["visual_factors"] == 1).all() and trainer._metrics["train"]["vgpo/weighted_share"] == [0]
 
 
+def test_shares_of_attention_begin_with_the_first_image(tmp_path, monkeypatch):
+    """Before it a token's share is 0 because there is nothing to look at: its response is weighed without it."""
+    trainer, _ = make(tmp_path, monkeypatch, zoom_to_picture, [0], signal="attention")
+    batch = trainer._generate_and_score_completions(generation_batch(trainer))
+    _, images, scored = states_and_places(trainer, batch)
+    mask = Sequences.of(batch).response_mask.bool()
+    weights = []
+    for sample, image, own in zip(trainer.rollout_samples, images, scored, strict=True):
+        seen = (image.cumsum(0)[own] > 0).tolist()
+        shares = [share for share, is_scored in zip(sample.cos, sample.scored, strict=True) if is_scored]
+        assert [share == share for share in shares] == seen
+        weights.append(token_weights([2 * share - 1 if share == share else None for share in shares]))
+    phi = group_weights([score for _, score in weights], [0] * 4)
+    assert [score is None for _, score in weights] == [False] * 3 + [True]
+    for row, ((psi, _), own) in enumerate(zip(weights, phi, strict=True)):
+        wanted = torch.tensor([(1 + value) * (1 + own) for value in psi])
+        torch.testing.assert_close(batch["visual_factors"][row][mask[row]], wanted, atol=1e-4, rtol=1e-4)
+
+
 def both_tools(tmp_path: Any, monkeypatch: Any, **settings: Any) -> list[tuple[Any, dict[str, Any], Tensor]]:
     """The same responses with a tool that shows a picture, and with one that answers in as many tokens of text."""
     runs = []
@@ -212,9 +231,7 @@ def test_a_later_image_changes_no_bit_of_the_signal_before_it(tmp_path, monkeypa
     runs = both_tools(tmp_path, monkeypatch, signal=signal)
     (with_picture, _, _), (without, _, _) = runs
     later = 0
-    for place, (sample, other) in enumerate(
-        zip(with_picture.rollout_samples, without.rollout_samples, strict=True)
-    ):
+    for place, (sample, other) in enumerate(zip(with_picture.rollout_samples, without.rollout_samples, strict=True)):
         until = sample.scored.index(False) if False in sample.scored else len(sample.scored)
         assert (until < len(sample.scored)) == (place % 4 != 3)
         assert sample.cos[:until] == other.cos[:until] and any(sample.cos[:until])
