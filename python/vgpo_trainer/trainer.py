@@ -8,9 +8,11 @@ things: the visual focus of every response token, the factors that follow from i
 
 **What a step leaves behind.** With ``logging_steps=1`` (the default) every optimisation step appends one JSON object
 to ``<output_dir>/metrics.jsonl``. It is TRL's own log record with ``step`` and ``seconds`` (since the start of
-training) added. TRL's keys keep their names: ``loss``, ``reward``, ``reward_std``, ``rewards/<function>/mean``,
-``completions/mean_length``, ``entropy``, ``kl`` (with ``beta > 0``), ``clip_ratio/low_mean`` (also ``high_mean`` and
-``region_mean``), ``grad_norm``, ``learning_rate``, ``step_time``; and ``accuracy``, if a reward function reports it
+training) added. TRL's keys are all there, with TRL's values: ``loss``, ``reward``, ``reward_std``,
+``rewards/<function>/mean``, ``completions/mean_length``, ``entropy``, ``kl`` (with ``beta > 0``),
+``clip_ratio/low_mean`` (also ``low_min``, ``high_mean``, ``high_max`` and ``region_mean``; a loss that does not clip on
+both sides has ``cispo_clip_ratio``, ``vespo/phi_seq_mean`` or nothing), ``policy_loss`` and ``entropy_coef`` (with a
+bonus for entropy), ``grad_norm``, ``learning_rate``, ``step_time``; and ``accuracy``, if a reward function reports it
 with TRL's ``log_metric("accuracy", value)``. Ours:
 
 =========================  ==================================================================================
@@ -46,7 +48,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import cache
 from pathlib import Path
@@ -56,7 +58,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from vgpo_kernels import VGPOConfig, policy_loss
@@ -77,6 +79,8 @@ from vgpo_trainer.runs.writing import RunFailure, writing
 from vgpo_trainer.signals import SignalSettings, VisualSignal, signal_class
 from vgpo_trainer.signals.factors import SignalFactors, compute_factors
 from vgpo_trainer.signals.reader import SignalReader, visual_tokens_told
+from vgpo_trainer.signals.records import signal_records
+from vgpo_trainer.trl_metrics import means_over_processes, policy_records
 from vgpo_trainer.trl_surface import (
     FORWARD_INPUTS,
     LOSS_TYPES,
@@ -86,18 +90,11 @@ from vgpo_trainer.trl_surface import (
     check_surface,
     gather_head,
     load_weights,
+    old_logp,
     refuse_unsupported,
     refuse_video,
     why_not_mixed,
 )
-
-POLICY_RECORD = {  # metric of policy_loss: key of the log
-    "clip_fraction_low": "clip_ratio/low_mean",
-    "clip_fraction_high": "clip_ratio/high_mean",
-    "clip_fraction": "clip_ratio/region_mean",
-    "entropy": "entropy",
-    "approx_kl": "vgpo/old_policy_kl",
-}
 
 
 class VGPOTrainer(GRPOTrainer):
@@ -107,7 +104,8 @@ class VGPOTrainer(GRPOTrainer):
         model: As TRL's: a name, a path, a model or a PEFT model. With VGPO on, a vision-language model whose image
             tokens are in its sequence.
         reward_funcs: As TRL's.
-        args: Settings; default: ``VGPOTrainingConfig("<model>-VGPO")``.
+        args: Settings; default: ``VGPOTrainingConfig("<model>-VGPO")``. A :class:`trl.GRPOConfig` is carried over by
+            :meth:`VGPOTrainingConfig.from_trl`, with the paper's VGPO.
         train_dataset: As TRL's. The responses to a row form a group, or those to all rows that share a ``prompt_id``,
             if it has that column.
         eval_dataset: As TRL's.
@@ -119,9 +117,9 @@ class VGPOTrainer(GRPOTrainer):
         **others: The rest of TRL's arguments, by name.
 
     Raises:
-        TypeError: ``args`` is not a :class:`VGPOTrainingConfig`, a visual token no integer, or the model has no final
-            norm by a known name.
-        ValueError: A setting of TRL that this trainer does not carry, or a model without visual tokens.
+        TypeError: ``args`` is neither a :class:`VGPOTrainingConfig` nor a plain :class:`trl.GRPOConfig`, a visual token
+            no integer, or the model has no final norm by a known name.
+        ValueError: A setting of TRL that the loss with VGPO does not carry, or a model without visual tokens.
 
     """
 
@@ -135,7 +133,7 @@ class VGPOTrainer(GRPOTrainer):
         self,
         model: Any,
         reward_funcs: Any = None,
-        args: VGPOTrainingConfig | None = None,
+        args: VGPOTrainingConfig | GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -149,7 +147,7 @@ class VGPOTrainer(GRPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = VGPOTrainingConfig(f"{Path(name).name}-VGPO")
         if not isinstance(args, VGPOTrainingConfig):
-            raise TypeError(f"args must be a VGPOTrainingConfig, got {type(args).__name__}")
+            args = VGPOTrainingConfig.from_trl(args)
         if signal is not None:
             args = copy(args)
             args.signal = signal
@@ -163,6 +161,7 @@ class VGPOTrainer(GRPOTrainer):
         self._rewards: Tensor | None = None
         self._correct: list[Any] = []
         self._loss_inputs: dict[str, Any] = {}
+        self._latest_logp = torch.empty(0)  # of the loss, which TRL keeps to itself
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **others)
         fuse_heads(
             (self.model, self.ref_model),
@@ -302,7 +301,9 @@ class VGPOTrainer(GRPOTrainer):
             gather_head(model)
         reader = self._reader
         if reader is None or reader.passes is None or model is not self.model:
-            return super()._get_per_token_logps_and_entropies(*arguments, **named)
+            result = super()._get_per_token_logps_and_entropies(*arguments, **named)
+            self._latest_logp = result[0].detach()
+            return result
         with reader.read(model, input_ids, attention_mask, attention_mask[:, -logits_to_keep:]) as signal:
             result = super()._get_per_token_logps_and_entropies(*arguments, **named)
         reader.passes.add(result[0], signal)
@@ -341,7 +342,8 @@ class VGPOTrainer(GRPOTrainer):
         )
         shown = signal.marked_shown()
         self._record(batch, mode, shown, found)
-        self._log_signal(shown, found, mode)
+        for name, value in signal_records(shown, found, self.accelerator).items():
+            self._metrics[mode][f"vgpo/{name}"].append(value)
         return found
 
     def _record(
@@ -370,11 +372,36 @@ class VGPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
+        reads = self._reader is not None and "visual_factors" not in inputs
+        reading = self._reader.read(model, *Sequences.of(inputs)) if reads else nullcontext()
+        compute = self._trl_loss if self._vgpo is None else self._vgpo_loss
+        loss = compute(model, inputs, mode, reading)
+        if mode == "train":
+            self._loss_inputs = {**inputs, "logp": self._latest_logp, "loss": loss.detach()}
+            if not loss.isfinite():
+                self._break_off(self.state.global_step + 1, f"loss is {loss.item()}")
+        return loss
+
+    def _trl_loss(
+        self, model: nn.Module, inputs: dict[str, Any], mode: str, reading: AbstractContextManager[VisualSignal | None]
+    ) -> Tensor:
+        """TRL's loss as it is, with its metrics and its control of entropy; the signal is only looked at."""
+        with reading as signal:
+            loss: Tensor = super()._compute_loss(model, inputs)
+        if signal is not None:
+            self._signal_factors(inputs, signal, mode)
+        logp, mask = self._latest_logp, Sequences.of(inputs).response_mask
+        _, metrics = policy_loss(logp, old_logp(inputs, logp), inputs["advantages"], mask, ratio_clamp=None)
+        self._log_policy({}, metrics, mode)
+        return loss
+
+    def _vgpo_loss(
+        self, model: nn.Module, inputs: dict[str, Any], mode: str, reading: AbstractContextManager[VisualSignal | None]
+    ) -> Tensor:
+        """TRL's loss on re-weighted advantages, by policy_loss."""
         sequence = Sequences.of(inputs)
         mask = sequence.response_mask
-        factors = inputs.get("visual_factors")
-        reads = self._reader is not None and factors is None
-        with self._reader.read(model, *sequence) if reads else nullcontext() as signal:
+        with reading as signal:
             logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
                 model,
                 sequence.input_ids,
@@ -385,31 +412,29 @@ class VGPOTrainer(GRPOTrainer):
                 **{name: inputs.get(name) for name in FORWARD_INPUTS},
             )
         assert entropy is not None
-        if signal is not None:
-            factors = self._signal_factors(inputs, signal, mode).factors
-        if self._vgpo is None:
-            factors = None
+        factors = inputs["visual_factors"] if signal is None else self._signal_factors(inputs, signal, mode).factors
 
-        old_logp = inputs.get("old_per_token_logps")
-        old_logp = logp.detach() if old_logp is None else old_logp
+        old = old_logp(inputs, logp)
         entropy_mask = None
         if self.top_entropy_quantile < 1.0:
             entropy_mask = self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
         loss, metrics = policy_loss(
             logp,
-            old_logp,
+            old,
             inputs["advantages"],
             mask,
             factors=factors,
             ref_logp=inputs.get("ref_per_token_logps"),
             entropy=entropy.detach(),  # for the metric; TRL's bonus has a denominator of its own
-            importance_weights=self._importance_weights(inputs, logp, old_logp, mask, entropy_mask),
+            importance_weights=self._importance_weights(inputs, logp, old, mask, entropy_mask),
             **self._denominators(inputs, mask, mode),
             **self._loss_options(),
         )
+        self._log_policy(policy_records(self, inputs, logp, old, mask, metrics), metrics, mode)
 
         accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
-        if self.entropy_coef != 0.0:
+        if self._entropy_bonus_enabled:
+            self._log_bonus(loss.detach(), accumulated, mode)
             counted = mask if entropy_mask is None else mask * entropy_mask
             mean_entropy = (entropy * counted).sum() / counted.sum().clamp(min=1)
             loss = loss - self.entropy_coef * mean_entropy / accumulated
@@ -417,11 +442,6 @@ class VGPOTrainer(GRPOTrainer):
             assert aux_loss is not None
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulated
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
-        self._log_policy(metrics, mode)
-        if mode == "train":
-            self._loss_inputs = {**inputs, "logp": logp.detach(), "loss": loss.detach()}
-            if not loss.isfinite():
-                self._break_off(self.state.global_step + 1, f"loss is {loss.item()}")
         return loss
 
     # A run stops at a number that is not finite, before it is in a checkpoint, and leaves the batch that made it.
@@ -527,58 +547,25 @@ class VGPOTrainer(GRPOTrainer):
 
     # Records, through TRL's ordinary logging.
 
-    def _log_policy(self, metrics: Mapping[str, Tensor], mode: str) -> None:
-        names = dict(POLICY_RECORD)
-        if self.beta != 0.0:
-            names["ref_kl"] = "kl"
+    def _log_policy(self, records: Mapping[str, float], metrics: Mapping[str, Tensor], mode: str) -> None:
+        """Log TRL's metrics of the policy, where it has not done so itself, and ours."""
+        number = metrics["num_tokens"]
+        names = {"approx_kl": "vgpo/old_policy_kl"}
         if self._vgpo is not None:
             names["factor_mean"] = "vgpo/factor_mean"
-        means = torch.stack([metrics[name] for name in names])
-        number = metrics["num_tokens"]
-        totals = self.accelerator.reduce(torch.cat([means * number, number[None]]), reduction="sum")
-        for key, value in zip(names.values(), (totals[:-1] / totals[-1].clamp(min=1)).tolist(), strict=True):
-            self._metrics[mode][key].append(value)
+        ours = means_over_processes(self, {key: (metrics[name] * number, number) for name, key in names.items()})
         if self._vgpo is not None:
             extremes = self.accelerator.gather(torch.stack([metrics["factor_min"], metrics["factor_max"]])[None])
-            self._metrics[mode]["vgpo/factor_min"].append(extremes[:, 0].min().item())
-            self._metrics[mode]["vgpo/factor_max"].append(extremes[:, 1].max().item())
+            ours["vgpo/factor_min"] = extremes[:, 0].min().item()
+            ours["vgpo/factor_max"] = extremes[:, 1].max().item()
+        for key, value in (records | ours).items():
+            self._metrics[mode][key].append(value)
 
-    def _log_signal(self, shown: Tensor, found: SignalFactors, mode: str) -> None:
-        tokens, halves = found.counted, found.late_early.isfinite()
-        psi, phi = found.psi[tokens], found.phi[found.weighted]
-        sums = {
-            "batch": torch.full((), len(found.weighted), device=tokens.device),
-            "responses": found.weighted.sum(),
-            "tokens": tokens.sum(),
-            "ratios": halves.sum(),
-            "shown": shown[tokens].sum(),
-            "gated": found.gate_rate * tokens.sum(),
-            "late_early": found.late_early[halves].sum(),
-            "psi": psi.sum(),
-            "psi_square": psi.square().sum(),
-            "phi": phi.sum(),
-            "phi_square": phi.square().sum(),
-        }
-        reduced = self.accelerator.reduce(torch.stack([value.float() for value in sums.values()]), reduction="sum")
-        total = dict(zip(sums, reduced.tolist(), strict=True))
-        for name, value in {
-            "visual_focus": mean(total["shown"], total["tokens"]),
-            "gate_rate": mean(total["gated"], total["tokens"]),
-            "late_early_ratio": mean(total["late_early"], total["ratios"]),
-            "psi_std": standard_deviation(total["psi"], total["psi_square"], total["tokens"]),
-            "phi_std": standard_deviation(total["phi"], total["phi_square"], total["responses"]),
-            "weighted_share": mean(total["responses"], total["batch"]),
-        }.items():
-            self._metrics[mode][f"vgpo/{name}"].append(value)
-
-
-def mean(total: float, count: float) -> float:
-    """A mean from a sum; NaN of nothing."""
-    return total / count if count else float("nan")
-
-
-def standard_deviation(total: float, squares: float, count: float) -> float:
-    """Population standard deviation from the sums of values and of their squares; NaN of nothing."""
-    if count == 0:
-        return float("nan")
-    return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
+    def _log_bonus(self, loss: Tensor, accumulated: int, mode: str) -> None:
+        """Log what TRL logs where an entropy bonus is added to the loss."""
+        # TRL reads the loss before it is divided among the micro-batches, which a count of tokens has done already.
+        if LOSS_TYPES[self.loss_type].average_over != "generation batch":
+            loss = loss * accumulated
+        self._metrics[mode]["policy_loss"].append(self.accelerator.gather(loss).nanmean().item())
+        if mode == "train" and self.accelerator.sync_gradients:
+            self._metrics[mode]["entropy_coef"].append(self.entropy_coef)

@@ -144,6 +144,12 @@ class WithoutEmptyImages:
         return self.model(**inputs)
 
 
+def old_logp(inputs: Mapping[str, Any], logp: Tensor) -> Tensor:
+    """Return the log-probabilities under the policy that generated a batch; TRL keeps none where it is the same."""
+    old: Tensor | None = inputs.get("old_per_token_logps")
+    return logp.detach() if old is None else old
+
+
 class WithoutHead:
     """Stands in for a model in TRL's log-probability pass, which then slices the inputs but computes no logits."""
 
@@ -182,7 +188,14 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
 
 
 def refuse_unsupported(args: VGPOTrainingConfig) -> None:
-    """Raise ValueError for settings of TRL that the loss of this trainer does not carry."""
+    """Raise ValueError for settings of TRL that the loss with VGPO does not carry; without it the loss is TRL's."""
+    if (args.vgpo is not None or args.vgpo_diagnostics) and args.torch_compile:
+        raise ValueError(
+            "torch_compile=True is not supported with VGPO: a compiled forward pass skips the hook that reads hidden "
+            "states"
+        )
+    if args.vgpo is None:
+        return
     if args.loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {args.loss_type!r}")
     clipped = LOSS_TYPES[args.loss_type].clipped
@@ -197,12 +210,7 @@ def refuse_unsupported(args: VGPOTrainingConfig) -> None:
             f"delta must exceed 1 + epsilon_high = {1 + epsilon_high}, got {args.delta}: it bounds what clipping leaves"
         )
     if args.use_adaptive_entropy:
-        raise ValueError("use_adaptive_entropy is not supported; set a fixed entropy_coef")
-    if (args.vgpo is not None or args.vgpo_diagnostics) and args.torch_compile:
-        raise ValueError(
-            "torch_compile=True is not supported with VGPO: a compiled forward pass skips the hook that reads hidden "
-            "states"
-        )
+        raise ValueError("use_adaptive_entropy is not supported with VGPO; set a fixed entropy_coef")
 
 
 def why_not_mixed(trainer: trl.GRPOTrainer) -> str | None:

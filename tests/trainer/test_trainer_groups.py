@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 import datasets
 from datasets import Dataset
 from PIL import Image
-from trainer.definition import factors
+from trainer.definition import assert_factors, by_definition
 from trainer.test_trainer_signal import capture_unshuffled, hidden_and_masks
 from trainer.tiny_runs import generation_batch, make_trainer, picture, rows
 from vgpo_trainer.generation_batch import RowFacts, group_ids, warn_of_sizes
@@ -74,12 +74,9 @@ def streamed_rows() -> datasets.IterableDataset:
 def assert_as_defined(trainer: Any, batch: dict[str, Any], groups: list[int]) -> None:
     """The factors of a batch are those of its hidden states and of these groups."""
     hidden, shown, mask = hidden_and_masks(trainer, batch)
-    scored = torch.zeros_like(shown)
-    scored[:, -mask.shape[1] :] = mask
-    expected, _, phi = factors(hidden, shown, scored, groups)
-    for row, wanted in enumerate(expected):
-        torch.testing.assert_close(batch["visual_factors"][row][mask[row]], torch.tensor(wanted), atol=5e-4, rtol=5e-4)
-    assert max(phi) > 0.1
+    expected, _ = by_definition(hidden, shown, mask, groups)
+    assert_factors(batch["visual_factors"], expected, mask)
+    assert max(weights.phi for weights in expected) > 0.1
 
 
 @pytest.mark.parametrize("dataset", [palette_rows, augmented_rows, equal_rows, streamed_rows])
@@ -209,7 +206,9 @@ def test_a_prompt_id_column_wins(tmp_path, monkeypatch):
     assert len(kept) == 2 and kept[0]["prompt_group"].tolist() == groups
     fresh = make_trainer(tmp_path / "again", per_device_train_batch_size=16, rollout_samples=0)
     signal = fresh._scoring_pass(kept[0], "train")
-    assert_as_defined(fresh, kept[0] | {"visual_factors": fresh._signal_factors(kept[0], signal, "train").factors}, groups)
+    assert_as_defined(
+        fresh, kept[0] | {"visual_factors": fresh._signal_factors(kept[0], signal, "train").factors}, groups
+    )
 
 
 def test_ids_that_differ_between_readings_are_warned_of(tmp_path):
@@ -218,9 +217,7 @@ def test_ids_that_differ_between_readings_are_warned_of(tmp_path):
         lambda batch: {**batch, "prompt_id": [next(counter) for _ in batch["prompt"]]}
     )
     trainer = make_trainer(tmp_path, dataset=dataset, per_device_train_batch_size=8, max_steps=1)
-    message = (
-        r"smaller than num_generations=4: prompt_id \d+ has 1.* and 3 more; a prompt_id must be the same each"
-    )
+    message = r"smaller than num_generations=4: prompt_id \d+ has 1.* and 3 more; a prompt_id must be the same each"
     with pytest.warns(UserWarning, match=message):
         trainer.train()
 

@@ -12,7 +12,7 @@ import transformers
 pytest.importorskip("trl")
 
 from datasets import Dataset
-from trainer.definition import factors
+from trainer.definition import assert_factors, by_definition
 from trainer.test_trainer_signal import capture_unshuffled, hidden_and_masks
 from trainer.tiny_runs import FAMILIES, generation_batch, make_trainer, picture
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences, why_not_mixed
@@ -98,14 +98,10 @@ def test_rows_of_text_train_beside_rows_with_images(tmp_path, monkeypatch, famil
         )
 
     hidden, shown, _ = hidden_and_masks(trainer, batch)
-    scored = torch.zeros_like(shown)
-    scored[:, -mask.shape[1] :] = mask
-    expected, _, phi = factors(hidden, shown, scored, [place // 4 for place in range(16)])
-    for index, wanted in enumerate(expected):
-        made = batch["visual_factors"][index][mask[index]]
-        torch.testing.assert_close(made, torch.tensor(wanted), atol=5e-4, rtol=5e-4)
-        assert (made == 1).all() == (not image_rows[index])
-    assert max(phi) > 0.1
+    expected, _ = by_definition(hidden, shown, mask, [place // 4 for place in range(16)])
+    assert_factors(batch["visual_factors"], expected, mask)
+    assert [(row == 1).all().item() for row in batch["visual_factors"]] == [not number for number in image_rows]
+    assert max(weights.phi for weights in expected) > 0.1
     assert trainer._metrics["train"]["vgpo/weighted_share"] == [0.5]
 
     # The loss sees what each row was scored with, in whichever micro-batch it came.
@@ -125,7 +121,7 @@ def test_rows_of_text_train_beside_rows_with_images(tmp_path, monkeypatch, famil
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["image", "images", "messages"])
 def test_batches_of_text_come_between_batches_with_images(tmp_path, family, kind):
-    """A whole run with evaluation, a micro-batch of one row at a time; TRL's table of images keeps step with its rows."""
+    """A whole run with evaluation, one response to a micro-batch; TRL's table of images keeps step with its rows."""
     seen = []
 
     def reward(completions: list[Any], prompts: list[Any], **columns: Any) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 pytest.importorskip("trl")
 
 from datasets import Dataset
+from equations import factors
 from torch import Tensor
-from trainer.definition import factors, group_weights, token_weights
+from trainer.definition import assert_factors, by_definition
 from trainer.test_trainer_signal import capture_unshuffled
 from trainer.tiny_runs import generation_batch, make_trainer, picture
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -118,7 +120,7 @@ def make(folder: Any, monkeypatch: Any, tool: Any, images: list[int], **settings
 
 
 def states_and_places(trainer: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states of a batch, and where its images and scored tokens are, ``[B, S]``."""
+    """Hidden states of a batch, where its images are, ``[B, S]``, and its scored tokens, ``[B, T]``."""
     sequence = Sequences.of(batch)
     inputs = {name: batch[name] for name in FORWARD_INPUTS if name in batch and name != "num_images"}
     with torch.no_grad():
@@ -128,11 +130,11 @@ def states_and_places(trainer: Any, batch: dict[str, Any]) -> tuple[Tensor, Tens
             output_hidden_states=True,
             **inputs,
         ).hidden_states[-1]
-    scored = torch.zeros_like(sequence.input_ids, dtype=torch.bool)
-    scored[:, -sequence.response_mask.shape[1] :] = sequence.response_mask.bool()
+    scored = sequence.response_mask.bool()
     config = trainer.model.config
-    visual = (sequence.input_ids == config.image_token_id) | (sequence.input_ids == config.video_token_id)
-    return hidden, visual & ~scored, scored
+    shown = (sequence.input_ids == config.image_token_id) | (sequence.input_ids == config.video_token_id)
+    shown[:, -scored.shape[1] :] &= ~scored
+    return hidden, shown, scored
 
 
 def test_factors_with_images_that_tools_show(tmp_path, monkeypatch):
@@ -141,25 +143,24 @@ def test_factors_with_images_that_tools_show(tmp_path, monkeypatch):
     batch = trainer._generate_and_score_completions(generation_batch(trainer))
     assert batch["num_images"] == [2, 2, 2, 1, 1, 1, 1, 0] and batch["pixel_values"].shape[0] > 0
     hidden, images, scored = states_and_places(trainer, batch)
-    expected, cosines, phi = factors(hidden, images, scored, [0] * 4 + [1] * 4)
-    leading = [sum(cos is None for cos in row) for row in cosines]
-    assert leading[:4] == [0] * 4 and all(0 < number < len(row) for number, row in zip(leading[4:7], cosines[4:7], strict=True))
-    mask = Sequences.of(batch).response_mask.bool()
-    for row, wanted in enumerate(expected):
-        made = batch["visual_factors"][row][mask[row]]
-        torch.testing.assert_close(made, torch.tensor(wanted), atol=5e-4, rtol=5e-4)
+    expected, cosines = by_definition(hidden, images, scored, [0] * 4 + [1] * 4)
+    leading = [sum(cos != cos for cos in row) for row in cosines]
+    assert leading[:4] == [0] * 4
+    assert all(0 < number < len(row) for number, row in zip(leading[4:7], cosines[4:7], strict=True))
+    assert_factors(batch["visual_factors"], expected, scored)
     # Before its image a token has the factor of its response alone; without any image a response has none.
-    assert torch.allclose(batch["visual_factors"][4][mask[4]][: leading[4]], torch.tensor(1 + phi[4]))
-    assert (batch["visual_factors"][7] == 1).all() and phi[7] == 0
+    before = batch["visual_factors"][4][scored[4]][: leading[4]]
+    assert torch.allclose(before, torch.tensor(1 + expected[4].phi)) and expected[4].phi != 0
+    assert (batch["visual_factors"][7] == 1).all() and expected[7].phi == 0
     samples = trainer.rollout_samples
     for sample, row in zip(samples, cosines, strict=True):
         shown = [cos for cos, is_scored in zip(sample.cos, sample.scored, strict=True) if is_scored]
-        assert [cos != cos for cos in shown] == [cos is None for cos in row]
-        assert all(abs(one - other) < 1e-5 for one, other in zip(shown, row, strict=True) if other is not None)
+        assert [cos != cos for cos in shown] == [cos != cos for cos in row]
+        assert all(abs(one - other) < 1e-5 for one, other in zip(shown, row, strict=True) if other == other)
         assert all(cos == 0 for cos, is_scored in zip(sample.cos, sample.scored, strict=True) if not is_scored)
     record = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     assert record["vgpo/weighted_share"] == 7 / 8
-    counted = [cos for row in cosines for cos in row if cos is not None]
+    counted = [cos for row in cosines for cos in row if cos == cos]
     assert record["vgpo/visual_focus"] == pytest.approx(sum(counted) / len(counted), abs=1e-5)
 
 
@@ -172,14 +173,11 @@ def test_a_placeholder_that_the_policy_says_shows_nothing(tmp_path, monkeypatch)
     trainer, _ = make(tmp_path, monkeypatch, zoom_to_picture, [1, 0], first=first)
     batch = trainer._generate_and_score_completions(generation_batch(trainer))
     hidden, images, scored = states_and_places(trainer, batch)
-    said = Sequences.of(batch).input_ids == trainer.model.config.video_token_id
-    assert (said & scored).sum(dim=1).tolist() == [1] * 8 and not (said & images).any()
-    expected, _, _ = factors(hidden, images, scored, [0] * 4 + [1] * 4)
-    mask = Sequences.of(batch).response_mask.bool()
-    for row, wanted in enumerate(expected):
-        made = batch["visual_factors"][row][mask[row]]
-        torch.testing.assert_close(made, torch.tensor(wanted), atol=5e-4, rtol=5e-4)
-    assert (batch["visual_factors"][4:] == 1).all() and batch["visual_factors"][:4][mask[:4]].std() > 0.1
+    said = batch["completion_ids"] == trainer.model.config.video_token_id
+    assert (said & scored).sum(dim=1).tolist() == [1] * 8 and images.sum() == 4 * 4
+    expected, _ = by_definition(hidden, images, scored, [0] * 4 + [1] * 4)
+    assert_factors(batch["visual_factors"], expected, scored)
+    assert (batch["visual_factors"][4:] == 1).all() and batch["visual_factors"][:4][scored[:4]].std() > 0.1
 
 
 def test_images_that_trl_drops_give_no_signal(tmp_path, monkeypatch):
@@ -199,18 +197,15 @@ def test_shares_of_attention_begin_with_the_first_image(tmp_path, monkeypatch):
     trainer, _ = make(tmp_path, monkeypatch, zoom_to_picture, [0], signal="attention")
     batch = trainer._generate_and_score_completions(generation_batch(trainer))
     _, images, scored = states_and_places(trainer, batch)
-    mask = Sequences.of(batch).response_mask.bool()
-    weights = []
+    values = []
     for sample, image, own in zip(trainer.rollout_samples, images, scored, strict=True):
-        seen = (image.cumsum(0)[own] > 0).tolist()
+        seen = (image.cumsum(0)[-len(own) :][own] > 0).tolist()
         shares = [share for share, is_scored in zip(sample.cos, sample.scored, strict=True) if is_scored]
         assert [share == share for share in shares] == seen
-        weights.append(token_weights([2 * share - 1 if share == share else None for share in shares]))
-    phi = group_weights([score for _, score in weights], [0] * 4)
-    assert [score is None for _, score in weights] == [False] * 3 + [True]
-    for row, ((psi, _), own) in enumerate(zip(weights, phi, strict=True)):
-        wanted = torch.tensor([(1 + value) * (1 + own) for value in psi])
-        torch.testing.assert_close(batch["visual_factors"][row][mask[row]], wanted, atol=1e-4, rtol=1e-4)
+        values.append([2 * share - 1 for share in shares])
+    expected = factors(values, [0] * 4, trainer.args.vgpo_config())
+    assert [math.isnan(weights.score) for weights in expected] == [False] * 3 + [True]
+    assert_factors(batch["visual_factors"], expected, scored)
 
 
 def both_tools(tmp_path: Any, monkeypatch: Any, **settings: Any) -> list[tuple[Any, dict[str, Any], Tensor]]:
