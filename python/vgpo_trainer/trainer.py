@@ -22,7 +22,8 @@ with TRL's ``log_metric("accuracy", value)``. Ours:
 ``vgpo/late_early_ratio``  score (visual focus, attention share) of a response's second half over its first
 ``vgpo/psi_std``           standard deviation of the token weights psi
 ``vgpo/phi_std``           standard deviation of the trajectory weights phi
-``vgpo/weighted_share``    share of responses that have an image (and a finite signal)
+``vgpo/weighted_share``    share of responses that have an image, a scored token and a finite signal; the other means
+                           here are over these responses and, of their tokens, over those that have seen an image
 ``vgpo/factor_mean``       the factors (1 + psi)(1 + phi) that multiply advantages; also ``_min``, ``_max``
 ``vgpo/old_policy_kl``     divergence of the policy from the one that generated
 =========================  ==================================================================================
@@ -33,8 +34,13 @@ Records of an evaluation have the same keys with the prefix ``eval_``.
 :class:`~vgpo_trainer.rollouts.RolloutSample`: prompt, images, tokens, per-token cosine, psi and factor, phi, reward,
 advantage, late/early ratio, and ``correct`` where a reward function reports it with ``log_extra("correct", [...])``.
 
+**Groups.** A group is what TRL generated for one row: ``num_generations`` responses in order, over all processes, as
+its advantages compare them. What the row holds has no part in it. A ``prompt_id`` column (integers or strings) says
+otherwise: rows of a generation batch that share one are a group; a group of another size than ``num_generations`` is
+warned of. Rows of text alone may stand beside rows with images: their responses are unweighted.
+
 **Where the signal comes from.** See ``vgpo_signal`` of :class:`~vgpo_trainer.config.VGPOTrainingConfig`. TRL shuffles a
-generation batch and cuts it into micro-batches, so the responses of a prompt part. They keep the id of their prompt,
+generation batch and cuts it into micro-batches, so the responses of a prompt part. They keep the number of their group,
 and with ``"scoring"`` their factors are known before TRL shuffles; with ``"loss"`` no batch is ever cut.
 """
 
@@ -49,6 +55,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
@@ -58,11 +65,11 @@ from vgpo_kernels import VGPOConfig, policy_loss
 from vgpo_kernels.integrations.transformers import visual_token_ids
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.fused_head import fuse_heads
+from vgpo_trainer.generation_batch import RowFacts, group_ids, refuse_mixed, warn_of_sizes, with_image_lists
 from vgpo_trainer.rollouts import (
     PendingRollout,
     RolloutRecorder,
     RolloutSample,
-    prompt_ids,
     prompt_text,
     row_images,
 )
@@ -72,12 +79,14 @@ from vgpo_trainer.runs.writing import RunFailure, writing
 from vgpo_trainer.signals import SignalSettings, VisualSignal, signal_class
 from vgpo_trainer.signals.factors import SignalFactors, compute_factors
 from vgpo_trainer.signals.reader import SignalReader, visual_tokens_told
+from vgpo_trainer.signals.records import signal_records
 from vgpo_trainer.trl_metrics import means_over_processes, policy_records
 from vgpo_trainer.trl_surface import (
     FORWARD_INPUTS,
     LOSS_TYPES,
     VESPO_SETTINGS,
     Sequences,
+    WithoutEmptyImages,
     WithoutHead,
     check_surface,
     gather_head,
@@ -85,6 +94,7 @@ from vgpo_trainer.trl_surface import (
     refuse_unsupported,
     refuse_video,
     rollout_logp,
+    why_not_mixed,
 )
 
 
@@ -97,7 +107,8 @@ class VGPOTrainer(GRPOTrainer):
         reward_funcs: As TRL's.
         args: Settings; default: ``VGPOTrainingConfig("<model>-VGPO")``. A :class:`trl.GRPOConfig` is carried over by
             :meth:`VGPOTrainingConfig.from_trl`, with the paper's VGPO.
-        train_dataset: As TRL's. Rows that share prompt and images (or a ``prompt_id`` column) form a group.
+        train_dataset: As TRL's. The responses to a row form a group, or those to all rows that share a ``prompt_id``,
+            if it has that column.
         eval_dataset: As TRL's.
         processing_class: As TRL's.
         signal: Name of a visual signal (``"focus"``, ``"attention"``), in place of ``args.signal``.
@@ -173,6 +184,10 @@ class VGPOTrainer(GRPOTrainer):
                 ) from error
             self._reader = SignalReader(kind, settings, tokens)
         capacity = args.rollout_samples if self.accelerator.is_main_process else 0
+        self._group_warnings: set[str] = set()
+        self._shown_images: list[list[Any]] | None = None
+        # TRL gathers images for its table of completions on those processes alone that have some; see below.
+        self._logs_images, self.log_multimodal = self.log_multimodal, False
         self._recorder = RolloutRecorder(capacity, cache(lambda token: self._tokenizer.decode([token])))
         self.add_callback(MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
 
@@ -181,23 +196,25 @@ class VGPOTrainer(GRPOTrainer):
         """The latest responses with their visual signal, oldest first; on the main process only."""
         return list(self._recorder.samples)
 
-    # Rollouts: what TRL generates and scores, with the id of its prompt and, where it is known by then, its factors.
+    # Rollouts: what TRL generates and scores, with the number of its group and, where they are known by then, its
+    # factors.
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         for row in inputs:
             refuse_video(row)
         mode = "train" if self.model.training else "eval"
+        groups = self._number_groups(inputs, mode)
         # In evaluation a batch is neither cut nor used twice.
         source = self.args.signal_source() if mode == "train" else "loss"
-        groups = None if self._reader is None else prompt_ids(inputs, self.accelerator.device)
         follows = self._reader is not None and source == "scoring"
         with self._reader.following() if follows else nullcontext() as passes:
-            batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            batch: dict[str, Any] = super()._generate_and_score_completions(with_image_lists(inputs))
 
+        self._log_images(inputs)
         batch["rollout_index"] = torch.arange(len(inputs), device=self.accelerator.device)
         if self._recorder.enabled:
             self._recorder.begin(mode, self._pending_rollouts(inputs, batch["advantages"]))
-        if groups is None:
+        if self._reader is None:
             self._record(batch, mode)
         else:
             batch["prompt_group"] = groups
@@ -210,6 +227,41 @@ class VGPOTrainer(GRPOTrainer):
                 signal = passes.that_returned(old_logp)
             batch["visual_factors"] = self._signal_factors(batch, signal, mode).factors
         return batch
+
+    def _number_groups(self, inputs: Sequence[Mapping[str, Any]], mode: str) -> Tensor:
+        """Number the groups of a generation batch, int64 ``[B]``, and check it; on all processes together.
+
+        Raises:
+            ValueError: Rows with and without images, where that cannot work.
+        """
+        facts: list[RowFacts] = gather_object([RowFacts.of(row) for row in inputs])
+        if why := why_not_mixed(self):
+            refuse_mixed(inputs, facts, why)
+        number = self.num_generations if mode == "train" else self.num_generations_eval
+        names = [fact.prompt_id for fact in facts]
+        numbers = group_ids(names, number)
+        if self._reader is not None and self.accelerator.is_main_process:
+            warn_of_sizes(numbers, names, number, self._group_warnings)
+        begin = self.accelerator.process_index * len(inputs)
+        return torch.tensor(numbers[begin : begin + len(inputs)], device=self.accelerator.device)
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        """TRL's; a row without image has an empty list beside rows with images: the processor takes no ``None``."""
+        *generated, images, tool_images = super()._generate(prompts)
+        if images is not None:
+            images = [shown or [] for shown in images]
+        self._shown_images = images
+        return (*generated, images, tool_images)
+
+    def _log_images(self, inputs: Sequence[Mapping[str, Any]]) -> None:
+        """Put the images of a generation batch into TRL's table of completions, on all processes together."""
+        if not self._logs_images:
+            return
+        local = [row_images(row) for row in inputs] if self._shown_images is None else self._shown_images
+        images = gather_object(local)
+        # A batch of text between others has its empty places; a run of text alone has no column.
+        if any(images) or self._logs["images"]:
+            self._logs["images"].extend(images)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -244,7 +296,8 @@ class VGPOTrainer(GRPOTrainer):
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *rest: Any, **named: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """TRL's pass; before the loss, the policy's signal is read on the way."""
-        arguments = (model, input_ids, attention_mask, logits_to_keep, *rest)
+        plain = WithoutEmptyImages(model) if 0 in (named.get("num_images") or ()) else model
+        arguments = (plain, input_ids, attention_mask, logits_to_keep, *rest)
         if self.is_fsdp_enabled and torch.is_grad_enabled():
             gather_head(model)
         reader = self._reader
@@ -265,7 +318,7 @@ class VGPOTrainer(GRPOTrainer):
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), checkpointing, self._reader.read(self.model, *sequence) as signal:
             super()._get_per_token_logps_and_entropies(
-                WithoutHead(self.model),
+                WithoutHead(WithoutEmptyImages(self.model)),
                 sequence.input_ids,
                 sequence.attention_mask,
                 sequence.response_mask.shape[1],
@@ -278,18 +331,20 @@ class VGPOTrainer(GRPOTrainer):
         """Compute the factors of a batch from its signal; both are recorded and logged."""
         assert self._signal_config is not None
         response_mask = Sequences.of(batch).response_mask
+        if batch.get("pixel_values") is None:  # of text, or one whose images TRL drops: those that a tool cut short
+            signal.batch = signal.batch._replace(image_mask=torch.zeros_like(signal.batch.image_mask))
         found = compute_factors(
-            signal.values,
+            signal.marked_values(),
             response_mask,
             batch["prompt_group"],
-            signal.batch.image_mask.any(dim=1),
             self._signal_config,
             gather=self.accelerator.gather,
             process_index=self.accelerator.process_index,
         )
-        shown = signal.shown
+        shown = signal.marked_shown()
         self._record(batch, mode, shown, found)
-        self._log_signal(shown, found, response_mask, mode)
+        for name, value in signal_records(shown, found, self.accelerator).items():
+            self._metrics[mode][f"vgpo/{name}"].append(value)
         return found
 
     def _record(
@@ -526,44 +581,3 @@ class VGPOTrainer(GRPOTrainer):
         self._metrics[mode]["policy_loss"].append(self.accelerator.gather(loss).nanmean().item())
         if mode == "train" and self.accelerator.sync_gradients:
             self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
-
-    def _log_signal(self, shown: Tensor, found: SignalFactors, response_mask: Tensor, mode: str) -> None:
-        tokens = response_mask.bool() & found.weighted[:, None]
-        halves = found.late_early.isfinite()
-        psi, phi = found.psi[tokens], found.phi[found.weighted]
-        sums = {
-            "batch": torch.full((), response_mask.shape[0], device=response_mask.device),
-            "responses": found.weighted.sum(),
-            "tokens": tokens.sum(),
-            "ratios": halves.sum(),
-            "shown": shown[tokens].sum(),
-            "gated": found.gate_rate * tokens.sum(),
-            "late_early": found.late_early[halves].sum(),
-            "psi": psi.sum(),
-            "psi_square": psi.square().sum(),
-            "phi": phi.sum(),
-            "phi_square": phi.square().sum(),
-        }
-        reduced = self.accelerator.reduce(torch.stack([value.float() for value in sums.values()]), reduction="sum")
-        total = dict(zip(sums, reduced.tolist(), strict=True))
-        for name, value in {
-            "visual_focus": mean(total["shown"], total["tokens"]),
-            "gate_rate": mean(total["gated"], total["tokens"]),
-            "late_early_ratio": mean(total["late_early"], total["ratios"]),
-            "psi_std": standard_deviation(total["psi"], total["psi_square"], total["tokens"]),
-            "phi_std": standard_deviation(total["phi"], total["phi_square"], total["responses"]),
-            "weighted_share": mean(total["responses"], total["batch"]),
-        }.items():
-            self._metrics[mode][f"vgpo/{name}"].append(value)
-
-
-def mean(total: float, count: float) -> float:
-    """A mean from a sum; NaN of nothing."""
-    return total / count if count else float("nan")
-
-
-def standard_deviation(total: float, squares: float, count: float) -> float:
-    """Population standard deviation from the sums of values and of their squares; NaN of nothing."""
-    if count == 0:
-        return float("nan")
-    return max(squares / count - (total / count) ** 2, 0.0) ** 0.5

@@ -31,6 +31,15 @@ FORWARD_INPUTS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
+# Those of them that have an entry for each image or patch, not for each row.
+IMAGE_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "image_position_ids",
+)
 
 
 class LossType(NamedTuple):
@@ -65,6 +74,7 @@ VESPO_SETTINGS = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambd
 # The methods of GRPOTrainer that VGPOTrainer overrides or calls, and the arguments that it relies on.
 SURFACE = {
     "_generate_and_score_completions": ("inputs",),
+    "_generate": ("prompts",),
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
     "_get_per_token_logps_and_entropies": (
         "model",
@@ -126,6 +136,23 @@ class Sequences(NamedTuple):
             attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             response_mask=response_mask,
         )
+
+
+class WithoutEmptyImages:
+    """Stands in for a model in TRL's log-probability pass: rows of text alone reach it without inputs of images.
+
+    Where other rows of a batch have images, TRL hands on pixel values of no image at all, which vision towers reject.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run the model."""
+        pixels = inputs.get("pixel_values")
+        if pixels is not None and pixels.shape[0] == 0:
+            inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
+        return self.model(**inputs)
 
 
 def rollout_logp(inputs: Mapping[str, Any], logp: Tensor) -> Tensor:
@@ -195,6 +222,24 @@ def refuse_unsupported(args: VGPOTrainingConfig) -> None:
         )
     if args.use_adaptive_entropy:
         raise ValueError("use_adaptive_entropy is not supported with VGPO; set a fixed entropy_coef")
+
+
+def why_not_mixed(trainer: trl.GRPOTrainer) -> str | None:
+    """Return why rows with and without images cannot be in one generation batch; ``None`` where they can."""
+    inputs = getattr(getattr(trainer.processing_class, "image_processor", None), "model_input_names", ())
+    # As Idefics has them: a row of pixel values for each row of the batch, which TRL may take for one for each image.
+    if "pixel_attention_mask" in inputs and "spatial_shapes" not in inputs:
+        name = type(trainer.processing_class).__name__
+        return f"GRPOTrainer cannot tell whose pixel values those of {name} are"
+    args = trainer.args
+    if trainer.accelerator.num_processes == 1:
+        return None
+    stage_3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    if trainer.is_fsdp_enabled or stage_3:
+        return "a vision tower that is sharded has to run on all processes, and a batch of text does not run it"
+    if not args.ddp_find_unused_parameters:
+        return "a batch of text gives the vision tower no gradient, which needs ddp_find_unused_parameters=True"
+    return None
 
 
 def refuse_video(row: Mapping[str, Any]) -> None:
