@@ -366,3 +366,14 @@ def test_factors_change_what_is_clipped_nowhere(trainer, rollout, monkeypatch, l
     theirs.pop("vespo/phi_seq_mean", None)  # of advantages per token TRL takes the mean over tokens
     for name, value in theirs.items():
         assert ours[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+
+
+def test_advantages_that_are_not_finite_are_counted(trainer, rollout):
+    advantages = rollout["advantages"].clone()
+    advantages[1] = torch.nan
+    trainer.model.eval()
+    try:
+        ours = logged(type(trainer)._compute_loss, trainer, {**rollout, "advantages": advantages}, "eval")
+    finally:
+        trainer.model.train()
+    assert ours["vgpo/nonfinite_advantages"] == rollout["completion_mask"][1].sum() > 0
