@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Self
 
 from trl import GRPOConfig
 
@@ -88,6 +88,44 @@ class VGPOTrainingConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check()
+
+    @classmethod
+    def from_trl(cls, args: GRPOConfig, **settings: Any) -> Self:
+        """Return the settings of TRL with those of VGPO added.
+
+        Everything that ``args`` holds is carried over as it is, ``logging_steps`` and what TRL has worked out
+        (``generation_batch_size``, ``steps_per_generation``, devices) included; ``args`` does not change.
+
+        Args:
+            args: TRL's settings.
+            **settings: Fields of this class that GRPOConfig does not have; the others keep their defaults.
+
+        Raises:
+            TypeError: ``args`` is no :class:`trl.GRPOConfig`, or of a subclass, whose additions would be lost; or a
+                setting is none of VGPO's.
+            ValueError: As for the class itself.
+
+        """
+        if type(args) is not GRPOConfig:
+            raise TypeError(
+                f"args must be a VGPOTrainingConfig, or a plain trl.GRPOConfig, got {type(args).__name__}; "
+                "a class of your own can be derived from VGPOTrainingConfig"
+            )
+        inherited = {setting.name for setting in fields(GRPOConfig)}
+        own = {setting.name: setting.default for setting in fields(cls) if setting.name not in inherited}
+        assert MISSING not in own.values()
+        unknown = ", ".join(settings.keys() - own.keys())
+        if unknown:
+            raise TypeError(f"{unknown}: no setting of VGPO; set TRL's in the GRPOConfig")
+        # Not by the constructor, which refuses settings that it has worked out itself.
+        made = cls.__new__(cls)
+        made.__dict__.update(vars(args) | own | settings)
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        """Raise ValueError for settings of VGPO that are out of range or do not go together."""
         if self.vgpo is not None and self.vgpo.lower() == "none":
             self.vgpo = None
         if self.vgpo is not None and self.vgpo not in PRESETS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 PROMPT_FIELDS = ("prompt", "image", "images")
 # Digests stay below 2^53, so that they survive a trip through a float64 tensor or a JSON file.
 _DIGEST_BITS = 53
+_EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class RolloutSample:
         tokens: Text of each completion token, special tokens included.
         scored: Whether a token was sampled by the model (tool output was not, and takes no part in the loss).
         cos: Visual signal of each token: the cosine of its hidden state to the image prototype, or what the signal
-            chosen in its place shows (a share of attention).
+            chosen in its place shows (a share of attention); NaN where no image was seen yet, 0 where not scored.
         psi: Intra-trajectory weight of each token.
         factors: What each token's advantage is multiplied by; all 1 where VGPO is off.
         phi: Inter-trajectory weight of the response.
         reward: Weighted sum of the rewards; NaN if no reward function scored the response.
         advantage: Group-relative advantage before the factors.
-        late_early_ratio: Score of the second half over that of the first; NaN for a response shorter than two tokens
-            and for one without image.
+        late_early_ratio: Score of the second half over that of the first; NaN where a half has no token that has seen
+            an image.
         correct: What a reward function reported with ``log_extra("correct", [...])``, else ``None``.
 
     """
@@ -143,22 +144,23 @@ class RolloutRecorder:
 
 
 def prompt_id(row: Mapping[str, Any]) -> int:
-    """Number that two dataset rows share exactly when they hold the same prompt and images.
+    """Number that two dataset rows share exactly when they show a model the same, for a loop of your own.
 
-    It is what makes responses a group, whatever order they come in. A row's own ``prompt_id`` column, if there is
-    one, is what is compared; otherwise the prompt's messages and the pixels of its images are.
+    Where the order in which responses were generated is known, it says which are a group; ``VGPOTrainer`` goes by it.
+    Here a row's own ``prompt_id`` column is what is compared, if there is one; otherwise the prompt's messages and what
+    its images show are. A row without a prompt, as environments have that own their prompts, is compared whole.
 
     Raises:
-        TypeError: A prompt or image of a kind whose content cannot be compared.
+        TypeError: A value of a kind whose content cannot be compared.
 
     """
-    digest = hashlib.blake2b(digest_size=8)
-    if row.get("prompt_id") is not None:
-        _feed(digest, row["prompt_id"], "prompt_id")
-    else:
-        for name in PROMPT_FIELDS:
-            _feed(digest, row.get(name), name)
-    return int.from_bytes(digest.digest(), "big") >> (64 - _DIGEST_BITS)
+    return _prompt_id(row, {})
+
+
+def prompt_ids(rows: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
+    """Return :func:`prompt_id` of each row, int64 ``[B]``; an image that rows share is read once."""
+    read: dict[int, bytes] = {}
+    return torch.tensor([_prompt_id(row, read) for row in rows], dtype=torch.int64, device=device)
 
 
 def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
@@ -190,10 +192,25 @@ def row_images(row: Mapping[str, Any]) -> list[Any]:
     return [part["image"] for part in parts if part.get("type") == "image" and part.get("image") is not None]
 
 
-def _feed(digest: Any, value: Any, where: str) -> None:
+def _prompt_id(row: Mapping[str, Any], read: dict[int, bytes]) -> int:
+    """:func:`prompt_id`; ``read`` holds the digests of images by ``id`` while the rows keep those alive."""
+    if row.get("prompt_id") is not None:
+        names: Iterable[str] = ["prompt_id"]
+    else:
+        names = PROMPT_FIELDS if row.get("prompt") is not None else sorted(row)
+    digest = hashlib.blake2b(digest_size=8)
+    for name in names:
+        _feed(digest, name, name, read)
+        _feed(digest, row.get(name), name, read)
+    return int.from_bytes(digest.digest(), "big") >> (64 - _DIGEST_BITS)
+
+
+def _feed(digest: Any, value: Any, where: str, read: dict[int, bytes]) -> None:
     """Add a value to a digest, its kind and length first so that no two structures read alike."""
     if isinstance(value, Image.Image):
-        _feed_bytes(digest, f"image {value.mode} {value.size}", value.tobytes())
+        if id(value) not in read:
+            read[id(value)] = _image_digest(value)
+        _feed_bytes(digest, "image", read[id(value)])
     elif isinstance(value, (np.ndarray, Tensor)):
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
         _feed_bytes(digest, f"array {array.dtype} {array.shape}", np.ascontiguousarray(array).tobytes())
@@ -208,12 +225,12 @@ def _feed(digest: Any, value: Any, where: str) -> None:
         present = {str(key): item for key, item in value.items() if item is not None}
         _feed_bytes(digest, f"mapping {len(present)}", b"")
         for key in sorted(present):
-            _feed(digest, key, where)
-            _feed(digest, present[key], f"{where}.{key}")
+            _feed(digest, key, where, read)
+            _feed(digest, present[key], f"{where}.{key}", read)
     elif isinstance(value, Sequence):
         _feed_bytes(digest, f"sequence {len(value)}", b"")
         for index, item in enumerate(value):
-            _feed(digest, item, f"{where}[{index}]")
+            _feed(digest, item, f"{where}[{index}]", read)
     else:
         raise TypeError(
             f"{where} is a {type(value).__name__}, whose content cannot be compared to tell prompts apart; add a "
@@ -226,6 +243,10 @@ def _feed_bytes(digest: Any, kind: str, content: bytes) -> None:
     digest.update(content)
 
 
-def prompt_ids(rows: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
-    """Return :func:`prompt_id` of each row as int64 ``[B]``: the group ids of their responses."""
-    return torch.tensor([prompt_id(row) for row in rows], dtype=torch.int64, device=device)
+def _image_digest(image: Image.Image) -> bytes:
+    """Digest of what an image shows: the numbers of a palette image mean nothing without its palette."""
+    # Numbers of more than 8 bits, and colour spaces of their own, are compared as they are.
+    shown = image.convert("RGBA") if image.mode in _EIGHT_BITS else image
+    digest = hashlib.blake2b(f"{shown.mode} {shown.size}:".encode(), digest_size=16)
+    digest.update(shown.tobytes())
+    return digest.digest()

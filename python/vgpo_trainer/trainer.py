@@ -8,22 +8,29 @@ things: the visual focus of every response token, the factors that follow from i
 
 **What a step leaves behind.** With ``logging_steps=1`` (the default) every optimisation step appends one JSON object
 to ``<output_dir>/metrics.jsonl``. It is TRL's own log record with ``step`` and ``seconds`` (since the start of
-training) added. TRL's keys keep their names: ``loss``, ``reward``, ``reward_std``, ``rewards/<function>/mean``,
-``completions/mean_length``, ``entropy``, ``kl`` (with ``beta > 0``), ``clip_ratio/low_mean`` (also ``high_mean`` and
-``region_mean``), ``grad_norm``, ``learning_rate``, ``step_time``; and ``accuracy``, if a reward function reports it
+training) added. TRL's keys are all there, with TRL's values: ``loss``, ``reward``, ``reward_std``,
+``rewards/<function>/mean``, ``completions/mean_length``, ``entropy``, ``kl`` (with ``beta > 0``),
+``clip_ratio/low_mean`` (also ``low_min``, ``high_mean``, ``high_max`` and ``region_mean``; a loss that does not clip on
+both sides has ``cispo_clip_ratio``, ``vespo/phi_seq_mean`` or nothing), ``policy_loss`` and ``entropy_coef`` (with a
+bonus for entropy), ``grad_norm``, ``learning_rate``, ``step_time``; and ``accuracy``, if a reward function reports it
 with TRL's ``log_metric("accuracy", value)``. Ours:
 
-=========================  ==================================================================================
-``vgpo/visual_focus``      mean signal of response tokens: with ``signal="focus"`` their cosine to the image
-                           prototype, with ``"attention"`` their share of attention on the image
-``vgpo/gate_rate``         share of those tokens that the gate lets through
-``vgpo/late_early_ratio``  score (visual focus, attention share) of a response's second half over its first
-``vgpo/psi_std``           standard deviation of the token weights psi
-``vgpo/phi_std``           standard deviation of the trajectory weights phi
-``vgpo/weighted_share``    share of responses that have an image (and a finite signal)
-``vgpo/factor_mean``       the factors (1 + psi)(1 + phi) that multiply advantages; also ``_min``, ``_max``
-``vgpo/old_policy_kl``     divergence of the policy from the one that generated
-=========================  ==================================================================================
+=============================  =======================================================================================
+``vgpo/visual_focus``          mean signal of response tokens: with ``signal="focus"`` their cosine to the image
+                               prototype, with ``"attention"`` their share of attention on the image
+``vgpo/gate_rate``             share of those tokens that the gate lets through
+``vgpo/late_early_ratio``      score (visual focus, attention share) of a response's second half over its first
+``vgpo/psi_std``               standard deviation of the token weights psi
+``vgpo/phi_std``               standard deviation of the trajectory weights phi
+``vgpo/weighted_share``        share of responses that have an image, a scored token and a finite signal; the other
+                               means here are over these responses and, of their tokens, those that have seen an image
+``vgpo/nonfinite_responses``   number of responses that are unweighted for a signal that is not finite
+``vgpo/groups``                number of groups with a weighted response
+``vgpo/singleton_groups``      number of groups with one weighted response, whose phi is 0
+``vgpo/factor_mean``           the factors (1 + psi)(1 + phi) that multiply advantages; also ``_min``, ``_max``
+``vgpo/old_policy_kl``         divergence of the policy from the one that generated
+``vgpo/nonfinite_advantages``  number of tokens whose advantage is not finite
+=============================  =======================================================================================
 
 Records of an evaluation have the same keys with the prefix ``eval_``.
 
@@ -31,8 +38,13 @@ Records of an evaluation have the same keys with the prefix ``eval_``.
 :class:`~vgpo_trainer.rollouts.RolloutSample`: prompt, images, tokens, per-token cosine, psi and factor, phi, reward,
 advantage, late/early ratio, and ``correct`` where a reward function reports it with ``log_extra("correct", [...])``.
 
+**Groups.** A group is what TRL generated for one row: ``num_generations`` responses in order, over all processes, as
+its advantages compare them. What the row holds has no part in it. A ``prompt_id`` column (integers or strings) says
+otherwise: rows of a generation batch that share one are a group; a group of another size than ``num_generations`` is
+warned of. Rows of text alone may stand beside rows with images: their responses are unweighted.
+
 **Where the signal comes from.** See ``vgpo_signal`` of :class:`~vgpo_trainer.config.VGPOTrainingConfig`. TRL shuffles a
-generation batch and cuts it into micro-batches, so the responses of a prompt part. They keep the id of their prompt,
+generation batch and cuts it into micro-batches, so the responses of a prompt part. They keep the number of their group,
 and with ``"scoring"`` their factors are known before TRL shuffles; with ``"loss"`` no batch is ever cut.
 """
 
@@ -40,27 +52,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from vgpo_kernels import VGPOConfig, policy_loss
 from vgpo_kernels.integrations.transformers import visual_token_ids
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.fused_head import fuse_heads
+from vgpo_trainer.generation_batch import RowFacts, group_ids, refuse_mixed, warn_of_sizes, with_image_lists
 from vgpo_trainer.rollouts import (
     PendingRollout,
     RolloutRecorder,
     RolloutSample,
-    prompt_ids,
     prompt_text,
     row_images,
 )
@@ -70,26 +83,23 @@ from vgpo_trainer.runs.writing import RunFailure, writing
 from vgpo_trainer.signals import SignalSettings, VisualSignal, signal_class
 from vgpo_trainer.signals.factors import SignalFactors, compute_factors
 from vgpo_trainer.signals.reader import SignalReader, visual_tokens_told
+from vgpo_trainer.signals.records import signal_records
+from vgpo_trainer.trl_metrics import means_over_processes, policy_records
 from vgpo_trainer.trl_surface import (
     FORWARD_INPUTS,
     LOSS_TYPES,
     VESPO_SETTINGS,
     Sequences,
+    WithoutEmptyImages,
     WithoutHead,
     check_surface,
     gather_head,
     load_weights,
     refuse_unsupported,
     refuse_video,
+    rollout_logp,
+    why_not_mixed,
 )
-
-POLICY_RECORD = {  # metric of policy_loss: key of the log
-    "clip_fraction_low": "clip_ratio/low_mean",
-    "clip_fraction_high": "clip_ratio/high_mean",
-    "clip_fraction": "clip_ratio/region_mean",
-    "entropy": "entropy",
-    "approx_kl": "vgpo/old_policy_kl",
-}
 
 
 class VGPOTrainer(GRPOTrainer):
@@ -99,8 +109,10 @@ class VGPOTrainer(GRPOTrainer):
         model: As TRL's: a name, a path, a model or a PEFT model. With VGPO on, a vision-language model whose image
             tokens are in its sequence.
         reward_funcs: As TRL's.
-        args: Settings; default: ``VGPOTrainingConfig("<model>-VGPO")``.
-        train_dataset: As TRL's. Rows that share prompt and images (or a ``prompt_id`` column) form a group.
+        args: Settings; default: ``VGPOTrainingConfig("<model>-VGPO")``. A :class:`trl.GRPOConfig` is carried over by
+            :meth:`VGPOTrainingConfig.from_trl`, with the paper's VGPO.
+        train_dataset: As TRL's. The responses to a row form a group, or those to all rows that share a ``prompt_id``,
+            if it has that column.
         eval_dataset: As TRL's.
         processing_class: As TRL's.
         signal: Name of a visual signal (``"focus"``, ``"attention"``), in place of ``args.signal``.
@@ -110,9 +122,9 @@ class VGPOTrainer(GRPOTrainer):
         **others: The rest of TRL's arguments, by name.
 
     Raises:
-        TypeError: ``args`` is not a :class:`VGPOTrainingConfig`, a visual token no integer, or the model has no final
-            norm by a known name.
-        ValueError: A setting of TRL that this trainer does not carry, or a model without visual tokens.
+        TypeError: ``args`` is neither a :class:`VGPOTrainingConfig` nor a plain :class:`trl.GRPOConfig`, a visual token
+            no integer, or the model has no final norm by a known name.
+        ValueError: A setting of TRL that the loss with VGPO does not carry, or a model without visual tokens.
 
     """
 
@@ -126,7 +138,7 @@ class VGPOTrainer(GRPOTrainer):
         self,
         model: Any,
         reward_funcs: Any = None,
-        args: VGPOTrainingConfig | None = None,
+        args: VGPOTrainingConfig | GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -140,7 +152,7 @@ class VGPOTrainer(GRPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = VGPOTrainingConfig(f"{Path(name).name}-VGPO")
         if not isinstance(args, VGPOTrainingConfig):
-            raise TypeError(f"args must be a VGPOTrainingConfig, got {type(args).__name__}")
+            args = VGPOTrainingConfig.from_trl(args)
         if signal is not None:
             args = copy(args)
             args.signal = signal
@@ -154,6 +166,7 @@ class VGPOTrainer(GRPOTrainer):
         self._rewards: Tensor | None = None
         self._correct: list[Any] = []
         self._loss_inputs: dict[str, Any] = {}
+        self._latest_logp = torch.empty(0)  # of the loss, which TRL keeps to itself
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **others)
         fuse_heads(
             (self.model, self.ref_model),
@@ -175,6 +188,10 @@ class VGPOTrainer(GRPOTrainer):
                 ) from error
             self._reader = SignalReader(kind, settings, tokens)
         capacity = args.rollout_samples if self.accelerator.is_main_process else 0
+        self._group_warnings: set[str] = set()
+        self._shown_images: list[list[Any]] | None = None
+        # TRL gathers images for its table of completions on those processes alone that have some; see below.
+        self._logs_images, self.log_multimodal = self.log_multimodal, False
         self._recorder = RolloutRecorder(capacity, cache(lambda token: self._tokenizer.decode([token])))
         self.add_callback(MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
 
@@ -183,23 +200,25 @@ class VGPOTrainer(GRPOTrainer):
         """The latest responses with their visual signal, oldest first; on the main process only."""
         return list(self._recorder.samples)
 
-    # Rollouts: what TRL generates and scores, with the id of its prompt and, where it is known by then, its factors.
+    # Rollouts: what TRL generates and scores, with the number of its group and, where they are known by then, its
+    # factors.
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         for row in inputs:
             refuse_video(row)
         mode = "train" if self.model.training else "eval"
+        groups = self._number_groups(inputs, mode)
         # In evaluation a batch is neither cut nor used twice.
         source = self.args.signal_source() if mode == "train" else "loss"
-        groups = None if self._reader is None else prompt_ids(inputs, self.accelerator.device)
         follows = self._reader is not None and source == "scoring"
         with self._reader.following() if follows else nullcontext() as passes:
-            batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            batch: dict[str, Any] = super()._generate_and_score_completions(with_image_lists(inputs))
 
+        self._log_images(inputs)
         batch["rollout_index"] = torch.arange(len(inputs), device=self.accelerator.device)
         if self._recorder.enabled:
             self._recorder.begin(mode, self._pending_rollouts(inputs, batch["advantages"]))
-        if groups is None:
+        if self._reader is None:
             self._record(batch, mode)
         else:
             batch["prompt_group"] = groups
@@ -212,6 +231,41 @@ class VGPOTrainer(GRPOTrainer):
                 signal = passes.that_returned(old_logp)
             batch["visual_factors"] = self._signal_factors(batch, signal, mode).factors
         return batch
+
+    def _number_groups(self, inputs: Sequence[Mapping[str, Any]], mode: str) -> Tensor:
+        """Number the groups of a generation batch, int64 ``[B]``, and check it; on all processes together.
+
+        Raises:
+            ValueError: Rows with and without images, where that cannot work.
+        """
+        facts: list[RowFacts] = gather_object([RowFacts.of(row) for row in inputs])
+        if why := why_not_mixed(self):
+            refuse_mixed(inputs, facts, why)
+        number = self.num_generations if mode == "train" else self.num_generations_eval
+        names = [fact.prompt_id for fact in facts]
+        numbers = group_ids(names, number)
+        if self._reader is not None and self.accelerator.is_main_process:
+            warn_of_sizes(numbers, names, number, self._group_warnings)
+        begin = self.accelerator.process_index * len(inputs)
+        return torch.tensor(numbers[begin : begin + len(inputs)], device=self.accelerator.device)
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        """TRL's; a row without image has an empty list beside rows with images: the processor takes no ``None``."""
+        *generated, images, tool_images = super()._generate(prompts)
+        if images is not None:
+            images = [shown or [] for shown in images]
+        self._shown_images = images
+        return (*generated, images, tool_images)
+
+    def _log_images(self, inputs: Sequence[Mapping[str, Any]]) -> None:
+        """Put the images of a generation batch into TRL's table of completions, on all processes together."""
+        if not self._logs_images:
+            return
+        local = [row_images(row) for row in inputs] if self._shown_images is None else self._shown_images
+        images = gather_object(local)
+        # A batch of text between others has its empty places; a run of text alone has no column.
+        if any(images) or self._logs["images"]:
+            self._logs["images"].extend(images)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -246,12 +300,15 @@ class VGPOTrainer(GRPOTrainer):
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *rest: Any, **named: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """TRL's pass; before the loss, the policy's signal is read on the way."""
-        arguments = (model, input_ids, attention_mask, logits_to_keep, *rest)
+        plain = WithoutEmptyImages(model) if 0 in (named.get("num_images") or ()) else model
+        arguments = (plain, input_ids, attention_mask, logits_to_keep, *rest)
         if self.is_fsdp_enabled and torch.is_grad_enabled():
             gather_head(model)
         reader = self._reader
         if reader is None or reader.passes is None or model is not self.model:
-            return super()._get_per_token_logps_and_entropies(*arguments, **named)
+            result = super()._get_per_token_logps_and_entropies(*arguments, **named)
+            self._latest_logp = result[0].detach()
+            return result
         with reader.read(model, input_ids, attention_mask, attention_mask[:, -logits_to_keep:]) as signal:
             result = super()._get_per_token_logps_and_entropies(*arguments, **named)
         reader.passes.add(result[0], signal)
@@ -265,7 +322,7 @@ class VGPOTrainer(GRPOTrainer):
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), checkpointing, self._reader.read(self.model, *sequence) as signal:
             super()._get_per_token_logps_and_entropies(
-                WithoutHead(self.model),
+                WithoutHead(WithoutEmptyImages(self.model)),
                 sequence.input_ids,
                 sequence.attention_mask,
                 sequence.response_mask.shape[1],
@@ -278,18 +335,20 @@ class VGPOTrainer(GRPOTrainer):
         """Compute the factors of a batch from its signal; both are recorded and logged."""
         assert self._signal_config is not None
         response_mask = Sequences.of(batch).response_mask
+        if batch.get("pixel_values") is None:  # of text, or one whose images TRL drops: those that a tool cut short
+            signal.batch = signal.batch._replace(image_mask=torch.zeros_like(signal.batch.image_mask))
         found = compute_factors(
-            signal.values,
+            signal.marked_values(),
             response_mask,
             batch["prompt_group"],
-            signal.batch.image_mask.any(dim=1),
             self._signal_config,
             gather=self.accelerator.gather,
             process_index=self.accelerator.process_index,
         )
-        shown = signal.shown
+        shown = signal.marked_shown()
         self._record(batch, mode, shown, found)
-        self._log_signal(shown, found, response_mask, mode)
+        for name, value in signal_records(shown, found, self.accelerator).items():
+            self._metrics[mode][f"vgpo/{name}"].append(value)
         return found
 
     def _record(
@@ -318,11 +377,36 @@ class VGPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
+        reads = self._reader is not None and "visual_factors" not in inputs
+        reading = self._reader.read(model, *Sequences.of(inputs)) if reads else nullcontext()
+        compute = self._trl_loss if self._vgpo is None else self._vgpo_loss
+        loss = compute(model, inputs, mode, reading)
+        if mode == "train":
+            self._loss_inputs = {**inputs, "logp": self._latest_logp, "loss": loss.detach()}
+            if not loss.isfinite():
+                self._break_off(self.state.global_step + 1, f"loss is {loss.item()}")
+        return loss
+
+    def _trl_loss(
+        self, model: nn.Module, inputs: dict[str, Any], mode: str, reading: AbstractContextManager[VisualSignal | None]
+    ) -> Tensor:
+        """TRL's loss as it is, with its metrics and its control of entropy; the signal is only looked at."""
+        with reading as signal:
+            loss: Tensor = super()._compute_loss(model, inputs)
+        if signal is not None:
+            self._signal_factors(inputs, signal, mode)
+        logp, mask = self._latest_logp, Sequences.of(inputs).response_mask
+        _, metrics = policy_loss(logp, rollout_logp(inputs, logp), inputs["advantages"], mask, ratio_clamp=None)
+        self._log_policy({}, metrics, mode)
+        return loss
+
+    def _vgpo_loss(
+        self, model: nn.Module, inputs: dict[str, Any], mode: str, reading: AbstractContextManager[VisualSignal | None]
+    ) -> Tensor:
+        """TRL's loss on re-weighted advantages, by policy_loss."""
         sequence = Sequences.of(inputs)
         mask = sequence.response_mask
-        factors = inputs.get("visual_factors")
-        reads = self._reader is not None and factors is None
-        with self._reader.read(model, *sequence) if reads else nullcontext() as signal:
+        with reading as signal:
             logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
                 model,
                 sequence.input_ids,
@@ -333,20 +417,16 @@ class VGPOTrainer(GRPOTrainer):
                 **{name: inputs.get(name) for name in FORWARD_INPUTS},
             )
         assert entropy is not None
-        if signal is not None:
-            factors = self._signal_factors(inputs, signal, mode).factors
-        if self._vgpo is None:
-            factors = None
+        factors = inputs["visual_factors"] if signal is None else self._signal_factors(inputs, signal, mode).factors
 
-        old_logp = inputs.get("old_per_token_logps")
-        old_logp = logp.detach() if old_logp is None else old_logp
+        old = rollout_logp(inputs, logp)
         entropy_mask = None
         if self.top_entropy_quantile < 1.0:
             entropy_mask = self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
-        advantages, weights = self._importance_weights(inputs, logp, old_logp, mask, entropy_mask)
+        advantages, weights = self._importance_weights(inputs, logp, old, mask, entropy_mask)
         loss, metrics = policy_loss(
             logp,
-            old_logp,
+            old,
             advantages,
             mask,
             factors=factors,
@@ -356,9 +436,11 @@ class VGPOTrainer(GRPOTrainer):
             **self._denominators(inputs, mask, mode),
             **self._loss_options(),
         )
+        self._log_policy(policy_records(self, inputs, logp, old, mask, metrics), metrics, mode)
 
         accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
-        if self.entropy_coef != 0.0:
+        if self._entropy_bonus_enabled:
+            self._log_bonus(loss.detach(), accumulated, mode)
             counted = mask if entropy_mask is None else mask * entropy_mask
             mean_entropy = (entropy * counted).sum() / counted.sum().clamp(min=1)
             loss = loss - self.entropy_coef * mean_entropy / accumulated
@@ -366,11 +448,6 @@ class VGPOTrainer(GRPOTrainer):
             assert aux_loss is not None
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulated
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
-        self._log_policy(metrics, mode)
-        if mode == "train":
-            self._loss_inputs = {**inputs, "logp": logp.detach(), "loss": loss.detach()}
-            if not loss.isfinite():
-                self._break_off(self.state.global_step + 1, f"loss is {loss.item()}")
         return loss
 
     # A run stops at a number that is not finite, before it is in a checkpoint, and leaves the batch that made it.
@@ -486,59 +563,26 @@ class VGPOTrainer(GRPOTrainer):
 
     # Records, through TRL's ordinary logging.
 
-    def _log_policy(self, metrics: Mapping[str, Tensor], mode: str) -> None:
-        names = dict(POLICY_RECORD)
-        if self.beta != 0.0:
-            names["ref_kl"] = "kl"
+    def _log_policy(self, records: Mapping[str, float], metrics: Mapping[str, Tensor], mode: str) -> None:
+        """Log TRL's metrics of the policy, where it has not done so itself, and ours."""
+        number = metrics["num_tokens"]
+        names = {"approx_kl": "vgpo/old_policy_kl"}
         if self._vgpo is not None:
             names["factor_mean"] = "vgpo/factor_mean"
-        means = torch.stack([metrics[name] for name in names])
-        number = metrics["num_tokens"]
-        totals = self.accelerator.reduce(torch.cat([means * number, number[None]]), reduction="sum")
-        for key, value in zip(names.values(), (totals[:-1] / totals[-1].clamp(min=1)).tolist(), strict=True):
-            self._metrics[mode][key].append(value)
+        ours = means_over_processes(self, {key: (metrics[name] * number, number) for name, key in names.items()})
+        extremes = [metrics[name] for name in ("factor_min", "factor_max", "nonfinite_advantages")]
+        smallest, largest, nonfinite = self.accelerator.gather(torch.stack(extremes)[None]).unbind(dim=1)
+        ours["vgpo/nonfinite_advantages"] = nonfinite.sum().item()
         if self._vgpo is not None:
-            extremes = self.accelerator.gather(torch.stack([metrics["factor_min"], metrics["factor_max"]])[None])
-            self._metrics[mode]["vgpo/factor_min"].append(extremes[:, 0].min().item())
-            self._metrics[mode]["vgpo/factor_max"].append(extremes[:, 1].max().item())
+            ours["vgpo/factor_min"], ours["vgpo/factor_max"] = smallest.min().item(), largest.max().item()
+        for key, value in (records | ours).items():
+            self._metrics[mode][key].append(value)
 
-    def _log_signal(self, shown: Tensor, found: SignalFactors, response_mask: Tensor, mode: str) -> None:
-        tokens = response_mask.bool() & found.weighted[:, None]
-        halves = found.late_early.isfinite()
-        psi, phi = found.psi[tokens], found.phi[found.weighted]
-        sums = {
-            "batch": torch.full((), response_mask.shape[0], device=response_mask.device),
-            "responses": found.weighted.sum(),
-            "tokens": tokens.sum(),
-            "ratios": halves.sum(),
-            "shown": shown[tokens].sum(),
-            "gated": found.gate_rate * tokens.sum(),
-            "late_early": found.late_early[halves].sum(),
-            "psi": psi.sum(),
-            "psi_square": psi.square().sum(),
-            "phi": phi.sum(),
-            "phi_square": phi.square().sum(),
-        }
-        reduced = self.accelerator.reduce(torch.stack([value.float() for value in sums.values()]), reduction="sum")
-        total = dict(zip(sums, reduced.tolist(), strict=True))
-        for name, value in {
-            "visual_focus": mean(total["shown"], total["tokens"]),
-            "gate_rate": mean(total["gated"], total["tokens"]),
-            "late_early_ratio": mean(total["late_early"], total["ratios"]),
-            "psi_std": standard_deviation(total["psi"], total["psi_square"], total["tokens"]),
-            "phi_std": standard_deviation(total["phi"], total["phi_square"], total["responses"]),
-            "weighted_share": mean(total["responses"], total["batch"]),
-        }.items():
-            self._metrics[mode][f"vgpo/{name}"].append(value)
-
-
-def mean(total: float, count: float) -> float:
-    """A mean from a sum; NaN of nothing."""
-    return total / count if count else float("nan")
-
-
-def standard_deviation(total: float, squares: float, count: float) -> float:
-    """Population standard deviation from the sums of values and of their squares; NaN of nothing."""
-    if count == 0:
-        return float("nan")
-    return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
+    def _log_bonus(self, loss: Tensor, accumulated: int, mode: str) -> None:
+        """Log what TRL logs where an entropy bonus is added to the loss."""
+        # TRL reads the loss before it is divided among the micro-batches, which a count of tokens has done already.
+        if LOSS_TYPES[self.loss_type].average_over != "generation batch":
+            loss = loss * accumulated
+        self._metrics[mode]["policy_loss"].append(self.accelerator.gather(loss).nanmean().item())
+        if mode == "train" and self.accelerator.sync_gradients:
+            self._metrics[mode]["entropy_coef"].append(self.entropy_coef)

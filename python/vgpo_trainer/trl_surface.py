@@ -31,6 +31,15 @@ FORWARD_INPUTS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
+# Those of them that have an entry for each image or patch, not for each row.
+IMAGE_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "image_position_ids",
+)
 
 
 class LossType(NamedTuple):
@@ -65,6 +74,7 @@ VESPO_SETTINGS = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambd
 # The methods of GRPOTrainer that VGPOTrainer overrides or calls, and the arguments that it relies on.
 SURFACE = {
     "_generate_and_score_completions": ("inputs",),
+    "_generate": ("prompts",),
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
     "_get_per_token_logps_and_entropies": (
         "model",
@@ -78,6 +88,13 @@ SURFACE = {
     ),
     "_compute_loss": ("model", "inputs"),
     "get_high_entropy_mask": ("entropies", "mask", "threshold"),
+    "get_gamma_weights": (
+        "advantages",
+        "log_ratio_per_token",
+        "mask",
+        "importance_sampling_ratio",
+        *(name.removeprefix("vespo_") for name in VESPO_SETTINGS),
+    ),
     "get_off_policy_mask": (
         "advantages",
         "per_token_logps",
@@ -121,6 +138,29 @@ class Sequences(NamedTuple):
         )
 
 
+class WithoutEmptyImages:
+    """Stands in for a model in TRL's log-probability pass: rows of text alone reach it without inputs of images.
+
+    Where other rows of a batch have images, TRL hands on pixel values of no image at all, which vision towers reject.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run the model."""
+        pixels = inputs.get("pixel_values")
+        if pixels is not None and pixels.shape[0] == 0:
+            inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
+        return self.model(**inputs)
+
+
+def rollout_logp(inputs: Mapping[str, Any], logp: Tensor) -> Tensor:
+    """Return the log-probabilities under the policy that generated a batch; TRL keeps none where it is the same."""
+    old: Tensor | None = inputs.get("old_per_token_logps")
+    return logp.detach() if old is None else old
+
+
 class WithoutHead:
     """Stands in for a model in TRL's log-probability pass, which then slices the inputs but computes no logits."""
 
@@ -159,7 +199,14 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
 
 
 def refuse_unsupported(args: VGPOTrainingConfig) -> None:
-    """Raise ValueError for settings of TRL that the loss of this trainer does not carry."""
+    """Raise ValueError for settings of TRL that the loss with VGPO does not carry; without it the loss is TRL's."""
+    if (args.vgpo is not None or args.vgpo_diagnostics) and args.torch_compile:
+        raise ValueError(
+            "torch_compile=True is not supported with VGPO: a compiled forward pass skips the hook that reads hidden "
+            "states"
+        )
+    if args.vgpo is None:
+        return
     if args.loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {args.loss_type!r}")
     clipped = LOSS_TYPES[args.loss_type].clipped
@@ -174,12 +221,25 @@ def refuse_unsupported(args: VGPOTrainingConfig) -> None:
             f"delta must exceed 1 + epsilon_high = {1 + epsilon_high}, got {args.delta}: it bounds what clipping leaves"
         )
     if args.use_adaptive_entropy:
-        raise ValueError("use_adaptive_entropy is not supported; set a fixed entropy_coef")
-    if (args.vgpo is not None or args.vgpo_diagnostics) and args.torch_compile:
-        raise ValueError(
-            "torch_compile=True is not supported with VGPO: a compiled forward pass skips the hook that reads hidden "
-            "states"
-        )
+        raise ValueError("use_adaptive_entropy is not supported with VGPO; set a fixed entropy_coef")
+
+
+def why_not_mixed(trainer: trl.GRPOTrainer) -> str | None:
+    """Return why rows with and without images cannot be in one generation batch; ``None`` where they can."""
+    inputs = getattr(getattr(trainer.processing_class, "image_processor", None), "model_input_names", ())
+    # As Idefics has them: a row of pixel values for each row of the batch, which TRL may take for one for each image.
+    if "pixel_attention_mask" in inputs and "spatial_shapes" not in inputs:
+        name = type(trainer.processing_class).__name__
+        return f"GRPOTrainer cannot tell whose pixel values those of {name} are"
+    args = trainer.args
+    if trainer.accelerator.num_processes == 1:
+        return None
+    stage_3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    if trainer.is_fsdp_enabled or stage_3:
+        return "a vision tower that is sharded has to run on all processes, and a batch of text does not run it"
+    if not args.ddp_find_unused_parameters:
+        return "a batch of text gives the vision tower no gradient, which needs ddp_find_unused_parameters=True"
+    return None
 
 
 def refuse_video(row: Mapping[str, Any]) -> None:

@@ -62,6 +62,11 @@ NO_TOKENS = [
     Bad("text", ("<image>",), TypeError, "visual_tokens must be.*<image>"),
     Bad("a text-only model", MODEL, ValueError, "not a vision-language model"),
 ]
+# Any number of last positions may be the response.
+NO_ANSWER = [
+    *(one for one in mask(ANSWERED) if one.why not in ("1 of dimension 1", "2 of dimension 1")),
+    Bad("longer than the ids", torch.ones(2, 7, dtype=torch.bool), ValueError, r"T <= 6.*\[2, 7\]"),
+]
 NUMBERED = [bad for bad in integers(IDS) if bad.why in ("a list", "text", "numpy", "sparse", "float32", "bool", "NaN")]
 NO_SETTINGS = [
     Bad("text", "paper", TypeError, "settings must be a mapping, got str"),
@@ -168,11 +173,7 @@ SUBJECTS = {
             "input_ids": [*NUMBERED, Bad("one row", IDS[0], ValueError, r"input_ids must have shape \[B, S\].*\[6\]")],
             "visual_tokens": NO_TOKENS,
             "attention_mask": mask(IDS > 0),
-            # Any number of last positions may be the response.
-            "response_mask": [
-                *(one for one in mask(ANSWERED) if one.why not in ("1 of dimension 1", "2 of dimension 1")),
-                Bad("longer than the ids", torch.ones(2, 7, dtype=torch.bool), ValueError, r"T <= 6.*\[2, 7\]"),
-            ],
+            "response_mask": NO_ANSWER,
         },
     ),
     "capture_attention": Subject(
@@ -190,8 +191,13 @@ SUBJECTS = {
     "final_norm": Subject(adapter.final_norm, {"model": MODEL}, {"model": NO_MODEL, "norm": NO_NORM}),
     "visual_mask": Subject(
         adapter.visual_mask,
-        {"input_ids": IDS, "visual_tokens": (5,)},
-        {"input_ids": NUMBERED, "visual_tokens": NO_TOKENS},
+        {"input_ids": IDS, "visual_tokens": (5,), "response_mask": ANSWERED},
+        {"input_ids": NUMBERED, "visual_tokens": NO_TOKENS, "response_mask": NO_ANSWER},
+    ),
+    "visual_mask, packed": Subject(
+        adapter.visual_mask,
+        {"input_ids": IDS[0], "visual_tokens": (5,), "response_mask": IDS[0] < 5},
+        {"response_mask": mask(IDS[0] < 5)},
     ),
     "visual_token_ids": Subject(
         adapter.visual_token_ids,

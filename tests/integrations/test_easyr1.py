@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from integrations.rollout_case import IMAGE, METRICS, Rollout, expected_factors, last_hidden_states, rollouts
 from tolerance import assert_close
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from vgpo_kernels.integrations.surface import UnknownSurfaceError
 
 transformers = pytest.importorskip("transformers")
 
-IMAGE = 7
 ORDER = [2, 0, 3, 1]
 
 
@@ -50,13 +50,15 @@ def make_modules() -> dict[str, Any]:
 
         @torch.no_grad()
         def compute_log_prob(self, data: DataProto) -> Tensor:
-            parts = [ORDER[:1], ORDER[1:]]  # dynamic batching: by length, not by place
+            rows = len(data.batch["input_ids"])
+            order = ORDER + list(range(4, rows))
+            parts = [order[:1], order[1:]]  # dynamic batching: by length, not by place
             outputs = [
                 self._forward_micro_batch({name: value[part] for name, value in data.batch.items()}, temperature=1.0)
                 for part in parts
             ]
             restored = torch.empty_like(torch.cat(outputs))
-            restored[ORDER] = torch.cat(outputs)
+            restored[order] = torch.cat(outputs)
             return restored
 
     class FSDPWorker:
@@ -72,6 +74,9 @@ def make_modules() -> dict[str, Any]:
         data.batch["advantages"] = data.batch["rewards"][:, None] * data.batch["response_mask"]
         return data
 
+    def compute_data_metrics(batch: DataProto, use_critic: bool = False) -> dict[str, Any]:
+        return {"critic/advantages/mean": batch.batch["advantages"].mean().item()}
+
     def own_policy_loss(old_log_probs: Tensor, log_probs: Tensor, loss_avg_mode: str, **_: Any) -> Any:
         raise AssertionError("the adapter must have replaced this")
 
@@ -81,7 +86,9 @@ def make_modules() -> dict[str, Any]:
             DataParallelPPOActor=DataParallelPPOActor, compute_policy_loss=own_policy_loss, **named
         ),
         "worker_module": SimpleNamespace(FSDPWorker=FSDPWorker, **named),
-        "trainer_module": SimpleNamespace(compute_advantage=compute_advantage, **named),
+        "trainer_module": SimpleNamespace(
+            compute_advantage=compute_advantage, compute_data_metrics=compute_data_metrics, **named
+        ),
     }
 
 
@@ -147,9 +154,83 @@ def test_focus_travels_from_the_log_prob_pass_to_the_advantages(model: Any, padd
     assert modules["actor_module"].compute_policy_loss is compute_policy_loss
 
 
+def as_easyr1_keeps(batch: list[Rollout]) -> DataProto:
+    """Prompts padded to the left, responses to the right."""
+    before, after = max(len(rollout.prompt) for rollout in batch), max(len(rollout.response) for rollout in batch)
+
+    def padded(rollout: Rollout, values: list[int]) -> list[int]:
+        left, right = before - len(rollout.prompt), after - len(rollout.response)
+        return [0] * left + values + [0] * right
+
+    ids = torch.tensor([padded(rollout, rollout.ids) for rollout in batch])
+    attended = torch.tensor([padded(rollout, [1] * len(rollout.ids)) for rollout in batch])
+    mask = torch.tensor([padded(one, [0] * len(one.prompt) + one.response_mask)[before:] for one in batch])
+    tensors = {"input_ids": ids, "attention_mask": attended, "responses": ids[:, before:], "response_mask": mask}
+    return DataProto(batch=tensors, non_tensor_batch={"uid": [rollout.uid for rollout in batch]})
+
+
+@pytest.mark.parametrize("tools", [False, True], ids=["without tools", "with tools"])
+@pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding-free"])
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_what_rollouts_leave_behind(model: Any, padding_free: bool, preset: str, tools: bool) -> None:
+    """Filtered responses, one without an image, sampled placeholders; and images that a fork's tools show.
+
+    EasyR1 itself has no tools, and does not hand its mask of responses to the pass.
+    """
+    batch = [rollout for rollout in rollouts() if tools or all(rollout.sampled)]
+    data = as_easyr1_keeps(batch)
+    config = getattr(VGPOConfig, preset)()
+    modules = make_modules()
+    patch_easyr1(config, **modules)
+    actor = modules["actor_module"].DataParallelPPOActor(model, padding_free=padding_free)
+    if padding_free:
+        actor.compute_log_prob = one_row_at_a_time(actor)
+    handed = DataProto(batch=dict(data.batch))
+    if not tools:
+        del handed.batch["response_mask"]
+    data.batch |= modules["worker_module"].FSDPWorker(actor).compute_log_probs(handed).batch
+    data.batch["rewards"] = torch.linspace(-1.0, 2.0, len(batch))
+    data = modules["trainer_module"].compute_advantage(data, adv_estimator="grpo")
+
+    expected = expected_factors(batch, last_hidden_states(model, batch), config)
+    for index, (row, factors) in enumerate(zip(data.batch["advantages"], expected, strict=True)):
+        before = data.batch["rewards"][index].double() * torch.tensor(batch[index].response_mask)
+        found = row[: len(factors)]
+        assert_close(found, before * torch.tensor(factors), name=f"advantages {index}", floor=1e-4)
+        if set(factors) == {1.0}:
+            assert torch.equal(found, before.float())
+    metrics = modules["trainer_module"].compute_data_metrics(batch=data, use_critic=False)
+    assert metrics["critic/advantages/mean"] == pytest.approx(data.batch["advantages"].mean().item())
+    assert all(value == value for value in metrics.values())
+    if tools:
+        assert metrics.items() >= METRICS.items()
+    else:
+        assert metrics["vgpo/weighted_responses"] == 4 and metrics["vgpo/singleton_groups"] == 1
+
+
+def test_log_probs_of_16_bits_do_not_round_the_focus(model: Any) -> None:
+    data = rollout()
+    plain, half = (make_modules() for _ in range(2))
+    forward = half["actor_module"].DataParallelPPOActor._forward_micro_batch
+
+    def in_bfloat16(self: Any, micro_batch: dict[str, Tensor], temperature: float) -> Tensor:
+        return forward(self, micro_batch, temperature).bfloat16()
+
+    half["actor_module"].DataParallelPPOActor._forward_micro_batch = in_bfloat16
+    found = []
+    for modules in (plain, half):
+        patch_easyr1(VGPOConfig.paper(), **modules)
+        actor = modules["actor_module"].DataParallelPPOActor(model, padding_free=False)
+        found.append(modules["worker_module"].FSDPWorker(actor).compute_log_probs(data).batch)
+    assert torch.equal(found[0]["visual_focus"], found[1]["visual_focus"])
+    assert found[1]["old_log_probs"].dtype == torch.bfloat16
+    assert torch.equal(found[1]["old_log_probs"], found[0]["old_log_probs"].bfloat16())
+
+
 def one_row_at_a_time(actor: Any) -> Any:
     def compute_log_prob(data: DataProto) -> Tensor:
-        rows = [{name: value[row : row + 1] for name, value in data.batch.items()} for row in range(4)]
+        number = len(data.batch["input_ids"])
+        rows = [{name: value[row : row + 1] for name, value in data.batch.items()} for row in range(number)]
         with torch.no_grad():
             return torch.cat([actor._forward_micro_batch(row, 1.0) for row in rows])
 

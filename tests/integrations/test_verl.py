@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from integrations.rollout_case import IMAGE, METRICS, Rollout, expected_factors, last_hidden_states, rollouts
 from tolerance import assert_close
 from torch import Tensor
 
@@ -25,7 +26,6 @@ from vgpo_kernels import VGPOConfig, visual_focus, visual_weights  # noqa: E402
 from vgpo_kernels.integrations import verl as adapter  # noqa: E402
 from vgpo_kernels.integrations.surface import UnknownSurfaceError, config_from, require  # noqa: E402
 
-IMAGE = 7
 PAIRS = {"vgpo": "vanilla", "vgpo_gspo": "gspo", "vgpo_cispo": "cispo", "vgpo_sapo": "sapo"}
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 
@@ -160,17 +160,17 @@ def test_the_engine_scores_focus_beside_log_probs(model: Any, monkeypatch: pytes
 
 
 class Queue(ModuleType):
-    """verl's data plane, in a dict."""
+    """verl's data plane, in a TensorDict."""
 
-    def __init__(self, fields: dict[str, Any]) -> None:
+    def __init__(self, fields: TensorDict) -> None:
         super().__init__("transfer_queue")
         self.fields = fields
 
-    def kv_batch_get(self, keys: list[str], partition_id: str, select_fields: list[str]) -> dict[str, Any]:
-        return {name: self.fields[name] for name in select_fields}
+    def kv_batch_get(self, keys: list[str], partition_id: str, select_fields: list[str]) -> TensorDict:
+        return self.fields.select(*select_fields)
 
     def kv_batch_put(self, keys: list[str], partition_id: str, fields: TensorDict) -> Any:
-        self.fields.update(fields.items())
+        self.fields.update(fields)
         return SimpleNamespace(keys=keys, partition_id=partition_id, extra_info={})
 
 
@@ -207,17 +207,17 @@ def test_the_trainer_reweights_whole_groups_by_uid(monkeypatch: pytest.MonkeyPat
     lengths = [5, 3, 6, 4]
     uids = ["a", "b", "a", "b"]
     cos = [torch.rand(length, generator=generator) for length in lengths]
-    cos[3] = torch.zeros(4)  # no image
+    cos[3] = torch.full((4,), torch.nan)  # no image
     advantages = [torch.randn(length, generator=generator) for length in lengths]
     # As the engine leaves it: a prompt of two before each response, all of it one place to the left.
     focus = nested([torch.cat([torch.zeros(1), part, torch.zeros(1)]) for part in cos])
     fields = {
-        "uid": SimpleNamespace(tolist=lambda: uids),
+        "uid": uids,
         "response_mask": nested([torch.ones(length, dtype=torch.int64) for length in lengths]),
         adapter.FIELD: focus,
         "advantages": nested(advantages),
     }
-    queue = Queue(fields)
+    queue = Queue(tensordict_utils.get_tensordict(fields))
     monkeypatch.setitem(sys.modules, "transfer_queue", queue)
     trainer = adapter.visually_guided(Trainer)({"vgpo": {"beta": 0.5}})
     batch = Keys(keys=list("wxyz"), partition_id="train", extra_info={})
@@ -229,11 +229,86 @@ def test_the_trainer_reweights_whole_groups_by_uid(monkeypatch: pytest.MonkeyPat
 
     padded = torch.nested.to_padded_tensor(nested(cos), 0.0)
     mask = torch.arange(6) < torch.tensor(lengths)[:, None]
-    groups, seen = torch.tensor([0, 1, 0, 1]), torch.tensor([True, True, True, False])
-    expected = visual_weights(padded, mask, groups, VGPOConfig.paper(beta=0.5), has_visual=seen).factors
+    expected = visual_weights(padded, mask, torch.tensor([0, 1, 0, 1]), VGPOConfig.paper(beta=0.5)).factors
     for index, (part, before) in enumerate(zip(queue.fields["advantages"].unbind(), advantages, strict=True)):
         assert_close(part, (before * expected[index, : lengths[index]]).double(), name=f"advantages {index}")
     assert metrics["vgpo/weighted_responses"] == 3
+
+
+def as_verl_keeps(batch: list[Rollout]) -> TensorDict:
+    """A rollout batch as verl's agent loop writes it: one record per response, nested where lengths differ."""
+    records = []
+    for rollout in batch:
+        ids = torch.tensor(rollout.ids)
+        mask = torch.tensor(rollout.response_mask)
+        records.append(
+            {
+                "uid": rollout.uid,
+                "prompts": torch.tensor(rollout.prompt),
+                "responses": torch.tensor(rollout.response),
+                "response_mask": mask,
+                "loss_mask": mask,
+                "input_ids": ids,
+                "position_ids": torch.arange(len(ids)),
+            }
+        )
+    return tensordict_utils.list_of_dict_to_tensordict(records)
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_agents_leave_behind(model: Any, monkeypatch: pytest.MonkeyPatch, packed: bool, preset: str) -> None:
+    """Filtered responses, one without an image, sampled placeholders, images that tools show: engine to advantages."""
+    batch = rollouts()
+    hidden = last_hidden_states(model, batch)
+    data = as_verl_keeps(batch)
+    if packed:
+        # Without flash attention packed sequences see each other, so the engine's pass cannot run here.
+        ids, mask = data["input_ids"], data["response_mask"]
+        cos = adapter.focus_of_packed(torch.cat([*hidden, torch.zeros(3, 24)])[None], ids, model, mask)
+        focus = torch.nested.nested_tensor_from_jagged(cos, ids.offsets())
+    else:
+        tensordict_utils.assign_non_tensor(
+            data, use_remove_padding=False, temperature=1.0, calculate_entropy=False, compute_loss=False
+        )
+        tensordict_utils.assign_non_tensor(data, **{adapter.FLAG: True})
+        engine = engine_of(model, monkeypatch)
+        parts = []
+        for part in tensordict_utils.chunk_tensordict(data, 3):
+            with torch.no_grad():
+                _, output = engine.forward_step(part, None, forward_only=True)
+            parts += output["model_output"][adapter.FIELD].unbind()
+        focus = nested(parts)
+    generator = torch.Generator().manual_seed(3)
+    before = [torch.randn(len(rollout.response), generator=generator) for rollout in batch]
+    fields = {
+        "uid": data.get("uid"),
+        "response_mask": data["response_mask"],
+        adapter.FIELD: focus,
+        "advantages": nested(before),
+    }
+    queue = Queue(TensorDict(fields, batch_size=len(batch)))
+    monkeypatch.setitem(sys.modules, "transfer_queue", queue)
+    trainer = adapter.visually_guided(Trainer)({"vgpo": {"preset": preset}})
+    metrics: dict[str, Any] = {}
+    trainer._compute_advantage(Keys(keys=list("abcdefghi"), partition_id="train", extra_info={}), metrics)
+
+    expected = expected_factors(batch, hidden, config_from({"preset": preset}))
+    after = queue.fields["advantages"].unbind()
+    for index, (one, other, factors) in enumerate(zip(after, before, expected, strict=True)):
+        assert_close(one, other.double() * torch.tensor(factors), name=f"advantages {index}", floor=1e-4)
+    unweighted = [index for index, factors in enumerate(expected) if set(factors) == {1.0}]
+    assert unweighted == [3, 4]
+    for index in unweighted:
+        assert torch.equal(after[index], before[index])
+    assert metrics.items() >= METRICS.items()
+    assert all(value == value for value in metrics.values())
+
+
+def test_the_mask_of_responses_has_to_be_nested(model: Any) -> None:
+    ids = as_verl_keeps(rollouts())["input_ids"]
+    with pytest.raises(TypeError, match=r"response_mask must be nested as input_ids is, got .*\[9, 4\]"):
+        adapter.focus_of_packed(torch.zeros(1, 200, 24), ids, model, torch.ones(9, 4))
 
 
 def test_a_run_without_the_scoring_pass_is_refused() -> None:

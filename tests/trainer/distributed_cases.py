@@ -34,6 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dr_grpo": {"loss_type": "dr_grpo"},
     "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
     "released": {"loss_type": "dapo", "vgpo": "released"},
+    # The rows of one process have an image, those of the other are text.
+    "text on one process": {"loss_type": "dapo", "num_generations": 12, "images": [1, 0]},
     "two iterations": {"loss_type": "dapo", "num_iterations": 2, "max_steps": 2},
 }
 
@@ -101,11 +103,13 @@ SHARDED = {
 def run_case(name: str, micro_batches: int, processes: int = 1, **settings: Any) -> dict[str, Any]:
     """Train on the scripted rollouts, cut into ``micro_batches`` on each of ``processes``."""
     gradients = KeepGradients()
+    settings = {**CASES[name], **settings}
+    images = settings.pop("images", [1, 2, 1])
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
             folder,
             family="qwen2_5_vl",
-            dataset=rows([1, 2, 1], size=16),
+            dataset=rows(images, size=16),
             reward=token_reward,
             arguments={"rollout_func": scripted_rollout, "callbacks": [gradients]},
             **{
@@ -120,7 +124,6 @@ def run_case(name: str, micro_batches: int, processes: int = 1, **settings: Any)
                 "lr_scheduler_type": "constant",
                 "shuffle_dataset": False,
                 "rollout_samples": 0,
-                **CASES[name],
                 **settings,
             },
         )
@@ -135,12 +138,50 @@ def run_case(name: str, micro_batches: int, processes: int = 1, **settings: Any)
     }
 
 
+def evaluate(processes: int) -> dict[str, Any]:
+    """Evaluate with groups that straddle processes; the groups and answers of each batch, over all processes."""
+    batches = []
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            folder,
+            family="qwen2_5_vl",
+            reward=token_reward,
+            arguments={"rollout_func": scripted_rollout, "eval_dataset": rows([1] * 5, size=16)},
+            per_device_eval_batch_size=6 // processes,
+            num_generations_eval=2,
+            rollout_samples=0,
+        )
+        plain = trainer._generate_and_score_completions
+
+        def keeping(inputs):
+            batch = plain(inputs)
+            answers = torch.tensor([int(row["answer"]) for row in inputs])
+            together = torch.stack([batch["prompt_group"], answers], dim=1)
+            batches.append(trainer.accelerator.gather(together).tolist())
+            return batch
+
+        trainer._generate_and_score_completions = keeping
+        metrics = trainer.evaluate()
+    return {"batches": batches, "phi_std": metrics["eval_vgpo/phi_std"]}
+
+
+def refused_mixture(micro_batches: int, processes: int) -> str:
+    """What a sharded model says of rows with and without images."""
+    try:
+        run_case("text on one process", micro_batches, processes, **SHARDED)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def main(out: str) -> None:
     processes = PartialState(cpu=True).num_processes
     micro_batches = 4 // processes
     results = {name: run_case(name, micro_batches, processes) for name in CASES}
+    results["evaluation"] = evaluate(processes)
     with processes_taken_for_gpus():
         results["sharded"] = run_case("dapo", micro_batches, processes, **SHARDED)
+        results["refused"] = refused_mixture(micro_batches, processes)
     state = PartialState()
     if state.is_main_process:
         torch.save({"processes": processes, "results": results}, out)

@@ -238,7 +238,8 @@ def test_a_damaged_model_is_named(checkpoint, command, tmp_path, capsys):
 # Numbers that are not finite.
 
 
-def test_a_loss_of_nan_stops_the_run_and_leaves_its_batch(command, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("preset", ["paper", "none"])
+def test_a_loss_of_nan_stops_the_run_and_leaves_its_batch(command, tmp_path, monkeypatch, capsys, preset):
     build = train.build_trainer
 
     def build_sour(arguments):
@@ -253,7 +254,7 @@ def test_a_loss_of_nan_stops_the_run_and_leaves_its_batch(command, tmp_path, mon
 
     monkeypatch.setattr(train, "build_trainer", build_sour)
     out = tmp_path / "run"
-    assert cli.main(command(out, "--steps", 6)) == 1
+    assert cli.main(command(out, "--steps", 6, "--vgpo", preset)) == 1
     batch = out / "nonfinite-step-3.safetensors"
     assert one_line(capsys) == (
         f"vgpo train: step 3: the loss is nan; its batch is in {batch}; the same command goes on from checkpoint-2"

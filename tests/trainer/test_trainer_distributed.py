@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -70,3 +71,19 @@ def test_two_processes_of_two_micro_batches_are_one_batch(name, two_processes):
 def test_a_fully_sharded_model_trains_alike(two_processes):
     assert two_processes["sharded"]["kinds"] == {"DTensor"}
     assert_same_training(in_one_piece("dapo"), two_processes["sharded"])
+
+
+def test_groups_of_an_evaluation_straddle_processes(two_processes):
+    """Three responses on each, two to a group; the last batch has two, which accelerate fills up to six."""
+    found = two_processes["evaluation"]
+    assert len(found["batches"]) == 2 and found["phi_std"] > 0.1
+    for batch in found["batches"]:
+        groups, answers = zip(*batch, strict=True)
+        assert groups == (0, 0, 2, 2, 4, 4) and answers[::2] == answers[1::2]
+
+
+def test_rows_of_text_beside_images_are_refused_by_a_sharded_model(two_processes):
+    """A process whose batch has no image would not gather the vision tower, and the other would wait for it."""
+    message = two_processes["refused"]
+    assert re.search(r"^row 0 of the generation batch, 'Add the digits.', has no image|^a row of another", message)
+    assert "a vision tower that is sharded has to run on all processes" in message

@@ -1,4 +1,4 @@
-"""The trainer's loss against TRL's own, on the same batch: value and gradient of every parameter."""
+"""The trainer's loss against TRL's own, on the same batch: value, gradient of every parameter, and what is logged."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from trainer.tiny_runs import generation_batch, make_trainer, rows
 from trl import GRPOConfig, GRPOTrainer
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, LOSS_TYPES, SURFACE, VESPO_SETTINGS
 
-from vgpo_kernels import PolicyLossOptions, VGPOConfig, backend, backends, policy_loss
+from vgpo_kernels import PolicyLossOptions, backend, backends, policy_loss
 
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
-    """One trainer for all: its loss reads settings from attributes, which each test changes for itself."""
+    """One trainer for all: its loss reads settings from attributes, which each test changes for itself.
+
+    The signal is read in the scoring pass, so that a batch brings its factors along.
+    """
     built = make_trainer(
         tmp_path_factory.mktemp("run"),
         family="qwen2_5_vl",
         dataset=rows([1, 1, 2, 1]),
-        vgpo="none",
+        vgpo_signal="scoring",
         per_device_train_batch_size=8,
         num_generations=4,
         beta=0.0,
@@ -46,7 +49,10 @@ def trainer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rollout(trainer) -> dict[str, Any]:
-    """A batch of the trainer, made off-policy: old and reference log-probs lie around the current ones."""
+    """A batch of the trainer, made off-policy: old and reference log-probs lie around the current ones.
+
+    Its factors are 1, so that the loss is TRL's.
+    """
     torch.manual_seed(3)
     batch = dict(trainer._prepare_inputs(generation_batch(trainer)))
     noise = torch.Generator().manual_seed(4)
@@ -64,6 +70,8 @@ def rollout(trainer) -> dict[str, Any]:
     batch["old_per_token_logps"] = logp + 0.4 * torch.randn(logp.shape, generator=noise)
     batch["reference"] = logp + 0.4 * torch.randn(logp.shape, generator=noise)
     batch["advantages"] = torch.randn(logp.shape[0], generator=noise)
+    assert (batch["visual_factors"] != 1).any()
+    batch["visual_factors"] = torch.ones_like(logp)
     trainer.max_completion_length = 2 * logp.shape[1]
     assert batch["completion_mask"].sum() < batch["completion_mask"].numel(), "the batch should have padding"
     return batch
@@ -96,7 +104,7 @@ def test_every_input_of_trls_pass_is_handed_on():
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_without_vgpo_the_loss_is_trls(trainer, rollout, monkeypatch, loss_type, beta, mode):
+def test_with_factors_of_one_the_loss_is_trls(trainer, rollout, monkeypatch, loss_type, beta, mode):
     monkeypatch.setattr(trainer, "loss_type", loss_type)
     monkeypatch.setattr(trainer, "beta", beta)
     monkeypatch.setattr(trainer, "epsilon_high", 5.0 if loss_type == "cispo" else 0.35)
@@ -113,7 +121,6 @@ def test_without_vgpo_the_loss_is_trls(trainer, rollout, monkeypatch, loss_type,
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_with_vgpo_the_loss_is_trls_on_reweighted_advantages(trainer, rollout, monkeypatch, loss_type):
     monkeypatch.setattr(trainer, "loss_type", loss_type)
-    monkeypatch.setattr(trainer, "_vgpo", VGPOConfig.paper())
     factors = 0.1 + 2 * torch.rand(rollout["completion_mask"].shape, generator=torch.Generator().manual_seed(5))
     reweighted = rollout["advantages"][:, None] * factors
     assert_same_loss(trainer, {**rollout, "visual_factors": factors}, trl_batch={**rollout, "advantages": reweighted})
@@ -173,7 +180,6 @@ def test_vespo_corrects_the_ratio_of_another_sampler(trainer, rollout, monkeypat
         monkeypatch.setattr(trainer, "off_policy_mask_threshold", 0.05)
     noise = 0.2 * torch.randn(rollout["completion_mask"].shape, generator=torch.Generator().manual_seed(6))
     ratio = (noise * rollout["completion_mask"]).exp()
-    monkeypatch.setattr(trainer, "_vgpo", VGPOConfig.paper())
     near = {**nearer(rollout, 0.1), "visual_factors": torch.ones(ratio.shape)}
     corrected = {**near, "importance_sampling_ratio": ratio}
     assert_same_loss(trainer, corrected)
@@ -292,18 +298,82 @@ def test_holes_and_a_masked_response(trainer, rollout, monkeypatch, loss_type):
     assert_same_loss(trainer, {**rollout, "tool_mask": tools})
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
-def test_clip_shares_are_trls(trainer, rollout, monkeypatch, loss_type):
+def logged(loss_function, trainer, batch, mode: str) -> dict[str, float]:
+    trainer._metrics[mode].clear()
+    loss_function(trainer, trainer.model, dict(batch))
+    assert all(len(values) == 1 for values in trainer._metrics[mode].values())
+    return {name: values[0] for name, values in trainer._metrics[mode].items()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"beta": 0.1},
+        {"importance_sampling_level": "sequence", "beta": 0.1, "epsilon_low": 0.02, "epsilon_high": 0.02},
+        {"entropy_coef": 0.05, "_entropy_bonus_enabled": True, "current_gradient_accumulation_steps": 2},
+        {"top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.01},
+    ],
+    ids=lambda settings: "-".join(settings) or "plain",
+)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_what_is_logged_is_trls_key_by_key(trainer, rollout, monkeypatch, loss_type, mode, settings):
+    """The loss makes its own log; a key that TRL gains is missing there, and this fails."""
+    if settings.get("importance_sampling_level") == "sequence" and not LOSS_TYPES[loss_type].clipped:
+        pytest.skip("refused")
     monkeypatch.setattr(trainer, "loss_type", loss_type)
-    monkeypatch.setattr(trainer, "beta", 0.1)
-    rollout = {**rollout, "ref_per_token_logps": rollout["reference"]}
-    logged = []
-    for loss_function in (type(trainer)._compute_loss, GRPOTrainer._compute_loss):
-        trainer._metrics["train"].clear()
-        loss_function(trainer, trainer.model, dict(rollout))
-        logged.append({name: values[-1] for name, values in trainer._metrics["train"].items()})
-    ours, theirs = logged
-    for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "entropy", "kl"):
-        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
-    assert ours["clip_ratio/low_mean"] > 0 and ours["clip_ratio/high_mean"] > 0
+    monkeypatch.setattr(trainer, "epsilon_high", 1.1 if loss_type == "cispo" else 0.35)
+    for name, value in settings.items():
+        monkeypatch.setattr(trainer, name, value)
+    if trainer.beta:
+        rollout = {**rollout, "ref_per_token_logps": rollout["reference"]}
+    if loss_type == "vespo":
+        rollout = nearer(rollout, 0.1)
+    # A response that is masked altogether has no share of clipped tokens.
+    tools = torch.ones_like(rollout["completion_mask"])
+    tools[1] = 0
+    tools[:, 2:4] = 0
+    rollout = {**rollout, "tool_mask": tools}
+    trainer.model.train(mode == "train")
+    try:
+        ours, theirs = (
+            logged(loss_function, trainer, rollout, mode)
+            for loss_function in (type(trainer)._compute_loss, GRPOTrainer._compute_loss)
+        )
+    finally:
+        trainer.model.train()
+    assert {name for name in ours if not name.startswith("vgpo/")} == set(theirs)
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
     assert ours["vgpo/old_policy_kl"] > 0
+    if "clip_ratio/low_mean" in theirs:
+        assert 0 < theirs["clip_ratio/low_mean"] < 1 and theirs["clip_ratio/high_max"] > 0
+    if loss_type == "cispo":
+        assert 0 < theirs["cispo_clip_ratio"] < 1
+    if loss_type == "vespo":
+        assert theirs["vespo/phi_seq_mean"] > 0.01
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_factors_change_what_is_clipped_nowhere(trainer, rollout, monkeypatch, loss_type):
+    """They are positive: what TRL logs of re-weighted advantages is what it logs of those before."""
+    monkeypatch.setattr(trainer, "loss_type", loss_type)
+    factors = 0.1 + 2 * torch.rand(rollout["completion_mask"].shape, generator=torch.Generator().manual_seed(5))
+    ours = logged(type(trainer)._compute_loss, trainer, {**rollout, "visual_factors": factors}, "train")
+    reweighted = {**rollout, "advantages": rollout["advantages"][:, None] * factors}
+    theirs = logged(GRPOTrainer._compute_loss, trainer, reweighted, "train")
+    theirs.pop("vespo/phi_seq_mean", None)  # of advantages per token TRL takes the mean over tokens
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+
+
+def test_advantages_that_are_not_finite_are_counted(trainer, rollout):
+    advantages = rollout["advantages"].clone()
+    advantages[1] = torch.nan
+    trainer.model.eval()
+    try:
+        ours = logged(type(trainer)._compute_loss, trainer, {**rollout, "advantages": advantages}, "eval")
+    finally:
+        trainer.model.train()
+    assert ours["vgpo/nonfinite_advantages"] == rollout["completion_mask"][1].sum() > 0

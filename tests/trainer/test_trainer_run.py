@@ -16,7 +16,7 @@ pytest.importorskip("trl")
 import vgpo_trainer
 from trainer.tiny_runs import llava, make_trainer, parity_reward, picture, rows, save_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2ForCausalLM, TrainerCallback, TrainerState
-from trl import GRPOConfig, GRPOTrainer, TrlParser
+from trl import GRPOTrainer, TrlParser
 from vgpo_trainer.commands import train
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.runs.metrics import MetricsFile, read_metrics
@@ -292,6 +292,7 @@ def test_vgpo_train_says_what_is_wrong(checkpoint, dataset, tmp_path, capsys, ch
         ({"delta": 1.1}, "delta must exceed"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
         ({"torch_compile": True}, "torch_compile"),
+        ({"torch_compile": True, "vgpo": None, "vgpo_diagnostics": True}, "torch_compile"),
         ({"vgpo_signal": "loss", "gradient_accumulation_steps": 2}, "steps_per_generation=1"),
         ({"vgpo_signal": "loss", "num_iterations": 2}, "num_iterations=1"),
         ({"vgpo_signal": "hidden"}, "vgpo_signal must be one of"),
@@ -304,13 +305,6 @@ def test_vgpo_train_says_what_is_wrong(checkpoint, dataset, tmp_path, capsys, ch
 def test_what_is_not_supported_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **settings)
-
-
-def test_a_config_of_trl_is_refused(tmp_path):
-    model, processor = llava()
-    settings = GRPOConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
-    with pytest.raises(TypeError, match="VGPOTrainingConfig, got GRPOConfig"):
-        vgpo_trainer.VGPOTrainer(model, lambda **_: [], settings, rows([1]), processing_class=processor)
 
 
 def test_another_trl_is_refused_with_the_versions_known():

@@ -15,7 +15,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import transformers
 from datasets import Dataset
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from trl.chat_template_utils import qwen3_vl_chat_template
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.demo.tiny_vlm import build_model, build_processor
 from vgpo_trainer.trainer import VGPOTrainer
@@ -59,25 +60,40 @@ def qwen2_5_vl() -> tuple[Any, Any]:
     words = [*QWEN_SPECIAL, *"0123456789+=,.", "Add", "the", "digits"]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return _qwen(backend, QWEN_TEMPLATE, initializer_range=0.2)
+
+
+def qwen_with_tools() -> tuple[Any, Any]:
+    """The same with a token for each byte, and the template of Qwen3-VL, whose tool calls TRL reads."""
+    words = [*QWEN_SPECIAL, "<|im_start|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return _qwen(backend, qwen3_vl_chat_template, initializer_range=0.2, max_position_embeddings=2048)
+
+
+def _qwen(backend: Tokenizer, template: str, **changes: Any) -> tuple[Any, Any]:
+    special = [word for word in (*QWEN_SPECIAL[3:], "<|im_start|>") if backend.token_to_id(word) is not None]
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         unk_token="<unk>",
-        additional_special_tokens=list(QWEN_SPECIAL[3:]),
+        additional_special_tokens=special,
         padding_side="left",
     )
     sizes = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
-    limits = {"size": {"shortest_edge": 8 * 8, "longest_edge": 64 * 64}}
+    limits: dict[str, Any] = {"size": {"shortest_edge": 8 * 8, "longest_edge": 64 * 64}}
+    # TRL goes on with what the template's processor returns as if it were tensors, as that of torchvision returns.
+    limits["return_tensors"] = "pt"
     processor = QwenImageProcessor(
         image_processor=transformers.Qwen2VLImageProcessorPil(**sizes, **limits),
         tokenizer=tokenizer,
-        chat_template=QWEN_TEMPLATE,
+        chat_template=template,
     )
-    ids = {word: index for index, word in enumerate(words)}
     config = transformers.Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(words),
+            "vocab_size": len(tokenizer),
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_hidden_layers": 2,
@@ -88,7 +104,7 @@ def qwen2_5_vl() -> tuple[Any, Any]:
             "pad_token_id": 0,
             "eos_token_id": 1,
             "bos_token_id": None,
-            "initializer_range": 0.2,
+            **changes,
         },
         vision_config={
             "depth": 1,
@@ -100,10 +116,10 @@ def qwen2_5_vl() -> tuple[Any, Any]:
             "window_size": 16,
             "fullatt_block_indexes": [0],
         },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        image_token_id=backend.token_to_id("<|image_pad|>"),
+        video_token_id=backend.token_to_id("<|video_pad|>"),
+        vision_start_token_id=backend.token_to_id("<|vision_start|>"),
+        vision_end_token_id=backend.token_to_id("<|vision_end|>"),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -112,9 +128,12 @@ def qwen2_5_vl() -> tuple[Any, Any]:
     return model, processor
 
 
+BUILDERS = {"llava": llava, "qwen2_5_vl": qwen2_5_vl, "qwen_with_tools": qwen_with_tools}
+
+
 def save_model(folder: str | Path, family: str = "llava") -> Path:
     """Write a tiny model and its processor as a Hugging Face checkpoint."""
-    model, processor = {"llava": llava, "qwen2_5_vl": qwen2_5_vl}[family]()
+    model, processor = BUILDERS[family]()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return Path(folder)
@@ -160,7 +179,7 @@ def make_trainer(
     **settings: Any,
 ) -> Any:
     """A trainer of a tiny model; ``settings`` are VGPOTrainingConfig's, ``arguments`` the trainer's."""
-    built, processor = {"llava": llava, "qwen2_5_vl": qwen2_5_vl}[family]()
+    built, processor = BUILDERS[family]()
     defaults = {
         "output_dir": str(folder),
         "max_steps": 2,

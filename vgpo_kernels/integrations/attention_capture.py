@@ -29,7 +29,12 @@ from torch import Tensor, nn
 from vgpo_kernels import checks
 from vgpo_kernels.integrations.attention_call import AttentionCall, MaskReader, read_call
 from vgpo_kernels.integrations.attention_passes import Follower, Pass, looked_up_by, plain_function
-from vgpo_kernels.integrations.model_surface import decoder_of, uses_prompt_learning, visual_mask
+from vgpo_kernels.integrations.model_surface import (
+    decoder_of,
+    sampled_positions,
+    uses_prompt_learning,
+    visual_mask,
+)
 
 IGNORED, IMAGE, QUESTION, GENERATED = -1, 0, 1, 2
 SEGMENT_NAMES = ("image", "question", "generated")
@@ -385,10 +390,7 @@ def attention_segments(
     if segments.dim() != 2:
         raise ValueError(f"input_ids must have shape [B, S], got {checks.describe(input_ids)}")
     if response_mask is not None:
-        answered, _ = checks.response_layout(response_mask, None, segments.device)
-        checks.response_rows(answered, segments[..., None], "input_ids")
-        begin = segments.shape[1] - answered.shape[1]
-        segments[:, begin:] = segments[:, begin:].masked_fill(answered, GENERATED)
+        segments = segments.masked_fill(sampled_positions(input_ids, response_mask), GENERATED)
     if attention_mask is None:
         return segments
     kept = checks.mask("attention_mask", attention_mask, segments.shape, "input_ids'", segments.device, "input_ids")

@@ -14,7 +14,7 @@ The driver and every worker import that module, so all of them are patched:
   restore its order too;
 - ``FSDPWorker.compute_log_probs`` sends it to the driver as ``visual_focus``;
 - ``compute_advantage`` on the driver multiplies the advantages by the factors, over the whole rollout batch, with
-  groups known by uid;
+  groups known by uid, and ``compute_data_metrics`` adds ``vgpo/...`` to the step's metrics;
 - ``compute_policy_loss`` becomes :func:`vgpo_kernels.policy_loss`.
 
 EasyR1 is installed from its repository under the name of ``verl``; nothing of it is imported before
@@ -115,11 +115,14 @@ def patch_easyr1(
     require(actor, "compute_log_prob", ("self", "data"), KNOWN)
     log_probs = require(worker, "compute_log_probs", ("self", "data"), KNOWN)
     advantage = require(trainer_module, "compute_advantage", ("data",), KNOWN)
+    data_metrics = require(trainer_module, "compute_data_metrics", ("batch",), KNOWN)
     require(actor_module, "compute_policy_loss", ("old_log_probs", "log_probs", "loss_avg_mode"), KNOWN)
 
     actor._forward_micro_batch = _scoring(_original(forward))
     worker.compute_log_probs = _handing_over(_original(log_probs))
-    trainer_module.compute_advantage = _reweighting(_original(advantage), config)
+    latest: dict[str, float] = {}
+    trainer_module.compute_advantage = _reweighting(_original(advantage), config, latest)
+    trainer_module.compute_data_metrics = _reporting(_original(data_metrics), latest)
     actor_module.compute_policy_loss = compute_policy_loss
 
 
@@ -145,28 +148,33 @@ def _scoring(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, micro_batch, temperature)  # type: ignore[no-any-return]
         with capture_hidden_states(self.actor_module) as captured:
             log_probs = forward(self, micro_batch, temperature)
-        cos = _focus(captured.hidden, micro_batch, self.actor_module)
-        return torch.cat([log_probs, cos.to(log_probs.dtype)], dim=-1)
+        self._log_probs_dtype = log_probs.dtype
+        # In the cosines' precision: log-probs of 16 bits are in it what they were.
+        return torch.cat([log_probs.float(), _focus(captured.hidden, micro_batch, self.actor_module)], dim=-1)
 
     return forward_micro_batch
 
 
 def _focus(hidden: Tensor, micro_batch: dict[str, Any], model: Any) -> Tensor:
-    """Score the response tokens of a micro-batch, fp32 ``[B, T]``, from padded or padding-free hidden states."""
+    """Score the sampled tokens of a micro-batch, fp32 ``[B, T]``, from padded or padding-free hidden states.
+
+    EasyR1 samples whole responses. Where tools answer in between, as in forks of it, the micro-batch has to bring its
+    ``response_mask`` along, which is 0 there.
+    """
     ids, attended = micro_batch["input_ids"], micro_batch["attention_mask"].bool()
     length = micro_batch["responses"].shape[-1]
-    visual = visual_mask(ids, model) & attended
+    sampled = attended[:, -length:] & micro_batch.get("response_mask", attended[:, -length:]).bool()
+    visual = visual_mask(ids, model, sampled) & attended
     if hidden.shape[:2] == ids.shape:
-        return visual_focus(hidden, visual, attended[:, -length:])
+        return visual_focus(hidden, visual, sampled, visibility="causal")
     total = int(attended.sum())
     if hidden.shape[1] < total:
         raise RuntimeError(
             "worker.actor.ulysses_size > 1 splits the hidden states, which EasyR1's adapter cannot gather"
         )
-    answered = attended.clone()
-    answered[:, :-length] = False
+    answered = torch.nn.functional.pad(sampled, (ids.shape[1] - length, 0))[attended]
     boundaries = torch.nn.functional.pad(attended.sum(-1).cumsum(0), (1, 0))
-    packed = visual_focus(hidden[0, :total], visual[attended], answered[attended], cu_seqlens=boundaries)
+    packed = visual_focus(hidden[0, :total], visual[attended], answered, cu_seqlens=boundaries, visibility="causal")
     return torch.zeros(ids.shape, device=packed.device).masked_scatter(attended, packed)[:, -length:]
 
 
@@ -178,29 +186,40 @@ def _handing_over(log_probs: Callable[..., Any]) -> Callable[..., Any]:
             output = log_probs(self, data)
         finally:
             self.actor._scores_visual_focus = False
-        both = output.batch["old_log_probs"]
-        output.batch["old_log_probs"], output.batch[FIELD] = both.chunk(2, dim=-1)
+        scored, focus = output.batch["old_log_probs"].chunk(2, dim=-1)
+        output.batch["old_log_probs"] = scored.to(self.actor._log_probs_dtype)
+        output.batch[FIELD] = focus
         return output
 
     return compute_log_probs
 
 
-def _reweighting(advantage: Callable[..., Any], config: VGPOConfig) -> Callable[..., Any]:
+def _reweighting(advantage: Callable[..., Any], config: VGPOConfig, latest: dict[str, float]) -> Callable[..., Any]:
     @_patch(advantage)
     def compute_advantage(data: Any, *arguments: Any, **options: Any) -> Any:
         data = advantage(data, *arguments, **options)
         if FIELD in data.batch:
-            advantages, _ = reweight(
+            data.batch["advantages"], metrics = reweight(
                 data.batch["advantages"],
                 data.batch[FIELD],
                 data.batch["response_mask"],
                 list(data.non_tensor_batch["uid"]),
                 config,
             )
-            data.batch["advantages"] = advantages
+            latest.update(metrics)
         return data
 
     return compute_advantage
+
+
+def _reporting(data_metrics: Callable[..., Any], latest: dict[str, float]) -> Callable[..., Any]:
+    """EasyR1 asks once a step for the metrics of the batch whose advantages it computed: the factors' go along."""
+
+    @_patch(data_metrics)
+    def compute_data_metrics(*arguments: Any, **options: Any) -> dict[str, Any]:
+        return {**data_metrics(*arguments, **options), **latest}
+
+    return compute_data_metrics
 
 
 def compute_policy_loss(

@@ -157,19 +157,22 @@ def visual_token_ids(model_or_config: Any, processor: Any = None) -> tuple[int, 
     )
 
 
-def visual_mask(input_ids: Tensor, visual_tokens: Any) -> Tensor:
+def visual_mask(input_ids: Tensor, visual_tokens: Any, response_mask: Tensor | None = None) -> Tensor:
     """Return True where ``input_ids`` holds an image or video token: any number of images, in any places.
 
     Args:
         input_ids: Integers of any shape, ``[B, S]`` or packed ``[N]``.
         visual_tokens: A model, a config, or the ids themselves.
+        response_mask: True at tokens that the policy sampled, bool or integer: ``[B, T]`` for the last T positions of
+            ``[B, S]``, or in ``input_ids``' shape. A visual token that the policy sampled itself stands for no image;
+            what a tool shows in the middle of a response is not sampled. By default nothing is.
 
     Returns:
         Bool of the shape of ``input_ids``.
 
     Raises:
-        TypeError: ``input_ids`` is no integer tensor, or an id no integer.
-        ValueError: As :func:`visual_token_ids`, where the ids are not given.
+        TypeError: ``input_ids`` is no integer tensor, ``response_mask`` no mask, or an id no integer.
+        ValueError: Shapes or devices do not fit together, or as :func:`visual_token_ids`, where the ids are not given.
 
     """
     checks.integers("input_ids", input_ids)
@@ -179,4 +182,20 @@ def visual_mask(input_ids: Tensor, visual_tokens: Any) -> Tensor:
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
     for token in ids:  # one or two; torch.isin would copy the ids to the device
         mask |= input_ids == token
-    return mask
+    return mask if response_mask is None else mask & ~sampled_positions(input_ids, response_mask)
+
+
+def sampled_positions(input_ids: Tensor, response_mask: Tensor) -> Tensor:
+    """Return ``response_mask`` as bool in the shape of ``input_ids``: of ``[B, S]`` it may be the last T positions.
+
+    Raises:
+        TypeError: ``response_mask`` is no mask.
+        ValueError: It has another shape or device.
+
+    """
+    if input_ids.dim() != 2:
+        meaning = "input_ids'"
+        return checks.mask("response_mask", response_mask, input_ids.shape, meaning, input_ids.device, "input_ids")
+    sampled, _ = checks.response_layout(response_mask, None, input_ids.device)
+    checks.response_rows(sampled, input_ids[..., None], "input_ids")
+    return nn.functional.pad(sampled, (input_ids.shape[1] - sampled.shape[1], 0))

@@ -92,9 +92,11 @@ def reweight(
 ) -> tuple[Tensor, dict[str, float]]:
     """Multiply advantages by VGPO's factors (paper, Eq. 11), over a whole rollout batch.
 
+    A response keeps its advantages if it sees no image, has no scored token or a cosine that is not finite.
+
     Args:
         advantages: Per token, ``[B, T]`` or packed ``[N]``.
-        cos: Cosines of :func:`visual_focus`, in the same shape; a response with only zeros has no image.
+        cos: Cosines of :func:`visual_focus`, in the same shape, NaN where no image was seen yet. Not read off the mask.
         response_mask: The scored tokens, in the same shape.
         prompts: Name of each response's prompt, B of them.
         config: The settings.
@@ -113,19 +115,7 @@ def reweight(
         checks.per_token(name, value, mask)
     if len(prompts) != checks.batch_size(mask, boundaries):
         raise ValueError(f"prompts must name {checks.batch_size(mask, boundaries)} responses, got {len(prompts)}")
-    lit = torch.where(mask, cos != 0, False)
-    if boundaries is None:
-        seen = lit.any(-1)
-    else:
-        running = torch.cat([lit.new_zeros(1, dtype=torch.int64), lit.cumsum(0)])
-        seen = running[boundaries[1:]] > running[boundaries[:-1]]
-    weights = visual_weights(
-        cos.float(),
-        mask,
-        group_numbers(prompts, cos.device),
-        config,
-        cu_seqlens=boundaries,
-        has_visual=seen,
-    )
+    groups = group_numbers(prompts, cos.device)
+    weights = visual_weights(cos.float(), mask, groups, config, cu_seqlens=boundaries)
     metrics = {f"vgpo/{name}": value.item() for name, value in weights.metrics.items()}
     return advantages * weights.factors.to(advantages.dtype), metrics

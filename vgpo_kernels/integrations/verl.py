@@ -9,8 +9,8 @@ r"""VGPO in verl (0.9): one environment variable and two lines of configuration.
 
 verl imports the module in the driver and in every worker. There it
 
-- computes the visual focus in the old-log-prob pass (a hook on the final norm, no extra forward pass): one more value
-  per token beside the log-prob and the entropy, named ``visual_focus`` in the engine's model output;
+- computes the visual focus of what was sampled in the old-log-prob pass (a hook on the final norm, no extra forward
+  pass): one more value per token beside the log-prob and the entropy, ``visual_focus`` in the engine's model output;
 - re-weights the advantages on the driver, which has the whole rollout batch and knows the groups by uid
   (``trainer_mode=vgpo``);
 - registers this library's losses as ``loss_mode`` ``vgpo`` (PPO with dual clip, as ``vanilla``), ``vgpo_gspo``,
@@ -33,7 +33,7 @@ from verl.utils import tensordict_utils
 from verl.utils.ulysses import gather_outputs_and_unpad
 from verl.workers.engine.fsdp import transformer_impl
 
-from vgpo_kernels import policy_loss, visual_focus
+from vgpo_kernels import checks, policy_loss, visual_focus
 from vgpo_kernels.integrations.surface import config_from, known, require, reweight
 from vgpo_kernels.integrations.transformers import capture_hidden_states, visual_mask
 
@@ -120,31 +120,58 @@ def compute_policy_loss(
     return loss * batch.get("dp_size", 1), reported
 
 
-def focus_of_packed(hidden: Tensor, input_ids: Any, model: Any) -> Tensor:
-    """Compute the focus of all tokens of a nested batch of sequences (prompt and response).
+def sampled_of_packed(input_ids: Any, response_mask: Any) -> Tensor:
+    """Return True at the tokens of a nested batch that the policy sampled, bool ``[N]``.
+
+    Args:
+        input_ids: verl's nested token ids, B sequences (prompt and response) of N tokens in all.
+        response_mask: verl's nested mask of the responses, the last tokens of each sequence; 0 at what tools answered.
+
+    Raises:
+        TypeError: ``response_mask`` is not nested.
+
+    """
+    if not response_mask.is_nested:
+        raise TypeError(f"response_mask must be nested as input_ids is, got {checks.describe(response_mask)}")
+    ids, offsets = input_ids.values(), input_ids.offsets()
+    positions = torch.arange(ids.shape[0], device=ids.device)
+    first = offsets[1:] - response_mask.offsets().diff()  # of the response
+    answered = positions >= first.repeat_interleave(offsets.diff(), output_size=ids.shape[0])
+    return torch.zeros_like(answered).masked_scatter(answered, response_mask.values().bool())
+
+
+def focus_of_packed(hidden: Tensor, input_ids: Any, model: Any, response_mask: Any) -> Tensor:
+    """Compute the focus of the tokens that the policy sampled in a nested batch of sequences (prompt and response).
+
+    A token is compared with the images before it, those that tools have shown by then included. Visual tokens that the
+    policy sampled itself are no image.
 
     Args:
         hidden: Last hidden states of the forward pass: packed ``[1, N (+ padding), D]``, or ``[B, S, D]`` padded
             to the right.
         input_ids: verl's nested token ids, B sequences of N tokens in all.
         model: The model, whose configuration names its visual tokens.
+        response_mask: As for :func:`sampled_of_packed`.
 
     Returns:
-        fp32 ``[N]``: cosines **shifted one place to the left**, as verl stores log-probs, so that verl's own slicing
-        finds the focus of token t where it finds the log-prob of token t.
+        fp32 ``[N]``: cosines, 0 at tokens that were not sampled and NaN where no image was seen yet, **shifted one
+        place to the left**, as verl stores log-probs, so that verl's own slicing finds the focus of token t where it
+        finds the log-prob of token t.
 
     Raises:
+        TypeError: ``response_mask`` is not nested.
         ValueError: The model's configuration names no visual token.
 
     """
+    sampled = sampled_of_packed(input_ids, response_mask).to(hidden.device)
     ids, offsets = input_ids.values().to(hidden.device), input_ids.offsets().to(hidden.device)
-    visual = visual_mask(ids, model)
+    visual = visual_mask(ids, model, sampled)
     if hidden.shape[0] == 1:
-        cos = visual_focus(hidden[0, : ids.shape[0]], visual, ~visual, cu_seqlens=offsets)
+        cos = visual_focus(hidden[0, : ids.shape[0]], visual, sampled, cu_seqlens=offsets, visibility="causal")
     else:
         inside = torch.arange(hidden.shape[1], device=hidden.device) < offsets.diff()[:, None]
-        spread = torch.zeros_like(inside).masked_scatter(inside, visual)
-        cos = visual_focus(hidden, spread, inside & ~spread)[inside]
+        images, answers = (torch.zeros_like(inside).masked_scatter(inside, mask) for mask in (visual, sampled))
+        cos = visual_focus(hidden, images, answers, visibility="causal")[inside]
     return cos.roll(-1)
 
 
@@ -172,7 +199,7 @@ def score_focus(engine: type) -> None:
         if getattr(self, "use_ulysses_sp", False):
             hidden = gather_outputs_and_unpad(hidden, gather_dim=1, unpad_dim=1, padding_size=0)
         input_ids = micro_batch["input_ids"]
-        cos = focus_of_packed(hidden, input_ids, self.module)
+        cos = focus_of_packed(hidden, input_ids, self.module, micro_batch["response_mask"])
         nested = torch.nested.nested_tensor_from_jagged(cos, input_ids.offsets().to(cos.device))
         output["model_output"][FIELD] = nested
         return loss, output
@@ -228,7 +255,7 @@ def visually_guided(trainer: type) -> type:
                 advantages.values(),
                 cos.values(),
                 mask.values(),
-                data["uid"].tolist(),
+                data.get("uid").tolist(),
                 config_from(self.config.algorithm.get("vgpo", {})),
                 cu_seqlens=mask.offsets(),
             )

@@ -144,7 +144,7 @@ def build_trainer(settings: DemoSettings, model: Any, processor: Any) -> VGPOTra
     from vgpo_trainer.trainer import VGPOTrainer
 
     problems = make_problems(settings.prompts * settings.steps, "train", settings.seed)
-    rows = [{**problem.row(), "prompt_id": index} for index, problem in enumerate(problems)]
+    rows = [problem.row() for problem in problems]
     responses = settings.prompts * settings.generations
     training = VGPOTrainingConfig(
         output_dir=str(settings.out),

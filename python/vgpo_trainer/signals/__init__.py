@@ -1,11 +1,12 @@
 """Visual signals: what the trainer reads from forward passes of the policy, and the factors that it becomes.
 
-A signal is one number per response token, higher where the token leans on the image. It is a subclass of
+A signal is one number per response token, higher where the token leans on the images before it. It is a subclass of
 :class:`VisualSignal` in a file of its own, and a line in :data:`SIGNALS`; everything else asks the table.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -50,6 +51,12 @@ class SignalBatch(NamedTuple):
     image_mask: Tensor
     response_mask: Tensor
     attention_mask: Tensor
+
+    def seen(self) -> Tensor:
+        """True at response positions with a visual token before them, ``[B, T]``."""
+        images = self.image_mask.long()
+        before = images.cumsum(dim=1) - images
+        return before[:, before.shape[1] - self.response_mask.shape[1] :] > 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,9 @@ class VisualSignal(ABC):
     @property
     @abstractmethod
     def values(self) -> Tensor:
-        """The signal as ``visual_weights`` takes it, in place of cosines, ``[B, T]``, fp32; off the mask anything.
+        """The signal as ``visual_weights`` takes it, in place of cosines, ``[B, T]``, fp32.
+
+        What it holds off the mask, and at tokens that have seen no image, is not read.
 
         Raises:
             RuntimeError: Not every row was read.
@@ -115,3 +124,19 @@ class VisualSignal(ABC):
     def shown(self) -> Tensor:
         """The signal as logs and rollouts show it, ``[B, T]``; by default :attr:`values`."""
         return self.values
+
+    def marked_values(self) -> Tensor:
+        """Return :attr:`values` with NaN at tokens that have seen no image, ``[B, T]``.
+
+        An image changes nothing for the tokens before it. They have no signal, which is not the same as a signal of 0.
+        Values that are not finite elsewhere become infinite, so that none is taken for the lack of a signal.
+        """
+        values = self.values
+        return self._mark(values.masked_fill(~values.isfinite(), math.inf))
+
+    def marked_shown(self) -> Tensor:
+        """Return :attr:`shown` with NaN at tokens that have seen no image and 0 off the mask, ``[B, T]``."""
+        return self._mark(self.shown).masked_fill(~self.batch.response_mask.bool(), 0.0)
+
+    def _mark(self, found: Tensor) -> Tensor:
+        return found.masked_fill(~self.batch.seen(), math.nan)

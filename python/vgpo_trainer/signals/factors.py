@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vgpo_kernels import VGPOConfig, group_weights, visual_weights
+from vgpo_kernels import VGPOConfig, combine_factors, group_weights, visual_weights
 
 
 @dataclass(frozen=True)
@@ -24,24 +24,32 @@ class SignalFactors:
         psi: Intra-trajectory weights, ``[B, T]``.
         phi: Inter-trajectory weights, ``[B]``.
         factors: What advantages are multiplied by, ``[B, T]``; 1 off the mask and for unweighted responses.
-        weighted: Whether a response takes part: it has an image, and a finite signal, ``[B]``.
-        gate_rate: Share of the weighted responses' tokens that the gate lets through, 0-dimensional.
+        weighted: Whether a response takes part: it has a scored token, an image before one, and a finite signal,
+            ``[B]``.
+        counted: True at scored tokens of weighted responses that have seen an image, ``[B, T]``.
+        gate_rate: Share of the counted tokens that the gate lets through, 0-dimensional.
         late_early: Mean score of the second half of a response over that of its first, ``[B]``; NaN where undefined.
+        nonfinite: Number of these responses that are unweighted for a signal that is not finite, 0-dimensional.
+        groups: Number of groups with a weighted response, over all processes, 0-dimensional.
+        singleton_groups: Number of those with one only, whose phi is 0, likewise.
     """
 
     psi: Tensor
     phi: Tensor
     factors: Tensor
     weighted: Tensor
+    counted: Tensor
     gate_rate: Tensor
     late_early: Tensor
+    nonfinite: Tensor
+    groups: Tensor
+    singleton_groups: Tensor
 
 
 def compute_factors(
     values: Tensor,  # [B, T]
     response_mask: Tensor,  # [B, T]
     group_ids: Tensor,  # [B]
-    has_visual: Tensor,  # [B]
     config: VGPOConfig,
     *,
     gather: Callable[[Tensor], Tensor],
@@ -50,76 +58,74 @@ def compute_factors(
     """Turn the signal of this process's share of a rollout batch into factors, comparing whole groups.
 
     Args:
-        values: Of a :class:`~vgpo_trainer.signals.VisualSignal`.
+        values: Of a :class:`~vgpo_trainer.signals.VisualSignal`: NaN at tokens that have seen no image.
         response_mask: True at scored response tokens.
-        group_ids: Responses to one prompt share an id, on all processes.
-        has_visual: Whether a response has an image.
+        group_ids: Responses of a group share an id, on all processes.
         config: The settings. An offset left to the batch is fixed over the batches of all processes.
         gather: Concatenates a tensor ``[B, ...]`` of every process, in order; every process must call it.
         process_index: Which of the gathered shares is this one's.
 
     """
-    config = fix_offset(config, values, response_mask, has_visual, gather)
+    config = fix_offset(config, values, response_mask, gather)
     batch = values.shape[0]
     # Phase one. Each response is its own group here: phi comes from all processes' scores below.
-    alone = torch.arange(batch, device=values.device)
-    local = visual_weights(values, response_mask, alone, config, has_visual=has_visual)
+    each = torch.arange(batch, device=values.device)
+    local = visual_weights(values, response_mask, each, config)
     # Phase two.
-    scores = gather(local.score)
-    groups, images = gather(torch.stack([group_ids, has_visual.to(torch.int64)], dim=1)).unbind(dim=1)
-    phi = group_weights(scores, groups, config, has_visual=images.bool())
+    scores, groups = gather(local.score), gather(group_ids)
+    phi = group_weights(scores, groups, config)
+    number, alone = count_groups(groups, scores.isfinite())
     phi = phi[process_index * batch : (process_index + 1) * batch]
 
-    weighted = has_visual & local.score.isfinite()
+    weighted = local.score.isfinite()
+    counted = response_mask.bool() & weighted[:, None] & values.isfinite()
     return SignalFactors(
         psi=local.psi,
         phi=phi,
-        factors=combine(local.psi, phi, response_mask.bool() & weighted[:, None], config),
+        factors=combine_factors(local.psi, phi, response_mask, config, weighted=weighted),
         weighted=weighted,
+        counted=counted,
         gate_rate=local.metrics["gate_rate"],
-        late_early=late_early_ratio(values, response_mask, weighted, config),
+        late_early=late_early_ratio(values, response_mask, counted, config),
+        nonfinite=local.metrics["nonfinite_responses"],
+        groups=number,
+        singleton_groups=alone,
     )
 
 
-def combine(psi: Tensor, phi: Tensor, weighted_tokens: Tensor, config: VGPOConfig) -> Tensor:
-    """Return ``(1 + psi) (1 + phi)``, each clamped as ``config`` says, and 1 off ``weighted_tokens``."""
-    token, trajectory = 1 + psi, 1 + phi
-    if config.intra_clamp is not None:
-        token = token.clamp(*config.intra_clamp)
-    if config.inter_clamp is not None:
-        trajectory = trajectory.clamp(*config.inter_clamp)
-    return torch.where(weighted_tokens, token * trajectory[:, None], torch.ones_like(psi))
+def count_groups(group_ids: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the groups among weighted responses, and those of them that have one only; without the host's help."""
+    nobody = torch.iinfo(torch.int64).max
+    ordered = group_ids.to(torch.int64).masked_fill(~weighted, nobody).sort().values
+    edge = ordered.new_ones(1, dtype=torch.bool)
+    step = ordered[1:] != ordered[:-1]
+    first, last = torch.cat([edge, step]) & (ordered != nobody), torch.cat([step, edge])
+    return first.sum(), (first & last).sum()
 
 
 def fix_offset(
-    config: VGPOConfig,
-    values: Tensor,
-    response_mask: Tensor,
-    has_visual: Tensor,
-    gather: Callable[[Tensor], Tensor],
+    config: VGPOConfig, values: Tensor, response_mask: Tensor, gather: Callable[[Tensor], Tensor]
 ) -> VGPOConfig:
     """Fix an offset that the config leaves to the batch: the smallest value of the whole rollout batch, or 0."""
     if config.score != "offset" or config.score_offset is not None:
         return config
-    counted = response_mask.bool() & has_visual[:, None] & values.isfinite()
-    smallest = torch.where(counted, values, torch.zeros_like(values)).amin().clamp(max=0)
+    there = response_mask.bool() & values.isfinite()
+    smallest = torch.where(there, values, torch.zeros_like(values)).amin().clamp(max=0)
     return replace(config, score_offset=gather(smallest.reshape(1)).min().item())
 
 
-def late_early_ratio(values: Tensor, response_mask: Tensor, weighted: Tensor, config: VGPOConfig) -> Tensor:
+def late_early_ratio(values: Tensor, response_mask: Tensor, counted: Tensor, config: VGPOConfig) -> Tensor:
     """Mean score (of visual focus: rho) of each response's second half over that of its first, ``[B]``.
 
-    NaN for a response of fewer than two tokens, without image, or whose first half scores 0.
+    The halves are those of the scored tokens, the means over those of them in ``counted [B, T]``. NaN where a half has
+    none of them, as in a response of fewer than two tokens, or the first half scores 0.
     """
-    mask = response_mask.bool()
     score = (1 + values) / 2 if config.score == "affine" else values - (config.score_offset or 0.0)
-    ordinal = mask.cumsum(dim=1) - 1
-    length = mask.sum(dim=1, keepdim=True)
-    late = ordinal >= (length + 1) // 2
+    mask = response_mask.bool()
+    late = mask.cumsum(dim=1) > (mask.sum(dim=1, keepdim=True) + 1) // 2
 
     def mean(half: Tensor) -> Tensor:
         return torch.where(half, score, torch.zeros_like(score)).sum(dim=1) / half.sum(dim=1)
 
-    early_mean = mean(mask & ~late)
-    defined = weighted & (length[:, 0] >= 2) & (early_mean > 0)
-    return torch.where(defined, mean(mask & late) / early_mean, torch.full_like(early_mean, torch.nan))
+    early_mean = mean(counted & ~late)
+    return torch.where(early_mean > 0, mean(counted & late) / early_mean, torch.full_like(early_mean, torch.nan))

@@ -12,5 +12,5 @@ class FocusSignal(HiddenStateSignal):
     """The paper's signal: cosines, from which ``visual_weights`` makes focus scores."""
 
     def reduce(self, hidden: Tensor, image_mask: Tensor, response_mask: Tensor) -> Tensor:
-        """Return cosines ``[b, T]``, 0 off the mask."""
-        return visual_focus(hidden, image_mask, response_mask)
+        """Return cosines ``[b, T]`` to the prototype of the image tokens before each token, 0 off the mask."""
+        return visual_focus(hidden, image_mask, response_mask, visibility="causal")

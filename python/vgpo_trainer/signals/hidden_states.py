@@ -21,7 +21,7 @@ class HiddenStateSignal(VisualSignal):
 
     @abstractmethod
     def reduce(self, hidden: Tensor, image_mask: Tensor, response_mask: Tensor) -> Tensor:
-        """Return the signal of some rows, ``[b, T]`` fp32.
+        """Return the signal of some rows, ``[b, T]`` fp32; that of a token is made of the image tokens before it.
 
         Args:
             hidden: Their hidden states after the final norm, detached, ``[b, S, D]``.

@@ -111,10 +111,5 @@ def image_positions(
     response_mask: Tensor,  # [B, T], the last T positions
     visual_tokens: tuple[int, ...],
 ) -> Tensor:
-    """Return True at image and video tokens the model was shown, ``[B, S]``.
-
-    A visual token that the model sampled itself stands for no image, so scored response tokens never count.
-    """
-    shown = visual_mask(input_ids, visual_tokens) & attention_mask.bool()
-    shown[:, shown.shape[1] - response_mask.shape[1] :] &= ~response_mask.bool()
-    return shown
+    """Return True at image and video tokens the model was shown, ``[B, S]``."""
+    return visual_mask(input_ids, visual_tokens, response_mask) & attention_mask.bool()
