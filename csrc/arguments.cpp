@@ -115,6 +115,7 @@ FocusTensors ArgumentReader::hidden(const Layout& layout) const {
 
 FocusTensors ArgumentReader::focus(const Layout& layout) const {
     FocusTensors input = hidden(layout);
+    input.causal = value<bool>("causal");
     const bool indexed = has("prototype_index");
     if (!has("prototype")) {
         TORCH_CHECK_VALUE(has("visual_mask"), "visual_mask is None, which needs prototype");
@@ -127,10 +128,15 @@ FocusTensors ArgumentReader::focus(const Layout& layout) const {
     TORCH_CHECK_VALUE(given > 0 || layout.batch == 0, "prototype must have a row, got ", prototypes);
     input.num_prototypes = given;
     input.prototype = data<float>("prototype", {given, input.columns});
-    input.prototype_index = data<int64_t>("prototype_index", {layout.batch});
-    if (values_ == Values::kClamped || !indexed) return input;
-    for (int64_t b = 0; b < layout.batch; ++b) {
-        const int64_t row = input.prototype_index[b];
+    if (!indexed) return input;
+    // A vector of length B has one entry per response, also in a packed batch of as many tokens.
+    input.index_per_token = shape("prototype_index") != at::IntArrayRef(layout.batch);
+    input.prototype_index = data<int64_t>(
+        "prototype_index", input.index_per_token ? shape("response_mask") : at::IntArrayRef(layout.batch));
+    if (values_ == Values::kClamped) return input;
+    const int64_t entries = input.index_per_token ? input.layout.num_tokens() : layout.batch;
+    for (int64_t i = 0; i < entries; ++i) {
+        const int64_t row = input.prototype_index[i];
         TORCH_CHECK_VALUE(-1 <= row && row < given, "prototype_index must lie in [-1, ", given, "), got ", row);
     }
     return input;

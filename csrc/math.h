@@ -239,6 +239,8 @@ enum FocusMetric {
     kLateEarlyRatio,
     kWeightedResponses,
     kNonfiniteResponses,
+    kGroups,
+    kSingletonGroups,
     kFocusMetrics,
 };
 

@@ -8,6 +8,7 @@ namespace cuda {
 
 #define EVERY_ELEMENT_TYPE(T) \
     template __global__ void visual_prototype_kernel<T>(const __grid_constant__ VisualPrototypeArguments<T>); \
+    template __global__ void causal_prototype_kernel<T>(const __grid_constant__ CausalPrototypeArguments<T>); \
     template __global__ void visual_focus_kernel<T>(const __grid_constant__ VisualFocusArguments<T>); \
     template __global__ void vgpo_loss_kernel<T>(const __grid_constant__ VgpoLossArguments<T>); \
     template __global__ void attention_mass_kernel<T>(const __grid_constant__ AttentionMassArguments<T>); \
