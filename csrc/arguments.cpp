@@ -129,13 +129,11 @@ FocusTensors ArgumentReader::focus(const Layout& layout) const {
     input.num_prototypes = given;
     input.prototype = data<float>("prototype", {given, input.columns});
     if (!indexed) return input;
-    // A vector of length B has one entry per response, also in a packed batch of as many tokens.
     input.index_per_token = shape("prototype_index") != at::IntArrayRef(layout.batch);
-    input.prototype_index = data<int64_t>(
-        "prototype_index", input.index_per_token ? shape("response_mask") : at::IntArrayRef(layout.batch));
+    const at::IntArrayRef index_shape = input.index_per_token ? shape("response_mask") : at::IntArrayRef(layout.batch);
+    input.prototype_index = data<int64_t>("prototype_index", index_shape);
     if (values_ == Values::kClamped) return input;
-    const int64_t entries = input.index_per_token ? input.layout.num_tokens() : layout.batch;
-    for (int64_t i = 0; i < entries; ++i) {
+    for (int64_t i = 0; i < tensor("prototype_index").numel(); ++i) {
         const int64_t row = input.prototype_index[i];
         TORCH_CHECK_VALUE(-1 <= row && row < given, "prototype_index must lie in [-1, ", given, "), got ", row);
     }

@@ -20,9 +20,9 @@ struct FocusTensors {
     const bool* visual_mask;         // [R]; null with given prototypes
     const float* prototype;          // [P, D], or null: the means of the visual rows
     const int64_t* prototype_index;  // [B] or [N], or null: row b for response b
-    bool index_per_token;            // prototype_index is [N]
+    bool index_per_token;            // [N]
     int64_t num_prototypes;          // P
-    bool causal;                     // a token sees the visual rows before it; else all of its response
+    bool causal;                     // a token sees the visual rows before it, not all of its response
 };
 
 // A value per response or per token.

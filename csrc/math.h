@@ -102,9 +102,11 @@ VGPO_HD inline float mean_from_fixed(int64_t sum, double scale, int64_t count) {
 
 constexpr float kNormFloor = 1e-8f;
 
+// Infinite where a hidden state is not finite: NaN says that no image is seen.
 VGPO_HD inline float cosine(float dot, float squared_norm, float prototype_norm) {
     const float norms = sqrtf(squared_norm) * prototype_norm;
-    return dot / maximum(norms, kNormFloor);
+    const float value = dot / maximum(norms, kNormFloor);
+    return is_finite(value) ? value : INFINITY;
 }
 
 // ---- visual weights (Eq. 5-11) --------------------------------------------------------------------------------

@@ -279,8 +279,12 @@ KINDS: dict[str, Callable[[Tensor], list[Bad]]] = {
     **dict.fromkeys(
         ("hidden", "logp", "old_logp", "ref_logp", "entropy", "advantages", "importance_weights"), floating
     ),
-    **dict.fromkeys(("factors", "cos", "score", "prototype", "weight", "bias", "q", "k", "slices"), floating),
-    **dict.fromkeys(("visual_mask", "response_mask", "has_visual", "key_mask", "query_mask", "attention_mask"), mask),
+    **dict.fromkeys(
+        ("factors", "cos", "psi", "phi", "score", "prototype", "weight", "bias", "q", "k", "slices"), floating
+    ),
+    **dict.fromkeys(
+        ("visual_mask", "response_mask", "has_visual", "weighted", "key_mask", "query_mask", "attention_mask"), mask
+    ),
     **dict.fromkeys(("group_ids", "prototype_index", "targets", "key_segments", "query_positions"), integers),
     **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"), boundaries),
 }
@@ -298,6 +302,7 @@ OTHERS: dict[str, list[Bad]] = {
     "ignore_index": whole_numbers(-(2**70)),
     "chunk_bytes": whole_numbers(0, -1),
     "first": whole_numbers(-1),
+    "visibility": choices(),
 }
 
 
@@ -383,6 +388,13 @@ def _batch_subjects(packed: bool) -> dict[str, Subject]:
         ),
         "group_weights": subject(
             vgpo_kernels.group_weights, {"score": uniform(4), "has_visual": batch.has_visual} | groups
+        ),
+        "combine_factors": subject(
+            vgpo_kernels.combine_factors,
+            {"psi": uniform(*responses.shape) - 0.5, "phi": uniform(4) - 0.5, "weighted": batch.has_visual}
+            | response
+            | {"config": VGPOConfig.paper()}
+            | layout,
         ),
         "policy_loss": subject(vgpo_kernels.policy_loss, sampled | policy | response | factors | layout),
         "vgpo_loss": subject(vgpo_kernels.vgpo_loss, both | sampled | policy | groups, **shares),

@@ -47,6 +47,7 @@ class Response:
     length: int = 11
     group: int = 0
     holes: bool = False
+    late: int = 0  # visual rows in the middle of the response: an image that a tool shows
 
 
 EDGES: dict[str, tuple[Response, ...]] = {
@@ -57,6 +58,13 @@ EDGES: dict[str, tuple[Response, ...]] = {
     "all empty": (Response(length=0), Response(length=0)),
     "one token": (Response(length=1), Response(length=1, group=1), Response(length=2)),
     "no image": (Response(), Response(visual=0), Response(visual=0, group=1), Response()),
+    "late images": (
+        Response(late=3, length=16),
+        Response(visual=0, late=4, length=13),
+        Response(visual=2, late=1, length=30, holes=True),
+        Response(visual=0, text=1, late=2, length=9, group=1),
+        Response(length=14),
+    ),
     "group of one": (Response(group=5), Response(group=-3), Response(group=2**40)),
     "single": (Response(),),
     "no responses": (),
@@ -91,11 +99,15 @@ def make_batch(
         mask[length - response.length :] = True
         if response.holes:
             mask &= torch.rand(length, generator=generator) > 0.3
+        visual = torch.arange(length) < response.visual
+        middle = length - response.length // 2
+        visual[middle : middle + response.late] = True
+        mask[middle : middle + response.late] = False
         logp = -normal(length).abs() - 0.05
         rows.append(
             {
                 "hidden": hidden,
-                "visual": torch.arange(length) < response.visual,
+                "visual": visual,
                 "mask": mask,
                 "logp": logp,
                 "old_logp": logp + 0.3 * normal(length),

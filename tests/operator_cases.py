@@ -52,6 +52,7 @@ def operator_arguments(operator: str, batch: Batch, **given: Any) -> dict[str, A
         "score": uniform(batch.group_ids),
         "config": CONFIG,
         "options": OPTIONS,
+        "causal": False,
     }
     return schema_order(operator, **(of_batch | given))
 

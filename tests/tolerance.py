@@ -27,6 +27,11 @@ def floor_of(dtype: torch.dtype = torch.float32, terms: int = 1) -> float:
     return FLOOR * max(1.0, (terms / COVERED_TERMS) ** 0.5) + rounding
 
 
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, and NaN in the same places."""
+    return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
 def assert_close(
     actual: Tensor, exact: Tensor, narrow: Tensor | None = None, *, name: str = "result", floor: float = FLOOR
 ) -> None:
@@ -43,10 +48,15 @@ def assert_close(
     assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
     actual, exact = actual.detach().cpu().double(), exact.detach().cpu().double()
     assert torch.equal(actual.isnan(), exact.isnan()), f"{name}: NaN in other places than the reference has"
-    actual, exact = actual.nan_to_num(), exact.nan_to_num()
+    assert torch.equal(actual.isinf(), exact.isinf()), f"{name}: infinite in other places than the reference is"
+    actual, exact = (tensor.nan_to_num(posinf=0.0, neginf=0.0) for tensor in (actual, exact))
     if not exact.numel():
         return
-    yardstick = 0.0 if narrow is None else (narrow.detach().cpu().double().nan_to_num() - exact).abs().max().item()
+    yardstick = (
+        0.0
+        if narrow is None
+        else (narrow.detach().cpu().double().nan_to_num(posinf=0.0, neginf=0.0) - exact).abs().max().item()
+    )
     allowed = 2 * yardstick + floor * max(1.0, exact.abs().max().item())
     error = (actual - exact).abs().max().item()
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"

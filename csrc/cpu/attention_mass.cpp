@@ -261,7 +261,7 @@ Tensors attention_mass(const ArgumentReader& reader) {
     const int64_t share = rows / (kItemsPerThread * at::get_num_threads()) + 1;
     const Pieces pieces(tokens, std::max<int64_t>(std::min(share, kItemRows) / input.group(), 1));
     parallel_items(pieces.count() * input.k.heads, [&](int64_t item) {
-        const int64_t piece = item / input.k.heads, b = pieces.response(piece), begin = pieces.begin(piece, b);
+        const int64_t piece = item / input.k.heads, b = pieces.sequence(piece), begin = pieces.begin(piece, b);
         mass_of_rows(input, b, item % input.k.heads, begin, std::min(begin + pieces.length(), tokens[b]), orders[b],
                      panels[b], mass_data, lse_data);
     });

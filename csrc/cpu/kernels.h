@@ -83,10 +83,11 @@ struct Kernels {
     // The smallest finite value; infinity if there is none.
     float (*smallest_finite)(const float* values, int64_t length);
     bool (*all_finite)(const float* values, int64_t length);
-    // Compensation and intra-trajectory re-weighting of one response from its finite cosines. `keys` has room for
-    // `length` values rounded up to kKeyPadding.
-    ResponseWeights (*response_weights)(const float* cos, int64_t length, float offset, const WeightsConfig& config,
-                                        int32_t* keys, float* w, float* psi);
+    // Compensation and intra-trajectory re-weighting of one response of `length` tokens, from the cosines of those from
+    // the ordinal `first` on, which are finite; the others are not touched. `keys` has room for `length` values rounded
+    // up to kKeyPadding.
+    ResponseWeights (*response_weights)(const float* cos, int64_t first, int64_t length, float offset,
+                                        const WeightsConfig& config, int32_t* keys, float* w, float* psi);
     void (*factors)(const float* psi, int64_t length, float phi, const WeightsConfig& config, float* factors);
 
     double (*log_ratio_sum)(const float* logp, const float* old_logp, int64_t length);

@@ -25,21 +25,21 @@ void parallel_items(int64_t count, const Work& work) {
     });
 }
 
-// Pieces of at most `length` that cover each response's share of some sequence, numbered through.
+// Pieces of at most `length` that cover some sequences, numbered through.
 class Pieces {
 public:
-    // sizes[b] is the length of response b's share.
+    // The lengths of the sequences.
     Pieces(const std::vector<int64_t>& sizes, int64_t length) : length_(length), first_(sizes.size() + 1) {
         for (size_t b = 0; b < sizes.size(); ++b) first_[b + 1] = first_[b] + (sizes[b] + length - 1) / length;
     }
 
     int64_t count() const { return first_.back(); }
-    // The response that a piece belongs to, and where the piece begins in its share.
-    int64_t response(int64_t piece) const {
+    // The sequence that a piece belongs to, and where the piece begins in it.
+    int64_t sequence(int64_t piece) const {
         return std::upper_bound(first_.begin(), first_.end(), piece) - first_.begin() - 1;
     }
-    int64_t begin(int64_t piece, int64_t response) const { return (piece - first_[response]) * length_; }
-    int64_t first(int64_t response) const { return first_[response]; }
+    int64_t begin(int64_t piece, int64_t sequence) const { return (piece - first_[sequence]) * length_; }
+    int64_t first(int64_t sequence) const { return first_[sequence]; }
     int64_t length() const { return length_; }
 
 private:

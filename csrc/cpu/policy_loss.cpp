@@ -89,7 +89,7 @@ struct Batch {
     template <typename Work>
     void for_pieces(const Work& work) const {
         parallel_items(pieces.count(), [&](int64_t piece) {
-            const int64_t b = pieces.response(piece);
+            const int64_t b = pieces.sequence(piece);
             const int64_t begin = input.layout.token_begin(b) + pieces.begin(piece, b);
             work(piece, b, begin, std::min(begin + kPiece, input.layout.token_end(b)));
         });

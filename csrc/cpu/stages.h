@@ -8,12 +8,8 @@
 
 namespace vgpo {
 
-// Means of the visual rows, zeros without any; counts them per response.
-void visual_prototype(const FocusTensors& input, float* means /* [B, D] */, int64_t* visual_counts /* [B] */);
-
-// Cosines, 0 off the mask; also says which responses have an image.
-void visual_focus(const FocusTensors& input, const bool* response_mask /* [N] */, float* cos /* [N] */,
-                  bool* has_visual /* [B] */);
+// Cosines, 0 off the mask, NaN at tokens that see no image.
+void visual_focus(const FocusTensors& input, const bool* response_mask /* [N] */, float* cos /* [N] */);
 
 struct WeightsOutput {
     float* factors;  // [N]
@@ -25,11 +21,8 @@ struct WeightsOutput {
 };
 
 void visual_weights(const float* cos /* [N] */, const bool* response_mask /* [N] */, const int64_t* group_ids /* [B] */,
-                    const bool* has_visual /* [B], or null: all */, const Layout& layout, const WeightsConfig& config,
+                    const bool* has_visual /* [B], or null: cosines say */, const Layout& layout, const WeightsConfig& config,
                     const WeightsOutput& output);
-
-void group_weights(const float* score /* [B] */, const int64_t* group_ids /* [B] */, const bool* member /* [B] */,
-                   int64_t batch, const WeightsConfig& config, float* phi /* [B] */);
 
 void policy_loss(const LossInput& input, const float* factors /* [N], or null */, const LossOutput& output);
 

@@ -21,9 +21,8 @@ Tensors vgpo_loss(const ArgumentReader& reader) {
     const int64_t tokens = layout.num_tokens();
     std::unique_ptr<float[]> cos(new float[tokens]), factors(new float[tokens]), psi(new float[tokens]);
     std::unique_ptr<float[]> w(new float[tokens]), phi(new float[layout.batch]), score(new float[layout.batch]);
-    std::unique_ptr<bool[]> has_visual(new bool[layout.batch]);
-    visual_focus(focus, input.response_mask, cos.get(), has_visual.get());
-    visual_weights(cos.get(), input.response_mask, groups, has_visual.get(), focus.layout, config,
+    visual_focus(focus, input.response_mask, cos.get());
+    visual_weights(cos.get(), input.response_mask, groups, nullptr, focus.layout, config,
                    {factors.get(), psi.get(), w.get(), phi.get(), score.get(), result.output.metrics + kPolicyMetrics});
     policy_loss(input, factors.get(), result.output);
     return result.tensors;

@@ -1,7 +1,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <memory>
+#include <cstring>
+#include <limits>
+#include <numeric>
 
 #include "../arguments.h"
 #include "kernels.h"
@@ -25,46 +27,90 @@ const void* address_of(const FocusTensors& input, int64_t offset) {
     return static_cast<const char*>(input.hidden) + offset * element_bytes(input.type);
 }
 
-// Prototypes as the cosines need them: a row and its norm for each response, null without an image.
-struct Prototypes {
-    std::vector<float> arranged;  // [B, D]
-    std::vector<const float*> rows;
-    std::vector<float> norms;
+// Consecutive tokens of a response that are compared with one prototype. There is one view in a response whose images
+// all precede its tokens, and more where images arrive in between or prototypes are given for each token.
+struct View {
+    int64_t response;
+    int64_t begin, end;  // tokens
+    int64_t first_row;   // of the visual rows, by ordinal, that the view before did not see
+    int64_t seen_rows;   // visual rows that the view sees; those of the views before among them
+    int64_t prototype;   // place among the prototypes
 };
 
-// The means of the visual rows, or the given prototypes that are not zero: zeros stand for a response without image.
-Prototypes find_prototypes(const FocusTensors& input) {
-    const int64_t batch = input.layout.batch, columns = input.columns;
-    std::vector<float> means;
-    std::vector<int64_t> visual_counts(batch);
-    if (input.prototype == nullptr) {
-        means.resize(batch * columns);
-        visual_prototype(input, means.data(), visual_counts.data());
-    }
-    Prototypes found = {std::vector<float>(batch * columns), std::vector<const float*>(batch, nullptr),
-                        std::vector<float>(batch)};
-    for (int64_t b = 0; b < batch; ++b) {
-        const float* source = means.data() + b * columns;
-        bool seen = visual_counts[b] > 0;
-        if (input.prototype != nullptr) {
-            const int64_t row = input.prototype_index == nullptr ? b : input.prototype_index[b];
-            source = input.prototype + std::max<int64_t>(row, 0) * columns;
-            const auto nonzero = [](float value) { return value != 0.0f; };
-            seen = row >= 0 && std::any_of(source, source + columns, nonzero);
-        }
-        if (!seen) continue;
-        float* arranged = found.arranged.data() + b * columns;
-        kernels().arrange[static_cast<int>(input.type)](source, columns, arranged);
-        found.norms[b] = kernels().norm(source, columns);
-        found.rows[b] = arranged;
-    }
-    return found;
+using Positions = std::vector<int64_t>;  // of a response's visual rows, counted from its first row
+
+std::vector<Positions> visual_positions(const FocusTensors& input) {
+    const Layout& layout = input.layout;
+    std::vector<Positions> positions(layout.batch);
+    parallel_items(layout.batch, [&](int64_t b) {
+        const int64_t begin = layout.row_begin(b), length = layout.row_end(b) - begin;
+        positions[b].resize(length);
+        positions[b].resize(select_positions(input.visual_mask + begin, length, positions[b].data()));
+    });
+    return positions;
 }
 
-}  // namespace
+// One view for each response, which sees all its visual rows.
+std::vector<View> whole_views(const Layout& layout, const std::vector<Positions>& visual) {
+    std::vector<View> views;
+    for (int64_t b = 0; b < layout.batch; ++b) {
+        const int64_t rows = static_cast<int64_t>(visual[b].size());
+        views.push_back({b, layout.token_begin(b), layout.token_end(b), 0, rows, b});
+    }
+    return views;
+}
 
-void visual_prototype(const FocusTensors& input, float* means, int64_t* visual_counts) {
+// Cuts responses at the visual rows between their scored tokens. A token sees the rows before its own.
+std::vector<View> causal_views(const Layout& layout, const std::vector<Positions>& visual, const bool* response_mask) {
+    std::vector<View> views;
+    for (int64_t b = 0; b < layout.batch; ++b) {
+        const int64_t end = layout.token_end(b);
+        // The first row of the response, as a token.
+        const int64_t origin = layout.token_begin(b) - (layout.row_of(b, layout.token_begin(b)) - layout.row_begin(b));
+        int64_t begin = layout.token_begin(b), rows = 0;
+        while (begin < end) {
+            const void* found = std::memchr(response_mask + begin, 1, static_cast<size_t>(end - begin));
+            if (found == nullptr) break;
+            const int64_t scored = static_cast<const bool*>(found) - response_mask;
+            const auto next = std::lower_bound(visual[b].begin() + rows, visual[b].end(), scored - origin);
+            const int64_t until = next == visual[b].end() ? end : std::min(end, origin + *next + 1);
+            const int64_t seen = next - visual[b].begin();
+            views.push_back({b, begin, until, rows, seen, static_cast<int64_t>(views.size())});
+            begin = until, rows = seen;
+        }
+        if (begin < end) views.push_back({b, begin, end, 0, 0, -1});  // without a scored token
+    }
+    return views;
+}
+
+// Cuts responses where the row of their given prototype changes.
+std::vector<View> given_views(const FocusTensors& input) {
     const Layout& layout = input.layout;
+    std::vector<View> views;
+    for (int64_t b = 0; b < layout.batch; ++b) {
+        const auto row_of = [&](int64_t token) {
+            return input.prototype_index == nullptr ? b : input.prototype_index[input.index_per_token ? token : b];
+        };
+        const int64_t end = layout.token_end(b);
+        for (int64_t begin = layout.token_begin(b), until = begin; begin < end; begin = until) {
+            const int64_t row = row_of(begin);
+            until = input.index_per_token ? begin + 1 : end;
+            while (until < end && row_of(until) == row) ++until;
+            views.push_back({b, begin, until, 0, 0, row});
+        }
+    }
+    return views;
+}
+
+// The mean of the visual rows that each view sees. Rows that arrive are summed by themselves and added to those before,
+// so that no bit of a view depends on what comes after it.
+void average(const FocusTensors& input, const std::vector<Positions>& visual, const std::vector<View>& views,
+             float* means /* [views, D] */) {
+    const Layout& layout = input.layout;
+    std::vector<int64_t> first_view(layout.batch + 1);
+    for (const View& view : views) ++first_view[view.response + 1];
+    std::partial_sum(first_view.begin(), first_view.end(), first_view.begin());
+
     const int64_t wanted_items = kItemsPerThread * at::get_num_threads();
     const int64_t most_slices = std::max<int64_t>(input.columns / kNarrowestSlice, 1);
     const int64_t slices = std::clamp<int64_t>(wanted_items / std::max<int64_t>(layout.batch, 1), 1, most_slices);
@@ -75,54 +121,131 @@ void visual_prototype(const FocusTensors& input, float* means, int64_t* visual_c
         const int64_t b = item / slices, column = item % slices * width;
         const int64_t columns = std::min(width, input.columns - column);
         if (columns <= 0) return;
-        const int64_t begin = layout.row_begin(b), length = layout.row_end(b) - begin;
-        std::unique_ptr<int64_t[]> visual(new int64_t[length]);
-        const int64_t count = select_positions(input.visual_mask + begin, length, visual.get());
-        if (column == 0) visual_counts[b] = count;
-        const void* first = address_of(input, input.strides.offset(layout, b, begin) + column);
-        float* mean = means + b * input.columns + column;
-        std::vector<float> room(2 * columns);
-        sum_rows(first, visual.get(), count, input.strides.row, columns, room.data(), mean);
-        for (int64_t c = 0; count > 0 && c < columns; ++c) mean[c] /= static_cast<float>(count);
+        const void* first = address_of(input, input.strides.offset(layout, b, layout.row_begin(b)) + column);
+        std::vector<float> room(2 * columns), total(columns);
+        for (int64_t v = first_view[b]; v < first_view[b + 1]; ++v) {
+            const View& view = views[v];
+            const int64_t rows = view.seen_rows - view.first_row;
+            float* mean = means + v * input.columns + column;
+            sum_rows(first, visual[b].data() + view.first_row, rows, input.strides.row, columns, room.data(), mean);
+            const float count = static_cast<float>(std::max<int64_t>(view.seen_rows, 1));
+            for (int64_t c = 0; c < columns; ++c) {
+                total[c] += mean[c];
+                mean[c] = total[c] / count;
+            }
+        }
     });
 }
 
-void visual_focus(const FocusTensors& input, const bool* response_mask, float* cos, bool* has_visual) {
-    const Layout& layout = input.layout;
-    const Prototypes prototypes = find_prototypes(input);
-    std::vector<int64_t> lengths(layout.batch);
-    for (int64_t b = 0; b < layout.batch; ++b) {
-        has_visual[b] = prototypes.rows[b] != nullptr;
-        lengths[b] = layout.token_end(b) - layout.token_begin(b);
+// Prototypes as the cosines need them: null without an image.
+struct Prototypes {
+    std::vector<float> arranged;  // [count, D]
+    std::vector<const float*> rows;
+    std::vector<float> norms;
+
+    Prototypes(const FocusTensors& input, const float* source, int64_t count)
+        : arranged(count * input.columns), rows(count, nullptr), norms(count) {
+        parallel_items(count, [&](int64_t i) {
+            const float* values = source + i * input.columns;
+            float* row = arranged.data() + i * input.columns;
+            kernels().arrange[static_cast<int>(input.type)](values, input.columns, row);
+            norms[i] = kernels().norm(values, input.columns);
+            rows[i] = row;
+        });
     }
+};
+
+}  // namespace
+
+void visual_focus(const FocusTensors& input, const bool* response_mask, float* cos) {
+    const Layout& layout = input.layout;
+    const bool given = input.prototype != nullptr;
+    const std::vector<Positions> visual = given ? std::vector<Positions>() : visual_positions(input);
+    const std::vector<View> views = given ? given_views(input)
+                                          : input.causal ? causal_views(layout, visual, response_mask)
+                                                         : whole_views(layout, visual);
+    std::vector<float> means;
+    if (!given) {
+        means.resize(views.size() * input.columns);
+        average(input, visual, views, means.data());
+    }
+    const int64_t count = given ? input.num_prototypes : static_cast<int64_t>(views.size());
+    Prototypes prototypes(input, given ? input.prototype : means.data(), count);
+    // Zeros stand for a response without image where prototypes are given.
+    for (int64_t i = 0; i < count; ++i) {
+        const float* row = prototypes.rows[i];
+        const auto nonzero = [](float value) { return value != 0.0f; };
+        const bool seen = given ? std::any_of(row, row + input.columns, nonzero) : views[i].seen_rows > 0;
+        if (!seen) prototypes.rows[i] = nullptr;
+    }
+
+    std::vector<int64_t> lengths;
+    for (const View& view : views) lengths.push_back(view.end - view.begin);
     const int64_t row_bytes = input.columns * element_bytes(input.type);
     const Pieces pieces(lengths, std::max<int64_t>(kItemBytes / row_bytes, 1));
     const auto cosines = kernels().cosines[static_cast<int>(input.type)];
     parallel_items(pieces.count(), [&](int64_t piece) {
-        const int64_t b = pieces.response(piece), begin = layout.token_begin(b) + pieces.begin(piece, b);
-        const int64_t length = std::min(pieces.length(), layout.token_end(b) - begin);
+        const int64_t v = pieces.sequence(piece);
+        const View& view = views[v];
+        const int64_t begin = view.begin + pieces.begin(piece, v);
+        const int64_t length = std::min(pieces.length(), view.end - begin);
         std::fill_n(cos + begin, length, 0.0f);
-        if (!has_visual[b]) return;
         std::vector<int64_t> valid(length);
-        const int64_t count = select_positions(response_mask + begin, length, valid.data());
-        const void* first = address_of(input, input.strides.offset(layout, b, layout.row_of(b, begin)));
+        const int64_t scored = select_positions(response_mask + begin, length, valid.data());
         // Cosines come out side by side and move to their tokens afterwards.
-        std::vector<float> values(count);
-        cosines(first, valid.data(), count, input.strides.row, input.columns, prototypes.rows[b], prototypes.norms[b],
-                values.data());
-        for (int64_t i = 0; i < count; ++i) cos[begin + valid[i]] = values[i];
+        std::vector<float> values(scored, std::numeric_limits<float>::quiet_NaN());
+        if (view.prototype >= 0 && prototypes.rows[view.prototype] != nullptr) {
+            const int64_t row = layout.row_of(view.response, begin);
+            cosines(address_of(input, input.strides.offset(layout, view.response, row)), valid.data(), scored,
+                    input.strides.row, input.columns, prototypes.rows[view.prototype],
+                    prototypes.norms[view.prototype], values.data());
+        }
+        for (int64_t i = 0; i < scored; ++i) cos[begin + valid[i]] = values[i];
     });
 }
 
 namespace ops {
 namespace {
 
+// The mean of the visual rows before each row.
+void running_prototypes(const FocusTensors& input, float* means /* [R, D] */) {
+    const Layout& layout = input.layout;
+    const int64_t slices = std::max<int64_t>(input.columns / kNarrowestSlice, 1);
+    const int64_t width = (input.columns + slices - 1) / slices;
+    const auto sum_rows = kernels().sum_rows[static_cast<int>(input.type)];
+    parallel_items(layout.batch * slices, [&](int64_t item) {
+        const int64_t b = item / slices, column = item % slices * width;
+        const int64_t columns = std::min(width, input.columns - column);
+        if (columns <= 0) return;
+        std::vector<float> room(2 * columns), row(columns), total(columns);
+        int64_t count = 0;
+        for (int64_t r = layout.row_begin(b); r < layout.row_end(b); ++r) {
+            float* mean = means + r * input.columns + column;
+            for (int64_t c = 0; c < columns; ++c) mean[c] = count > 0 ? total[c] / static_cast<float>(count) : 0.0f;
+            if (!input.visual_mask[r]) continue;
+            ++count;
+            const int64_t itself = 0;
+            sum_rows(address_of(input, input.strides.offset(layout, b, r) + column), &itself, 1, input.strides.row,
+                     columns, room.data(), row.data());
+            for (int64_t c = 0; c < columns; ++c) total[c] += row[c];
+        }
+    });
+}
+
 Tensors visual_prototype(const ArgumentReader& reader) {
     const Layout layout = reader.layout("visual_mask");
     const FocusTensors input = reader.hidden(layout);
-    at::Tensor means = at::empty({layout.batch, input.columns}, reader.tensor("hidden").options().dtype(at::kFloat));
-    std::vector<int64_t> counts(layout.batch);
-    vgpo::visual_prototype(input, means.mutable_data_ptr<float>(), counts.data());
+    const bool causal = reader.value<bool>("causal");
+    const at::Tensor& hidden = reader.tensor("hidden");
+    std::vector<int64_t> shape = {layout.batch, input.columns};
+    if (causal) shape = hidden.sizes().vec();
+    at::Tensor means = at::empty(shape, hidden.options().dtype(at::kFloat));
+    if (causal) {
+        running_prototypes(input, means.mutable_data_ptr<float>());
+    } else {
+        const std::vector<Positions> visual = visual_positions(input);
+        average(input, visual, whole_views(layout, visual), means.mutable_data_ptr<float>());
+    }
     return {means};
 }
 
@@ -131,8 +254,7 @@ Tensors visual_focus(const ArgumentReader& reader) {
     const FocusTensors input = reader.focus(reader.layout("response_mask"));
     const bool* mask = reader.data<bool>("response_mask", tokens);
     at::Tensor cos = at::empty(tokens, reader.tensor("hidden").options().dtype(at::kFloat));
-    std::unique_ptr<bool[]> has_visual(new bool[input.layout.batch]);
-    vgpo::visual_focus(input, mask, cos.mutable_data_ptr<float>(), has_visual.get());
+    vgpo::visual_focus(input, mask, cos.mutable_data_ptr<float>());
     return {cos};
 }
 

@@ -19,39 +19,85 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // One response on its way through the stages.
 struct Response {
     ValidSpan span;
-    const float* cos = nullptr;  // its valid cosines, side by side
-    bool finite = true;
-    bool weighted = false;           // has an image and only finite cosines
+    const float* cos = nullptr;      // its valid cosines, side by side
+    int64_t first = 0;               // ordinal of the first token that sees an image
+    bool nonfinite = false;          // it has an image, and a cosine that is not finite
+    bool weighted = false;           // it has an image, a token that sees it, and only finite cosines from there
     float smallest_cos = kInfinity;  // of the finite ones
     ResponseWeights weights = {};
 };
 
-void write_metrics(const std::vector<Response>& responses, const bool* has_visual, float* metrics) {
+// The members of groups, group by group.
+std::vector<int64_t> by_group(const int64_t* group_ids, const bool* member, int64_t batch) {
+    std::vector<int64_t> order;
+    for (int64_t b = 0; b < batch; ++b) {
+        if (member[b]) order.push_back(b);
+    }
+    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return group_ids[a] < group_ids[b]; });
+    return order;
+}
+
+// Calls visit(begin, end) for each group's share of that order.
+template <typename Visit>
+void for_each_group(const std::vector<int64_t>& order, const int64_t* group_ids, const Visit& visit) {
+    for (size_t begin = 0, end = 0; begin < order.size(); begin = end) {
+        while (end < order.size() && group_ids[order[end]] == group_ids[order[begin]]) ++end;
+        visit(begin, end);
+    }
+}
+
+void group_weights(const float* score, const int64_t* group_ids, const std::vector<int64_t>& order, int64_t batch,
+                   const WeightsConfig& config, float* phi) {
+    std::fill_n(phi, batch, 0.0f);
+    if (!config.inter) return;
+    for_each_group(order, group_ids, [&](size_t begin, size_t end) {
+        float low = kInfinity, high = -kInfinity;
+        for (size_t i = begin; i < end; ++i) {
+            low = std::min(low, score[order[i]]);
+            high = std::max(high, score[order[i]]);
+        }
+        int64_t sum = 0;
+        for (size_t i = begin; i < end; ++i) {
+            phi[order[i]] = min_max_normalized(score[order[i]], low, high);
+            sum += to_fixed(phi[order[i]], kUnitScale);
+        }
+        const float mean = mean_from_fixed(sum, kUnitScale, static_cast<int64_t>(end - begin));
+        for (size_t i = begin; i < end; ++i) phi[order[i]] -= mean;
+    });
+}
+
+void write_metrics(const std::vector<Response>& responses, const std::vector<int64_t>& order,
+                   const int64_t* group_ids, float* metrics) {
     double cos_sum = 0.0, ratio_sum = 0.0;
-    int64_t tokens = 0, gated = 0, ratios = 0, weighted = 0, nonfinite = 0;
-    for (size_t b = 0; b < responses.size(); ++b) {
-        const Response& response = responses[b];
-        nonfinite += !response.finite && (has_visual == nullptr || has_visual[b]);
+    int64_t tokens = 0, gated = 0, ratios = 0, nonfinite = 0, groups = 0, singletons = 0;
+    for (const Response& response : responses) {
+        nonfinite += response.nonfinite;
         if (!response.weighted) continue;
-        ++weighted;
         cos_sum += response.weights.cos_sum;
         gated += response.weights.gated;
-        tokens += response.span.count;
-        const int64_t early = (response.span.count + 1) / 2, late = response.span.count - early;
+        tokens += response.span.count - response.first;
+        const int64_t half = (response.span.count + 1) / 2, late_from = std::max(half, response.first);
+        const int64_t early = late_from - response.first, late = response.span.count - late_from;
         if (late > 0 && response.weights.early_sum > 0.0) {
             ratio_sum += (response.weights.late_sum / static_cast<double>(late)) /
                          (response.weights.early_sum / static_cast<double>(early));
             ++ratios;
         }
     }
+    for_each_group(order, group_ids, [&](size_t begin, size_t end) {
+        ++groups;
+        singletons += end - begin == 1;
+    });
     const auto share = [](double sum, int64_t number) {
         return static_cast<float>(number > 0 ? sum / static_cast<double>(number) : 0.0);
     };
     metrics[kFocusMean] = share(cos_sum, tokens);
     metrics[kGateRate] = share(static_cast<double>(gated), tokens);
     metrics[kLateEarlyRatio] = share(ratio_sum, ratios);
-    metrics[kWeightedResponses] = static_cast<float>(weighted);
+    metrics[kWeightedResponses] = static_cast<float>(order.size());
     metrics[kNonfiniteResponses] = static_cast<float>(nonfinite);
+    metrics[kGroups] = static_cast<float>(groups);
+    metrics[kSingletonGroups] = static_cast<float>(singletons);
 }
 
 }  // namespace
@@ -64,18 +110,19 @@ void visual_weights(const float* cos, const bool* response_mask, const int64_t* 
         const int64_t begin = layout.token_begin(b), length = layout.token_end(b) - begin;
         const bool* mask = response_mask + begin;
         const ValidSpan span = response.span = span_of(mask, length);
+        if (has_visual != nullptr && !has_visual[b]) return;
         response.cos = cos + begin + span.first;
         if (span.has_holes()) {
             // The factors come last: until then their place holds the compacted cosines.
             compact(response.cos, mask + span.first, span.extent, output.factors + begin);
             response.cos = output.factors + begin;
         }
-        response.finite = kernels().all_finite(response.cos, span.count);
-        const bool image = has_visual == nullptr || has_visual[b];
-        response.weighted = image && response.finite;
-        if (image && config.needs_batch_offset()) {
-            response.smallest_cos = kernels().smallest_finite(response.cos, span.count);
-        }
+        while (response.first < span.count && std::isnan(response.cos[response.first])) ++response.first;
+        const float* seeing = response.cos + response.first;
+        const int64_t count = span.count - response.first;
+        response.nonfinite = !kernels().all_finite(seeing, count);
+        response.weighted = count > 0 && !response.nonfinite;
+        if (config.needs_batch_offset()) response.smallest_cos = kernels().smallest_finite(seeing, count);
     });
 
     float offset = config.score_offset;
@@ -88,23 +135,25 @@ void visual_weights(const float* cos, const bool* response_mask, const int64_t* 
     parallel_items(layout.batch, [&](int64_t b) {
         Response& response = responses[b];
         const int64_t begin = layout.token_begin(b), length = layout.token_end(b) - begin;
-        // A response without tokens has accumulated nothing: it is a member of its group all the same, with score 0.
         member[b] = response.weighted;
         float *w = output.w + begin, *psi = output.psi + begin;
-        if (response.weighted && response.span.count > 0) {
+        if (response.weighted) {
             const ValidSpan& span = response.span;
             std::vector<int32_t> keys(span.count + kKeyPadding);
-            response.weights = kernels().response_weights(response.cos, span.count, offset, config, keys.data(),
-                                                          w + span.first, psi + span.first);
+            std::fill_n(w + span.first, response.first, 0.0f);
+            std::fill_n(psi + span.first, response.first, 0.0f);
+            response.weights = kernels().response_weights(response.cos, response.first, span.count, offset, config,
+                                                          keys.data(), w + span.first, psi + span.first);
             spread(w, response_mask + begin, length, span, 0.0f);
         } else {
             std::fill_n(w, length, 0.0f);
             std::fill_n(psi, length, 0.0f);
         }
-        output.score[b] = response.finite ? response.weights.score : std::numeric_limits<float>::quiet_NaN();
+        output.score[b] = response.weighted ? response.weights.score : std::numeric_limits<float>::quiet_NaN();
     });
 
-    group_weights(output.score, group_ids, member.get(), layout.batch, config, output.phi);
+    const std::vector<int64_t> order = by_group(group_ids, member.get(), layout.batch);
+    group_weights(output.score, group_ids, order, layout.batch, config, output.phi);
 
     parallel_items(layout.batch, [&](int64_t b) {
         const int64_t begin = layout.token_begin(b), length = layout.token_end(b) - begin;
@@ -118,32 +167,7 @@ void visual_weights(const float* cos, const bool* response_mask, const int64_t* 
         spread(factors, response_mask + begin, length, span, 1.0f);
         spread(psi, response_mask + begin, length, span, 0.0f);
     });
-    write_metrics(responses, has_visual, output.metrics);
-}
-
-void group_weights(const float* score, const int64_t* group_ids, const bool* member, int64_t batch,
-                   const WeightsConfig& config, float* phi) {
-    std::fill_n(phi, batch, 0.0f);
-    if (!config.inter) return;
-    std::vector<int64_t> order;
-    for (int64_t b = 0; b < batch; ++b) {
-        if (member[b]) order.push_back(b);
-    }
-    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return group_ids[a] < group_ids[b]; });
-    for (size_t begin = 0, end = 0; begin < order.size(); begin = end) {
-        float low = kInfinity, high = -kInfinity;
-        for (end = begin; end < order.size() && group_ids[order[end]] == group_ids[order[begin]]; ++end) {
-            low = std::min(low, score[order[end]]);
-            high = std::max(high, score[order[end]]);
-        }
-        int64_t sum = 0;
-        for (size_t i = begin; i < end; ++i) {
-            phi[order[i]] = min_max_normalized(score[order[i]], low, high);
-            sum += to_fixed(phi[order[i]], kUnitScale);
-        }
-        const float mean = mean_from_fixed(sum, kUnitScale, static_cast<int64_t>(end - begin));
-        for (size_t i = begin; i < end; ++i) phi[order[i]] -= mean;
-    }
+    write_metrics(responses, order, group_ids, output.metrics);
 }
 
 namespace ops {
@@ -176,7 +200,8 @@ Tensors group_weights(const ArgumentReader& reader) {
     std::unique_ptr<bool[]> member(new bool[batch]);
     for (int64_t b = 0; b < batch; ++b) member[b] = is_finite(score[b]) && (images == nullptr || images[b]);
     at::Tensor phi = at::empty(each, reader.tensor("score").options());
-    vgpo::group_weights(score, groups, member.get(), batch, reader.config(), phi.mutable_data_ptr<float>());
+    vgpo::group_weights(score, groups, by_group(groups, member.get(), batch), batch, reader.config(),
+                        phi.mutable_data_ptr<float>());
     return {phi};
 }
 

@@ -148,6 +148,13 @@ CASES = {
     "per_head": Case((False, True)),
     "query_positions": Case(changed(lambda positions: positions - 1, "query_positions")),
     "visual_mask": Case(changed(every_other, "visual_mask"), NO_PROTOTYPE),
+    # An image that arrives behind some tokens.
+    "visibility": Case(("all", "causal"), NO_PROTOTYPE | {"visual_mask": lambda good: good["visual_mask"].roll(7, -1)}),
+    "combine_factors: phi": Case(changed(torch.cos, "phi")),
+    "combine_factors: psi": Case(changed(torch.cos, "psi")),
+    "combine_factors: config": Case(
+        (VGPOConfig(), VGPOConfig(intra_clamp=(0.9, 1.1)), VGPOConfig(inter_clamp=(0.9, 1.1)))
+    ),
     "group_weights: config": Case((VGPOConfig(), VGPOConfig(inter=False))),
     "group_weights: score": Case(changed(torch.cos, "score")),
     "combine_slices: targets": Case(changed(lambda targets: targets.clone().fill_(-100), "targets")),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import EDGES, Batch, make_batch
-from tolerance import assert_close, assert_matches
+from equations import factors
+from tolerance import assert_close, assert_matches, same_bits
 from torch import Tensor
 
-from vgpo_kernels import VGPOConfig, VisualWeights, backend, group_weights, visual_weights
+from vgpo_kernels import VGPOConfig, VisualWeights, backend, combine_factors, group_weights, visual_weights
 from vgpo_kernels.reference import visual_weights as reference
 
 NAMES = ("factors", "psi", "w", "phi", "score", "metrics")
@@ -92,43 +96,19 @@ def check(batch: Batch, cos: Tensor, config: VGPOConfig) -> None:
     assert_close(phi, actual.phi.double(), name="phi in two phases", floor=1e-5)
 
 
-@pytest.mark.parametrize("preset", ["paper", "released"])
-def test_the_definition_is_the_equations(preset: str) -> None:
-    """The vectorised definition against loops that follow the equations line by line."""
-    config = CONFIGS[preset]
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_definition_is_the_equations(name: str) -> None:
+    config = CONFIGS[name]
     batch = make_batch(EDGES["shuffled groups"] + EDGES["holes"], features=1)
-    cos = draw_cosines(batch)
+    cos, mask = draw_cosines(batch), batch.response_mask
     with backend("reference"):
         actual = weigh(batch, cos, config)
-    mask = batch.response_mask
-    offset = min(0.0, cos[mask].min().item())
-    scores, psis = [], []
-    for row, valid in zip(cos.double(), mask, strict=True):
-        values = row[valid].tolist()
-        length = len(values)
-        rho = [(1 + c) / 2 if preset == "paper" else c - offset for c in values]
-        first = int(length * (1 - config.tail_ratio))
-        k = max(1, int((length - first) * config.top_ratio))
-        threshold = sorted(rho[first:], reverse=True)[k - 1]
-        w = []
-        for t in range(length):
-            position = (t + 1) / length if preset == "paper" else t / (length - 1 + 1e-8)
-            gate = t >= first and rho[t] >= threshold
-            w.append(rho[t] * (1 + gate * config.beta * position / (1 + 1e-8)))
-        normalized = [(x - min(w)) / (max(w) - min(w) + 1e-8) for x in w]
-        psis.append([x - sum(normalized) / length for x in normalized])
-        scores.append(sum(w) if preset == "paper" else sum(normalized))
-    for index, (group, score) in enumerate(zip(batch.group_ids.tolist(), scores, strict=True)):
-        members = [s for g, s in zip(batch.group_ids.tolist(), scores, strict=True) if g == group]
-        span = max(members) - min(members) + 1e-8
-        phi = (score - min(members)) / span - sum((s - min(members)) / span for s in members) / len(members)
-        assert actual.score[index].item() == pytest.approx(score, rel=1e-6)
-        assert actual.phi[index].item() == pytest.approx(phi, abs=1e-6)
-        inter = 1 + phi if preset == "paper" else min(max(1 + phi, 0.9), 2.0)
-        for psi, place in zip(psis[index], mask[index].nonzero().flatten().tolist(), strict=True):
-            intra = 1 + psi if preset == "paper" else min(max(1 + psi, 0.1), 2.0)
-            assert actual.psi[index, place].item() == pytest.approx(psi, abs=1e-6)
-            assert actual.factors[index, place].item() == pytest.approx(intra * inter, abs=1e-6)
+    cosines = [row[valid].double().tolist() for row, valid in zip(cos, mask, strict=True)]
+    for index, expected in enumerate(factors(cosines, batch.group_ids.tolist(), config)):
+        assert actual.score[index].item() == pytest.approx(expected.score, rel=1e-6)
+        assert actual.phi[index].item() == pytest.approx(expected.phi, abs=1e-6)
+        assert actual.psi[index][mask[index]].tolist() == pytest.approx(expected.psi, abs=1e-6)
+        assert actual.factors[index][mask[index]].tolist() == pytest.approx(expected.factors, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["paper", "released, fixed offset", "mean", "exponential"])
@@ -145,7 +125,7 @@ def test_layout_order_and_cuts_do_not_change_a_bit(exact_backend: str, device: t
             one, two = getattr(actual, field)[other.response_mask], getattr(expected, field)[mask]
             assert torch.equal(one, two), field
         assert torch.equal(actual.phi, expected.phi)
-        assert torch.equal(actual.score, expected.score)
+        assert same_bits(actual.score, expected.score)
     two_phases = group_weights(expected.score, padded.group_ids, config, has_visual=padded.has_visual)
     assert torch.equal(two_phases, expected.phi)
     cos = draw_cosines(padded)
@@ -216,12 +196,103 @@ def test_responses_without_image_are_unweighted(backend_name: str, device: torch
     assert (weights.factors[blind] == 1).all()
     assert (weights.psi[blind] == 0).all()
     assert (weights.phi[blind] == 0).all()
-    assert (weights.score[blind] == 0).all()
+    assert weights.score[blind].isnan().all()
     seeing = batch.has_visual & (batch.group_ids == 0)
     alone = visual_weights(
         draw_cosines(batch)[seeing], batch.response_mask[seeing], batch.group_ids[seeing], VGPOConfig.paper()
     )
     assert_close(alone.factors, weights.factors[seeing].double(), name="factors")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_responses_without_a_signal_take_no_part(backend_name: str, device: torch.device, name: str) -> None:
+    """Overlong filtering leaves responses without a token, text has no image, and late images leave tokens without."""
+    config = CONFIGS[name]
+    batch = make_batch(EDGES["shuffled groups"] + EDGES["holes"] + EDGES["empty response"], features=1).to(device)
+    cos, mask = draw_cosines(batch), batch.response_mask.clone()
+    mask[1] = False  # filtered
+    cos[2] = math.nan  # without an image
+    ordinals = mask.cumsum(1)
+    cos[0][ordinals[0] <= 5] = cos[4][ordinals[4] <= 1] = cos[7][ordinals[7] <= 15] = math.nan  # an image comes later
+    weights = visual_weights(cos, mask, batch.group_ids, config)
+    phi = group_weights(weights.score, batch.group_ids, replace(config, score_offset=offset_of(config, cos, mask)))
+    combined = combine_factors(weights.psi, phi, mask, config)
+    expected = factors(
+        [row[valid].tolist() for row, valid in zip(cos, mask, strict=True)], batch.group_ids.tolist(), config
+    )
+    for index, one in enumerate(expected):
+        for found, values in ((weights.factors, one.factors), (weights.psi, one.psi), (weights.w, one.w)):
+            assert_close(found[index][mask[index]], torch.tensor(values), floor=4e-6)
+        assert_close(combined[index][mask[index]], torch.tensor(one.factors), floor=4e-6)
+    assert_close(weights.phi, torch.tensor([one.phi for one in expected]), floor=4e-6)
+    assert_close(weights.score, torch.tensor([one.score for one in expected]), floor=4e-6)
+    assert (weights.factors[~mask] == 1).all() and (combined[~mask] == 1).all()
+    weighted = [not math.isnan(one.score) for one in expected]
+    groups = Counter(group for group, took_part in zip(batch.group_ids.tolist(), weighted, strict=True) if took_part)
+    assert weights.metrics["weighted_responses"] == sum(weighted)
+    assert weights.metrics["nonfinite_responses"] == 0
+    assert weights.metrics["groups"] == len(groups)
+    assert weights.metrics["singleton_groups"] == sum(size == 1 for size in groups.values())
+
+
+def offset_of(config: VGPOConfig, cos: Tensor, mask: Tensor) -> float | None:
+    """The offset to fix over a whole rollout batch."""
+    if config.score == "affine" or config.score_offset is not None:
+        return config.score_offset
+    return min(0.0, cos[mask].nan_to_num(0.0).min().item())
+
+
+def test_filtered_responses_do_not_move_the_others(backend_name: str, device: torch.device) -> None:
+    """Two equal responses beside two without a token: nothing to compare, so nothing to weigh."""
+    cos, mask = torch.full((4, 3), 0.2, device=device), torch.ones(4, 3, dtype=torch.bool, device=device)
+    mask[2:] = False
+    ids = torch.zeros(4, dtype=torch.int64, device=device)
+    weights = visual_weights(cos, mask, ids, VGPOConfig.paper(beta=0.0))
+    assert (weights.factors == 1).all()
+    assert weights.score[2:].isnan().all()
+    assert weights.metrics["weighted_responses"] == 2
+
+
+def test_no_signal_before_the_first_number_only(backend_name: str, device: torch.device) -> None:
+    """NaN before the first number is no image yet; NaN or infinity after it spoils the response."""
+    nan, inf = math.nan, math.inf
+    rows = [[nan, nan, 0.1, 0.4], [nan, 0.1, nan, 0.4], [inf, 0.1, 0.2, 0.3], [nan, nan, nan, inf], [nan] * 4]
+    cos = torch.tensor(rows, device=device)
+    ids = torch.zeros(5, dtype=torch.int64, device=device)
+    weights = visual_weights(cos, torch.ones_like(cos, dtype=torch.bool), ids, VGPOConfig.paper())
+    assert weights.score.isfinite().tolist() == [True, False, False, False, False]
+    assert weights.metrics["nonfinite_responses"] == 3
+    assert weights.metrics["weighted_responses"] == 1
+    assert weights.psi[0].tolist() == pytest.approx([0, 0, -0.5, 0.5], abs=1e-6)
+    assert (weights.factors[1:] == 1).all()
+
+
+def test_two_phases_give_the_factors_of_one(backend_name: str, device: torch.device) -> None:
+    for packed in (False, True):
+        batch = make_batch(EDGES["shuffled groups"] + EDGES["late images"], features=1, packed=packed).to(device)
+        cos = draw_cosines(batch)
+        for config in (CONFIGS["paper"], CONFIGS["released, fixed offset"], VGPOConfig.paper(intra_clamp=(1.1, 2.0))):
+            whole = weigh(batch, cos, config)
+            phi = group_weights(whole.score, batch.group_ids, config)
+            factors_of_two = combine_factors(
+                whole.psi,
+                phi,
+                batch.response_mask,
+                config,
+                cu_seqlens=batch.cu_seqlens,
+                weighted=whole.score.isfinite(),
+            )
+            assert_close(factors_of_two, whole.factors.double(), name="factors")
+
+
+def test_an_offset_of_each_call_is_warned_of(device: torch.device) -> None:
+    score, ids = torch.rand(4, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    with pytest.warns(UserWarning, match="score_offset"):
+        group_weights(score, ids, VGPOConfig.released())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group_weights(score, ids, VGPOConfig.released(score_offset=-0.2))
+        group_weights(score, ids, VGPOConfig.paper())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

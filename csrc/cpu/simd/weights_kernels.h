@@ -40,14 +40,14 @@ inline float kth_largest(const float* values, int64_t length, int64_t k, int32_t
     return order_key_value(static_cast<int32_t>(found ^ 0x80000000u));
 }
 
-inline ResponseWeights response_weights(const float* cos, int64_t length, float offset, const WeightsConfig& config,
-                                        int32_t* keys, float* w, float* psi) {
+inline ResponseWeights response_weights(const float* cos, int64_t first, int64_t length, float offset,
+                                        const WeightsConfig& config, int32_t* keys, float* w, float* psi) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     ResponseWeights result = {};
     int64_t gate_first = 0;
     float threshold = -kInfinity;
     if (config.gate) {
-        gate_first = tail_first(length, config);
+        gate_first = tail_first(length, config) < first ? first : tail_first(length, config);
         const int64_t tail = length - gate_first;
         threshold = tail > 0 ? kth_largest(cos + gate_first, tail, tail_top_count(tail, config), keys) : kInfinity;
     }
@@ -56,7 +56,7 @@ inline ResponseWeights response_weights(const float* cos, int64_t length, float 
     const float late_from = static_cast<float>((length + 1) / 2);
     Vector smallest(kInfinity), largest(-kInfinity);
     FixedSum weights(kWeightScale);
-    for (int64_t begin = 0; begin < length; begin += kSumBlock) {
+    for (int64_t begin = first; begin < length; begin += kSumBlock) {
         const int64_t end = begin + kSumBlock < length ? begin + kSumBlock : length;
         Vector cos_sum(0.0f), early_sum(0.0f), late_sum(0.0f);
         for (int64_t i = begin; i < end; i += Vector::kWidth) {
@@ -84,18 +84,18 @@ inline ResponseWeights response_weights(const float* cos, int64_t length, float 
 
     const float low = lowest(smallest), high = highest(largest);
     FixedSum normalized(kUnitScale);
-    for (int64_t i = 0; i < length; i += Vector::kWidth) {
+    for (int64_t i = first; i < length; i += Vector::kWidth) {
         const int lanes = lanes_of(i, length);
         const Vector value = min_max_normalized(load_first(w + i, lanes), low, high);
         store_first(psi + i, value, lanes);
         normalized.add(in_lanes(lanes, value, 0.0f));
     }
-    const Vector mean(mean_from_fixed(normalized.value(), kUnitScale, length));
-    for (int64_t i = 0; i < length; i += Vector::kWidth) {
+    const Vector mean(mean_from_fixed(normalized.value(), kUnitScale, length - first));
+    for (int64_t i = first; i < length; i += Vector::kWidth) {
         const int lanes = lanes_of(i, length);
         store_first(psi + i, config.intra ? load_first(psi + i, lanes) - mean : zero, lanes);
     }
-    result.score = accumulated_score(weights.value(), normalized.value(), length, config);
+    result.score = accumulated_score(weights.value(), normalized.value(), length - first, config);
     return result;
 }
 
