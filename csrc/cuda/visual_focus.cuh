@@ -347,7 +347,7 @@ __device__ void prefetch_response_rows(const FocusInput<T>& input, const FocusWo
 }
 
 // A warp's cosines of rows with one prototype: that of row i to lane i, that of a single row to all lanes. NaN for a
-// given prototype of zeros, which means no image; infinite where the numbers are not finite.
+// given prototype of zeros, which means no image.
 template <bool kAligned, int kRows, typename T>
 __device__ __forceinline__ float row_cosines(const FocusInput<T>& input, const T* const (&rows)[kRows],
                                              const float* prototype) {
@@ -387,8 +387,7 @@ __device__ __forceinline__ float row_cosines(const FocusInput<T>& input, const T
         for (int column = lane_index(); column < input.dim; column += kWarpSize) nonzero |= prototype[column] != 0.0f;
         if (__any_sync(kAllLanes, nonzero) == 0) return NAN;
     }
-    const float result = cosine(dot, square, sqrtf(prototype_square));
-    return is_finite(result) ? result : INFINITY;
+    return cosine(dot, square, sqrtf(prototype_square));
 }
 
 // A warp scores kRows consecutive tokens of a response. cos is [tokens]; only tokens under the mask are written.
@@ -527,7 +526,7 @@ int64_t useful_blocks(const CausalPrototypeArguments<T>& arguments) {
 // A warp walks over the rows of a response, over a vector's width of columns a lane: the mean so far, then the row.
 template <bool kAligned, typename T>
 __device__ void average_rows_before(const FocusInput<T>& input, float* prototypes) {
-    constexpr int kWidth = kVectorWidth<T>, kInFlight = 8;
+    constexpr int kWidth = kVectorWidth<T>, kInFlight = 6;  // as many as registers allow
     const int strips = ceil_div(input.dim, kWarpColumns<T>);
     for (int64_t item = grid_warp(); item < input.layout.batch * strips; item += grid_warps()) {
         const int64_t response = item / strips, end = input.layout.row_end(response);

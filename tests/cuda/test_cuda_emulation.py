@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import test_policy_loss
 import test_vgpo_loss
+import test_visibility
 import test_visual_focus
 import test_visual_weights
 import torch
@@ -20,7 +21,7 @@ from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import visual_focus as reference
 from vgpo_kernels.reference import visual_weights as weights_reference
 
-adopt(globals(), test_visual_focus, test_visual_weights, test_policy_loss, test_vgpo_loss)
+adopt(globals(), test_visual_focus, test_visibility, test_visual_weights, test_policy_loss, test_vgpo_loss)
 
 
 # ---- schedules ---------------------------------------------------------------------------------------------------
@@ -31,6 +32,8 @@ MIXED = (
     Response(visual=1, length=0),
     Response(visual=33, length=1, group=1),
     Response(visual=5, length=150, group=1),
+    Response(visual=0, late=40, length=110),
+    Response(visual=3, late=7, length=31, group=1),
 )
 
 SHAPES = {
@@ -57,6 +60,7 @@ def call_everything(emulator: Emulator, batch: Batch, config: VGPOConfig, option
     rows = torch.arange(mask.numel()).view(mask.shape) // 3 % (len(prototype) + 1) - 1
     each = emulator.visual_focus(hidden, None, mask, boundaries, prototype, rows, False)
     weights = emulator.visual_weights(cos, mask, batch.group_ids, batch.has_visual, boundaries, floats)
+    weights += emulator.visual_weights(late, mask, batch.group_ids, None, boundaries, floats)
     phi = emulator.group_weights(weights[4], batch.group_ids, batch.has_visual, floats)
     terms = (batch.ref_logp, batch.entropy, None, None, None)
     loss = emulator.policy_loss(
@@ -175,8 +179,10 @@ def test_boundaries_that_lie_cannot_lead_outside(emulator: Emulator) -> None:
     count = len(batch.response_mask)
     for wrong in ([-5, 10, 20, 10**12, count], [count, 0, count, 3, 0], [0, 0, 0, 0, 2 * count]):
         boundaries = torch.tensor(wrong)
-        emulator.visual_focus(batch.hidden, batch.visual_mask, batch.response_mask, boundaries, None, None, False)
-        emulator.visual_prototype(batch.hidden, batch.visual_mask, boundaries, False)
+        for causal in (False, True):
+            given = (batch.hidden, batch.visual_mask, batch.response_mask, boundaries, None, None, causal)
+            emulator.visual_focus(*given)
+            emulator.visual_prototype(batch.hidden, batch.visual_mask, boundaries, causal)
     prototypes = torch.ones(2, batch.hidden.shape[-1])
     index = torch.tensor([0, 7, -9, 1])
     emulator.visual_focus(batch.hidden, None, batch.response_mask, batch.cu_seqlens.long(), prototypes, index, False)
