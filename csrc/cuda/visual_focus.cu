@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "binding.cuh"
+#include "causal_prototype.cuh"
 
 namespace vgpo {
 namespace cuda {
@@ -13,8 +14,9 @@ Tensors visual_prototype(const ArgumentReader& reader) {
     const Layout layout = reader.layout("visual_mask");
     const FocusTensors input = reader.hidden(layout);
     const bool causal = reader.value<bool>("causal");
-    std::vector<int64_t> shape = causal ? reader.shape("hidden").vec() : std::vector<int64_t>{layout.batch, input.columns};
-    at::Tensor prototypes = at::empty(shape, reader.tensor("hidden").options().dtype(at::kFloat));
+    const auto options = reader.tensor("hidden").options().dtype(at::kFloat);
+    at::Tensor prototypes = causal ? at::empty(reader.shape("hidden"), options)
+                                   : at::empty({layout.batch, input.columns}, options);
     by_type(input.type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         float* results = prototypes.mutable_data_ptr<float>();

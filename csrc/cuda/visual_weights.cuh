@@ -193,7 +193,7 @@ struct NormalizedSums {
     }
 };
 
-// Mean focus of the second half of a response over that of its first, both from `start` on; NaN where it does not count.
+// Mean focus of the second half of a response over that of its first, from `start` on; NaN where it does not count.
 __device__ inline float late_early_ratio(int64_t early_sum, int64_t late_sum, int start, int half, int length) {
     if (length == half || early_sum <= 0) return NAN;
     return mean_from_fixed(late_sum, kUnitScale, length - half) / mean_from_fixed(early_sum, kUnitScale, half - start);

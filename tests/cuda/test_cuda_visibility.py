@@ -20,12 +20,13 @@ adopt(globals())
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CAUSAL = (None, None, True)
+NAN_BITS = torch.tensor(torch.nan).view(torch.int32)
 
 
-def interleaved(kinds: list[str], features: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
+def interleaved(kinds: list[str], features: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """A packed batch with a response for each string: ``v`` is a visual row, ``t`` a scored token, ``b`` both."""
     text = "".join(kinds)
-    hidden = torch.randn(len(text), features, generator=torch.Generator().manual_seed(seed)) + 0.3
+    hidden = torch.randn(len(text), features, generator=torch.Generator().manual_seed(0)) + 0.3
     hidden[[index for index, kind in enumerate(text) if kind == "."]] = torch.nan
     visual = torch.tensor([kind in "vb" for kind in text])
     scored = torch.tensor([kind in "tb" for kind in text])
@@ -62,6 +63,8 @@ def test_images_and_tokens_in_any_order(emulator: Emulator, features: int, dtype
     given = interleaved(RESPONSES, features, dtype)
     cos = emulator.visual_focus(*given, *CAUSAL)
     assert_close(cos, by_equation(*given), floor=2e-6)
+    # Memory that is not written is NaN as well, of other bits.
+    assert (cos.view(torch.int32)[cos.isnan()] == NAN_BITS).all()
     assert_matches(cos, reference.visual_focus, (*given, *CAUSAL), ("cos",))
     for name, shape in SHAPES.items():
         with emulator.launched_as(shape):
@@ -160,7 +163,7 @@ def test_a_kernel_that_strays_is_caught(emulator: Emulator, short: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("features", [24, 67, 264])
 def test_rows_do_not_see_each_others_prototypes(emulator: Emulator, features: int, dtype: torch.dtype) -> None:
-    """Rows are taken eight at a time, with one prototype where it is the same: no bit depends on which are neighbours."""
+    """Rows are taken eight at a time, together where they have one prototype: no bit depends on the neighbours."""
     batch = make_batch((Response(length=29, holes=True), Response(length=40), Response(length=3)), features=features)
     hidden, mask = batch.hidden.to(dtype), batch.response_mask
     generator = torch.Generator().manual_seed(2)

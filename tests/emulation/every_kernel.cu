@@ -1,5 +1,6 @@
 // Every kernel with every element type, for nvcc alone: scripts/cuda_resources.py compiles this for each architecture.
 #include "../../csrc/cuda/attention_gradients.cuh"
+#include "../../csrc/cuda/causal_prototype.cuh"
 #include "../../csrc/cuda/linear_logprob.cuh"
 #include "../../csrc/cuda/vgpo_loss.cuh"
 
