@@ -23,19 +23,25 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.measure import GPU_TOKENS, Case, Op, Peer, by_reference, normals, read_ceiling
 from vgpo_kernels import visual_focus, visual_prototype
+from vgpo_kernels.config import Visibility
 
 
 class RolloutShape(NamedTuple):
-    """A padded rollout batch: `batch` rows of `length` hidden states, `visual` image and `response` tokens each."""
+    """A padded rollout batch: `batch` rows of `length` hidden states, `visual` image and `response` tokens each.
+
+    With `late`, that many tokens in the middle of each response are another image, which a tool shows.
+    """
 
     batch: int
     length: int
     features: int
     visual: int
     response: int
+    late: int = 0
 
     def __str__(self) -> str:
-        return f"{self.batch} x {self.length} x {self.features}, {self.visual} visual + {self.response} response"
+        late = f", {self.late} visual in between" if self.late else ""
+        return f"{self.batch} x {self.length} x {self.features}, {self.visual} visual + {self.response} response{late}"
 
     @property
     def tokens(self) -> int:
@@ -74,18 +80,21 @@ def make_rollout(shape: RolloutShape, dtype: torch.dtype, device: torch.device, 
     hidden = torch.empty(shape.batch, shape.length, shape.features, dtype=dtype, device=device)
     for response in hidden:
         response.copy_(normal(shape.length, shape.features) + 0.7 * normal(1, shape.features))
+    place = torch.arange(shape.length, device=device)
+    middle = shape.length - shape.response // 2
+    late = (place >= middle) & (place < middle + shape.late)
     return Rollout(
         hidden=hidden,
-        visual_mask=(torch.arange(shape.length, device=device) < shape.visual).repeat(shape.batch, 1),
-        response_mask=torch.ones(shape.batch, shape.response, dtype=torch.bool, device=device),
+        visual_mask=((place < shape.visual) | late).repeat(shape.batch, 1),
+        response_mask=~late[-shape.response :].repeat(shape.batch, 1),
         group_ids=torch.arange(shape.batch, device=device) // 4,
     )
 
 
-def exact_cosines(rollout: Rollout) -> Tensor:
+def exact_cosines(rollout: Rollout, visibility: Visibility = "all") -> Tensor:
     """Cosines by the reference implementation, a response at a time to save memory."""
     parts = zip(*(tensor.split(1) for tensor in rollout.focus), strict=True)
-    return torch.cat([by_reference(lambda part=part: visual_focus(*part)) for part in parts])
+    return torch.cat([by_reference(lambda part=part: visual_focus(*part, visibility=visibility)) for part in parts])
 
 
 def prototypes(hidden: Tensor, visual_mask: Tensor) -> Tensor:
@@ -117,6 +126,7 @@ def focus_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device, se
         bytes=shape.hidden_bytes(dtype) + 4 * shape.tokens,
         flops=shape.batch * (shape.visual + 4 * shape.response) * shape.features,
         peers={
+            "vgpo_kernels, causal": Peer(lambda: visual_focus(*rollout.focus, visibility="causal")),
             "F.cosine_similarity": Peer(lambda: with_cosine_similarity(*rollout.focus)),
             "bmm + vector_norm": Peer(lambda: with_bmm(*rollout.focus)),
             "torch.compile(bmm + vector_norm)": Peer(lambda: compiled(*rollout.focus)),
@@ -124,6 +134,19 @@ def focus_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device, se
             "torch.compile in fp32": Peer(lambda: compiled_wide(*rollout.focus), gpu_only=True),
             "token loop": Peer(lambda: peers.token_loop(*rollout.focus), gpu_only=True),
         },
+    )
+
+
+def late_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device, seed: int) -> Case:
+    """Images that arrive in the middle: what the tokens before them are compared with ends before them."""
+    rollout = make_rollout(shape, dtype, device, seed)
+    exact = cache(lambda: exact_cosines(rollout, "causal"))
+    return Case(
+        run=lambda: visual_focus(*rollout.focus, visibility="causal"),
+        check=lambda found, bound: assert_close(found, exact(), name="cosines", floor=bound),
+        ceiling=read_ceiling(rollout.hidden),
+        bytes=shape.hidden_bytes(dtype) + 4 * shape.tokens,
+        flops=shape.batch * (shape.visual + shape.late + 4 * (shape.response - shape.late)) * shape.features,
     )
 
 
@@ -147,6 +170,13 @@ def prototype_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device
 
 OPS = (
     Op("visual_focus", focus_case, cpu=(CPU_SHAPE,), gpu=GPU_SHAPES, small=SMALL_SHAPE),
+    Op(
+        "visual_focus of late images",
+        late_case,
+        cpu=(CPU_SHAPE._replace(late=256),),
+        gpu=(GPU_SHAPES[0]._replace(late=256),),
+        small=SMALL_SHAPE._replace(late=16),
+    ),
     Op("visual_prototype", prototype_case, cpu=(), gpu=GPU_SHAPES, small=SMALL_SHAPE),
 )
 

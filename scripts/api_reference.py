@@ -48,7 +48,15 @@ GROUPS = (
     Group(
         "Visual signal, factors and loss",
         "vgpo_kernels",
-        ("visual_focus", "visual_prototype", "visual_weights", "group_weights", "policy_loss", "vgpo_loss"),
+        (
+            "visual_focus",
+            "visual_prototype",
+            "visual_weights",
+            "group_weights",
+            "combine_factors",
+            "policy_loss",
+            "vgpo_loss",
+        ),
         "From hidden states to the loss, step by step and in one call.",
     ),
     Group(

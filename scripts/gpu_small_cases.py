@@ -28,16 +28,21 @@ MIXED = (
     Response(visual=0, length=33),
     Response(visual=1, length=0),
     Response(visual=5, length=150, group=1),
+    Response(visual=40, length=130, late=50, holes=True, group=1),
 )
 
 
-def focus(batch: Batch) -> dict[str, Tensor]:
+VISIBILITIES = ("all", "causal")
+
+
+def focus(batch: Batch, visibility: str) -> dict[str, Tensor]:
     """Prototypes, and cosines by them, computed and given."""
     packed = {"cu_seqlens": batch.cu_seqlens}
-    prototype = vgpo_kernels.visual_prototype(batch.hidden, batch.visual_mask, **packed)
+    seen = packed | {"visibility": visibility}
+    prototype = vgpo_kernels.visual_prototype(batch.hidden, batch.visual_mask, **seen)
     return {
         "prototype": prototype,
-        "cos": vgpo_kernels.visual_focus(batch.hidden, batch.visual_mask, batch.response_mask, **packed),
+        "cos": vgpo_kernels.visual_focus(batch.hidden, batch.visual_mask, batch.response_mask, **seen),
         "cos by a given prototype": vgpo_kernels.visual_focus(
             batch.hidden, None, batch.response_mask, prototype=prototype, **packed
         ),
@@ -46,32 +51,35 @@ def focus(batch: Batch) -> dict[str, Tensor]:
 
 def weigh(batch: Batch, cos: Tensor, config: VGPOConfig) -> vgpo_kernels.VisualWeights:
     """Factors and what they are made of."""
-    options = {"has_visual": batch.has_visual, "cu_seqlens": batch.cu_seqlens}
-    return vgpo_kernels.visual_weights(cos, batch.response_mask, batch.group_ids, config, **options)
+    return vgpo_kernels.visual_weights(cos, batch.response_mask, batch.group_ids, config, cu_seqlens=batch.cu_seqlens)
 
 
-def check(batch: Batch, config: VGPOConfig, loss_type: str) -> None:
+def check(batch: Batch, config: VGPOConfig, loss_type: str, visibility: str) -> None:
     """Run all operators on one batch; the reference runs on the CPU, where no sanitizer slows it down."""
     gpu = batch.to("cuda")
     with backend("cuda"):
-        found = focus(gpu)
+        found = focus(gpu, visibility)
         weights = weigh(gpu, found["cos"], config)
-        phi = vgpo_kernels.group_weights(weights.score, gpu.group_ids, config, has_visual=gpu.has_visual)
+        phi = vgpo_kernels.group_weights(weights.score, gpu.group_ids, config)
         logp = gpu.logp.clone().requires_grad_()
         tokens = (gpu.old_logp, gpu.advantages)
         options = {"loss_type": loss_type, "ref_logp": gpu.ref_logp, "kl_coef": 0.1, "cu_seqlens": gpu.cu_seqlens}
         separate = vgpo_kernels.policy_loss(logp, *tokens, gpu.response_mask, factors=weights.factors, **options).loss
         whole = vgpo_kernels.vgpo_loss(
-            *(gpu.hidden, logp, *tokens, gpu.visual_mask, gpu.response_mask, gpu.group_ids, config), **options
+            *(gpu.hidden, logp, *tokens, gpu.visual_mask, gpu.response_mask, gpu.group_ids, config),
+            visibility=visibility,
+            **options,
         ).loss
         gradients = [torch.autograd.grad(loss, logp)[0] for loss in (separate, whole)]
     with backend("reference"):
-        exact, exact_weights = focus(batch), weigh(batch, found["cos"].cpu(), config)
+        exact, exact_weights = focus(batch, visibility), weigh(batch, found["cos"].cpu(), config)
 
     boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.long()
     image = (batch.hidden, batch.visual_mask)
-    assert_matches(found["prototype"], focus_reference.visual_prototype, (*image, boundaries), ("prototype",))
-    assert_matches(found["cos"], focus_reference.visual_focus, (*image, batch.response_mask, boundaries), ("cos",))
+    causal = visibility == "causal"
+    assert_matches(found["prototype"], focus_reference.visual_prototype, (*image, boundaries, causal), ("prototype",))
+    arguments = (*image, batch.response_mask, boundaries, None, None, causal)
+    assert_matches(found["cos"], focus_reference.visual_focus, arguments, ("cos",))
     given = "cos by a given prototype"
     assert_close(found[given], exact[given], name=given, floor=1e-5)
     for name in ("factors", "psi", "w", "phi", "score"):
@@ -147,7 +155,8 @@ def main() -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for index, (dtype, packed) in enumerate(product(dtypes, (False, True))):
         batch = make_batch(MIXED, dtype=dtype, packed=packed, features=67 if packed else 264)
-        check(batch, configs[index % 2], ("dapo", "gspo", "cispo")[index % 3])
+        for visibility in VISIBILITIES:
+            check(batch, configs[index % 2], ("dapo", "gspo", "cispo")[index % 3], visibility)
         check_attention(dtype, packed, size=19 if packed else 136)
     for dtype in dtypes:
         check_head(dtype)

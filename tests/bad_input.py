@@ -279,12 +279,10 @@ KINDS: dict[str, Callable[[Tensor], list[Bad]]] = {
     **dict.fromkeys(
         ("hidden", "logp", "old_logp", "ref_logp", "entropy", "advantages", "importance_weights"), floating
     ),
-    **dict.fromkeys(
-        ("factors", "cos", "psi", "phi", "score", "prototype", "weight", "bias", "q", "k", "slices"), floating
-    ),
-    **dict.fromkeys(
-        ("visual_mask", "response_mask", "has_visual", "weighted", "key_mask", "query_mask", "attention_mask"), mask
-    ),
+    **dict.fromkeys(("factors", "cos", "psi", "phi", "score", "prototype"), floating),
+    **dict.fromkeys(("weight", "bias", "q", "k", "slices"), floating),
+    **dict.fromkeys(("visual_mask", "response_mask", "has_visual", "weighted"), mask),
+    **dict.fromkeys(("key_mask", "query_mask", "attention_mask"), mask),
     **dict.fromkeys(("group_ids", "prototype_index", "targets", "key_segments", "query_positions"), integers),
     **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"), boundaries),
 }

@@ -36,6 +36,7 @@ EVERY_EDGE = (
     Response(visual=0, length=5, group=1),
     Response(visual=3, length=6, group=1),
     Response(visual=3, length=6, group=2**40),
+    Response(visual=2, length=8, late=2, group=1),
 )
 BATCHES = {
     "every edge": EVERY_EDGE,
@@ -169,22 +170,28 @@ def policy_of(case: Case) -> dict[str, Any]:
     }
 
 
+VISIBILITIES = ("all", "causal")
+
+
 def visual_prototype(case: Case) -> dict[str, Tensor]:
-    found = vgpo_kernels.visual_prototype(**image_of(case))
-    assert not found.requires_grad
-    return {"prototype": found}
+    found = {seen: vgpo_kernels.visual_prototype(**image_of(case), visibility=seen) for seen in VISIBILITIES}
+    assert not any(means.requires_grad for means in found.values())
+    return found
 
 
 def visual_focus(case: Case) -> dict[str, Tensor]:
     batch, count = case.batch, len(case.batch.group_ids)
-    found = vgpo_kernels.visual_focus(response_mask=batch.response_mask, **image_of(case))
+    found = {
+        seen: vgpo_kernels.visual_focus(response_mask=batch.response_mask, **image_of(case), visibility=seen)
+        for seen in VISIBILITIES
+    }
     shared = {
         "prototype": leaf(case.head.weight[:3]),
         "prototype_index": torch.arange(count, device=case.cos.device) % 4 - 1,
     }
     given = vgpo_kernels.visual_focus(response_mask=batch.response_mask, **image_of(case), **shared)
-    assert not found.requires_grad and not given.requires_grad
-    return {"cos": found, "cos by given prototypes": given}
+    assert not any(cos.requires_grad for cos in (*found.values(), given))
+    return found | {"by given prototypes": given}
 
 
 def visual_weights(case: Case) -> dict[str, Tensor]:
@@ -226,7 +233,7 @@ def policy_loss(case: Case) -> dict[str, Tensor]:
 def vgpo_loss(case: Case) -> dict[str, Tensor]:
     batch, leaves = case.batch, {"logp": leaf(case.batch.logp), "entropy": leaf(case.batch.entropy)}
     result = vgpo_kernels.vgpo_loss(
-        **image_of(case), **leaves, **policy_of(case), group_ids=batch.group_ids, config=OPEN
+        **image_of(case), **leaves, **policy_of(case), group_ids=batch.group_ids, config=OPEN, visibility="causal"
     )
     return of_loss(result, **leaves)
 
@@ -284,7 +291,9 @@ def linear_vgpo_loss(case: Case) -> dict[str, Tensor]:
     leaves, _ = of_head(case)
     image = image_of(case) | leaves
     policy = policy_of(case) | {"targets": case.head.targets}
-    result = vgpo_kernels.linear_vgpo_loss(**image, **policy, group_ids=case.batch.group_ids, config=OPEN)
+    result = vgpo_kernels.linear_vgpo_loss(
+        **image, **policy, group_ids=case.batch.group_ids, config=OPEN, visibility="causal"
+    )
     return of_loss(result, **leaves)
 
 

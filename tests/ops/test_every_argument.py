@@ -37,7 +37,9 @@ DERIVED = {
     "linear_logprob": {"first"},  # of linear_logprob_slice
     "linear_policy_loss": {"gradients", "options"},  # what is differentiable
     "policy_loss": {"options"},
-    "vgpo_loss": {"options"},
+    "vgpo_loss": {"causal", "options"},
+    "visual_focus": {"causal"},  # visibility
+    "visual_prototype": {"causal"},
 }
 
 

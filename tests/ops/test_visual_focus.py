@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import EDGES, Response, make_batch
+from equations import focus, positions
 from tolerance import assert_close, assert_matches, same_bits
 
 from vgpo_kernels import backend, visual_focus, visual_prototype

@@ -81,8 +81,8 @@ def linear_vgpo_loss(
         bias: The head's bias ``[V]``.
         temperature: What logits are divided by, > 0.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
-        prototype: Prototypes, as in :func:`visual_focus`; a row of zeros means no image.
-        prototype_index: Row of ``prototype`` for each response or token, as in :func:`visual_focus`.
+        prototype: As in :func:`visual_focus`: ``[P, D]``, or one for each position.
+        prototype_index: As in :func:`visual_focus`: a row for each response ``[B]``, or for each token.
         visibility: ``"all"``, or ``"causal"`` for images that arrive late, as in :func:`visual_focus`.
         chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where the
             gradients take one sweep over the logits.

@@ -62,8 +62,8 @@ def vgpo_loss(
         group_ids: Responses to one prompt share an id, integer ``[B]``.
         config: The settings of the factors.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
-        prototype: Prototypes, as in :func:`visual_focus`; a row of zeros means no image.
-        prototype_index: Row of ``prototype`` for each response or token, as in :func:`visual_focus`.
+        prototype: As in :func:`visual_focus`: ``[P, D]``, or one for each position.
+        prototype_index: As in :func:`visual_focus`: a row for each response ``[B]``, or for each token.
         visibility: ``"all"``, or ``"causal"`` for images that arrive late, as in :func:`visual_focus`.
         **policy_loss_options: Every keyword of :func:`policy_loss` but ``factors``.
 

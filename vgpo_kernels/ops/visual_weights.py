@@ -167,10 +167,11 @@ def combine_factors(
     cu_seqlens: Tensor | None = None,
     weighted: Tensor | None = None,
 ) -> Tensor:
-    """Factors of the advantage from both weights, ``(1 + psi)(1 + phi)`` with each clamped as ``config`` says (Eq. 11).
+    """Factors of the advantage from both weights, ``(1 + psi)(1 + phi)``, each clamped as ``config`` says (Eq. 11).
 
-    The last step where groups straddle micro-batches or ranks: psi comes from :func:`visual_weights` of the micro-batch,
-    phi from :func:`group_weights` of all scores. Equal to ``factors`` of one :func:`visual_weights` of the whole batch.
+    The last step where groups straddle micro-batches or ranks: psi comes from :func:`visual_weights` of the
+    micro-batch, phi from :func:`group_weights` of all scores. Equal to ``factors`` of one :func:`visual_weights` of the
+    whole batch.
 
     Args:
         psi: Intra-trajectory weights, ``[B, T]`` or packed ``[N]``. Values off the mask are not read.
