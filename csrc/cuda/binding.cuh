@@ -40,7 +40,9 @@ FocusInput<T> focus_input(const FocusTensors& given) {
     input.visual_mask = given.visual_mask;
     input.given_prototypes = given.prototype;
     input.prototype_index = given.prototype_index;
+    input.index_per_token = given.index_per_token;
     input.num_given = given.num_prototypes;
+    input.causal = given.causal && given.prototype == nullptr;
     return input;
 }
 

@@ -104,6 +104,18 @@ __device__ T block_sum(T value) {
     return block_reduce(Sum<T>{value}).value;
 }
 
+// The pointer of a lane, to all lanes.
+template <typename T>
+__device__ T* from_lane(T* pointer, int lane) {
+    const auto address = static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(pointer));
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(__shfl_sync(kAllLanes, address, lane)));
+}
+
+template <typename T>
+__device__ bool same_in_warp(T* pointer) {
+    return __all_sync(kAllLanes, pointer == from_lane(pointer, 0)) != 0;
+}
+
 // Sum of the values of all lanes up to and including this one.
 __device__ inline int warp_inclusive_sum(int value) {
 #pragma unroll

@@ -1,9 +1,9 @@
 // From hidden states to the loss, its gradient and all metrics in one persistent cooperative kernel.
 //
 // The phases are those of the separate kernels, the same device functions, divided by grid barriers: list the rows;
-// sum runs of visual rows; average them; score the response rows; weigh each response; weigh the groups and compute the
-// losses; add up. All but the reading of hidden states is small: at 8 responses of 1,024 image and 2,048 response tokens
-// and D = 3584 they are 176 MB of 177.
+// sum runs of visual rows; average them; score the response rows (these three once for each level of images that arrive
+// late); weigh each response; weigh the groups and compute the losses; add up. All but the reading of hidden states is
+// small: at 8 responses of 1,024 image and 2,048 response tokens and D = 3584 they are 176 MB of 177.
 #pragma once
 
 #include "policy_loss.cuh"
@@ -27,10 +27,7 @@ struct VgpoLossArguments {
 template <typename T>
 void bind(VgpoLossArguments<T>& arguments, Arena& arena) {
     const FocusInput<T>& focus = arguments.focus;
-    const bool given = focus.given_prototypes != nullptr;
-    bind_image(arguments.lists, arena, focus.layout, focus.dim, given);
-    bind_tokens(arguments.lists, arena, focus.layout);
-    if (!given) arguments.lists.prototypes = arena.take<float>("prototypes", focus.layout.batch * focus.dim);
+    bind_focus(arguments.lists, arena, focus);
     bind_weights(arguments.weights, arena, focus.layout);
     arguments.weights.scores = arena.take<float>("scores", focus.layout.batch);
     arguments.cos = arena.take<float>("cos", focus.layout.num_tokens());
@@ -53,16 +50,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     focus_cosines(arguments.focus, lists, arguments.cos, [&](int64_t token) { output.clear(token); });
     grid_sync();
-    weigh_responses(layout, lists, weights, arguments.cos, config,
-                    [&](int64_t response) { return lists.visual_count[response] > 0; });
+    // Cosines say by themselves which tokens see an image.
+    weigh_responses(layout, lists, weights, arguments.cos, config, [](int64_t) { return true; });
     grid_sync();
     batch_loss(arguments.policy, output, lists, arguments.loss, [&](int response) {
         const float phi = group_weight(weights, arguments.group_ids, layout.batch, response, config);
         const ResponseFocus& focus = weights.responses[response];
-        const float* weight = weights.weights + layout.token_begin(response);
+        const float* by_ordinal = weights.weights + layout.token_begin(response);
         return [=, &focus, &config](int ordinal, int64_t) {
             if (focus.standing != Standing::kWeighted) return 1.0f;
-            return advantage_factor(intra_weight(weight[ordinal], focus, config), phi, config);
+            return advantage_factor(intra_weight(by_ordinal, ordinal, focus, config), phi, config);
         };
     });
     grid_sync();

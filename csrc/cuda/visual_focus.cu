@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "binding.cuh"
+#include "causal_prototype.cuh"
 
 namespace vgpo {
 namespace cuda {
@@ -12,12 +13,20 @@ namespace {
 Tensors visual_prototype(const ArgumentReader& reader) {
     const Layout layout = reader.layout("visual_mask");
     const FocusTensors input = reader.hidden(layout);
+    const bool causal = reader.value<bool>("causal");
     const auto options = reader.tensor("hidden").options().dtype(at::kFloat);
-    at::Tensor prototypes = at::empty({layout.batch, input.columns}, options);
+    at::Tensor prototypes = causal ? at::empty(reader.shape("hidden"), options)
+                                   : at::empty({layout.batch, input.columns}, options);
     by_type(input.type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
+        float* results = prototypes.mutable_data_ptr<float>();
+        if (causal) {
+            const CausalPrototypeArguments<T> arguments{focus_input<T>(input), results};
+            launch(causal_prototype_kernel<T>, arguments, useful_blocks(arguments), reader.device());
+            return;
+        }
         VisualPrototypeArguments<T> arguments{focus_input<T>(input), {}};
-        arguments.workspace.prototypes = prototypes.mutable_data_ptr<float>();
+        arguments.workspace.prototypes = results;
         launch_with_workspace(visual_prototype_kernel<T>, arguments, reader.device());
     });
     return {prototypes};

@@ -8,6 +8,12 @@
 // Masks leave work scattered, so the first phase lists the rows that count and later phases share the lists out over
 // all warps of a persistent grid. Everything downstream sees ordinals, not positions: padding, packing and holes do
 // not change a bit.
+//
+// With `causal` a token sees the visual rows before it. Scored tokens of a response that see the same rows are a level.
+// The later phases then run once for each level, of all responses at a time, and add to a response's sum the rows that
+// its level sees more than the one before: still each row is read once, and rows after the last scored token never.
+// Where every image comes before the response there is one level, and the bits are those without `causal`. A level
+// costs two grid barriers: some microseconds for each image that arrives late.
 #pragma once
 
 #include "vector.cuh"
@@ -27,33 +33,59 @@ struct FocusInput {
     const bool* visual_mask;         // [rows]; null where prototypes are given
     const bool* response_mask;       // [tokens]
     const float* given_prototypes;   // [P, D], or null: average the visual rows
-    const int64_t* prototype_index;  // [B], or null: response b has row b
+    const int64_t* prototype_index;  // [B] or [tokens], or null: response b has row b
+    bool index_per_token;            // prototype_index is [tokens]
     int64_t num_given;               // P
+    bool causal;                     // never with given prototypes
 
     __device__ const T* row(int64_t response, int64_t row_index) const {
         return hidden + strides.offset(layout, response, row_index);
     }
 
-    // The row of a response among the given prototypes; -1 without an image.
-    __device__ int64_t given_row(int64_t response) const {
-        const int64_t row = prototype_index == nullptr ? response : prototype_index[response];
-        return row < num_given ? row : num_given - 1;
+    // The given prototype of a token; null without an image.
+    __device__ const float* given_prototype(int64_t response, int64_t token) const {
+        int64_t row = prototype_index == nullptr ? response : prototype_index[index_per_token ? token : response];
+        row = row < num_given ? row : num_given - 1;
+        return row < 0 ? nullptr : given_prototypes + row * dim;
     }
+};
+
+// Consecutive entries of a list of a response.
+struct alignas(8) Ordinals {
+    int32_t begin, end;
+
+    __device__ int size() const { return end - begin; }
+};
+
+struct alignas(16) Level {
+    Ordinals rows;    // visual rows that its tokens see and those of the level before did not
+    Ordinals tokens;  // scored tokens
 };
 
 struct FocusWorkspace {
     int32_t* visual_index = nullptr;  // [rows] rows under the visual mask, relative to their response's first
-    int32_t* visual_count = nullptr;  // [B] their number; where prototypes are given, whether there is an image
+    int32_t* visual_count = nullptr;  // [B] their number
     int32_t* token_index = nullptr;   // [tokens] tokens under the response mask, relative to their response's first
     int32_t* token_count = nullptr;   // [B]
     float* row_sums = nullptr;        // [slots, D] sums of consecutive visual rows
-    float* prototypes = nullptr;      // [B, D]
+    float* prototypes = nullptr;      // [B, D] means of the visual rows
+    // With `causal` alone:
+    Level* levels = nullptr;          // [2, B] of this pass and the next, which take turns
+    double* totals = nullptr;         // [B, D] sums of the visual rows of all levels so far
+
+    __device__ Ordinals visual_rows(const Level* of_pass, int64_t response) const {
+        return of_pass == nullptr ? Ordinals{0, visual_count[response]} : of_pass[response].rows;
+    }
+    __device__ Ordinals tokens(const Level* of_pass, int64_t response) const {
+        return of_pass == nullptr ? Ordinals{0, token_count[response]} : of_pass[response].tokens;
+    }
 };
 
 // ---- the shape of the first reduction -------------------------------------------------------------------------
 //
-// The visual rows of a response are summed in runs of consecutive ordinals, then the runs are summed in order. The run
-// length depends on the number of rows alone, so the bits do not depend on batch, layout or device.
+// The visual rows of a response (of its level) are summed in runs of consecutive ordinals, then the runs are summed in
+// order. The run length depends on the number of rows alone, so the bits do not depend on batch, layout or device, nor
+// on what comes after the level.
 
 constexpr int kRunRows = 32;
 constexpr int kMaxRuns = 256;  // a longer response gets longer runs, not more
@@ -70,10 +102,9 @@ inline int64_t max_runs(const Layout& layout) {
     return by_rows < capped ? by_rows : capped;
 }
 
-// Arrays that the visual rows need; with given prototypes only whether there is an image.
-inline void bind_image(FocusWorkspace& workspace, Arena& arena, const Layout& layout, int64_t dim, bool given) {
+// Arrays that the visual rows need.
+inline void bind_image(FocusWorkspace& workspace, Arena& arena, const Layout& layout, int64_t dim) {
     workspace.visual_count = arena.take<int32_t>("visual_count", layout.batch);
-    if (given) return;
     workspace.visual_index = arena.take<int32_t>("visual_index", layout.num_rows());
     workspace.row_sums = arena.take<float>("row_sums", max_runs(layout) * dim);
 }
@@ -83,23 +114,85 @@ inline void bind_tokens(FocusWorkspace& workspace, Arena& arena, const Layout& l
     workspace.token_index = arena.take<int32_t>("token_index", layout.num_tokens());
 }
 
+// Everything that focus_cosines needs.
+template <typename T>
+void bind_focus(FocusWorkspace& workspace, Arena& arena, const FocusInput<T>& input) {
+    const Layout& layout = input.layout;
+    bind_tokens(workspace, arena, layout);
+    if (input.given_prototypes != nullptr) return;
+    bind_image(workspace, arena, layout, input.dim);
+    workspace.prototypes = arena.take<float>("prototypes", layout.batch * input.dim);
+    if (!input.causal) return;
+    workspace.levels = arena.take<Level>("levels", 2 * layout.batch);
+    workspace.totals = arena.take<double>("totals", layout.batch * input.dim);
+}
+
+// ---- levels ---------------------------------------------------------------------------------------------------
+
+// The first of the rising numbers list[begin, end) that is not below `value`; `end` where there is none.
+__device__ inline int lower_bound(const int32_t* list, int begin, int end, int value) {
+    if (begin == end || list[end - 1] < value) return end;  // as a rule: every image comes first
+    while (begin < end) {
+        const int middle = begin + (end - begin) / 2;
+        if (list[middle] < value) begin = middle + 1;
+        else end = middle;
+    }
+    return begin;
+}
+
+// The level of a response after `previous`; without tokens where there is none.
+__device__ inline Level next_level(const Layout& layout, const FocusWorkspace& workspace, int64_t response,
+                                   const Level& previous) {
+    const int32_t* rows = workspace.visual_index + layout.row_begin(response);
+    const int32_t* tokens = workspace.token_index + layout.token_begin(response);
+    const int num_rows = workspace.visual_count[response], num_tokens = workspace.token_count[response];
+    const int seen = previous.rows.end, first = previous.tokens.end;
+    if (first >= num_tokens) return {{seen, seen}, {first, first}};
+    // From a token's place in its response to its row's.
+    const int shift = layout.cu_seqlens == nullptr ? static_cast<int>(layout.rows - layout.tokens) : 0;
+    const int visible = lower_bound(rows, seen, num_rows, tokens[first] + shift);
+    const int last = visible == num_rows ? num_tokens  // a token on the next visual row does not see it yet
+                                         : lower_bound(tokens, first + 1, num_tokens, rows[visible] - shift + 1);
+    return {{seen, visible}, {first, last}};
+}
+
+// A block finds the first level of a response that it has listed. Tokens before it see nothing: NaN.
+__device__ inline void find_first_level(const Layout& layout, const FocusWorkspace& workspace, int64_t response,
+                                        float* cos) {
+    Level level = next_level(layout, workspace, response, {});
+    if (level.rows.end == 0) {
+        const int64_t begin = layout.token_begin(response);
+        for (int ordinal = threadIdx.x; ordinal < level.tokens.end; ordinal += blockDim.x) {
+            cos[begin + workspace.token_index[begin + ordinal]] = NAN;
+        }
+        level = next_level(layout, workspace, response, level);
+    }
+    if (threadIdx.x == 0) workspace.levels[response] = level;
+}
+
+// One thread of a block finds a response's next level, the last one: its warp has the least to do meanwhile.
+__device__ inline void find_next_levels(const Layout& layout, const FocusWorkspace& workspace, const Level* levels,
+                                        Level* next) {
+    if (threadIdx.x != blockDim.x - 1) return;
+    for (int64_t response = blockIdx.x; response < layout.batch; response += gridDim.x) {
+        next[response] = next_level(layout, workspace, response, levels[response]);
+    }
+}
+
+// Whether a response has a level, to every thread of the block.
+__device__ inline bool any_level(const Level* levels, int64_t batch) {
+    bool any = false;
+    for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) any |= levels[i].tokens.size() > 0;
+    return __syncthreads_or(any) != 0;
+}
+
 // ---- phase one: list the rows ---------------------------------------------------------------------------------
 
-// A block lists the visual rows of a response, or looks whether its given prototype is one (zeros mean no image).
+// A block lists the visual rows of a response.
 template <typename T>
 __device__ void index_image(const FocusInput<T>& input, const FocusWorkspace& workspace, int64_t response) {
-    int count;
-    if (input.given_prototypes == nullptr) {
-        count = compact_mask(input.visual_mask, input.layout.row_begin(response), input.layout.row_end(response),
-                             workspace.visual_index, [](int64_t) {});
-    } else {
-        const int64_t row = input.given_row(response);
-        bool nonzero = false;
-        for (int column = threadIdx.x; row >= 0 && column < input.dim; column += blockDim.x) {
-            nonzero |= input.given_prototypes[row * input.dim + column] != 0.0f;
-        }
-        count = __syncthreads_or(nonzero);
-    }
+    const int count = compact_mask(input.visual_mask, input.layout.row_begin(response), input.layout.row_end(response),
+                                   workspace.visual_index, [](int64_t) {});
     if (threadIdx.x == 0) workspace.visual_count[response] = count;
 }
 
@@ -123,14 +216,21 @@ __device__ void prefetch_visual_rows(const FocusInput<T>& input) {
 }
 
 template <typename T, typename OffMask>
-__device__ void index_rows(const FocusInput<T>& input, const FocusWorkspace& workspace, OffMask off_mask) {
-    for (int64_t item = blockIdx.x; item < 2 * input.layout.batch; item += gridDim.x) {
-        if (item % 2 == 0) {
-            index_image(input, workspace, item / 2);
-        } else {
-            index_tokens(input.layout, input.response_mask, workspace.token_index, workspace.token_count, item / 2,
+__device__ void index_rows(const FocusInput<T>& input, const FocusWorkspace& workspace, float* cos, OffMask off_mask) {
+    const bool image = input.given_prototypes == nullptr;
+    // Two blocks list a response, but for levels, which one block makes of both lists.
+    const int split = image && !input.causal ? 1 : 0;
+    for (int64_t item = blockIdx.x; item < input.layout.batch << split; item += gridDim.x) {
+        const int64_t response = item >> split;
+        const int part = static_cast<int>(item) & split;
+        if (image && part == 0) index_image(input, workspace, response);
+        if (part == split) {
+            index_tokens(input.layout, input.response_mask, workspace.token_index, workspace.token_count, response,
                          off_mask);
         }
+        if (!input.causal) continue;
+        __syncthreads();
+        find_first_level(input.layout, workspace, response, cos);
     }
     prefetch_visual_rows(input);
 }
@@ -139,17 +239,19 @@ __device__ void index_rows(const FocusInput<T>& input, const FocusWorkspace& wor
 
 // A warp sums one run over a vector's width of columns a lane, with kInFlight rows on their way at a time.
 template <bool kAligned, int kInFlight, typename T>
-__device__ void sum_runs(const FocusInput<T>& input, const FocusWorkspace& workspace) {
+__device__ void sum_runs(const FocusInput<T>& input, const FocusWorkspace& workspace, const Level* levels) {
     constexpr int kWidth = kVectorWidth<T>;
     const int strips = ceil_div(input.dim, kWarpColumns<T>);
-    const int32_t* counts = workspace.visual_count;
-    auto cursor = ragged_cursor(input.layout.batch, [=](int response) { return run_count(counts[response]); });
+    auto cursor = ragged_cursor(input.layout.batch, [=, &workspace](int response) {
+        return run_count(workspace.visual_rows(levels, response).size());
+    });
     for (int item = grid_warp(); cursor.seek(item / strips); item += grid_warps()) {
-        const int slot = item / strips, count = counts[cursor.response()], length = run_rows(count);
+        const Ordinals listed_rows = workspace.visual_rows(levels, cursor.response());
+        const int slot = item / strips, length = run_rows(listed_rows.size());
         const int column = (item % strips) * kWarpColumns<T> + lane_index() * kWidth;
         const int read_column = column < input.dim ? column : 0;  // idle lanes read along
-        const int first = (slot - cursor.begin()) * length;
-        const int last = first + length < count ? first + length : count;
+        const int first = listed_rows.begin + (slot - cursor.begin()) * length;
+        const int last = first + length < listed_rows.end ? first + length : listed_rows.end;
         const int64_t row_begin = input.layout.row_begin(cursor.response());
         const int32_t* index = workspace.visual_index + row_begin;
         const T* rows = input.row(cursor.response(), row_begin);
@@ -190,15 +292,18 @@ __device__ void sum_runs(const FocusInput<T>& input, const FocusWorkspace& works
 // ---- phase three: average the runs ----------------------------------------------------------------------------
 
 // A warp adds up the runs of a response over 32 columns, in order, and divides. Zeros without visual rows.
-__device__ inline void average_runs(const Layout& layout, int dim, const FocusWorkspace& workspace) {
+__device__ inline void average_runs(const Layout& layout, int dim, const FocusWorkspace& workspace,
+                                    const Level* levels) {
     constexpr int kInFlight = 16;
     const int strips = ceil_div(dim, kWarpSize);
-    const int32_t* counts = workspace.visual_count;
-    auto cursor = ragged_cursor(layout.batch, [=](int response) { return run_count(counts[response]); });
+    auto cursor = ragged_cursor(layout.batch, [=, &workspace](int response) {
+        return run_count(workspace.visual_rows(levels, response).size());
+    });
     for (int item = grid_warp(); item < static_cast<int>(layout.batch) * strips; item += grid_warps()) {
         const int response = item / strips, column = (item % strips) * kWarpSize + lane_index();
         const int64_t first_slot = cursor.items_before(response);
-        const int count = counts[response], runs = run_count(count);
+        const Ordinals rows = workspace.visual_rows(levels, response);
+        const int runs = run_count(rows.size());
         if (column >= dim) continue;
         const float* sums = workspace.row_sums + first_slot * dim + column;
         float total = 0.0f;
@@ -211,8 +316,15 @@ __device__ inline void average_runs(const Layout& layout, int dim, const FocusWo
 #pragma unroll
             for (int i = 0; i < kInFlight; ++i) total += terms[i];
         }
-        float* prototype = workspace.prototypes + static_cast<int64_t>(response) * dim;
-        prototype[column] = count > 0 ? total / static_cast<float>(count) : 0.0f;
+        const int64_t place = static_cast<int64_t>(response) * dim + column;
+        if (levels != nullptr && runs > 0) {
+            // In double, for hundreds of levels of a row each add up without a tree.
+            const double so_far = rows.begin > 0 ? workspace.totals[place] + total : total;
+            workspace.totals[place] = so_far;
+            total = static_cast<float>(so_far);
+        }
+        // Without rows of its own a level has no tokens: it is past the response's last, and nobody reads its mean.
+        workspace.prototypes[place] = runs > 0 ? total / static_cast<float>(rows.end) : 0.0f;
     }
 }
 
@@ -221,82 +333,114 @@ __device__ inline void average_runs(const Layout& layout, int dim, const FocusWo
 constexpr int kSharedRows = 8;  // aligned rows that share one pass over the prototype
 
 template <typename T>
-__device__ void prefetch_response_rows(const FocusInput<T>& input, const FocusWorkspace& workspace) {
+__device__ void prefetch_response_rows(const FocusInput<T>& input, const FocusWorkspace& workspace,
+                                       const Level* levels) {
     if (!input.aligned) return;
-    const int32_t* counts = workspace.token_count;
-    auto cursor =
-        ragged_cursor(input.layout.batch, [=](int response) { return ceil_div(counts[response], kSharedRows); });
+    auto cursor = ragged_cursor(input.layout.batch, [=, &workspace](int response) {
+        return ceil_div(workspace.tokens(levels, response).size(), kSharedRows);
+    });
     if (!cursor.seek(grid_warp())) return;
-    const int64_t begin = input.layout.token_begin(cursor.response());
-    const int64_t token = begin + workspace.token_index[begin + (grid_warp() - cursor.begin()) * kSharedRows];
-    prefetch_row(input.row(cursor.response(), input.layout.row_of(cursor.response(), token)), input.dim);
+    const int64_t response = cursor.response(), begin = input.layout.token_begin(response);
+    const int ordinal = workspace.tokens(levels, response).begin + (grid_warp() - cursor.begin()) * kSharedRows;
+    const int64_t token = begin + workspace.token_index[begin + ordinal];
+    prefetch_row(input.row(response, input.layout.row_of(response, token)), input.dim);
+}
+
+// A warp's cosines of rows with one prototype: that of row i to lane i, that of a single row to all lanes. NaN for a
+// given prototype of zeros, which means no image.
+template <bool kAligned, int kRows, typename T>
+__device__ __forceinline__ float row_cosines(const FocusInput<T>& input, const T* const (&rows)[kRows],
+                                             const float* prototype) {
+    constexpr int kWidth = kVectorWidth<T>;
+    float dots[kRows] = {}, squares[kRows] = {}, prototype_square = 0.0f;
+#pragma unroll 1
+    for (int column = lane_index() * kWidth; column < input.dim; column += kWarpColumns<T>) {
+        uint4 vectors[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) vectors[i] = load_vector<kAligned>(rows[i], column, input.dim);
+        float mean[kWidth];
+        load_floats<kAligned>(prototype, column, input.dim, mean);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) prototype_square = fmaf(mean[j], mean[j], prototype_square);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            float values[kWidth];
+            unpack(vectors[i], input.hidden, values);
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) {
+                dots[i] = fmaf(values[j], mean[j], dots[i]);
+                squares[i] = fmaf(values[j], values[j], squares[i]);
+            }
+        }
+    }
+    prototype_square = warp_sum(prototype_square);
+    float dot = warp_sum(dots[0]), square = warp_sum(squares[0]);
+#pragma unroll
+    for (int i = 1; i < kRows; ++i) {
+        const float row_dot = warp_sum(dots[i]), row_square = warp_sum(squares[i]);
+        dot = lane_index() == i ? row_dot : dot;
+        square = lane_index() == i ? row_square : square;
+    }
+    if (input.given_prototypes != nullptr && prototype_square == 0.0f) {
+        // Squares of small numbers are zero, too.
+        bool nonzero = false;
+        for (int column = lane_index(); column < input.dim; column += kWarpSize) nonzero |= prototype[column] != 0.0f;
+        if (__any_sync(kAllLanes, nonzero) == 0) return NAN;
+    }
+    return cosine(dot, square, sqrtf(prototype_square));
 }
 
 // A warp scores kRows consecutive tokens of a response. cos is [tokens]; only tokens under the mask are written.
 template <bool kAligned, int kRows, typename T>
-__device__ void score_rows(const FocusInput<T>& input, const FocusWorkspace& workspace, float* cos) {
-    constexpr int kWidth = kVectorWidth<T>;
-    const int32_t* counts = workspace.token_count;
-    auto cursor = ragged_cursor(input.layout.batch, [=](int response) { return ceil_div(counts[response], kRows); });
+__device__ void score_rows(const FocusInput<T>& input, const FocusWorkspace& workspace, const Level* levels,
+                           float* cos) {
+    auto cursor = ragged_cursor(input.layout.batch, [=, &workspace](int response) {
+        return ceil_div(workspace.tokens(levels, response).size(), kRows);
+    });
     for (int item = grid_warp(); cursor.seek(item); item += grid_warps()) {
-        const int response = cursor.response(), first = (item - cursor.begin()) * kRows;
-        const int rows_left = counts[response] - first < kRows ? counts[response] - first : kRows;
+        const int response = cursor.response();
+        const Ordinals tokens = workspace.tokens(levels, response);
+        const int first = tokens.begin + (item - cursor.begin()) * kRows;
+        const int rows_left = tokens.end - first < kRows ? tokens.end - first : kRows;
         const int64_t begin = input.layout.token_begin(response);
         // Lane i finds row i; lanes beyond a short item repeat its last row.
         const int listed = first + (lane_index() < rows_left ? lane_index() : rows_left - 1);
         const int own = workspace.token_index[begin + listed];
-        if (workspace.visual_count[response] == 0) {
-            if (lane_index() < rows_left) cos[begin + own] = 0.0f;
-            continue;
+        const auto row_of_lane = [&](int lane) {
+            const int64_t token = begin + __shfl_sync(kAllLanes, own, lane);
+            return input.row(response, input.layout.row_of(response, token));
+        };
+        const float* prototype = nullptr;
+        if (input.given_prototypes != nullptr) {
+            prototype = input.given_prototype(response, begin + own);
+        } else if (workspace.visual_rows(levels, response).end > 0) {
+            prototype = workspace.prototypes + static_cast<int64_t>(response) * input.dim;
         }
-        const float* prototype = input.given_prototypes == nullptr
-                                     ? workspace.prototypes + static_cast<int64_t>(response) * input.dim
-                                     : input.given_prototypes + input.given_row(response) * input.dim;
-        const T* rows[kRows];
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            const int64_t token = begin + __shfl_sync(kAllLanes, own, i);
-            rows[i] = input.row(response, input.layout.row_of(response, token));
-        }
-        float dots[kRows] = {}, squares[kRows] = {}, prototype_square = 0.0f;
-#pragma unroll 1
-        for (int column = lane_index() * kWidth; column < input.dim; column += kWarpColumns<T>) {
-            uint4 vectors[kRows];
-#pragma unroll
-            for (int i = 0; i < kRows; ++i) vectors[i] = load_vector<kAligned>(rows[i], column, input.dim);
-            float mean[kWidth];
-            load_floats<kAligned>(prototype, column, input.dim, mean);
-#pragma unroll
-            for (int j = 0; j < kWidth; ++j) prototype_square = fmaf(mean[j], mean[j], prototype_square);
-#pragma unroll
-            for (int i = 0; i < kRows; ++i) {
-                float values[kWidth];
-                unpack(vectors[i], input.hidden, values);
-#pragma unroll
-                for (int j = 0; j < kWidth; ++j) {
-                    dots[i] = fmaf(values[j], mean[j], dots[i]);
-                    squares[i] = fmaf(values[j], values[j], squares[i]);
-                }
+        float result = NAN;
+        if (kRows > 1 && input.index_per_token && !same_in_warp(prototype)) {
+            for (int i = 0; i < rows_left; ++i) {
+                const float* of_row = from_lane(prototype, i);
+                const T* const row[] = {row_of_lane(i)};
+                if (of_row == nullptr) continue;
+                const float single = row_cosines<kAligned, 1>(input, row, of_row);
+                result = lane_index() == i ? single : result;
             }
-        }
-        const float prototype_norm = sqrtf(warp_sum(prototype_square));
-        float dot = 0.0f, square = 0.0f;
+        } else if (prototype != nullptr) {
+            const T* rows[kRows];
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            const float row_dot = warp_sum(dots[i]), row_square = warp_sum(squares[i]);
-            dot = lane_index() == i ? row_dot : dot;
-            square = lane_index() == i ? row_square : square;
+            for (int i = 0; i < kRows; ++i) rows[i] = row_of_lane(i);
+            result = row_cosines<kAligned, kRows>(input, rows, prototype);
         }
-        if (lane_index() < rows_left) cos[begin + own] = cosine(dot, square, prototype_norm);
+        if (lane_index() < rows_left) cos[begin + own] = result;
     }
 }
 
 // ---- the phases together --------------------------------------------------------------------------------------
 
 template <typename T>
-__device__ void sum_visual_rows(const FocusInput<T>& input, const FocusWorkspace& workspace) {
-    if (input.aligned) sum_runs<true, 8>(input, workspace);
-    else sum_runs<false, 1>(input, workspace);
+__device__ void sum_visual_rows(const FocusInput<T>& input, const FocusWorkspace& workspace, const Level* levels) {
+    if (input.aligned) sum_runs<true, 8>(input, workspace, levels);
+    else sum_runs<false, 1>(input, workspace, levels);
 }
 
 // From hidden states to cosines of the tokens under the mask, leaving the lists and counts in the workspace. The caller
@@ -304,17 +448,25 @@ __device__ void sum_visual_rows(const FocusInput<T>& input, const FocusWorkspace
 template <typename T, typename OffMask>
 __device__ void focus_cosines(const FocusInput<T>& input, const FocusWorkspace& workspace, float* cos,
                               OffMask off_mask) {
-    index_rows(input, workspace, off_mask);
+    const Layout& layout = input.layout;
+    index_rows(input, workspace, cos, off_mask);
     grid_sync();
-    if (input.given_prototypes == nullptr) {
-        sum_visual_rows(input, workspace);
-        prefetch_response_rows(input, workspace);
-        grid_sync();
-        average_runs(input.layout, input.dim, workspace);
-        grid_sync();
+    for (int pass = 0;; ++pass) {
+        const Level* levels = input.causal ? workspace.levels + pass % 2 * layout.batch : nullptr;
+        Level* next = input.causal ? workspace.levels + (pass + 1) % 2 * layout.batch : nullptr;
+        if (input.given_prototypes == nullptr) {
+            sum_visual_rows(input, workspace, levels);
+            prefetch_response_rows(input, workspace, levels);
+            grid_sync();
+            average_runs(layout, input.dim, workspace, levels);
+            if (input.causal) find_next_levels(layout, workspace, levels, next);
+            grid_sync();
+        }
+        if (input.aligned) score_rows<true, kSharedRows>(input, workspace, levels, cos);
+        else score_rows<false, 1>(input, workspace, levels, cos);
+        // Nothing that a slower block still reads is written before the next barrier.
+        if (!input.causal || !any_level(next, layout.batch)) return;
     }
-    if (input.aligned) score_rows<true, kSharedRows>(input, workspace, cos);
-    else score_rows<false, 1>(input, workspace, cos);
 }
 
 // ---- kernels --------------------------------------------------------------------------------------------------
@@ -329,7 +481,7 @@ struct VisualPrototypeArguments {
 // `useful_blocks`, beyond which a grid would only make its barriers slower.
 template <typename T>
 void bind(VisualPrototypeArguments<T>& arguments, Arena& arena) {
-    bind_image(arguments.workspace, arena, arguments.input.layout, arguments.input.dim, false);
+    bind_image(arguments.workspace, arena, arguments.input.layout, arguments.input.dim);
 }
 
 template <typename T>
@@ -354,9 +506,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     prefetch_visual_rows(input);
     grid_sync();
-    sum_visual_rows(input, arguments.workspace);
+    sum_visual_rows(input, arguments.workspace, nullptr);
     grid_sync();
-    average_runs(input.layout, input.dim, arguments.workspace);
+    average_runs(input.layout, input.dim, arguments.workspace, nullptr);
 }
 
 template <typename T>
@@ -368,11 +520,7 @@ struct VisualFocusArguments {
 
 template <typename T>
 void bind(VisualFocusArguments<T>& arguments, Arena& arena) {
-    const FocusInput<T>& input = arguments.input;
-    const bool given = input.given_prototypes != nullptr;
-    bind_image(arguments.workspace, arena, input.layout, input.dim, given);
-    bind_tokens(arguments.workspace, arena, input.layout);
-    if (!given) arguments.workspace.prototypes = arena.take<float>("prototypes", input.layout.batch * input.dim);
+    bind_focus(arguments.workspace, arena, arguments.input);
 }
 
 template <typename T>

@@ -1,5 +1,8 @@
 // From cosines to factors: compensation, the gate, and re-weighting within a response and within a group (Eq. 5-11).
 //
+// Cosines say what is weighted: those of a response that are NaN up to the first number belong to tokens that see no
+// image yet, and are left out.
+//
 // A block takes a response. Sums that factors depend on are 64-bit fixed-point numbers, minima, maxima and the gate's
 // threshold are exact, so a response's weights are the same bits whatever surrounds it. The threshold is found by radix
 // selection, three passes over the tail for any length.
@@ -15,20 +18,22 @@ namespace vgpo {
 namespace cuda {
 
 enum class Standing : int32_t {
-    kWeighted,    // also without tokens: a member of its group with score 0
-    kUnweighted,  // no image
-    kNonfinite,   // a NaN or infinite cosine
+    kWeighted,
+    kUnweighted,  // no image, or no token that sees it
+    kNonfinite,   // an infinite cosine, or a NaN after the first number
 };
 
 // What a response brings to its tokens' factors and to the metrics.
 struct ResponseFocus {
     Standing standing;
     int32_t length;     // T
+    int32_t start;      // leading tokens that see no image: their cosines are NaN, and they count nowhere
     int32_t gated;      // tokens with an open gate
     float smallest;     // finite cosine; infinity without one
     float low, high;    // extremes of w
     float mean;         // of normalised w
     float late_early;   // mean rho of the second half over that of the first; NaN where it does not count
+    int32_t leads;      // of a weighted response: the members of its group if it is the first of them, else 0
     int64_t cos_sum;    // fixed-point, kUnitScale
 };
 
@@ -37,7 +42,7 @@ struct WeightsWorkspace {
     float* cosines = nullptr;            // [tokens] by ordinal: those of a response from its token_begin on
     float* weights = nullptr;            // [tokens] w, likewise
     ResponseFocus* responses = nullptr;  // [B]
-    float* scores = nullptr;             // [B] s, NaN for a non-finite response
+    float* scores = nullptr;             // [B] s, NaN for a response that is not weighted
 };
 
 inline void bind_weights(WeightsWorkspace& workspace, Arena& arena, const Layout& layout) {
@@ -109,13 +114,17 @@ __device__ float kth_largest(int count, int k, Value value) {
 // ---- a response -----------------------------------------------------------------------------------------------
 
 struct CosineScan {
-    float smallest;
-    int32_t nonfinite;
+    float smallest;     // finite one
+    int32_t first;      // ordinal of the first that is not NaN
+    int32_t nans;
+    int32_t infinite;
 
-    __device__ static CosineScan identity() { return {INFINITY, 0}; }
+    __device__ static CosineScan identity() { return {INFINITY, INT32_MAX, 0, 0}; }
     __device__ void merge(const CosineScan& other) {
         smallest = other.smallest < smallest ? other.smallest : smallest;
-        nonfinite |= other.nonfinite;
+        first = other.first < first ? other.first : first;
+        nans += other.nans;
+        infinite += other.infinite;
     }
 };
 
@@ -128,16 +137,19 @@ __device__ inline void inspect_response(const ResponseTokens& tokens, const floa
         has_image ? tokens.length : 0, [&](int ordinal) { return cos[tokens.token(ordinal)]; },
         [&](int ordinal, float value) {
             cosines[ordinal] = value;
-            const bool finite = is_finite(value);
-            scan.merge({finite ? value : INFINITY, !finite});
+            const bool nan = value != value, finite = is_finite(value);
+            scan.merge({finite ? value : INFINITY, nan ? INT32_MAX : ordinal, nan, !nan && !finite});
         });
     scan = block_reduce(scan);
     if (threadIdx.x == 0) {
-        result.standing = scan.nonfinite != 0 ? Standing::kNonfinite
-                          : has_image         ? Standing::kWeighted
-                                              : Standing::kUnweighted;
+        // Where all NaNs lead, there are as many as tokens before the first number.
+        const bool broken = scan.infinite > 0 || scan.nans > scan.first;
+        result.standing = scan.first == INT32_MAX ? Standing::kUnweighted
+                          : broken                ? Standing::kNonfinite
+                                                  : Standing::kWeighted;
         result.smallest = scan.smallest;
         result.length = tokens.length;
+        result.start = scan.first;
         result.gated = 0;
         result.cos_sum = 0;
         result.late_early = NAN;
@@ -181,30 +193,32 @@ struct NormalizedSums {
     }
 };
 
-// Mean focus of the second half of a response over that of its first; NaN where it does not count.
-__device__ inline float late_early_ratio(int64_t early_sum, int64_t late_sum, int64_t length) {
-    const int64_t half = (length + 1) / 2;
-    if (length < 2 || early_sum <= 0) return NAN;
-    return mean_from_fixed(late_sum, kUnitScale, length - half) / mean_from_fixed(early_sum, kUnitScale, half);
+// Mean focus of the second half of a response over that of its first, from `start` on; NaN where it does not count.
+__device__ inline float late_early_ratio(int64_t early_sum, int64_t late_sum, int start, int half, int length) {
+    if (length == half || early_sum <= 0) return NAN;
+    return mean_from_fixed(late_sum, kUnitScale, length - half) / mean_from_fixed(early_sum, kUnitScale, half - start);
 }
 
-// A block computes w of a response's tokens, their extremes and normalised mean, and the score (Eq. 5-9). `cosines`
-// and `weights` are by ordinal.
+// A block computes w of a response's tokens that see an image, their extremes and normalised mean, and the score (Eq.
+// 5-9). `cosines` and `weights` are by ordinal; those before `result.start` are left out.
 __device__ inline void weigh_response(int count, const float* cosines, float offset, const WeightsConfig& config,
                                       float* weights, ResponseFocus& result, float& score) {
-    if (result.standing != Standing::kWeighted || count == 0) {
-        if (threadIdx.x == 0) score = result.standing == Standing::kNonfinite ? NAN : 0.0f;
+    if (result.standing != Standing::kWeighted) {
+        if (threadIdx.x == 0) score = NAN;
         return;
     }
-    const int first = static_cast<int>(tail_first(count, config)), tail = count - first;
+    const int start = result.start, counted = count - start;
+    const int share = static_cast<int>(tail_first(count, config));
+    const int first = share > start ? share : start, tail = count - first;
     const int top = static_cast<int>(tail_top_count(tail, config));
     float threshold = INFINITY;
     if (config.gate && top > 0) threshold = kth_largest(tail, top, [=](int i) { return cosines[first + i]; });
     WeightSums sums = WeightSums::identity();
     const float length = static_cast<float>(count);
     for_each_loaded<4>(
-        count, [=](int ordinal) { return cosines[ordinal]; },
-        [&](int ordinal, float value) {
+        counted, [=](int i) { return cosines[start + i]; },
+        [&](int i, float value) {
+            const int ordinal = start + i;
             const bool open = !config.gate || (ordinal >= first && value >= threshold);
             const float position = relative_position(static_cast<float>(ordinal), length, config);
             const float weight = compensated_weight(focus_score(value, offset, config),
@@ -216,28 +230,30 @@ __device__ inline void weigh_response(int count, const float* cosines, float off
     NormalizedSums second = NormalizedSums::identity();
     const int half = (count + 1) / 2;
     for_each_loaded<4>(
-        count, [=](int ordinal) { return make_float2(weights[ordinal], cosines[ordinal]); },
-        [&](int ordinal, float2 loaded) {
+        counted, [=](int i) { return make_float2(weights[start + i], cosines[start + i]); },
+        [&](int i, float2 loaded) {
             const float normalized = min_max_normalized(loaded.x, sums.weight.low, sums.weight.high);
             const int64_t focus = to_fixed(focus_score(loaded.y, offset, config), kUnitScale);
             second.merge({to_fixed(normalized, kUnitScale), to_fixed(loaded.y, kUnitScale),
-                          ordinal < half ? focus : 0, ordinal < half ? 0 : focus});
+                          start + i < half ? focus : 0, start + i < half ? 0 : focus});
         });
     second = block_reduce(second);
     if (threadIdx.x == 0) {
         result.gated = static_cast<int32_t>(sums.gated);
         result.low = sums.weight.low;
         result.high = sums.weight.high;
-        result.mean = mean_from_fixed(second.normalized, kUnitScale, count);
+        result.mean = mean_from_fixed(second.normalized, kUnitScale, counted);
         result.cos_sum = second.cos;
-        result.late_early = late_early_ratio(second.early, second.late, count);
-        score = accumulated_score(sums.total, second.normalized, count, config);
+        result.late_early = late_early_ratio(second.early, second.late, start, half, count);
+        score = accumulated_score(sums.total, second.normalized, counted, config);
     }
 }
 
-// psi of a token of a weighted response (Eq. 8).
-__device__ inline float intra_weight(float weight, const ResponseFocus& response, const WeightsConfig& config) {
-    return config.intra ? min_max_normalized(weight, response.low, response.high) - response.mean : 0.0f;
+// psi of a token of a weighted response (Eq. 8), from its response's weights by ordinal.
+__device__ inline float intra_weight(const float* weights, int ordinal, const ResponseFocus& response,
+                                     const WeightsConfig& config) {
+    if (!config.intra || ordinal < response.start) return 0.0f;
+    return min_max_normalized(weights[ordinal], response.low, response.high) - response.mean;
 }
 
 // Weights every response of the batch, a block each, once the tokens are listed and `cos` is complete. The caller puts
@@ -264,44 +280,52 @@ __device__ void weigh_responses(const Layout& layout, const FocusWorkspace& list
 
 // ---- a group --------------------------------------------------------------------------------------------------
 
-struct GroupSums {
-    int64_t normalized;  // kUnitScale
-    int64_t members;
+struct GroupMembers {
+    Extremes scores;
+    int32_t members;
+    int32_t first;  // response
 
-    __device__ static GroupSums identity() { return {0, 0}; }
-    __device__ void merge(const GroupSums& other) {
-        normalized += other.normalized;
+    __device__ static GroupMembers identity() { return {Extremes::identity(), 0, INT32_MAX}; }
+    __device__ void merge(const GroupMembers& other) {
+        scores.merge(other.scores);
         members += other.members;
+        first = other.first < first ? other.first : first;
     }
 };
 
-// A block computes phi of a response from the scores of its group's members (Eq. 9-10); 0 for one who is no member.
-template <typename IsMember>
+// A block computes phi of a response from the scores of its group's members (Eq. 9-10), which are the finite ones of
+// responses that `may_join`; 0 for one who is no member. `group` is the response's.
+template <typename MayJoin>
 __device__ float group_weight(const float* scores, const int64_t* group_ids, int64_t batch, int64_t response,
-                              const WeightsConfig& config, IsMember is_member) {
-    if (!config.inter || !is_member(response) || !is_finite(scores[response])) return 0.0f;
-    const int64_t group = group_ids[response];
-    const auto counts = [&](int64_t i) { return group_ids[i] == group && is_member(i) && is_finite(scores[i]); };
-    Extremes extremes = Extremes::identity();
+                              const WeightsConfig& config, MayJoin may_join, GroupMembers& group) {
+    group = GroupMembers::identity();
+    if (!may_join(response) || !is_finite(scores[response])) return 0.0f;
+    const int64_t id = group_ids[response];
+    const auto joins = [&](int64_t i) { return group_ids[i] == id && may_join(i) && is_finite(scores[i]); };
     for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) {
-        if (counts(i)) extremes.merge(Extremes::of(scores[i]));
+        if (joins(i)) group.merge({Extremes::of(scores[i]), 1, static_cast<int32_t>(i)});
     }
-    extremes = block_reduce(extremes);
-    GroupSums sums = GroupSums::identity();
+    group = block_reduce(group);
+    if (!config.inter) return 0.0f;
+    int64_t sum = 0;
     for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) {
-        if (!counts(i)) continue;
-        sums.merge({to_fixed(min_max_normalized(scores[i], extremes.low, extremes.high), kUnitScale), 1});
+        if (joins(i)) sum += to_fixed(min_max_normalized(scores[i], group.scores.low, group.scores.high), kUnitScale);
     }
-    sums = block_reduce(sums);
-    return min_max_normalized(scores[response], extremes.low, extremes.high) -
-           mean_from_fixed(sums.normalized, kUnitScale, sums.members);
+    sum = block_sum(sum);
+    return min_max_normalized(scores[response], group.scores.low, group.scores.high) -
+           mean_from_fixed(sum, kUnitScale, group.members);
 }
 
+// The same from the weighing of all responses, with a note for the metrics, which need a grid barrier.
 __device__ inline float group_weight(const WeightsWorkspace& workspace, const int64_t* group_ids, int64_t batch,
                                      int64_t response, const WeightsConfig& config) {
-    const ResponseFocus* responses = workspace.responses;
-    return group_weight(workspace.scores, group_ids, batch, response, config,
-                        [=](int64_t i) { return responses[i].standing == Standing::kWeighted; });
+    ResponseFocus* responses = workspace.responses;
+    const auto is_weighted = [=](int64_t i) { return responses[i].standing == Standing::kWeighted; };
+    GroupMembers group;
+    const float phi = group_weight(workspace.scores, group_ids, batch, response, config, is_weighted, group);
+    // Blocks that share a response write the same.
+    if (threadIdx.x == 0) responses[response].leads = group.first == response ? group.members : 0;
+    return phi;
 }
 
 // ---- metrics --------------------------------------------------------------------------------------------------
@@ -309,9 +333,9 @@ __device__ inline float group_weight(const WeightsWorkspace& workspace, const in
 struct FocusTotals {
     double cos_sum, late_early;
     int64_t tokens, gated;
-    int32_t weighted, nonfinite, compared, padding;
+    int32_t weighted, nonfinite, compared, groups, singletons, padding;
 
-    __device__ static FocusTotals identity() { return {0.0, 0.0, 0, 0, 0, 0, 0, 0}; }
+    __device__ static FocusTotals identity() { return {0.0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0}; }
     __device__ void merge(const FocusTotals& other) {
         cos_sum += other.cos_sum;
         late_early += other.late_early;
@@ -320,6 +344,8 @@ struct FocusTotals {
         weighted += other.weighted;
         nonfinite += other.nonfinite;
         compared += other.compared;
+        groups += other.groups;
+        singletons += other.singletons;
     }
 };
 
@@ -332,7 +358,8 @@ __device__ inline void write_focus_metrics(const ResponseFocus* responses, int64
         if (response.standing != Standing::kWeighted) continue;
         const bool compared = response.late_early == response.late_early;
         totals.merge({static_cast<double>(response.cos_sum) / kUnitScale, compared ? response.late_early : 0.0,
-                      response.length, response.gated, 1, 0, compared, 0});
+                      response.length - response.start, response.gated, 1, 0, compared, response.leads > 0,
+                      response.leads == 1, 0});
     }
     totals = block_reduce(totals);
     if (threadIdx.x != 0) return;
@@ -342,6 +369,8 @@ __device__ inline void write_focus_metrics(const ResponseFocus* responses, int64
     metrics[kLateEarlyRatio] = static_cast<float>(totals.late_early / (totals.compared > 0 ? totals.compared : 1));
     metrics[kWeightedResponses] = static_cast<float>(totals.weighted);
     metrics[kNonfiniteResponses] = static_cast<float>(totals.nonfinite);
+    metrics[kGroups] = static_cast<float>(totals.groups);
+    metrics[kSingletonGroups] = static_cast<float>(totals.singletons);
 }
 
 // ---- kernels --------------------------------------------------------------------------------------------------
@@ -393,15 +422,16 @@ __global__ void __launch_bounds__(kBlock, 1)
         const float phi = group_weight(arguments.workspace, arguments.group_ids, layout.batch, response, config);
         if (threadIdx.x == 0) arguments.phi[response] = phi;
         const bool weighted = focus.standing == Standing::kWeighted;
+        const float* weights = arguments.workspace.weights + tokens.begin;
         for (int ordinal = threadIdx.x; ordinal < tokens.length; ordinal += blockDim.x) {
             const int64_t token = tokens.token(ordinal);
-            const float weight = weighted ? arguments.workspace.weights[tokens.begin + ordinal] : 0.0f;
-            const float intra = weighted ? intra_weight(weight, focus, config) : 0.0f;
-            w[token] = weight;
+            const float intra = weighted ? intra_weight(weights, ordinal, focus, config) : 0.0f;
+            w[token] = weighted && ordinal >= focus.start ? weights[ordinal] : 0.0f;
             psi[token] = intra;
             factors[token] = weighted ? advantage_factor(intra, phi, config) : 1.0f;
         }
     }
+    grid_sync();
     if (blockIdx.x == 0) write_focus_metrics(arguments.workspace.responses, layout.batch, arguments.metrics);
 }
 
@@ -418,9 +448,11 @@ template <int kBlock>
 __global__ void __launch_bounds__(kBlock, 1)
     group_weights_kernel(const __grid_constant__ GroupWeightsArguments arguments) {
     const bool* has_visual = arguments.has_visual;
+    const auto may_join = [=](int64_t i) { return has_visual == nullptr || has_visual[i]; };
     for (int64_t response = blockIdx.x; response < arguments.batch; response += gridDim.x) {
+        GroupMembers group;
         const float phi = group_weight(arguments.scores, arguments.group_ids, arguments.batch, response,
-                                       arguments.config, [=](int64_t i) { return has_visual == nullptr || has_visual[i]; });
+                                       arguments.config, may_join, group);
         if (threadIdx.x == 0) arguments.phi[response] = phi;
     }
 }

@@ -7,6 +7,7 @@ import test_luspo_vespo
 import test_policy_loss
 import test_policy_loss_metrics
 import test_vgpo_loss
+import test_visibility
 import test_visual_focus
 import test_visual_weights
 import torch
@@ -22,7 +23,7 @@ from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import visual_focus as reference
 from vgpo_kernels.reference import visual_weights as weights_reference
 
-adopt(globals(), test_visual_focus, test_visual_weights, test_policy_loss, test_vgpo_loss)
+adopt(globals(), test_visual_focus, test_visibility, test_visual_weights, test_policy_loss, test_vgpo_loss)
 adopt(globals(), test_luspo_vespo, test_policy_loss_metrics)
 
 
@@ -34,6 +35,8 @@ MIXED = (
     Response(visual=1, length=0),
     Response(visual=33, length=1, group=1),
     Response(visual=5, length=150, group=1),
+    Response(visual=0, late=40, length=110),
+    Response(visual=3, late=7, length=31, group=1),
 )
 
 SHAPES = {
@@ -52,21 +55,29 @@ def call_everything(emulator: Emulator, batch: Batch, config: VGPOConfig, option
     boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.long()
     hidden, mask = batch.hidden, batch.response_mask
     floats = config.as_floats()
-    prototype = emulator.visual_prototype(hidden, batch.visual_mask, boundaries)
-    cos = emulator.visual_focus(hidden, batch.visual_mask, mask, boundaries, None, None)
-    given = emulator.visual_focus(hidden, None, mask, boundaries, prototype, None)
+    prototype = emulator.visual_prototype(hidden, batch.visual_mask, boundaries, False)
+    running = emulator.visual_prototype(hidden, batch.visual_mask, boundaries, True)
+    cos = emulator.visual_focus(hidden, batch.visual_mask, mask, boundaries, None, None, False)
+    late = emulator.visual_focus(hidden, batch.visual_mask, mask, boundaries, None, None, True)
+    given = emulator.visual_focus(hidden, None, mask, boundaries, prototype, None, False)
+    rows = torch.arange(mask.numel()).view(mask.shape) // 3 % (len(prototype) + 1) - 1
+    each = emulator.visual_focus(hidden, None, mask, boundaries, prototype, rows, False)
     weights = emulator.visual_weights(cos, mask, batch.group_ids, batch.has_visual, boundaries, floats)
+    weights += emulator.visual_weights(late, mask, batch.group_ids, None, boundaries, floats)
     phi = emulator.group_weights(weights[4], batch.group_ids, batch.has_visual, floats)
     terms = (batch.ref_logp, batch.entropy, None, None, None)
     loss = emulator.policy_loss(
         *(batch.logp, batch.old_logp, batch.advantages, mask, weights[0], boundaries),
         *(*terms, options.as_floats()),
     )
-    whole = emulator.vgpo_loss(
-        *(hidden, batch.logp, batch.old_logp, batch.advantages, batch.visual_mask, mask),
-        *(batch.group_ids, boundaries, None, None, *terms, floats, options.as_floats()),
-    )
-    return [prototype, cos, given, *weights, phi, *loss, *whole]
+    whole = [
+        emulator.vgpo_loss(
+            *(hidden, batch.logp, batch.old_logp, batch.advantages, batch.visual_mask, mask),
+            *(batch.group_ids, boundaries, None, None, causal, *terms, floats, options.as_floats()),
+        )
+        for causal in (False, True)
+    ]
+    return [prototype, running, cos, late, given, each, *weights, phi, *loss, *whole[0], *whole[1]]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -99,7 +110,7 @@ def test_launches_as_on_a_gpu(emulator: Emulator, packed: bool) -> None:
 @pytest.mark.parametrize("threads", [32, 96, 512])
 def test_any_block_size_is_right(emulator: Emulator, threads: int) -> None:
     batch = make_batch(EDGES["long"] + MIXED, features=24)
-    focus = (batch.hidden, batch.visual_mask, batch.response_mask, None, None, None)
+    focus = (batch.hidden, batch.visual_mask, batch.response_mask, None, None, None, False)
     with emulator.launched_as(Shape(blocks=2, threads=threads, order="reverse")):
         cos = emulator.visual_focus(*focus)
         weigh = (cos, batch.response_mask, batch.group_ids, batch.has_visual, None, VGPOConfig.paper().as_floats())
@@ -147,7 +158,7 @@ def test_long_responses_are_taken_in_pieces(emulator: Emulator, loss_type: str, 
 def test_unaligned_rows_give_the_same_bits(emulator: Emulator, features: int, dtype: torch.dtype) -> None:
     """Rows of whole aligned vectors, and the same rows where they must be read element by element."""
     batch = make_batch(EDGES["plain"][:2], features=features, dtype=dtype)
-    rest = (batch.visual_mask, batch.response_mask, None, None, None)
+    rest = (batch.visual_mask, batch.response_mask, None, None, None, False)
     expected = emulator.visual_focus(batch.hidden, *rest)
     assert_matches(expected, reference.visual_focus, (batch.hidden, *rest), ("cos",))
     wide = torch.full((*batch.hidden.shape[:2], features + 3), float("nan"), dtype=dtype)
@@ -163,7 +174,7 @@ def test_many_visual_rows_make_longer_runs(emulator: Emulator) -> None:
     hidden = torch.randn(20_001, 8, generator=generator)
     mask = torch.rand(20_001, generator=generator) > 0.3
     boundaries = torch.tensor([0, 19_000, 19_000, 20_001])
-    arguments = (hidden, mask, boundaries)
+    arguments = (hidden, mask, boundaries, False)
     assert_matches(emulator.visual_prototype(*arguments), reference.visual_prototype, arguments, ("prototype",))
 
 
@@ -173,17 +184,19 @@ def test_boundaries_that_lie_cannot_lead_outside(emulator: Emulator) -> None:
     count = len(batch.response_mask)
     for wrong in ([-5, 10, 20, 10**12, count], [count, 0, count, 3, 0], [0, 0, 0, 0, 2 * count]):
         boundaries = torch.tensor(wrong)
-        emulator.visual_focus(batch.hidden, batch.visual_mask, batch.response_mask, boundaries, None, None)
-        emulator.visual_prototype(batch.hidden, batch.visual_mask, boundaries)
+        for causal in (False, True):
+            given = (batch.hidden, batch.visual_mask, batch.response_mask, boundaries, None, None, causal)
+            emulator.visual_focus(*given)
+            emulator.visual_prototype(batch.hidden, batch.visual_mask, boundaries, causal)
     prototypes = torch.ones(2, batch.hidden.shape[-1])
     index = torch.tensor([0, 7, -9, 1])
-    emulator.visual_focus(batch.hidden, None, batch.response_mask, batch.cu_seqlens.long(), prototypes, index)
+    emulator.visual_focus(batch.hidden, None, batch.response_mask, batch.cu_seqlens.long(), prototypes, index, False)
 
 
 def test_a_kernel_that_strays_is_caught(emulator: Emulator) -> None:
     """The harness looks at product kernels, too: a response mask shorter than its layout says is read past its end."""
     batch = make_batch(EDGES["plain"], packed=True)
-    arguments = (batch.hidden, batch.visual_mask, batch.response_mask, batch.cu_seqlens.long(), None, None)
+    arguments = (batch.hidden, batch.visual_mask, batch.response_mask, batch.cu_seqlens.long(), None, None, False)
     strays = "visual_focus: visual_focus_kernel<float>: .* past the end of response_mask"
     with emulator.cut_short(response_mask=3), pytest.raises(EmulationError, match=strays):
         emulator.visual_focus(*arguments)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from cases import EDGES, Batch, make_batch
+from tolerance import same_bits
 from torch import Tensor
 
 from vgpo_kernels import (
@@ -24,6 +25,7 @@ from vgpo_kernels import (
     visual_prototype,
     visual_weights,
 )
+from vgpo_kernels.config import Visibility
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,7 +43,18 @@ def cuda_backend() -> Iterator[None]:
 def calls(batch: Batch) -> dict[str, Callable[[], Any]]:
     """Every operator as a call of no arguments, on tensors that need no conversion."""
     config = VGPOConfig.released()
-    cos = visual_focus(batch.hidden, batch.visual_mask, batch.response_mask)
+
+    def cos_of(visibility: Visibility) -> Tensor:
+        return visual_focus(batch.hidden, batch.visual_mask, batch.response_mask, visibility=visibility)
+
+    def loss_of(visibility: Visibility) -> Tensor:
+        return vgpo_loss(
+            *(batch.hidden, batch.logp, *tokens[:2], batch.visual_mask, batch.response_mask),
+            *(batch.group_ids, config),
+            visibility=visibility,
+        ).loss
+
+    cos = cos_of("causal")
     weights = visual_weights(cos, batch.response_mask, batch.group_ids, config)
     tokens = (batch.old_logp, batch.advantages, batch.response_mask)
     generator = torch.Generator().manual_seed(0)
@@ -71,20 +84,21 @@ def calls(batch: Batch) -> dict[str, Callable[[], Any]]:
             lambda rows, weight: linear_logprob(rows, weight, targets, ignore_index=None), rows, weight
         ),
         "visual_prototype": lambda: visual_prototype(batch.hidden, batch.visual_mask),
-        "visual_focus": lambda: visual_focus(batch.hidden, batch.visual_mask, batch.response_mask),
+        "causal_prototype": lambda: visual_prototype(batch.hidden, batch.visual_mask, visibility="causal"),
+        "visual_focus": lambda: cos_of("all"),
+        "visual_focus, causal": lambda: cos_of("causal"),
         "visual_weights": lambda: visual_weights(cos, batch.response_mask, batch.group_ids, config)[:5],
         "group_weights": lambda: group_weights(weights.score, batch.group_ids, config),
         "policy_loss": lambda: policy_loss(batch.logp, *tokens, factors=weights.factors).loss,
-        "vgpo_loss": lambda: (
-            vgpo_loss(
-                *(batch.hidden, batch.logp, *tokens[:2], batch.visual_mask, batch.response_mask),
-                *(batch.group_ids, config),
-            ).loss
-        ),
+        "vgpo_loss": lambda: loss_of("all"),
+        "vgpo_loss, causal": lambda: loss_of("causal"),
     }
 
 
-ONE_LAUNCH = ("visual_prototype", "visual_focus", "visual_weights", "group_weights", "policy_loss", "vgpo_loss")
+ONE_LAUNCH = (
+    *("visual_prototype", "causal_prototype", "visual_focus", "visual_focus, causal"),
+    *("visual_weights", "group_weights", "policy_loss", "vgpo_loss", "vgpo_loss, causal"),
+)
 OPERATORS = (
     *ONE_LAUNCH,
     *("attention_mass", "attention_mass's gradient", "attention_heatmap", "attention_heatmap's gradient"),
@@ -94,13 +108,14 @@ OPERATORS = (
 
 @pytest.fixture
 def batch() -> Batch:
-    return make_batch(EDGES["shuffled groups"] + EDGES["no image"], dtype=torch.bfloat16, features=512).to("cuda")
+    edge = EDGES["shuffled groups"] + EDGES["no image"] + EDGES["late images"]
+    return make_batch(edge, dtype=torch.bfloat16, features=512).to("cuda")
 
 
 def same(one: Any, two: Any) -> bool:
     if isinstance(one, Tensor):
-        return torch.equal(one, two)
-    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        return same_bits(one, two)
+    return all(same_bits(a, b) for a, b in zip(one, two, strict=True))
 
 
 @pytest.mark.parametrize("name", ONE_LAUNCH)
@@ -114,7 +129,7 @@ def test_a_call_is_one_launch(batch: Batch, name: str) -> None:
     # The suite fills fresh memory with NaN; those kernels are its own.
     kernels = [kernel for kernel in kernels if "fill" not in kernel.lower() and "memset" not in kernel.lower()]
     assert len(kernels) == 1, kernels
-    assert f"{name}_kernel" in kernels[0]
+    assert f"{name.partition(',')[0]}_kernel" in kernels[0]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -172,7 +187,7 @@ def test_offsets_pass_32_bits() -> None:
     features, count = 3584, 620_000
     if torch.cuda.mem_get_info()[0] < 3 * features * count:
         pytest.skip("needs 7 GB of free GPU memory")
-    small = make_batch(EDGES["plain"][:2], features=features, dtype=torch.bfloat16, packed=True).to("cuda")
+    small = make_batch(EDGES["late images"][:2], features=features, dtype=torch.bfloat16, packed=True).to("cuda")
     length = small.hidden.shape[0]
     hidden = torch.full((count, features), float("nan"), dtype=torch.bfloat16, device="cuda")
     hidden[count - length :] = small.hidden
@@ -181,9 +196,11 @@ def test_offsets_pass_32_bits() -> None:
         masks.append(torch.zeros(count, dtype=torch.bool, device="cuda"))
         masks[-1][count - length :] = mask
     boundaries = torch.cat([small.cu_seqlens.new_zeros(1), small.cu_seqlens + (count - length)])
-    cos = visual_focus(hidden, *masks, cu_seqlens=boundaries)
-    expected = visual_focus(small.hidden, small.visual_mask, small.response_mask, cu_seqlens=small.cu_seqlens)
-    assert torch.equal(cos[count - length :], expected)
+    of_small = (small.hidden, small.visual_mask, small.response_mask)
+    for visibility in get_args(Visibility):
+        cos = visual_focus(hidden, *masks, cu_seqlens=boundaries, visibility=visibility)
+        expected = visual_focus(*of_small, cu_seqlens=small.cu_seqlens, visibility=visibility)
+        assert same_bits(cos[count - length :], expected)
 
 
 def test_offsets_of_attention_pass_32_bits() -> None:

@@ -1,5 +1,6 @@
 // Every kernel with every element type, for nvcc alone: scripts/cuda_resources.py compiles this for each architecture.
 #include "../../csrc/cuda/attention_gradients.cuh"
+#include "../../csrc/cuda/causal_prototype.cuh"
 #include "../../csrc/cuda/linear_logprob.cuh"
 #include "../../csrc/cuda/vgpo_loss.cuh"
 
@@ -8,6 +9,7 @@ namespace cuda {
 
 #define EVERY_ELEMENT_TYPE(T) \
     template __global__ void visual_prototype_kernel<T>(const __grid_constant__ VisualPrototypeArguments<T>); \
+    template __global__ void causal_prototype_kernel<T>(const __grid_constant__ CausalPrototypeArguments<T>); \
     template __global__ void visual_focus_kernel<T>(const __grid_constant__ VisualFocusArguments<T>); \
     template __global__ void vgpo_loss_kernel<T>(const __grid_constant__ VgpoLossArguments<T>); \
     template __global__ void attention_mass_kernel<T>(const __grid_constant__ AttentionMassArguments<T>); \
