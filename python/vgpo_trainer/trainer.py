@@ -15,18 +15,22 @@ both sides has ``cispo_clip_ratio``, ``vespo/phi_seq_mean`` or nothing), ``polic
 bonus for entropy), ``grad_norm``, ``learning_rate``, ``step_time``; and ``accuracy``, if a reward function reports it
 with TRL's ``log_metric("accuracy", value)``. Ours:
 
-=========================  ==================================================================================
-``vgpo/visual_focus``      mean signal of response tokens: with ``signal="focus"`` their cosine to the image
-                           prototype, with ``"attention"`` their share of attention on the image
-``vgpo/gate_rate``         share of those tokens that the gate lets through
-``vgpo/late_early_ratio``  score (visual focus, attention share) of a response's second half over its first
-``vgpo/psi_std``           standard deviation of the token weights psi
-``vgpo/phi_std``           standard deviation of the trajectory weights phi
-``vgpo/weighted_share``    share of responses that have an image, a scored token and a finite signal; the other means
-                           here are over these responses and, of their tokens, over those that have seen an image
-``vgpo/factor_mean``       the factors (1 + psi)(1 + phi) that multiply advantages; also ``_min``, ``_max``
-``vgpo/old_policy_kl``     divergence of the policy from the one that generated
-=========================  ==================================================================================
+=============================  =======================================================================================
+``vgpo/visual_focus``          mean signal of response tokens: with ``signal="focus"`` their cosine to the image
+                               prototype, with ``"attention"`` their share of attention on the image
+``vgpo/gate_rate``             share of those tokens that the gate lets through
+``vgpo/late_early_ratio``      score (visual focus, attention share) of a response's second half over its first
+``vgpo/psi_std``               standard deviation of the token weights psi
+``vgpo/phi_std``               standard deviation of the trajectory weights phi
+``vgpo/weighted_share``        share of responses that have an image, a scored token and a finite signal; the other
+                               means here are over these responses and, of their tokens, those that have seen an image
+``vgpo/nonfinite_responses``   number of responses that are unweighted for a signal that is not finite
+``vgpo/groups``                number of groups with a weighted response
+``vgpo/singleton_groups``      number of groups with one weighted response, whose phi is 0
+``vgpo/factor_mean``           the factors (1 + psi)(1 + phi) that multiply advantages; also ``_min``, ``_max``
+``vgpo/old_policy_kl``         divergence of the policy from the one that generated
+``vgpo/nonfinite_advantages``  number of tokens whose advantage is not finite
+=============================  =======================================================================================
 
 Records of an evaluation have the same keys with the prefix ``eval_``.
 
@@ -91,9 +95,9 @@ from vgpo_trainer.trl_surface import (
     check_surface,
     gather_head,
     load_weights,
-    old_logp,
     refuse_unsupported,
     refuse_video,
+    rollout_logp,
     why_not_mixed,
 )
 
@@ -392,7 +396,7 @@ class VGPOTrainer(GRPOTrainer):
         if signal is not None:
             self._signal_factors(inputs, signal, mode)
         logp, mask = self._latest_logp, Sequences.of(inputs).response_mask
-        _, metrics = policy_loss(logp, old_logp(inputs, logp), inputs["advantages"], mask, ratio_clamp=None)
+        _, metrics = policy_loss(logp, rollout_logp(inputs, logp), inputs["advantages"], mask, ratio_clamp=None)
         self._log_policy({}, metrics, mode)
         return loss
 
@@ -415,7 +419,7 @@ class VGPOTrainer(GRPOTrainer):
         assert entropy is not None
         factors = inputs["visual_factors"] if signal is None else self._signal_factors(inputs, signal, mode).factors
 
-        old = old_logp(inputs, logp)
+        old = rollout_logp(inputs, logp)
         entropy_mask = None
         if self.top_entropy_quantile < 1.0:
             entropy_mask = self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
@@ -566,10 +570,11 @@ class VGPOTrainer(GRPOTrainer):
         if self._vgpo is not None:
             names["factor_mean"] = "vgpo/factor_mean"
         ours = means_over_processes(self, {key: (metrics[name] * number, number) for name, key in names.items()})
+        extremes = [metrics[name] for name in ("factor_min", "factor_max", "nonfinite_advantages")]
+        smallest, largest, nonfinite = self.accelerator.gather(torch.stack(extremes)[None]).unbind(dim=1)
+        ours["vgpo/nonfinite_advantages"] = nonfinite.sum().item()
         if self._vgpo is not None:
-            extremes = self.accelerator.gather(torch.stack([metrics["factor_min"], metrics["factor_max"]])[None])
-            ours["vgpo/factor_min"] = extremes[:, 0].min().item()
-            ours["vgpo/factor_max"] = extremes[:, 1].max().item()
+            ours["vgpo/factor_min"], ours["vgpo/factor_max"] = smallest.min().item(), largest.max().item()
         for key, value in (records | ours).items():
             self._metrics[mode][key].append(value)
 

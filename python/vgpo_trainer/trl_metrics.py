@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from vgpo_trainer.trl_surface import LOSS_TYPES
+from vgpo_trainer.trl_surface import LOSS_TYPES, VESPO_SETTINGS
 
 Sum = tuple[Tensor, Tensor]  # of some numbers, and how many they are
 
@@ -47,10 +47,7 @@ def policy_records(
             log_ratio_per_token=log_ratio,
             mask=mask,
             importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
-            k_pos=trainer.args.vespo_k_pos,
-            lambda_pos=trainer.args.vespo_lambda_pos,
-            k_neg=trainer.args.vespo_k_neg,
-            lambda_neg=trainer.args.vespo_lambda_neg,
+            **{name.removeprefix("vespo_"): getattr(trainer.args, name) for name in VESPO_SETTINGS},
         )
         sums["vespo/phi_seq_mean"] = summed(phi, mask)
     low, high = clipped(trainer, log_ratio, advantages, mask)

@@ -88,6 +88,13 @@ SURFACE = {
     ),
     "_compute_loss": ("model", "inputs"),
     "get_high_entropy_mask": ("entropies", "mask", "threshold"),
+    "get_gamma_weights": (
+        "advantages",
+        "log_ratio_per_token",
+        "mask",
+        "importance_sampling_ratio",
+        *(name.removeprefix("vespo_") for name in VESPO_SETTINGS),
+    ),
     "get_off_policy_mask": (
         "advantages",
         "per_token_logps",
@@ -148,7 +155,7 @@ class WithoutEmptyImages:
         return self.model(**inputs)
 
 
-def old_logp(inputs: Mapping[str, Any], logp: Tensor) -> Tensor:
+def rollout_logp(inputs: Mapping[str, Any], logp: Tensor) -> Tensor:
     """Return the log-probabilities under the policy that generated a batch; TRL keeps none where it is the same."""
     old: Tensor | None = inputs.get("old_per_token_logps")
     return logp.detach() if old is None else old

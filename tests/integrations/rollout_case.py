@@ -1,11 +1,11 @@
-"""A rollout batch as agents leave it, and its advantages in float64 by plain loops, for the adapters' tests."""
+"""A rollout batch as agents leave it, and its factors by the paper's equations, for the adapters' tests."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
+from equations import Position, factors, focus
 from torch import Tensor
 
 from vgpo_kernels import VGPOConfig
@@ -49,74 +49,19 @@ def rollouts() -> list[Rollout]:
     ]
 
 
-def cosines(rollout: Rollout, hidden: Tensor) -> list[float]:
-    """Cosine of each scored token to the mean of the images shown before it; NaN before the first."""
-    states = hidden.double().tolist()
-    begin = len(rollout.prompt)
-    total, number, found = [0.0] * len(states[0]), 0, []
-    for position, (token, state) in enumerate(zip(rollout.ids, states, strict=True)):
-        answer = position - begin
-        if answer >= 0 and rollout.response_mask[answer]:
-            mean = [value / max(number, 1) for value in total]
-            dot = sum(one * other for one, other in zip(state, mean, strict=True))
-            norms = math.sqrt(sum(value**2 for value in state)) * math.sqrt(sum(value**2 for value in mean))
-            found.append(dot / max(norms, 1e-8) if number else math.nan)
-        if token == IMAGE and not (answer >= 0 and rollout.response_mask[answer]):
-            total = [one + other for one, other in zip(total, state, strict=True)]
-            number += 1
-    return found
-
-
 def expected_factors(batch: list[Rollout], hidden: list[Tensor], config: VGPOConfig) -> list[list[float]]:
-    """Factor of each response token, from the last hidden states ``[S, D]`` of each sequence.
-
-    For the schedule "linear" from the beginning, which both presets have.
-    """
-    cos = [cosines(*pair) for pair in zip(batch, hidden, strict=True)]
-    numbers = [value for values in cos for value in values if value == value]
-    offset = min([0.0, *numbers])
-    psi, scores = [], []
-    for values in cos:
-        leading = sum(value != value for value in values)
-        seen = list(range(leading, len(values)))
-        if not seen:
-            psi.append([0.0] * len(values))
-            scores.append(math.nan)
-            continue
-        first = max(int(len(values) * (1 - config.tail_ratio)), leading)
-        tail = sorted((values[t] for t in range(first, len(values))), reverse=True)
-        threshold = tail[max(1, int(len(tail) * config.top_ratio)) - 1]
-        weights = {}
-        for t in seen:
-            focus = (1 + values[t]) / 2 if config.score == "affine" else values[t] - offset
-            one_based = config.position == "one_based"
-            place = (t + 1) / len(values) if one_based else t / (len(values) - 1 + 1e-8)
-            gate = t >= first and values[t] >= threshold
-            weights[t] = focus * (1 + gate * config.beta * place / (1 + 1e-8))
-        low, high = min(weights.values()), max(weights.values())
-        normal = {t: (weight - low) / (high - low + 1e-8) for t, weight in weights.items()}
-        mean = sum(normal.values()) / len(seen)
-        psi.append([normal[t] - mean if t in normal else 0.0 for t in range(len(values))])
-        scores.append(sum((weights if config.accumulation == "compensated" else normal).values()))
-
-    factors = []
-    for rollout, token_weights, score in zip(batch, psi, scores, strict=True):
-        group = [s for other, s in zip(batch, scores, strict=True) if other.uid == rollout.uid and s == s]
-        phi = 0.0
-        if score == score and len(group) > 1:
-            spread = max(group) - min(group) + 1e-8
-            phi = (score - min(group)) / spread - sum((s - min(group)) / spread for s in group) / len(group)
-        of_tokens = iter(token_weights)
-        row = []
-        for answered in rollout.response_mask:
-            token, trajectory = 1 + (next(of_tokens) if answered else 0.0), 1 + phi
-            if config.intra_clamp is not None:
-                token = min(max(token, config.intra_clamp[0]), config.intra_clamp[1])
-            if config.inter_clamp is not None:
-                trajectory = min(max(trajectory, config.inter_clamp[0]), config.inter_clamp[1])
-            row.append(token * trajectory if answered and score == score else 1.0)
-        factors.append(row)
-    return factors
+    """Factor of each response token by the paper's equations, from the last hidden states ``[S, D]`` of sequences."""
+    cosines = []
+    for rollout, states in zip(batch, hidden, strict=True):
+        mask = [0] * len(rollout.prompt) + rollout.response_mask
+        visual = [token == IMAGE and not scored for token, scored in zip(rollout.ids, mask, strict=True)]
+        read = zip(states.double().tolist(), visual, map(bool, mask), strict=True)
+        cosines.append(focus([Position(*position) for position in read], causal=True))
+    rows = []
+    for rollout, weights in zip(batch, factors(cosines, [one.uid for one in batch], config), strict=True):
+        of_tokens = iter(weights.factors)
+        rows.append([next(of_tokens) if scored else 1.0 for scored in rollout.response_mask])
+    return rows
 
 
 def last_hidden_states(model: object, batch: list[Rollout]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from trainer.tiny_runs import generation_batch, make_trainer, rows
 from trl import GRPOConfig, GRPOTrainer
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, LOSS_TYPES, SURFACE, VESPO_SETTINGS
 
-from vgpo_kernels import PolicyLossOptions, VGPOConfig, backend, backends, policy_loss
+from vgpo_kernels import PolicyLossOptions, backend, backends, policy_loss
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,6 @@ def test_vespo_corrects_the_ratio_of_another_sampler(trainer, rollout, monkeypat
         monkeypatch.setattr(trainer, "off_policy_mask_threshold", 0.05)
     noise = 0.2 * torch.randn(rollout["completion_mask"].shape, generator=torch.Generator().manual_seed(6))
     ratio = (noise * rollout["completion_mask"]).exp()
-    monkeypatch.setattr(trainer, "_vgpo", VGPOConfig.paper())
     near = {**nearer(rollout, 0.1), "visual_factors": torch.ones(ratio.shape)}
     corrected = {**near, "importance_sampling_ratio": ratio}
     assert_same_loss(trainer, corrected)
@@ -329,6 +328,8 @@ def test_what_is_logged_is_trls_key_by_key(trainer, rollout, monkeypatch, loss_t
         monkeypatch.setattr(trainer, name, value)
     if trainer.beta:
         rollout = {**rollout, "ref_per_token_logps": rollout["reference"]}
+    if loss_type == "vespo":
+        rollout = nearer(rollout, 0.1)
     # A response that is masked altogether has no share of clipped tokens.
     tools = torch.ones_like(rollout["completion_mask"])
     tools[1] = 0
@@ -350,6 +351,8 @@ def test_what_is_logged_is_trls_key_by_key(trainer, rollout, monkeypatch, loss_t
         assert 0 < theirs["clip_ratio/low_mean"] < 1 and theirs["clip_ratio/high_max"] > 0
     if loss_type == "cispo":
         assert 0 < theirs["cispo_clip_ratio"] < 1
+    if loss_type == "vespo":
+        assert theirs["vespo/phi_seq_mean"] > 0.01
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -360,7 +363,17 @@ def test_factors_change_what_is_clipped_nowhere(trainer, rollout, monkeypatch, l
     ours = logged(type(trainer)._compute_loss, trainer, {**rollout, "visual_factors": factors}, "train")
     reweighted = {**rollout, "advantages": rollout["advantages"][:, None] * factors}
     theirs = logged(GRPOTrainer._compute_loss, trainer, reweighted, "train")
-    # vespo's weight is one of each response, which TRL counts once for each token where advantages are per token.
-    theirs.pop("vespo/phi_seq_mean", None)
+    theirs.pop("vespo/phi_seq_mean", None)  # of advantages per token TRL takes the mean over tokens
     for name, value in theirs.items():
         assert ours[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+
+
+def test_advantages_that_are_not_finite_are_counted(trainer, rollout):
+    advantages = rollout["advantages"].clone()
+    advantages[1] = torch.nan
+    trainer.model.eval()
+    try:
+        ours = logged(type(trainer)._compute_loss, trainer, {**rollout, "advantages": advantages}, "eval")
+    finally:
+        trainer.model.train()
+    assert ours["vgpo/nonfinite_advantages"] == rollout["completion_mask"][1].sum() > 0

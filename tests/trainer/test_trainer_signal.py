@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ pytest.importorskip("trl")
 import transformers
 from trainer.tiny_runs import FAMILIES, generation_batch, make_trainer, picture, rows
 from vgpo_trainer.rollouts import prompt_id, prompt_text, row_images
-from vgpo_trainer.signals.factors import compute_factors, late_early_ratio
+from vgpo_trainer.signals.factors import compute_factors, count_groups, late_early_ratio
 from vgpo_trainer.signals.reader import PolicyPasses, image_positions
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
 
@@ -185,8 +186,9 @@ def test_two_processes_have_the_signal_of_one(preset):
     """They hold halves of a batch whose groups straddle them; an image is missing, and a response is empty."""
     cos = torch.rand(8, 12, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8
     mask = torch.arange(12) < torch.tensor([12, 3, 7, 1, 0, 9, 12, 5])[:, None]
-    groups = torch.tensor([5, 9, 9, 5, 9, 5, 5, 9])
+    groups = torch.tensor([5, 9, 9, 5, 9, 7, 5, 9])
     cos[2] = torch.nan
+    cos[1, 1] = torch.inf
     config = VGPOConfig.paper() if preset == "paper" else VGPOConfig.released()
     whole = visual_weights(cos, mask, groups, config)
     exchange = Exchange(2)
@@ -205,7 +207,20 @@ def test_two_processes_have_the_signal_of_one(preset):
     assert whole.phi.abs().max() > 0.1
     ratios = torch.cat([share.late_early for share in shares])
     assert ratios.nanmean().item() == pytest.approx(whole.metrics["late_early_ratio"].item(), rel=1e-5)
-    assert ratios.isnan().tolist() == [False, False, True, True, True, False, False, False]
+    assert ratios.isnan().tolist() == [False, True, True, True, True, False, False, False]
+    for share in shares:  # 5 has three weighted responses, 7 and 9 one each; those of 9 are of the second process
+        assert (share.groups.item(), share.singleton_groups.item()) == (3, 2)
+    assert [share.nonfinite.item() for share in shares] == [1, 0]
+
+
+def test_groups_are_counted():
+    generator = torch.Generator().manual_seed(2)
+    for size in (0, 1, 2, 40, 41):
+        groups = torch.randint(0, 15, (size,), generator=generator)
+        weighted = torch.rand(size, generator=generator) > 0.4
+        counts = Counter(group for group, there in zip(groups.tolist(), weighted.tolist(), strict=True) if there)
+        number, alone = count_groups(groups, weighted)
+        assert (number, alone) == (len(counts), sum(count == 1 for count in counts.values()))
 
 
 def test_late_early_ratio_counts_valid_tokens():

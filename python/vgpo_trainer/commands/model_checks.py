@@ -30,10 +30,14 @@ VGPO_METRICS = (
     "psi_std",
     "phi_std",
     "weighted_share",
+    "nonfinite_responses",
+    "groups",
+    "singleton_groups",
     "factor_mean",
     "factor_min",
     "factor_max",
     "old_policy_kl",
+    "nonfinite_advantages",
 )
 
 

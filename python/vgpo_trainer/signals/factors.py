@@ -29,6 +29,9 @@ class SignalFactors:
         counted: True at scored tokens of weighted responses that have seen an image, ``[B, T]``.
         gate_rate: Share of the counted tokens that the gate lets through, 0-dimensional.
         late_early: Mean score of the second half of a response over that of its first, ``[B]``; NaN where undefined.
+        nonfinite: Number of these responses that are unweighted for a signal that is not finite, 0-dimensional.
+        groups: Number of groups with a weighted response, over all processes, 0-dimensional.
+        singleton_groups: Number of those with one only, whose phi is 0, likewise.
     """
 
     psi: Tensor
@@ -38,6 +41,9 @@ class SignalFactors:
     counted: Tensor
     gate_rate: Tensor
     late_early: Tensor
+    nonfinite: Tensor
+    groups: Tensor
+    singleton_groups: Tensor
 
 
 def compute_factors(
@@ -63,10 +69,12 @@ def compute_factors(
     config = fix_offset(config, values, response_mask, gather)
     batch = values.shape[0]
     # Phase one. Each response is its own group here: phi comes from all processes' scores below.
-    alone = torch.arange(batch, device=values.device)
-    local = visual_weights(values, response_mask, alone, config)
+    each = torch.arange(batch, device=values.device)
+    local = visual_weights(values, response_mask, each, config)
     # Phase two.
-    phi = group_weights(gather(local.score), gather(group_ids), config)
+    scores, groups = gather(local.score), gather(group_ids)
+    phi = group_weights(scores, groups, config)
+    number, alone = count_groups(groups, scores.isfinite())
     phi = phi[process_index * batch : (process_index + 1) * batch]
 
     weighted = local.score.isfinite()
@@ -79,7 +87,20 @@ def compute_factors(
         counted=counted,
         gate_rate=local.metrics["gate_rate"],
         late_early=late_early_ratio(values, response_mask, counted, config),
+        nonfinite=local.metrics["nonfinite_responses"],
+        groups=number,
+        singleton_groups=alone,
     )
+
+
+def count_groups(group_ids: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the groups among weighted responses, and those of them that have one only; without the host's help."""
+    nobody = torch.iinfo(torch.int64).max
+    ordered = group_ids.to(torch.int64).masked_fill(~weighted, nobody).sort().values
+    edge = ordered.new_ones(1, dtype=torch.bool)
+    step = ordered[1:] != ordered[:-1]
+    first, last = torch.cat([edge, step]) & (ordered != nobody), torch.cat([step, edge])
+    return first.sum(), (first & last).sum()
 
 
 def fix_offset(

@@ -31,9 +31,11 @@ def signal_records(shown: Tensor, found: SignalFactors, accelerator: Accelerator
         "psi_square": psi.square().sum(),
         "phi": phi.sum(),
         "phi_square": phi.square().sum(),
+        "nonfinite": found.nonfinite,
     }
     reduced = accelerator.reduce(torch.stack([value.float() for value in sums.values()]), reduction="sum")
     total = dict(zip(sums, reduced.tolist(), strict=True))
+    groups, singleton_groups = torch.stack([found.groups, found.singleton_groups]).tolist()
     return {
         "visual_focus": mean(total["shown"], total["tokens"]),
         "gate_rate": mean(total["gated"], total["tokens"]),
@@ -41,6 +43,9 @@ def signal_records(shown: Tensor, found: SignalFactors, accelerator: Accelerator
         "psi_std": standard_deviation(total["psi"], total["psi_square"], total["tokens"]),
         "phi_std": standard_deviation(total["phi"], total["phi_square"], total["responses"]),
         "weighted_share": mean(total["responses"], total["batch"]),
+        "nonfinite_responses": total["nonfinite"],
+        "groups": groups,
+        "singleton_groups": singleton_groups,
     }
 
 
