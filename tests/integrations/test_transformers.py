@@ -198,14 +198,44 @@ def test_gradient_checkpointing_captures_once_and_leaves_gradients_alone(reentra
     torch.testing.assert_close(plain, checkpointed)
 
 
+# ---- tokens that the policy sampled ------------------------------------------------------------------------------
+
+
+def test_sampled_visual_tokens_are_no_image():
+    ids = torch.tensor([[IMAGE, 5, IMAGE, 6, VIDEO, IMAGE], [5, 6, 7, IMAGE, 6, 5]])
+    mask = torch.tensor([[1, 0, 1], [0, 1, 1]])  # the first response's second token and the other's first are a tool's
+    expected = [[True, False, True, False, True, False], [False, False, False, True, False, False]]
+    assert visual_mask(ids, (IMAGE, VIDEO), mask).tolist() == expected
+    whole = nn.functional.pad(mask, (3, 0)).bool()
+    assert visual_mask(ids, (IMAGE, VIDEO), whole).tolist() == expected
+    assert visual_mask(ids.flatten(), (IMAGE, VIDEO), whole.flatten()).tolist() == expected[0] + expected[1]
+    assert visual_mask(ids, (IMAGE, VIDEO)).sum() == 5
+
+
+def test_the_pages_loop_leaves_out_what_was_sampled():
+    """The block as it stands in docs/integrate.md, on an answer that has a placeholder."""
+    config = transformers.Qwen2Config(**{**TEXT, "num_hidden_layers": 2})
+    config.image_token_id = IMAGE
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    ids = torch.randint(3, IMAGE, (2, 9), generator=torch.Generator().manual_seed(1))
+    ids[:, 1:3] = ids[0, 6] = IMAGE
+    rollout = sampled({}, 4)
+    scope = {"model": model, "inputs": {"input_ids": ids}, **rollout, "logp": rollout["old_logp"].clone()}
+    exec(page_block("## Your own loop"), scope)
+    shown = ids == IMAGE
+    shown[0, 6] = False
+    assert torch.equal(scope["cos"], visual_focus(scope["captured"].hidden, shown, rollout["response_mask"]))
+    assert scope["loss"].isfinite()
+
+
 # ---- a loss from hidden states -----------------------------------------------------------------------------------
 
 INTEGRATE = Path(__file__).resolve().parents[2] / "docs" / "integrate.md"
 
 
 def page_block(title: str) -> str:
-    """The first Python block of docs/integrate.md after a title."""
-    return INTEGRATE.read_text().partition(f"**{title}**")[2].partition("```python\n")[2].partition("```")[0]
+    """The first Python block of docs/integrate.md after a title or the like."""
+    return INTEGRATE.read_text().partition(title)[2].partition("```python\n")[2].partition("```")[0]
 
 
 def sampled(inputs: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
@@ -235,7 +265,7 @@ def test_the_pages_loss_without_logits_trains_the_decoder(family):
     model.float()
     rollout = sampled(inputs, 3)
     scope = {"model": model, "inputs": inputs, **rollout}
-    exec(page_block("Without logits."), scope)
+    exec(page_block("**Without logits.**"), scope)
     found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     decoder = [name for name in found if "layers" in name and "language_model" in name]
     assert decoder and all(found[name].abs().max() > 0 for name in decoder)
@@ -262,7 +292,7 @@ def test_the_pages_loss_without_logits_trains_the_decoder(family):
 def test_detached_states_train_the_head_alone_and_it_is_said():
     model, inputs = build("qwen2_5_vl"), batch_with_images("qwen2_5_vl")
     rollout = sampled(inputs, 3)
-    code = page_block("Without logits.").replace("model.model(**inputs).last_hidden_state", "captured.hidden")
+    code = page_block("**Without logits.**").replace("model.model(**inputs).last_hidden_state", "captured.hidden")
     with capture_hidden_states(model) as captured:
         model(**inputs)
     linear_ops._warn_of_detached.cache_clear()

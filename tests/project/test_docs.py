@@ -215,7 +215,7 @@ def test_python_blocks_compile_and_run_if_they_can(code: str) -> None:
 def test_enough_blocks_run() -> None:
     scope = set(example_scope())
     run = {name for name, code in blocks("python") if free_names(code) <= scope and not NEEDS_MORE.search(code)}
-    assert len([name for name in run if name.startswith("integrate")]) >= 3
+    assert len([name for name in run if name.startswith("integrate")]) >= 2
     assert run >= {"README-0", "README-1", "adding-a-signal-0", "how-it-works-0", "how-it-works-1", "how-it-works-2"}
 
 

@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from accelerate import DistributedType, PartialState  # noqa: E402
 from trainer.tiny_runs import make_trainer, rows  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
+from trl import GRPOTrainer  # noqa: E402
 
 RESPONSES = 24
 GENERATIONS = 8  # three prompts; two processes of twelve responses each share the second
@@ -135,6 +136,16 @@ def run_case(name: str, micro_batches: int, processes: int = 1, **settings: Any)
         "phi_std": [record["vgpo/phi_std"] for record in logged if record.get("vgpo/phi_std") is not None],
         "gradients": gradients.steps,
         "kinds": kinds,
+        "logged": logged,
+    }
+
+
+def logs_beside_trls(micro_batches: int, processes: int) -> dict[str, list[dict[str, float]]]:
+    """What VGPOTrainer logs with factors of 1, and TRL's trainer, of a step off the policy that generated."""
+    settings = {"loss_type": "grpo", "num_iterations": 2, "max_steps": 2, "epsilon": 0.005, "entropy_coef": 0.01}
+    kinds = {"ours": {"vgpo_intra": False, "vgpo_inter": False}, "trl's": {"trainer_class": GRPOTrainer}}
+    return {
+        kind: run_case("grpo", micro_batches, processes, **settings, **more)["logged"] for kind, more in kinds.items()
     }
 
 
@@ -179,6 +190,7 @@ def main(out: str) -> None:
     micro_batches = 4 // processes
     results = {name: run_case(name, micro_batches, processes) for name in CASES}
     results["evaluation"] = evaluate(processes)
+    results["logs"] = logs_beside_trls(micro_batches, processes)
     with processes_taken_for_gpus():
         results["sharded"] = run_case("dapo", micro_batches, processes, **SHARDED)
         results["refused"] = refused_mixture(micro_batches, processes)

@@ -73,6 +73,18 @@ def test_a_fully_sharded_model_trains_alike(two_processes):
     assert_same_training(in_one_piece("dapo"), two_processes["sharded"])
 
 
+def test_two_processes_log_what_trls_do(two_processes):
+    """Means, extremes of responses and the loss of the policy, over both."""
+    ours, theirs = two_processes["logs"]["ours"], two_processes["logs"]["trl's"]
+    assert len(ours) == len(theirs) == 2
+    for record, other in zip(ours, theirs, strict=True):
+        assert {name for name in record if not name.startswith("vgpo/")} == set(other)
+        for name in set(other) - {"step_time"}:
+            assert record[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+    assert 0 < ours[1]["clip_ratio/region_mean"] < 1 and ours[1]["clip_ratio/high_max"] > 0
+    assert ours[0]["vgpo/groups"] == 3 and ours[0]["vgpo/singleton_groups"] == 0
+
+
 def test_groups_of_an_evaluation_straddle_processes(two_processes):
     """Three responses on each, two to a group; the last batch has two, which accelerate fills up to six."""
     found = two_processes["evaluation"]

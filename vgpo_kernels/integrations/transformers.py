@@ -6,7 +6,8 @@ further memory::
 
     with capture_hidden_states(model) as captured:
         logits = model(**inputs).logits
-    cos = visual_focus(captured.hidden, visual_mask(inputs["input_ids"], model), response_mask)
+    images = visual_mask(inputs["input_ids"], model, response_mask)
+    cos = visual_focus(captured.hidden, images, response_mask)
 
 The attention of its layers is captured the same way, without the attention matrix::
 

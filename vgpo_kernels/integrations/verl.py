@@ -120,7 +120,7 @@ def compute_policy_loss(
     return loss * batch.get("dp_size", 1), reported
 
 
-def sampled_of_packed(input_ids: Any, response_mask: Any) -> Tensor:
+def _sampled_of_packed(input_ids: Any, response_mask: Any) -> Tensor:
     """Return True at the tokens of a nested batch that the policy sampled, bool ``[N]``.
 
     Args:
@@ -151,7 +151,7 @@ def focus_of_packed(hidden: Tensor, input_ids: Any, model: Any, response_mask: A
             to the right.
         input_ids: verl's nested token ids, B sequences of N tokens in all.
         model: The model, whose configuration names its visual tokens.
-        response_mask: As for :func:`sampled_of_packed`.
+        response_mask: As for :func:`_sampled_of_packed`.
 
     Returns:
         fp32 ``[N]``: cosines, 0 at tokens that were not sampled and NaN where no image was seen yet, **shifted one
@@ -163,7 +163,7 @@ def focus_of_packed(hidden: Tensor, input_ids: Any, model: Any, response_mask: A
         ValueError: The model's configuration names no visual token.
 
     """
-    sampled = sampled_of_packed(input_ids, response_mask).to(hidden.device)
+    sampled = _sampled_of_packed(input_ids, response_mask).to(hidden.device)
     ids, offsets = input_ids.values().to(hidden.device), input_ids.offsets().to(hidden.device)
     visual = visual_mask(ids, model, sampled)
     if hidden.shape[0] == 1:
