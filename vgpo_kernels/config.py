@@ -167,17 +167,20 @@ class _Settings:
         cls.defaults = {name: getattr(cls, name) for name in cls.kinds}
 
     def __post_init__(self) -> None:
-        for name, kind in self.kinds.items():
+        for name, default in self.defaults.items():
             value = getattr(self, name)
-            if value is not self.defaults[name]:  # most are, in every call of a loss
-                kind.check(name, value)
+            if value is not default:  # most are, in every call of a loss
+                self.kinds[name].check(name, value)
 
     def as_floats(self) -> list[float]:
         """Flatten to the numbers that kernels take, field by field (``read`` in csrc/math.h)."""
         numbers: list[float] = []
         for name, kind in self.kinds.items():
             value = getattr(self, name)
-            numbers += (value,) if type(value) is float else kind.encode(value)
+            if type(value) is float:
+                numbers.append(value)
+            else:
+                numbers += kind.encode(value)
         return numbers
 
     @classmethod

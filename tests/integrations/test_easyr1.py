@@ -202,6 +202,7 @@ def test_what_rollouts_leave_behind(model: Any, padding_free: bool, preset: str,
     metrics = modules["trainer_module"].compute_data_metrics(batch=data, use_critic=False)
     assert metrics["critic/advantages/mean"] == pytest.approx(data.batch["advantages"].mean().item())
     assert all(value == value for value in metrics.values())
+    assert modules["trainer_module"].compute_data_metrics(batch=data).keys() == {"critic/advantages/mean"}, "said once"
     if tools:
         assert metrics.items() >= METRICS.items()
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -303,6 +304,43 @@ def test_what_agents_leave_behind(model: Any, monkeypatch: pytest.MonkeyPatch, p
         assert torch.equal(after[index], before[index])
     assert metrics.items() >= METRICS.items()
     assert all(value == value for value in metrics.values())
+
+
+@pytest.fixture
+def data_plane(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """verl's own, on Ray in processes of its own."""
+    ray = pytest.importorskip("ray")
+    queue = pytest.importorskip("transfer_queue")
+    omegaconf = pytest.importorskip("omegaconf")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # its token would be written to the home folder
+    # A storage unit waits for a CPU of its own.
+    ray.init(num_cpus=16, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    try:
+        units = {"storage_backend": "SimpleStorage", "SimpleStorage": {"num_data_storage_units": 1}}
+        queue.init(omegaconf.OmegaConf.create({"backend": units}))
+        yield queue
+    finally:
+        ray.shutdown()
+
+
+def test_factors_through_verls_data_plane(model: Any, data_plane: Any) -> None:
+    """Names of prompts, nested masks and NaN come back from another process as the adapter reads them."""
+    batch = rollouts()
+    hidden = last_hidden_states(model, batch)
+    data = as_verl_keeps(batch)
+    ids = data["input_ids"]
+    cos = adapter.focus_of_packed(torch.cat(hidden)[None], ids, model, data["response_mask"])
+    data[adapter.FIELD] = torch.nested.nested_tensor_from_jagged(cos, ids.offsets())
+    data["advantages"] = nested([torch.ones(len(rollout.response)) for rollout in batch])
+    keys = [f"{rollout.uid}_{index}_0" for index, rollout in enumerate(batch)]
+    stored = data_plane.kv_batch_put(keys=keys, partition_id="train", fields=data, tags=[{} for _ in keys])
+    metrics: dict[str, Any] = {}
+    adapter.visually_guided(Trainer)({})._compute_advantage(stored, metrics)
+    found = data_plane.kv_batch_get(keys=keys, partition_id="train", select_fields=["advantages"])["advantages"]
+    expected = expected_factors(batch, hidden, VGPOConfig.paper())
+    for index, (row, factors) in enumerate(zip(found.unbind(), expected, strict=True)):
+        assert_close(row, torch.tensor(factors).double(), name=f"advantages {index}", floor=1e-4)
+    assert metrics.items() >= METRICS.items()
 
 
 def test_the_mask_of_responses_has_to_be_nested(model: Any) -> None:

@@ -217,7 +217,9 @@ def _reporting(data_metrics: Callable[..., Any], latest: dict[str, float]) -> Ca
 
     @_patch(data_metrics)
     def compute_data_metrics(*arguments: Any, **options: Any) -> dict[str, Any]:
-        return {**data_metrics(*arguments, **options), **latest}
+        found = {**data_metrics(*arguments, **options), **latest}
+        latest.clear()
+        return found
 
     return compute_data_metrics
 
