@@ -52,6 +52,7 @@ RESPONSES = [
     "",
     "ttvvvt" + "v" * 40 + "t" * 19 + "v" * 33 + "t",  # chunks of more rows than a run has
     "b" * 21,
+    "vtbtbbvtb.tb" * 2,  # a token on a visual row does not see it
     "v.t..v.t" * 3 + "vvvvv",
     "t" * 11 + "v",  # an image after the last token
 ]
