@@ -248,7 +248,7 @@ enum FocusMetric {
 
 // ---- policy loss ----------------------------------------------------------------------------------------------
 
-enum class LossType { kGrpo, kBnpo, kDapo, kDrGrpo, kGspo, kGspoToken, kCispo, kSapo, kCount };
+enum class LossType { kGrpo, kBnpo, kDapo, kDrGrpo, kGspo, kGspoToken, kCispo, kSapo, kLuspo, kVespo, kCount };
 enum class Aggregation {
     kTokenMean,
     kSequenceMeanTokenMean,
@@ -261,6 +261,9 @@ enum class ImportanceMode { kTruncate, kMask, kCount };
 
 constexpr float kKlLogRatioLimit = 20.0f;  // k3_clamped: bound of the log-ratio
 constexpr float kKlLimit = 10.0f;          // k3_clamped: bound of the estimate
+constexpr float kVespoLimit = 20.0f;       // vespo: bound of a token's |log-ratio|, and of a response's log w
+constexpr float kVespoFloor = -18.420680743952367f;  // vespo: log 1e-8, the least log w
+constexpr float kVespoLeastLambda = 1e-4f;
 
 // PolicyLossOptions for kernels.
 struct LossOptions {
@@ -273,6 +276,7 @@ struct LossOptions {
     float entropy_coef;
     float max_length;  // 0: none
     float tau_positive, tau_negative;
+    float vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg;
     float ratio_clamp;  // bound of |log-ratio|; infinity: none
     float cispo_cap;    // NaN: clip to [1 - epsilon_low, 1 + epsilon_high]
     bool kl_bias_correction;
@@ -293,6 +297,10 @@ struct LossOptions {
         reader.optional("max_length", max_length);
         reader.number("sapo_temperature_positive", tau_positive);
         reader.number("sapo_temperature_negative", tau_negative);
+        reader.number("vespo_k_pos", vespo_k_pos);
+        reader.number("vespo_lambda_pos", vespo_lambda_pos);
+        reader.number("vespo_k_neg", vespo_k_neg);
+        reader.number("vespo_lambda_neg", vespo_lambda_neg);
         reader.optional("ratio_clamp", ratio_clamp);
         reader.optional("cispo_cap", cispo_cap);
         reader.flag("kl_bias_correction", kl_bias_correction);
@@ -300,10 +308,13 @@ struct LossOptions {
         reader.code("importance_mode", importance_mode);
     }
 
-    // The ratio of these losses is one number per response: its mean log-ratio must be known first.
-    VGPO_HD bool sequence_level() const {
-        return loss_type == LossType::kGspo || loss_type == LossType::kGspoToken;
-    }
+    VGPO_HD bool vespo() const { return loss_type == LossType::kVespo; }
+    // The ratio of these losses is one number per response, of its mean log-ratio.
+    VGPO_HD bool sequence_ratio() const { return through_mean() || loss_type == LossType::kGspoToken; }
+    // Every token's gradient goes through that mean.
+    VGPO_HD bool through_mean() const { return loss_type == LossType::kGspo || loss_type == LossType::kLuspo; }
+    // A sum over the response must be known first (see SequenceTerms).
+    VGPO_HD bool sequence_level() const { return sequence_ratio() || vespo(); }
 };
 
 // An importance ratio and its derivative w.r.t. the log-ratio (zero where the clamp is active).
@@ -321,6 +332,43 @@ VGPO_HD inline Ratio<F> importance_ratio(F log_ratio, const LossOptions& options
     return {value, select(outside, zero, value)};
 }
 
+// Importance-sampling correction of the sampler's mismatch: truncated at the cap, or zero beyond it.
+template <typename F>
+VGPO_HD inline F importance_correction(F weight, const LossOptions& options) {
+    const F cap(options.importance_cap);
+    if (options.importance_mode == ImportanceMode::kTruncate) return minimum(weight, cap);
+    return select(weight > cap, F(0.0f), weight);
+}
+
+// What the tokens of a sequence-level loss read of their response.
+struct SequenceTerms {
+    float mean_log_ratio;             // of losses with a sequence ratio
+    float vespo_gains, vespo_losses;  // vespo's weight of an advantage that is not negative, and of one that is
+};
+
+// The bound of a token's log-ratio in the sum that SequenceTerms are made of.
+VGPO_HD inline float summed_limit(const LossOptions& options) { return options.vespo() ? kVespoLimit : INFINITY; }
+
+// What an importance weight adds to that sum in vespo, which corrects its w instead of the surrogate.
+VGPO_HD inline float log_importance(float weight, const LossOptions& options) {
+    return clamped(logf(importance_correction(weight, options)), kVespoFloor, kVespoLimit);
+}
+
+// phi(w) = w^k e^(lambda (1 - w)), 0 where it is not finite.
+VGPO_HD inline float vespo_weight(float log_weight, float k, float lambda) {
+    const float decay = maximum(lambda, kVespoLeastLambda);
+    const float weight = expf(decay + k * log_weight - decay * expf(log_weight));
+    return is_finite(weight) ? weight : 0.0f;
+}
+
+// From the sum over a response of `length` tokens.
+VGPO_HD inline SequenceTerms sequence_terms(double sum, int64_t length, const LossOptions& options) {
+    if (!options.vespo()) return {static_cast<float>(sum / static_cast<double>(length < 1 ? 1 : length)), 0.0f, 0.0f};
+    const float log_weight = clamped(static_cast<float>(sum), kVespoFloor, kVespoLimit);
+    return {0.0f, vespo_weight(log_weight, options.vespo_k_pos, options.vespo_lambda_pos),
+            vespo_weight(log_weight, options.vespo_k_neg, options.vespo_lambda_neg)};
+}
+
 // The surrogate of one token: its value, its derivative w.r.t. the log-ratio, and 0/1 indicators.
 template <typename F>
 struct Surrogate {
@@ -331,9 +379,10 @@ struct Surrogate {
     F dual_clipped;
 };
 
-// `advantage` is A times the factor. `log_prob` enters the value of CISPO alone.
+// `advantage` is A times the factor. `log_prob` enters the values of CISPO and VESPO alone.
 template <typename F>
-VGPO_HD inline Surrogate<F> surrogate(Ratio<F> ratio, F log_prob, F advantage, const LossOptions& options) {
+VGPO_HD inline Surrogate<F> surrogate(Ratio<F> ratio, F log_prob, F advantage, const SequenceTerms& sequence,
+                                      const LossOptions& options) {
     const F zero(0.0f), one(1.0f);
     const F negated = zero - advantage;
     Surrogate<F> result;
@@ -343,6 +392,11 @@ VGPO_HD inline Surrogate<F> surrogate(Ratio<F> ratio, F log_prob, F advantage, c
         const F gate = sigmoid(tau * (ratio.value - one));
         result.value = negated * gate * F(4.0f) / tau;
         result.slope = negated * F(4.0f) * gate * (one - gate) * ratio.slope;
+        return result;
+    }
+    if (options.vespo()) {
+        result.slope = negated * select(advantage >= zero, F(sequence.vespo_gains), F(sequence.vespo_losses));
+        result.value = result.slope * log_prob;
         return result;
     }
     const bool capped = options.loss_type == LossType::kCispo && options.cispo_cap == options.cispo_cap;
@@ -399,14 +453,6 @@ VGPO_HD inline Kl<F> kl_estimate(F log_prob, F ref_log_prob, const LossOptions& 
     }
 }
 
-// Importance-sampling correction of the sampler's mismatch: truncated at the cap, or zero beyond it.
-template <typename F>
-VGPO_HD inline F importance_correction(F weight, const LossOptions& options) {
-    const F cap(options.importance_cap);
-    if (options.importance_mode == ImportanceMode::kTruncate) return minimum(weight, cap);
-    return select(weight > cap, F(0.0f), weight);
-}
-
 // What one token of a response of `length` valid tokens counts in the loss. Zero denominators count as one.
 VGPO_HD inline float token_scale(int64_t length, float num_tokens, float num_sequences, const LossOptions& options) {
     float denominator;
@@ -436,6 +482,7 @@ enum PolicyMetric {
     kFactorMax,
     kFactorStd,
     kNumTokens,
+    kNonfiniteAdvantages,
     kPolicyMetrics,
 };
 

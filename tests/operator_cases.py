@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from vgpo_kernels import PolicyLossOptions, VGPOConfig
 from vgpo_kernels.config import Bounds, Choice, Flag, Kind, Number
 from vgpo_kernels.ops import registry
+from vgpo_kernels.ops.policy_loss import NEEDS
 
 BATCH_OPERATORS = ("visual_prototype", "visual_focus", "visual_weights", "group_weights", "policy_loss", "vgpo_loss")
 CONFIG = VGPOConfig.paper().as_floats()
@@ -55,6 +57,12 @@ def operator_arguments(operator: str, batch: Batch, **given: Any) -> dict[str, A
         "causal": False,
     }
     return schema_order(operator, **(of_batch | given))
+
+
+def computed_metrics(names: tuple[str, ...], given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return those of the metrics that a loss has with the given keyword arguments."""
+    absent = {name for name, tensor in NEEDS.items() if given.get(tensor) is None}
+    return tuple(name for name in names if name not in absent)
 
 
 def field_kind(kind: Kind) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 # Kernels know a choice by its place in these lists (csrc/math.h has enums of the same order: LossType, ...).
-LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gspo_token", "cispo", "sapo"]
+LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gspo_token", "cispo", "sapo", "luspo", "vespo"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 KLEstimator = Literal["k1", "k2", "k3", "k3_clamped"]
 ImportanceMode = Literal["truncate", "mask"]
@@ -29,6 +29,8 @@ DEFAULT_AGGREGATION: dict[LossType, Aggregation] = {
     "gspo_token": "seq-mean-token-mean",
     "cispo": "token-mean",
     "sapo": "seq-mean-token-mean",
+    "luspo": "seq-mean-token-sum",
+    "vespo": "token-mean",
 }
 
 
@@ -273,7 +275,9 @@ class PolicyLossOptions(_Settings):
     Args:
         loss_type: Surrogate: ``"grpo"``, ``"bnpo"``, ``"dapo"`` and ``"dr_grpo"`` clip the token ratio and differ in
             their default aggregation; ``"gspo"`` and ``"gspo_token"`` clip the sequence ratio; ``"cispo"`` weights
-            the log-prob by the clipped, detached ratio; ``"sapo"`` gates softly.
+            the log-prob by the clipped, detached ratio; ``"sapo"`` gates softly; ``"luspo"`` is ``"gspo"`` with each
+            response's loss multiplied by its length; ``"vespo"`` weights the log-prob by a smooth, detached function
+            of the product of the response's ratios (see :func:`policy_loss`).
         aggregation: How token losses become one number: ``"token-mean"``, ``"seq-mean-token-mean"``,
             ``"seq-mean-token-sum"`` or ``"seq-mean-token-sum-norm"``; ``None`` takes the loss type's own.
         epsilon_low: Clip range below 1, >= 0.
@@ -285,6 +289,11 @@ class PolicyLossOptions(_Settings):
         max_length: Length that ``"seq-mean-token-sum-norm"`` divides by, > 0.
         sapo_temperature_positive: Temperature of sapo's gate where the advantage is positive, > 0.
         sapo_temperature_negative: The same where it is not, > 0.
+        vespo_k_pos: Exponent k of vespo's weight where the advantage is not negative, >= 0: how fast the weight falls
+            as the response's ratio goes below 1.
+        vespo_lambda_pos: Decay lambda of the same, >= 0 (at least 1e-4 is taken): how fast it falls above 1.
+        vespo_k_neg: k where the advantage is negative.
+        vespo_lambda_neg: lambda where the advantage is negative.
         ratio_clamp: Bound on the absolute log-ratio before ``exp``, > 0, or ``None``.
         cispo_cap: Clip cispo's ratio to at most this value instead of to the clip range, > 0, or ``None``.
         kl_bias_correction: Multiply the KL term by the policy ratio.
@@ -308,6 +317,10 @@ class PolicyLossOptions(_Settings):
     max_length: Annotated[float | None, Number("> 0", none="0")] = None
     sapo_temperature_positive: Annotated[float, Number("> 0")] = 1.0
     sapo_temperature_negative: Annotated[float, Number("> 0")] = 1.05
+    vespo_k_pos: Annotated[float, Number(">= 0")] = 2.0
+    vespo_lambda_pos: Annotated[float, Number(">= 0")] = 3.0
+    vespo_k_neg: Annotated[float, Number(">= 0")] = 3.0
+    vespo_lambda_neg: Annotated[float, Number(">= 0")] = 2.0
     ratio_clamp: Annotated[float | None, Number("> 0", none="inf")] = 20.0
     cispo_cap: Annotated[float | None, Number("> 0", none="nan")] = None
     kl_bias_correction: bool = False

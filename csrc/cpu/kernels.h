@@ -21,8 +21,8 @@ struct ResponseWeights {
 // response one; layout, mask and numbers of the batch are not set.
 struct LossTokens : LossInput {
     const float* factors;  // null: all one
-    float mean_log_ratio;  // of the response; read by sequence-level losses
-    float scale;           // what a token counts in the loss
+    SequenceTerms sequence;  // of the response; read by sequence-level losses
+    float scale;             // what a token counts in the loss
     int64_t length;
 };
 
@@ -32,10 +32,10 @@ struct LossSums {
     double clipped_low = 0.0, clipped_high = 0.0, dual_clipped = 0.0;
     double ratio = 0.0, old_kl = 0.0, ref_kl = 0.0, entropy = 0.0;
     double factor = 0.0, factor_square = 0.0;  // of factor - 1, which keeps the variance exact near 1
-    double sequence_slope = 0.0;               // gspo: d loss / d mean log-ratio
+    double sequence_slope = 0.0;               // through_mean(): d loss / d mean log-ratio
     float ratio_min = std::numeric_limits<float>::infinity(), ratio_max = -std::numeric_limits<float>::infinity();
     float factor_min = std::numeric_limits<float>::infinity(), factor_max = -std::numeric_limits<float>::infinity();
-    int64_t tokens = 0;
+    int64_t tokens = 0, nonfinite_advantages = 0;
 };
 
 // Running statistics of a row of logits z, as head_statistics keeps them.
@@ -90,8 +90,9 @@ struct Kernels {
                                         const WeightsConfig& config, int32_t* keys, float* w, float* psi);
     void (*factors)(const float* psi, int64_t length, float phi, const WeightsConfig& config, float* factors);
 
-    double (*log_ratio_sum)(const float* logp, const float* old_logp, int64_t length);
-    // Adds to `sums` and writes d loss / d logp; for gspo without the share that goes through the mean log-ratio.
+    // The sum of log-ratios, each bounded by +-limit.
+    double (*log_ratio_sum)(const float* logp, const float* old_logp, int64_t length, float limit);
+    // Adds to `sums` and writes d loss / d logp; without the share that goes through the mean log-ratio.
     void (*policy_loss)(const LossTokens& tokens, float* grad_logp, LossSums& sums);
 
     // A panel of up to kPanelKeys keys, transposed and widened: component i of key j is panel[i * kPanelKeys + j].

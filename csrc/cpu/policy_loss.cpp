@@ -106,18 +106,28 @@ struct Batch {
     }
 };
 
-std::vector<float> mean_log_ratios(const Batch& batch) {
+std::vector<SequenceTerms> sequence_terms(const Batch& batch) {
+    const LossInput& input = batch.input;
+    const LossOptions& options = input.options;
+    const SpreadInput& importance = input.importance;
+    const bool corrected = options.vespo() && importance.values != nullptr;
     std::vector<double> sums(batch.pieces.count());
     batch.for_pieces([&](int64_t piece, int64_t b, int64_t begin, int64_t end) {
-        const PieceTokens gathered(batch.input, nullptr, b, begin, end);
-        sums[piece] = kernels().log_ratio_sum(gathered.tokens.logp, gathered.tokens.old_logp, gathered.tokens.length);
+        const PieceTokens gathered(input, nullptr, b, begin, end);
+        const LossTokens& tokens = gathered.tokens;
+        sums[piece] = kernels().log_ratio_sum(tokens.logp, tokens.old_logp, tokens.length, summed_limit(options));
+        for (int64_t i = 0; corrected && importance.per_token && i < tokens.length; ++i) {
+            sums[piece] += log_importance(tokens.importance.values[i], options);
+        }
     });
     const std::vector<double> totals = batch.per_response([&](int64_t piece) { return sums[piece]; });
-    std::vector<float> means(totals.size());
-    for (size_t b = 0; b < means.size(); ++b) {
-        means[b] = static_cast<float>(totals[b] / static_cast<double>(std::max<int64_t>(batch.counts[b], 1)));
+    std::vector<SequenceTerms> terms(totals.size());
+    for (size_t b = 0; b < terms.size(); ++b) {
+        const bool once = corrected && !importance.per_token;
+        const double correction = once ? log_importance(importance.values[b], options) : 0.0;
+        terms[b] = vgpo::sequence_terms(totals[b] + correction, batch.counts[b], options);
     }
-    return means;
+    return terms;
 }
 
 LossSums total_of(const std::vector<LossSums>& pieces) {
@@ -138,6 +148,7 @@ LossSums total_of(const std::vector<LossSums>& pieces) {
         total.factor_min = std::min(total.factor_min, piece.factor_min);
         total.factor_max = std::max(total.factor_max, piece.factor_max);
         total.tokens += piece.tokens;
+        total.nonfinite_advantages += piece.nonfinite_advantages;
     }
     return total;
 }
@@ -166,6 +177,7 @@ void write_metrics(const LossSums& sums, float* metrics) {
     const double variance = sums.factor_square / number - deviation * deviation;
     metrics[kFactorStd] = static_cast<float>(std::sqrt(std::max(variance, 0.0)));
     metrics[kNumTokens] = static_cast<float>(sums.tokens);
+    metrics[kNonfiniteAdvantages] = static_cast<float>(sums.nonfinite_advantages);
 }
 
 }  // namespace
@@ -178,13 +190,13 @@ void policy_loss(const LossInput& input, const float* factors, const LossOutput&
     const float num_tokens = input.num_tokens == nullptr ? static_cast<float>(valid) : *input.num_tokens;
     const float num_sequences =
         input.num_sequences == nullptr ? static_cast<float>(input.layout.batch) : *input.num_sequences;
-    std::vector<float> means(input.layout.batch);
-    if (options.sequence_level()) means = mean_log_ratios(batch);
+    std::vector<SequenceTerms> terms(input.layout.batch);
+    if (options.sequence_level()) terms = sequence_terms(batch);
 
     std::vector<LossSums> sums(batch.pieces.count());
     batch.for_pieces([&](int64_t piece, int64_t b, int64_t begin, int64_t end) {
         PieceTokens gathered(input, factors, b, begin, end);
-        gathered.tokens.mean_log_ratio = means[b];
+        gathered.tokens.sequence = terms[b];
         gathered.tokens.scale = token_scale(batch.counts[b], num_tokens, num_sequences, options);
         kernels().policy_loss(gathered.tokens, gathered.place(output.grad_logp), sums[piece]);
         gathered.spread_out(output.grad_logp);
@@ -194,7 +206,7 @@ void policy_loss(const LossInput& input, const float* factors, const LossOutput&
         }
     });
 
-    if (options.loss_type == LossType::kGspo) {
+    if (options.through_mean()) {
         // Every token moves its response's mean log-ratio by 1 / T_i.
         const auto slopes = batch.per_response([&](int64_t piece) { return sums[piece].sequence_slope; });
         batch.for_pieces([&](int64_t, int64_t b, int64_t begin, int64_t end) {

@@ -26,11 +26,11 @@ struct PolicySums {
     float factor_square;
     Extremes ratios;
     Extremes factors;
-    int32_t tokens;
+    int32_t tokens, nonfinite_advantages;
     int32_t clipped_low, clipped_high, dual_clipped;
 
     __device__ static PolicySums identity() {
-        return {0.0, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, Extremes::identity(), Extremes::identity(), 0, 0, 0, 0};
+        return {0.0, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, Extremes::identity(), Extremes::identity(), 0, 0, 0, 0, 0};
     }
     __device__ void merge(const PolicySums& other) {
         loss += other.loss;
@@ -41,6 +41,7 @@ struct PolicySums {
         factor += other.factor;
         factor_square += other.factor_square;
         tokens += other.tokens;
+        nonfinite_advantages += other.nonfinite_advantages;
         ratios.merge(other.ratios);
         factors.merge(other.factors);
         clipped_low += other.clipped_low;
@@ -60,16 +61,17 @@ struct TokenLoss {
 };
 
 __device__ inline TokenLoss token_loss(const LossInput& input, int64_t response, int64_t token, float factor,
-                                       Ratio<float> sequence_ratio, PolicySums& sums) {
+                                       const SequenceTerms& sequence, Ratio<float> sequence_ratio,
+                                       PolicySums& sums) {
     const LossOptions& options = input.options;
     const float logp = input.logp[token], log_ratio = logp - input.old_logp[token];
     const Ratio<float> token_ratio = importance_ratio(log_ratio, options);
-    const bool sequence_level = options.sequence_level();
-    const Ratio<float> ratio{sequence_level ? sequence_ratio.value : token_ratio.value,
-                             sequence_level ? sequence_ratio.slope : token_ratio.slope};
+    const bool of_sequence = options.sequence_ratio();
+    const Ratio<float> ratio{of_sequence ? sequence_ratio.value : token_ratio.value,
+                             of_sequence ? sequence_ratio.slope : token_ratio.slope};
     const float advantage = input.advantages.at(response, token) * factor;
-    const Surrogate<float> policy = surrogate(ratio, logp, advantage, options);
-    const float correction = input.importance.values == nullptr
+    const Surrogate<float> policy = surrogate(ratio, logp, advantage, sequence, options);
+    const float correction = input.importance.values == nullptr || options.vespo()
                                  ? 1.0f
                                  : importance_correction(input.importance.at(response, token), options);
     TokenLoss result;
@@ -91,7 +93,7 @@ __device__ inline TokenLoss token_loss(const LossInput& input, int64_t response,
         result.value -= options.entropy_coef * entropy;
         sums.entropy += entropy;
     }
-    const bool shared = options.loss_type == LossType::kGspo;
+    const bool shared = options.through_mean();
     result.slope += shared ? 0.0f : through_ratio;
     result.sequence_slope = shared ? through_ratio : 0.0f;
 
@@ -102,6 +104,7 @@ __device__ inline TokenLoss token_loss(const LossInput& input, int64_t response,
     sums.factor_square += (factor - 1.0f) * (factor - 1.0f);
     sums.ratios.merge(Extremes::of(ratio.value));
     sums.factors.merge(Extremes::of(factor));
+    sums.nonfinite_advantages += !is_finite(advantage);
     sums.clipped_low += policy.clipped_low != 0.0f;
     sums.clipped_high += policy.clipped_high != 0.0f;
     sums.dual_clipped += policy.dual_clipped != 0.0f;
@@ -123,7 +126,7 @@ inline int64_t max_pieces(const Layout& layout) {
 struct LossWorkspace {
     PolicySums* sums = nullptr;           // [pieces]
     double* log_ratio_sums = nullptr;     // [pieces] of sequence-level losses
-    double* sequence_slopes = nullptr;    // [pieces] of GSPO
+    double* sequence_slopes = nullptr;    // [pieces] of losses through the mean
 };
 
 inline void bind_loss(LossWorkspace& workspace, Arena& arena, const Layout& layout, const LossOptions& options) {
@@ -183,17 +186,20 @@ __device__ void piece_loss(const LossInput& input, const LossOutput& output, con
                            const Piece& piece, float num_tokens, Factor factor) {
     const LossOptions& options = input.options;
     const float scale = scale_of(input, piece.tokens.length, num_tokens);
-    Ratio<float> sequence_ratio{1.0f, 1.0f};
+    SequenceTerms sequence{0.0f, 0.0f, 0.0f};
     if (options.sequence_level()) {
-        const double mean = sum_of_pieces(workspace.log_ratio_sums, piece) / piece.tokens.length;
-        sequence_ratio = importance_ratio(static_cast<float>(mean), options);
+        double sum = sum_of_pieces(workspace.log_ratio_sums, piece);
+        const bool corrected = options.vespo() && input.importance.values != nullptr && !input.importance.per_token;
+        if (corrected) sum += log_importance(input.importance.values[piece.response], options);
+        sequence = sequence_terms(sum, piece.tokens.length, options);
     }
+    const Ratio<float> sequence_ratio = importance_ratio(sequence.mean_log_ratio, options);
     PolicySums sums = PolicySums::identity();
     double sequence_slope = 0.0;
     for (int ordinal = piece.first + static_cast<int>(threadIdx.x); ordinal < piece.last; ordinal += blockDim.x) {
         const int64_t token = piece.tokens.token(ordinal);
         const TokenLoss loss =
-            token_loss(input, piece.response, token, factor(ordinal, token), sequence_ratio, sums);
+            token_loss(input, piece.response, token, factor(ordinal, token), sequence, sequence_ratio, sums);
         sums.loss += static_cast<double>(loss.value) * scale;
         sequence_slope += loss.sequence_slope;
         output.grad_logp[token] = loss.slope * scale;
@@ -202,7 +208,7 @@ __device__ void piece_loss(const LossInput& input, const LossOutput& output, con
     sums = block_reduce(sums);
     sums.tokens = piece.last - piece.first;
     if (threadIdx.x == 0) workspace.sums[piece.index] = sums;
-    if (options.loss_type == LossType::kGspo) {
+    if (options.through_mean()) {
         sequence_slope = block_sum(sequence_slope);
         if (threadIdx.x == 0) workspace.sequence_slopes[piece.index] = sequence_slope;
     }
@@ -215,12 +221,15 @@ __device__ void batch_loss(const LossInput& input, const LossOutput& output, con
                            const LossWorkspace& workspace, ResponseFactor response_factor) {
     const LossOptions& options = input.options;
     if (options.sequence_level()) {
+        const float limit = summed_limit(options);
+        const bool corrected = options.vespo() && input.importance.values != nullptr && input.importance.per_token;
         for_each_piece(input.layout, lists, [&](const Piece& piece) {
             double sum = 0.0;
             for (int ordinal = piece.first + static_cast<int>(threadIdx.x); ordinal < piece.last;
                  ordinal += blockDim.x) {
                 const int64_t token = piece.tokens.token(ordinal);
-                sum += input.logp[token] - input.old_logp[token];
+                sum += clamped(input.logp[token] - input.old_logp[token], -limit, limit);
+                if (corrected) sum += log_importance(input.importance.values[token], options);
             }
             sum = block_sum(sum);
             if (threadIdx.x == 0) workspace.log_ratio_sums[piece.index] = sum;
@@ -233,7 +242,7 @@ __device__ void batch_loss(const LossInput& input, const LossOutput& output, con
     for_each_piece(input.layout, lists, [&](const Piece& piece) {
         piece_loss(input, output, workspace, piece, num_tokens, response_factor(piece.response));
     });
-    if (options.loss_type != LossType::kGspo) return;
+    if (!options.through_mean()) return;
     grid_sync();
     for_each_piece(input.layout, lists, [&](const Piece& piece) {
         // Every token moves the sequence's mean log-ratio by 1 / T.
@@ -278,6 +287,7 @@ __device__ inline void write_policy_metrics(const PolicySums* pieces, const int3
     metrics[kFactorMax] = any ? sums.factors.high : 0.0f;
     metrics[kFactorStd] = static_cast<float>(sqrt(variance < 0.0 ? 0.0 : variance));
     metrics[kNumTokens] = static_cast<float>(sums.tokens);
+    metrics[kNonfiniteAdvantages] = static_cast<float>(sums.nonfinite_advantages);
 }
 
 // ---- kernel ---------------------------------------------------------------------------------------------------

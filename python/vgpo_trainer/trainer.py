@@ -73,6 +73,7 @@ from vgpo_trainer.signals.reader import SignalReader, visual_tokens_told
 from vgpo_trainer.trl_surface import (
     FORWARD_INPUTS,
     LOSS_TYPES,
+    VESPO_SETTINGS,
     Sequences,
     WithoutHead,
     check_surface,
@@ -342,15 +343,16 @@ class VGPOTrainer(GRPOTrainer):
         entropy_mask = None
         if self.top_entropy_quantile < 1.0:
             entropy_mask = self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
+        advantages, weights = self._importance_weights(inputs, logp, old_logp, mask, entropy_mask)
         loss, metrics = policy_loss(
             logp,
             old_logp,
-            inputs["advantages"],
+            advantages,
             mask,
             factors=factors,
             ref_logp=inputs.get("ref_per_token_logps"),
             entropy=entropy.detach(),  # for the metric; TRL's bonus has a denominator of its own
-            importance_weights=self._importance_weights(inputs, logp, old_logp, mask, entropy_mask),
+            importance_weights=weights,
             **self._denominators(inputs, mask, mode),
             **self._loss_options(),
         )
@@ -393,9 +395,11 @@ class VGPOTrainer(GRPOTrainer):
 
     def _loss_options(self) -> dict[str, Any]:
         """Options of policy_loss that spell TRL's loss."""
-        sequence_level = self.importance_sampling_level == "sequence"
+        loss_type = self.loss_type
+        if LOSS_TYPES[loss_type].clipped:  # they differ by their aggregation, which is given
+            loss_type = "gspo" if self.importance_sampling_level == "sequence" else "grpo"
         return {
-            "loss_type": "gspo" if sequence_level else self.loss_type,
+            "loss_type": loss_type,
             "aggregation": LOSS_TYPES[self.loss_type].aggregation,
             "epsilon_low": self.epsilon_low,
             "epsilon_high": self.epsilon_high,
@@ -403,6 +407,7 @@ class VGPOTrainer(GRPOTrainer):
             "cispo_cap": self.epsilon_high if self.loss_type == "cispo" else None,
             "sapo_temperature_positive": self.args.sapo_temperature_pos,
             "sapo_temperature_negative": self.args.sapo_temperature_neg,
+            **{name: getattr(self.args, name) for name in VESPO_SETTINGS},
             "kl_coef": self.beta,
             "kl_estimator": "k3",
             "kl_bias_correction": self.args.use_bias_correction_kl,
@@ -430,8 +435,12 @@ class VGPOTrainer(GRPOTrainer):
         old_logp: Tensor,
         mask: Tensor,
         entropy_mask: Tensor | None,
-    ) -> Tensor | None:
-        """Everything by which TRL multiplies the surrogate, ``[B, T]``: correction of vLLM's mismatch, and masks."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Advantages, and what multiplies the surrogate, ``[B, T]``: correction of vLLM's mismatch, and TRL's masks.
+
+        In vespo a correction belongs to the ratio of the response, so that the masks multiply the advantages.
+        """
+        advantages, ratio = inputs["advantages"], inputs.get("importance_sampling_ratio")
         weights = None
         if self.off_policy_mask_threshold is not None:
             weights = self.get_off_policy_mask(
@@ -441,10 +450,13 @@ class VGPOTrainer(GRPOTrainer):
                 mask=mask,
                 off_policy_threshold=self.off_policy_mask_threshold,
             ).float()
-        for factor in (entropy_mask, inputs.get("importance_sampling_ratio")):
+        in_ratio = self.loss_type == "vespo"
+        for factor in (entropy_mask, None if in_ratio else ratio):
             if factor is not None:
                 weights = factor.float() if weights is None else weights * factor.float()
-        return None if weights is None else weights.expand(mask.shape)
+        if in_ratio:
+            return advantages if weights is None else advantages[:, None] * weights.expand(mask.shape), ratio
+        return advantages, None if weights is None else weights.expand(mask.shape)
 
     # Checkpoints.
 

@@ -56,7 +56,11 @@ LOSS_TYPES = {
     "dr_grpo": LossType("seq-mean-token-sum-norm", "sequences", clipped=True),
     "cispo": LossType("token-mean", "generation batch", clipped=False),
     "sapo": LossType("seq-mean-token-mean", "sequences", clipped=False),
+    "luspo": LossType("seq-mean-token-sum", "sequences", clipped=True),
+    "vespo": LossType("token-mean", "generation batch", clipped=False),
 }
+# TRL's settings that policy_loss has by the same names.
+VESPO_SETTINGS = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 
 # The methods of GRPOTrainer that VGPOTrainer overrides or calls, and the arguments that it relies on.
 SURFACE = {

@@ -229,6 +229,14 @@ def test_the_loss_is_easyr1s(loss_type: str, average: str) -> None:
     assert metrics["entropy_loss"] > 0
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "dr_grpo", "grpo", "luspo", "vespo", "ppo"])
+def test_a_loss_that_easyr1_does_not_know_is_refused(loss_type: str) -> None:
+    """They would be computed without EasyR1's dual clip."""
+    values = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=f"one of EasyR1's default, gspo, gspo_token, cispo, sapo, got '{loss_type}'"):
+        compute_policy_loss(values, values, values, values.long(), 0.2, 0.3, 3.0, loss_type=loss_type)
+
+
 def test_the_authors_names_are_understood() -> None:
     script = {
         "use_intra_trajectory_reweighting": True,

@@ -20,12 +20,20 @@ NOT_OFFERED = {
         "gspo_token": "TRL has no such loss",
     },
     "verl": {
+        "luspo": "verl has no such loss",
+        "vespo": "verl has no such loss",
         "bnpo": TOKEN_LOSS,
         "dapo": TOKEN_LOSS,
         "dr_grpo": TOKEN_LOSS,
         "gspo": "verl's gspo is gspo_token",
     },
-    "easyr1": {"bnpo": TOKEN_LOSS, "dapo": TOKEN_LOSS, "dr_grpo": TOKEN_LOSS},
+    "easyr1": {
+        "bnpo": TOKEN_LOSS,
+        "dapo": TOKEN_LOSS,
+        "dr_grpo": TOKEN_LOSS,
+        "luspo": "EasyR1 has no such loss",
+        "vespo": "EasyR1 has no such loss",
+    },
 }
 
 

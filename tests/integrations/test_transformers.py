@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
-from vgpo_kernels import visual_focus  # noqa: E402
+from vgpo_kernels import VGPOConfig, vgpo_loss, visual_focus  # noqa: E402
 from vgpo_kernels.integrations.transformers import (  # noqa: E402
     capture_hidden_states,
     final_norm,
@@ -19,6 +20,7 @@ from vgpo_kernels.integrations.transformers import (  # noqa: E402
     visual_mask,
     visual_token_ids,
 )
+from vgpo_kernels.ops import linear_vgpo_loss as linear_ops  # noqa: E402
 
 IMAGE, VIDEO, VISION_START, VISION_END, VOCABULARY = 90, 91, 92, 93, 96
 TEXT = {
@@ -194,6 +196,80 @@ def test_gradient_checkpointing_captures_once_and_leaves_gradients_alone(reentra
     assert number == 1
     assert len(plain) == len(checkpointed)
     torch.testing.assert_close(plain, checkpointed)
+
+
+# ---- a loss from hidden states -----------------------------------------------------------------------------------
+
+INTEGRATE = Path(__file__).resolve().parents[2] / "docs" / "integrate.md"
+
+
+def page_block(title: str) -> str:
+    """The first Python block of docs/integrate.md after a title."""
+    return INTEGRATE.read_text().partition(f"**{title}**")[2].partition("```python\n")[2].partition("```")[0]
+
+
+def sampled(inputs: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """What a loop knows of the last tokens of a batch of two."""
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "old_logp": -torch.rand(2, length, generator=generator) - 3,
+        "advantages": torch.tensor([1.0, -1.0]),
+        "response_mask": torch.ones(2, length, dtype=torch.bool),
+        "group_ids": torch.zeros(2, dtype=torch.int64),
+    }
+
+
+def build_demo() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    tiny_vlm = pytest.importorskip("vgpo_trainer.demo.tiny_vlm")
+    processor = tiny_vlm.build_processor()
+    images = torch.randint(0, 256, (2, 48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    texts = [f"{tiny_vlm.IMAGE}{tiny_vlm.RESPOND}{answer}" for answer in ("1+2=3", "4+4=8")]
+    inputs = processor(text=texts, images=[image.numpy() for image in images], return_tensors="pt")
+    return tiny_vlm.build_model(processor), dict(inputs)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "demo"])
+def test_the_pages_loss_without_logits_trains_the_decoder(family):
+    """The block as it stands in docs/integrate.md: the gradients of the logits' loss, in every parameter."""
+    model, inputs = build_demo() if family == "demo" else (build(family), batch_with_images(family))
+    model.float()
+    rollout = sampled(inputs, 3)
+    scope = {"model": model, "inputs": inputs, **rollout}
+    exec(page_block("Without logits."), scope)
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    decoder = [name for name in found if "layers" in name and "language_model" in name]
+    assert decoder and all(found[name].abs().max() > 0 for name in decoder)
+
+    model.zero_grad()
+    with capture_hidden_states(model) as captured:
+        logits = model(**inputs).logits
+    # What the page says to ask of a model: its head is all that it does.
+    torch.testing.assert_close(scope["head"](scope["hidden"]), logits)
+    table = logits[:, -4:-1].log_softmax(-1)
+    logp = table.gather(-1, inputs["input_ids"][:, -3:, None])[..., 0]
+    arguments = (rollout["old_logp"], rollout["advantages"], visual_mask(inputs["input_ids"], model))
+    loss = vgpo_loss(
+        captured.hidden, logp, *arguments, rollout["response_mask"], rollout["group_ids"], VGPOConfig.paper()
+    ).loss
+    loss.backward()
+    torch.testing.assert_close(scope["loss"], loss)
+    expected = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6 + 1e-5 * float(gradient.abs().max()))
+
+
+def test_detached_states_train_the_head_alone_and_it_is_said():
+    model, inputs = build("qwen2_5_vl"), batch_with_images("qwen2_5_vl")
+    rollout = sampled(inputs, 3)
+    code = page_block("Without logits.").replace("model.model(**inputs).last_hidden_state", "captured.hidden")
+    with capture_hidden_states(model) as captured:
+        model(**inputs)
+    linear_ops._warn_of_detached.cache_clear()
+    with pytest.warns(UserWarning, match="trains the head alone"):
+        exec(code, {"model": model, "inputs": inputs, "captured": captured, **rollout})
+    changed = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert changed == {"lm_head.weight"}
 
 
 class _Engine(nn.Module):

@@ -98,6 +98,8 @@ def test_a_bad_setting_is_named(field: str, value: object, error: type[Exception
         ("max_length", 0, ValueError),
         ("ratio_clamp", -20.0, ValueError),
         ("sapo_temperature_positive", 0.0, ValueError),
+        ("vespo_k_pos", -1.0, ValueError),
+        ("vespo_lambda_neg", float("nan"), ValueError),
         ("cispo_cap", 0.0, ValueError),
         ("kl_bias_correction", 1, TypeError),
         ("importance_cap", 0.0, ValueError),
@@ -128,7 +130,7 @@ def test_what_loss_kernels_take_says_it_all(loss_type: str) -> None:
     assert PolicyLossOptions.from_floats(options.as_floats()) == options
     plain = PolicyLossOptions(loss_type=loss_type)  # type: ignore[arg-type]
     assert PolicyLossOptions.from_floats(plain.as_floats()) == plain
-    assert len(options.as_floats()) == 16
+    assert len(options.as_floats()) == 20
 
 
 @pytest.mark.parametrize("settings", [VGPOConfig(), PolicyLossOptions()])

@@ -221,7 +221,7 @@ def group_weights(case: Case) -> dict[str, Tensor]:
 
 def policy_loss(case: Case) -> dict[str, Tensor]:
     batch, found = case.batch, {}
-    for loss_type in ("dapo", "gspo"):
+    for loss_type in ("dapo", "gspo", "luspo", "vespo"):
         leaves = {"logp": leaf(batch.logp), "entropy": leaf(batch.entropy)}
         result = vgpo_kernels.policy_loss(
             **leaves, **policy_of(case), factors=case.cos, cu_seqlens=batch.cu_seqlens, loss_type=loss_type
@@ -371,7 +371,7 @@ CONSTANT = VGPOConfig.paper(intra=False, inter=False)
 
 
 # Losses whose gradient is by design not that of their value: they stop it at the ratio.
-STOPPED = ("gspo_token", "cispo")
+STOPPED = ("gspo_token", "cispo", "vespo")
 
 
 def small(packed: bool) -> tuple[Batch, Head]:

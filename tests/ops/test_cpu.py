@@ -144,7 +144,7 @@ def everything(hidden: torch.Tensor, visual: torch.Tensor, mask: torch.Tensor) -
     results = [visual_prototype(hidden, visual), cos]
     groups = torch.arange(len(mask)) // 2
     results += visual_weights(cos, mask, groups, VGPOConfig.released())[:5]
-    for loss_type in ("dapo", "gspo"):
+    for loss_type in ("dapo", "gspo", "luspo", "vespo"):
         loss, metrics = vgpo_kernels.vgpo_loss(
             hidden,
             logp,

@@ -99,10 +99,12 @@ ACTIVE = {
 }
 NO_PROTOTYPE = {"prototype": None, "prototype_index": None}
 FAR = {"ref_logp": lambda good: good["ref_logp"] + 5}
+# Where the ratio of the responses is that of their importance weights: a random head's is so small that nothing counts.
+VESPO = {"loss_type": "vespo", "old_logp": None}
 CASES = {
-    # "bnpo", "dapo" and "dr_grpo" are "grpo" with other default aggregations.
+    # "bnpo", "dapo" and "dr_grpo" are "grpo" with other default aggregations, "luspo" is "gspo" with another one.
     "loss_type": Case(
-        tuple(name for name in CHOICES["loss_type"] if name not in ("bnpo", "dapo", "dr_grpo")),
+        tuple(name for name in CHOICES["loss_type"] if name not in ("bnpo", "dapo", "dr_grpo", "luspo")),
         {"aggregation": "token-mean"},
     ),
     "aggregation": Case(),
@@ -115,6 +117,10 @@ CASES = {
     "max_length": Case((16, 8), {"aggregation": "seq-mean-token-sum-norm"}),
     "sapo_temperature_positive": Case((1.0, 2.0), {"loss_type": "sapo"}),
     "sapo_temperature_negative": Case((1.0, 2.0), {"loss_type": "sapo"}),
+    "vespo_k_pos": Case((2.0, 1.0), VESPO),
+    "vespo_lambda_pos": Case((3.0, 1.0), VESPO),
+    "vespo_k_neg": Case((3.0, 1.0), VESPO),
+    "vespo_lambda_neg": Case((2.0, 1.0), VESPO),
     "ratio_clamp": Case((None, 0.1)),
     "cispo_cap": Case((None, 1.05), {"loss_type": "cispo"}),
     "kl_bias_correction": Case((False, True)),

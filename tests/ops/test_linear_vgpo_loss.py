@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,14 +11,14 @@ import pytest
 import torch
 from cases import EDGES, Batch, Response, make_batch
 from linear_cases import Head, with_predicting_rows
-from operator_cases import operator_arguments
+from operator_cases import computed_metrics, operator_arguments
 from tolerance import assert_close, floor_of
 from torch import Tensor
 
 from vgpo_kernels import PolicyLoss, VGPOConfig, linear_vgpo_loss, visual_focus, visual_weights
 from vgpo_kernels.config import CHOICES, PolicyLossOptions
 from vgpo_kernels.ops import registry
-from vgpo_kernels.ops.linear_vgpo_loss import linear_policy_loss
+from vgpo_kernels.ops.linear_vgpo_loss import _warn_of_detached, linear_policy_loss
 from vgpo_kernels.ops.vgpo_loss import METRICS
 from vgpo_kernels.reference.linear_logprob import linear_policy_loss as definition
 
@@ -134,7 +135,7 @@ def test_the_metrics_are_those_of_vgpo_loss(backend_name: str, device: torch.dev
     batch, head = with_predicting_rows(make_batch(EDGES["no image"]), VOCABULARY)
     batch, head = batch.to(device), head.to(device)
     metrics = in_one_call(batch, head, head.tensors()).metrics
-    assert tuple(metrics) == METRICS
+    assert tuple(metrics) == computed_metrics(METRICS, {"entropy": "computed"})
     assert metrics["weighted_responses"] == 2
     assert metrics["num_tokens"] == batch.response_mask.sum()
     assert 0 < metrics["entropy"] < torch.tensor(VOCABULARY).log()
@@ -152,6 +153,53 @@ def test_what_is_frozen_has_no_gradient(backend_name: str, device: torch.device)
         loss = in_one_call(batch, head, head.tensors()).loss
     assert not loss.requires_grad
     assert_close(loss, expected[0].double(), name="loss without gradients")
+
+
+def head_losses(batch: Batch, head: Head) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """Both losses as functions of hidden states and weight."""
+
+    def vgpo(hidden: Tensor, weight: Tensor) -> Tensor:
+        return in_one_call(batch, head, [hidden, weight, head.bias]).loss
+
+    def policy(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_policy_loss(hidden, weight, head.targets, None, batch.advantages, batch.response_mask).loss
+
+    return [vgpo, policy]
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["linear_vgpo_loss", "linear_policy_loss"])
+def test_states_without_a_gradient_are_warned_of_once(place: int) -> None:
+    """Where a gradient is wanted of the head, and of nothing below it; at the line of the caller."""
+    batch, head = with_predicting_rows(make_batch(FEW), VOCABULARY)
+    loss, hidden = head_losses(batch, head)[place], head.hidden.nan_to_num()
+    trained, weight = hidden.clone().requires_grad_(), head.weight.clone().requires_grad_()
+    _warn_of_detached.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(trained, weight)
+        loss(trained, head.weight)
+        loss(hidden, head.weight)
+        with torch.no_grad():
+            loss(hidden, weight)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss(hidden, weight)
+        loss(hidden, weight)
+    (warning,) = caught
+    assert issubclass(warning.category, UserWarning) and warning.filename == __file__
+    for said in ("hidden has no gradient", "trains the head alone", "`captured.hidden`", "last_hidden_state"):
+        assert said in str(warning.message)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["linear_vgpo_loss", "linear_policy_loss"])
+def test_states_without_a_gradient_trace_into_one_graph(place: int) -> None:
+    batch, head = with_predicting_rows(make_batch(FEW), VOCABULARY)
+    loss, hidden = head_losses(batch, head)[place], head.hidden.nan_to_num()
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        weight = head.weight.clone().requires_grad_()
+        found.append(torch.autograd.grad(function(hidden, weight), weight)[0])
+    assert_close(found[1], found[0].double(), name="traced")
 
 
 def test_gradients_are_scaled_where_they_lie_by_the_last_backward_pass_only(

@@ -139,16 +139,23 @@ def test_threads_change_no_bit() -> None:
     if not backends.describe()["built"]["cpp"]:
         pytest.skip("the extension is not built")
     head = make_head(300, 64, 5000, dtype=torch.bfloat16)
+    left, right = torch.rand(300, 5000), torch.rand(5000, 64)
     threads = torch.get_num_threads()
     found = []
     try:
         for number in (1, 3):
             torch.set_num_threads(number)
             with backend("cpp"):
-                found.append([*logprob(head), *gradients(head)])
+                found.append([*logprob(head), *gradients(head), left @ right])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    # Processors without matrix units for bf16 take torch's own products, whose bits may depend on the threads.
+    torchs_depend = not torch.equal(found[0].pop(), found[1].pop())
+    for one, other in zip(*found, strict=True):
+        if torchs_depend:
+            assert_close(one.float(), other.double(), floor=floor_of(one.dtype))
+        else:
+            assert torch.equal(one, other)
 
 
 def instruction_sets(name: str) -> list[str | None]:

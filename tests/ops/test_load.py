@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -247,6 +248,7 @@ KINDS = ("visual_focus", "visual_weights", "vgpo_loss", "linear_logprob", "atten
 
 def resident_bytes() -> int:
     """Memory in use; what was freed is given back first, as it would hide as much growth."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

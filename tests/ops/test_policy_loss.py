@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import EDGES, Batch, Response, make_batch
+from operator_cases import computed_metrics
 from tolerance import assert_close
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def check(batch: Batch, **options: Any) -> None:
                 loss, metrics = loss_of(batch, logp=logp, wide=True, **given)
         else:
             loss, metrics = loss_of(batch, logp=logp, **given)
-        assert tuple(metrics) == POLICY_METRICS
+        assert tuple(metrics) == computed_metrics(POLICY_METRICS, options)
         gradients = torch.autograd.grad(loss, inputs)
         results.append((loss, torch.stack(list(metrics.values())), *gradients))
     scale = max(1.0, results[1][1][POLICY_METRICS.index("ratio_max")].item())
@@ -106,6 +107,16 @@ def test_losses_match_the_definition(
         {"ratio_clamp": 0.1},
         {"ratio_clamp": 0.1, "loss_type": "gspo"},
         {"loss_type": "cispo", "cispo_cap": 1.2},
+        {
+            "loss_type": "vespo",
+            "vespo_k_pos": 1.0,
+            "vespo_lambda_pos": 0.0,
+            "vespo_k_neg": 0.5,
+            "vespo_lambda_neg": 0.3,
+        },
+        {"loss_type": "vespo", "kl_estimator": "k3", "kl_bias_correction": True},
+        {"loss_type": "luspo", "kl_estimator": "k3", "kl_bias_correction": True},
+        {"importance_cap": 0.5},  # of no weights
         {"loss_type": "sapo", "sapo_temperature_positive": 2.0, "sapo_temperature_negative": 3.0},
         {"epsilon_low": 0.0, "epsilon_high": 0.0},
         {"num_tokens": 100},
@@ -176,7 +187,7 @@ def test_the_definition_has_the_right_gradient(loss_type: str) -> None:
 
     logp = batch.logp[mask].double().requires_grad_()
     entropy = batch.entropy[mask].double().requires_grad_()
-    if loss_type in ("gspo_token", "cispo"):
+    if loss_type in ("gspo_token", "cispo", "vespo"):
         # Their gradient is by construction not that of their value.
         torch.autograd.grad(loss(logp, entropy), [logp, entropy])
         assert torch.autograd.gradcheck(lambda bonus: loss(logp.detach(), bonus), (entropy,))
@@ -215,7 +226,7 @@ def test_a_fully_masked_batch_is_silent(backend_name: str, device: torch.device)
         )
         assert loss.item() == 0
         assert (torch.autograd.grad(loss, logp)[0] == 0).all()
-        expected = dict.fromkeys(POLICY_METRICS, 0.0)
+        expected = dict.fromkeys(computed_metrics(POLICY_METRICS, {"entropy": logp}), 0.0)
         assert {name: value.item() for name, value in metrics.items()} == expected
 
 
@@ -251,8 +262,9 @@ def test_runs_repeat_to_the_bit(backend_name: str, device: torch.device) -> None
     batch = make_batch(EDGES["long"], features=1).to(device)
     first, second = (loss_of(batch, **full_options(batch)) for _ in range(2))
     assert torch.equal(first.loss, second.loss)
-    for name in POLICY_METRICS:
-        assert torch.equal(first.metrics[name], second.metrics[name]), name
+    assert first.metrics.keys() == second.metrics.keys()
+    for name, value in first.metrics.items():
+        assert torch.equal(value, second.metrics[name]), name
 
 
 @pytest.mark.parametrize(

@@ -480,7 +480,7 @@ def test_rows_and_chunks_of_the_head_are_independent(
 @given(
     responses.map(lambda drawn: tuple(replace(one, visual=one.visual + 1) for one in drawn)),
     seeds,
-    st.sampled_from(["dapo", "grpo", "gspo"]),
+    st.sampled_from(["dapo", "grpo", "gspo", "luspo", "vespo"]),
     st.lists(st.integers(0, 2), min_size=7, max_size=7),
 )
 def test_losses_of_the_head_add_up(drawn: tuple[Response, ...], seed: int, loss_type: str, parts: list[int]) -> None:

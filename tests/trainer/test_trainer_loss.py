@@ -11,10 +11,10 @@ import torch
 pytest.importorskip("trl")
 
 from trainer.tiny_runs import generation_batch, make_trainer, rows
-from trl import GRPOTrainer
-from vgpo_trainer.trl_surface import FORWARD_INPUTS, LOSS_TYPES, SURFACE
+from trl import GRPOConfig, GRPOTrainer
+from vgpo_trainer.trl_surface import FORWARD_INPUTS, LOSS_TYPES, SURFACE, VESPO_SETTINGS
 
-from vgpo_kernels import VGPOConfig
+from vgpo_kernels import PolicyLossOptions, VGPOConfig, backend, backends, policy_loss
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,10 @@ def trainer(tmp_path_factory):
         epsilon_high=0.35,
         sapo_temperature_pos=0.7,
         sapo_temperature_neg=1.3,
+        vespo_k_pos=1.5,
+        vespo_lambda_pos=2.5,
+        vespo_k_neg=0.7,
+        vespo_lambda_neg=0.6,
     )
     built.model.train()
     built.current_gradient_accumulation_steps = 1  # the training loop sets it
@@ -56,6 +60,7 @@ def rollout(trainer) -> dict[str, Any]:
             batch["completion_ids"].shape[1],
             **{name: batch.get(name) for name in FORWARD_INPUTS},
         )
+    batch["current"] = logp
     batch["old_per_token_logps"] = logp + 0.4 * torch.randn(logp.shape, generator=noise)
     batch["reference"] = logp + 0.4 * torch.randn(logp.shape, generator=noise)
     batch["advantages"] = torch.randn(logp.shape[0], generator=noise)
@@ -156,6 +161,101 @@ def test_correction_of_another_sampler(trainer, rollout, monkeypatch, level):
     shape = rollout["completion_mask"].shape if level == "token" else (rollout["completion_mask"].shape[0], 1)
     ratio = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(6))
     assert_same_loss(trainer, {**rollout, "importance_sampling_ratio": ratio})
+
+
+@pytest.mark.parametrize("masks", [False, True], ids=["plain", "masked"])
+def test_vespo_corrects_the_ratio_of_another_sampler(trainer, rollout, monkeypatch, masks):
+    """The weights go into the response's ratio, where TRL's masks of tokens and responses do not."""
+    monkeypatch.setattr(trainer, "loss_type", "vespo")
+    monkeypatch.setattr(trainer, "use_vllm", True)
+    if masks:
+        monkeypatch.setattr(trainer, "top_entropy_quantile", 0.5)
+        monkeypatch.setattr(trainer, "off_policy_mask_threshold", 0.05)
+    noise = 0.2 * torch.randn(rollout["completion_mask"].shape, generator=torch.Generator().manual_seed(6))
+    ratio = (noise * rollout["completion_mask"]).exp()
+    monkeypatch.setattr(trainer, "_vgpo", VGPOConfig.paper())
+    near = {**nearer(rollout, 0.1), "visual_factors": torch.ones(ratio.shape)}
+    corrected = {**near, "importance_sampling_ratio": ratio}
+    assert_same_loss(trainer, corrected)
+    losses = [loss_and_gradients(type(trainer)._compute_loss, trainer, batch)[0] for batch in (near, corrected)]
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def nearer(rollout: dict[str, Any], share: float) -> dict[str, Any]:
+    """Move the old log-probs towards the current ones, so that ratios of whole responses are not 0 or infinite."""
+    current = rollout["current"]
+    return {**rollout, "old_per_token_logps": current + share * (rollout["old_per_token_logps"] - current)}
+
+
+CASES = {
+    "plain": {},
+    "on-policy": {"old_per_token_logps": None},
+    "far": {"share": 1.0},
+    "KL": {"beta": 0.1},
+    "KL, corrected": {"beta": 0.1, "corrected": True},
+    "advantages per token": {"per_token": True},
+    "another sampler": {"ratio": True},
+}
+
+
+@pytest.mark.parametrize("served_by", ["reference", "cpp"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("loss_type", ["luspo", "vespo"])
+def test_luspo_and_vespo_of_policy_loss_are_trls(trainer, rollout, monkeypatch, loss_type, case, served_by):
+    """TRL's own function on given log-probs, value and gradient by them, to 1e-6."""
+    if served_by == "cpp" and not backends.describe()["built"]["cpp"]:
+        pytest.skip("the extension is not built")
+    settings = CASES[case]
+    mask = rollout["completion_mask"].clone()
+    mask[:, 2] = 0
+    batch = {**nearer(rollout, settings.get("share", 0.1)), "tool_mask": mask, "num_items_in_batch": mask.sum() * 2}
+    if "old_per_token_logps" in settings:
+        batch["old_per_token_logps"] = None
+    generator = torch.Generator().manual_seed(8)
+    if settings.get("per_token"):
+        batch["advantages"] = torch.randn(mask.shape, generator=generator)
+    if settings.get("ratio"):
+        batch["importance_sampling_ratio"] = (0.2 * torch.randn(mask.shape, generator=generator) * mask).exp()
+    monkeypatch.setattr(trainer, "loss_type", loss_type)
+    monkeypatch.setattr(trainer, "importance_sampling_level", "sequence" if loss_type == "luspo" else "token")
+    monkeypatch.setattr(trainer, "use_vllm", bool(settings.get("ratio")))
+    monkeypatch.setattr(trainer, "beta", settings.get("beta", 0.0))
+    monkeypatch.setattr(trainer.args, "use_bias_correction_kl", bool(settings.get("corrected")))
+    batch["ref_per_token_logps"] = rollout["reference"] if settings.get("beta") else None
+
+    leaf = rollout["current"].clone().requires_grad_()
+    entropy = torch.ones_like(leaf)
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (leaf, entropy, None))
+    expected = GRPOTrainer._compute_loss(trainer, trainer.model, batch)
+    (slope,) = torch.autograd.grad(expected, leaf)
+
+    logp = leaf.detach().clone().requires_grad_()
+    with backend(served_by):
+        loss = policy_loss(
+            logp,
+            batch["old_per_token_logps"],
+            batch["advantages"],
+            mask,
+            loss_type=loss_type,
+            ref_logp=batch["ref_per_token_logps"],
+            kl_coef=trainer.beta,
+            kl_bias_correction=trainer.args.use_bias_correction_kl,
+            importance_weights=batch.get("importance_sampling_ratio"),
+            num_tokens=mask.sum() * 2 / trainer.args.steps_per_generation,
+            ratio_clamp=None,
+            epsilon_low=trainer.epsilon_low,
+            epsilon_high=trainer.epsilon_high,
+            **{name: getattr(trainer.args, name) for name in VESPO_SETTINGS},
+        ).loss
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert abs(loss - expected) <= 1e-6 * max(1.0, abs(expected))
+    assert slope.abs().max() > 1e-5
+    assert (gradient - slope).abs().max() <= 1e-6 * max(1.0, slope.abs().max())
+
+
+def test_defaults_of_vespo_are_trls():
+    for name in VESPO_SETTINGS:
+        assert getattr(PolicyLossOptions(), name) == GRPOConfig.__dataclass_fields__[name].default
 
 
 @pytest.mark.parametrize("quantile", [1.0, 0.5])

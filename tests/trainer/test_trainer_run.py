@@ -268,7 +268,7 @@ def test_vgpo_train_with_lora_and_a_reward_of_ones_own(checkpoint, dataset, tmp_
         (["--dataset", "nowhere"], "nowhere does not exist"),
         (["--set", "los_type=grpo"], "no such field; did you mean loss_type"),
         (["--set", "loss_type"], "NAME=VALUE"),
-        (["--set", "loss_type=vespo"], "loss_type must be one of"),
+        (["--set", "loss_type=ppo"], "loss_type must be one of"),
         (["--set", "vgpo_top_ratio=2"], "top_ratio must be in"),
         (["--generations", "3"], "divisible by"),
         (["--accumulate", "16"], "takes 16 prompts .* has 8"),
@@ -287,7 +287,7 @@ def test_vgpo_train_says_what_is_wrong(checkpoint, dataset, tmp_path, capsys, ch
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": "luspo"}, "loss_type must be one of"),
+        ({"loss_type": "ppo"}, "loss_type must be one of"),
         ({"importance_sampling_level": "sequence", "loss_type": "cispo"}, "importance_sampling_level='sequence'"),
         ({"delta": 1.1}, "delta must exceed"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),

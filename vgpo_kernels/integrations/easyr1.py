@@ -38,7 +38,14 @@ from vgpo_kernels.integrations.transformers import capture_hidden_states, visual
 KNOWN = known("EasyR1")
 FIELD = "visual_focus"
 
-# EasyR1's names of aggregations.
+# EasyR1's names of losses and aggregations.
+LOSS_TYPES = {
+    "default": "grpo",
+    "gspo": "gspo",
+    "gspo_token": "gspo_token",
+    "cispo": "cispo",
+    "sapo": "sapo",
+}
 AGGREGATIONS = {"token": "token-mean", "seq": "seq-mean-token-mean"}
 
 # The authors' names for what VGPOConfig calls otherwise.
@@ -229,12 +236,14 @@ def compute_policy_loss(
         The loss, 0-dimensional, and EasyR1's metrics as numbers.
 
     Raises:
-        KeyError: ``loss_avg_mode`` is neither.
-        ValueError: ``loss_type`` or a number is one that :func:`vgpo_kernels.policy_loss` refuses.
+        ValueError: ``loss_type`` or ``loss_avg_mode`` is none of EasyR1's, or a number is one that
+            :func:`vgpo_kernels.policy_loss` refuses.
 
     """
     mask = checks.require_tensor("response_mask", response_mask).bool()
-    kind = "grpo" if loss_type == "default" else loss_type
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of EasyR1's {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+    kind = LOSS_TYPES[loss_type]
     if loss_avg_mode not in AGGREGATIONS:
         raise ValueError(f"loss_avg_mode must be one of {', '.join(AGGREGATIONS)}, got {loss_avg_mode!r}")
     aggregation = AGGREGATIONS[loss_avg_mode]

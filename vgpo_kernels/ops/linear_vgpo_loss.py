@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -67,7 +69,9 @@ def linear_vgpo_loss(
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed; float32,
             bfloat16 or float16. Padded, token (b, t) of the response arrays has row (b, S - T + t), and row
-            (b, S - T + t - 1) predicts it. Packed, token n has row n, and row n - 1 predicts it.
+            (b, S - T + t - 1) predicts it. Packed, token n has row n, and row n - 1 predicts it. Differentiable: a
+            decoder of transformers returns it, ``model.model(**inputs).last_hidden_state``. ``captured.hidden`` of
+            ``capture_hidden_states`` is detached; with it the loss trains the head alone, and a UserWarning says so.
         weight: The LM head, ``[V, D]``.
         targets: Ids of the tokens, integer, in response_mask's shape. Values off the mask are not read.
         old_logp: As in :func:`linear_policy_loss`.
@@ -97,6 +101,7 @@ def linear_vgpo_loss(
             scored token has nothing that predicts it.
 
     """
+    warn_of_detached(hidden, weight)
     cos = visual_focus(
         hidden,
         visual_mask,
@@ -143,15 +148,16 @@ def linear_policy_loss(
 
     Only rows that predict a scored token are computed. For a loss of single tokens, the gradient w.r.t. a chunk's
     logits is known as soon as the chunk is computed, so three matrix products are enough instead of four. A loss of
-    whole sequences (``"gspo"``, ``"gspo_token"``) goes over the vocabulary twice. The backward pass only scales the
-    gradients, which are kept in the dtypes of hidden and weight (fp32 for fp16). Where no gradient is needed, as in
-    ``torch.no_grad()``, there is one matrix product.
+    whole sequences (``"gspo"``, ``"gspo_token"``, ``"luspo"``, ``"vespo"``) goes over the vocabulary twice. The
+    backward pass only scales the gradients, which are kept in the dtypes of hidden and weight (fp32 for fp16). Where no
+    gradient is needed, as in ``torch.no_grad()``, there is one matrix product.
 
     On a GPU the host waits for the number of scored tokens, because shapes depend on it.
 
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
-            differentiable. A token is predicted by the row before its own, as in :func:`linear_vgpo_loss`.
+            differentiable: detached ones are warned of, as in :func:`linear_vgpo_loss`. A token is predicted by the row
+            before its own, as there.
         weight: The LM head, ``[V, D]``; differentiable, as in :func:`linear_logprob`.
         targets: Ids of the tokens, integer, in response_mask's shape. Values off the mask are not read.
         old_logp: Log-probabilities under the policy that generated the tokens, in response_mask's shape. ``None``: the
@@ -177,6 +183,7 @@ def linear_policy_loss(
             scored token has nothing that predicts it.
 
     """
+    warn_of_detached(hidden, weight)
     states, rows, offsets = checks.head(hidden, weight, bias)
     mask, boundaries = checks.response_layout(response_mask, cu_seqlens, states.device)
     checks.hidden_states(states, boundaries)
@@ -202,7 +209,27 @@ def linear_policy_loss(
         **shared,
     }
     dtype = checks.compute_dtype(*arguments.values())
-    return unpack(registry.call("linear_policy_loss", mask.device, dtype, **arguments), POLICY_METRICS, dtype)
+    result = registry.call("linear_policy_loss", mask.device, dtype, **arguments)
+    return unpack(result, POLICY_METRICS, dtype, arguments)
+
+
+def warn_of_detached(hidden: object, weight: object) -> None:
+    """Warn, once a process, of a loss that trains the head and nothing below it. Call it from a public function."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if getattr(weight, "requires_grad", False) and not getattr(hidden, "requires_grad", True):
+        _warn_of_detached()
+
+
+@cache
+def _warn_of_detached() -> None:
+    warnings.warn(
+        "hidden has no gradient, so the loss trains the head alone: `captured.hidden` of capture_hidden_states is "
+        "detached. A differentiable hidden is what the decoder returns, model.model(**inputs).last_hidden_state in "
+        "transformers (docs/integrate.md, 'Without logits'). To train the head alone is legal: ignore this then",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def compute(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +32,10 @@ POLICY_METRICS = (
     "factor_max",
     "factor_std",
     "num_tokens",
+    "nonfinite_advantages",
 )
+# Metrics that need a tensor of the caller's. Without it they are left out.
+NEEDS = {"ref_kl": "ref_logp", "entropy": "entropy"}
 
 
 class PolicyLoss(NamedTuple):
@@ -39,7 +43,10 @@ class PolicyLoss(NamedTuple):
 
     Attributes:
         loss: 0-dimensional, differentiable in ``logp`` (and ``entropy``).
-        metrics: 0-dimensional tensors on the loss's device; reading one is the only thing that synchronises.
+        metrics: 0-dimensional tensors on the loss's device; reading one is the only thing that synchronises. One that
+            was not computed is absent: ``"ref_kl"`` without ``ref_logp``, ``"entropy"`` without entropies.
+            ``"nonfinite_advantages"`` is the number of scored tokens whose advantage, times its factor, is NaN or
+            infinite.
 
     """
 
@@ -49,7 +56,7 @@ class PolicyLoss(NamedTuple):
 
 def policy_loss(
     logp: Tensor,
-    old_logp: Tensor,
+    old_logp: Tensor | None,
     advantages: Tensor,
     response_mask: Tensor,
     *,
@@ -67,11 +74,23 @@ def policy_loss(
     The token loss is ``importance * surrogate + kl_coef * KL - entropy_coef * entropy``, aggregated over the
     response tokens. Its gradient is computed in the same pass; backward only scales it.
 
+    Advantages per token work in every loss, also where a ratio is the whole response's: ``"gspo"`` and ``"luspo"``
+    multiply it by each token's own advantage. Two losses are those of TRL:
+
+    - ``"luspo"`` (arXiv 2602.05261) is ``"gspo"``, whose default aggregation multiplies each response's loss by its
+      length.
+    - ``"vespo"`` (arXiv 2602.10693): ``-phi(w) * advantage * logp`` with ``w = exp(sum_t log-ratio_t)`` and the
+      detached weight ``phi(w) = w^k exp(lambda * (1 - w))``; k and lambda are chosen by the sign of a token's
+      advantage. Log-ratios are bounded by +-20, ``log w`` by ``[log 1e-8, 20]``. Importance weights multiply w, not the
+      surrogate: per token the product over the scored ones, per response the one given, each bounded as w is.
+      ``ratio_clamp`` and the metrics of ratios are about token ratios, which ``kl_bias_correction`` multiplies by.
+
     Args:
         logp: Log-probabilities (natural logarithm) of the tokens under the policy, ``[B, T]`` or packed ``[N]``.
             float32, bfloat16 or float16; differentiable.
         old_logp: The same under the policy that generated the tokens, in ``logp``'s shape. Detached, like all other
-            arguments but ``logp`` and ``entropy``.
+            arguments but ``logp`` and ``entropy``. ``None``: the tokens are the policy's own, ``logp.detach()``. Every
+            ratio is 1 then, but the gradient is not zero.
         advantages: Per response ``[B]``, or per token in ``logp``'s shape. (``[B]`` and ``[N]`` are the same shape in
             a packed batch with N = B: then the values are per response.)
         response_mask: True at scored response tokens, bool or integer, in ``logp``'s shape. Values of any
@@ -114,14 +133,14 @@ def policy_loss(
     )
     arguments["factors"] = checks.optional_per_token("factors", factors, mask)
     dtype = checks.compute_dtype(*arguments.values())
-    return unpack(registry.call("policy_loss", mask.device, dtype, **arguments), POLICY_METRICS, dtype)
+    return unpack(registry.call("policy_loss", mask.device, dtype, **arguments), POLICY_METRICS, dtype, arguments)
 
 
 def loss_arguments(
     mask: Tensor,
     boundaries: Tensor | None,
     logp: Tensor,
-    old_logp: Tensor,
+    old_logp: Tensor | None,
     advantages: Tensor,
     *,
     entropy: Tensor | None = None,
@@ -131,8 +150,10 @@ def loss_arguments(
     arguments, options = shared_arguments(mask, boundaries, advantages, **shared)
     if options.entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy_coef={options.entropy_coef} needs entropy, which is None")
-    arguments["logp"] = checks.per_token("logp", logp, mask, detach=False)
-    arguments["old_logp"] = checks.per_token("old_logp", old_logp, mask)
+    current = checks.per_token("logp", logp, mask, detach=False)
+    arguments["logp"] = current
+    # On-policy both are the same memory, which kernels read once or find in a cache.
+    arguments["old_logp"] = current.detach() if old_logp is None else checks.per_token("old_logp", old_logp, mask)
     arguments["entropy"] = checks.optional_per_token("entropy", entropy, mask, detach=False)
     return arguments
 
@@ -177,10 +198,17 @@ def shared_arguments(
     return arguments, chosen
 
 
-def unpack(result: Any, names: tuple[str, ...], dtype: torch.dtype) -> PolicyLoss:
-    """Make a :class:`PolicyLoss` of what an operator (or the reference implementation) returned."""
+def unpack(result: Any, names: tuple[str, ...], dtype: torch.dtype, arguments: Mapping[str, Any]) -> PolicyLoss:
+    """Make a :class:`PolicyLoss` of what an operator (or the reference implementation) returned for ``arguments``.
+
+    An operator that takes no entropies computes them itself.
+    """
     loss, *_, metrics = result
-    return PolicyLoss(loss.to(dtype), name_metrics(names, metrics.to(dtype)))
+    named = name_metrics(names, metrics.to(dtype))
+    for metric, tensor in NEEDS.items():
+        if tensor in arguments and arguments[tensor] is None:
+            del named[metric]
+    return PolicyLoss(loss.to(dtype), named)
 
 
 def fake_loss(logp: Tensor, entropy: Tensor | None, *, num_metrics: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

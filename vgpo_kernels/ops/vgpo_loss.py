@@ -30,7 +30,7 @@ METRICS = POLICY_METRICS + FOCUS_METRICS
 def vgpo_loss(
     hidden: Tensor,
     logp: Tensor,
-    old_logp: Tensor,
+    old_logp: Tensor | None,
     advantages: Tensor,
     visual_mask: Tensor | None,
     response_mask: Tensor,
@@ -53,7 +53,8 @@ def vgpo_loss(
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
             float32, bfloat16 or float16. Detached: the loss is differentiable in ``logp``, not in ``hidden``.
         logp: Log-probabilities (natural logarithm) under the policy, ``[B, T]`` or ``[N]``; differentiable.
-        old_logp: The same under the policy that generated the tokens, in ``logp``'s shape.
+        old_logp: The same under the policy that generated the tokens, in ``logp``'s shape; ``None``:
+            ``logp.detach()``, as in :func:`policy_loss`.
         advantages: Per response ``[B]`` or per token.
         visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``; may be ``None`` where
             ``prototype`` is given.
@@ -87,7 +88,7 @@ def vgpo_loss(
         **loss_arguments(mask, boundaries, logp, old_logp, advantages, **policy_loss_options),
     }
     dtype = checks.compute_dtype(*arguments.values())
-    return unpack(registry.call("vgpo_loss", mask.device, dtype, **arguments), METRICS, dtype)
+    return unpack(registry.call("vgpo_loss", mask.device, dtype, **arguments), METRICS, dtype, arguments)
 
 
 registry.define(

@@ -195,7 +195,7 @@ def linear_policy_loss(
     dtype: torch.dtype = torch.float64,
     **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and the policy metrics ``[15]``. Without ``old_logp`` the log-probs are their own old ones.
+    """Return the loss and the policy metrics. Without ``old_logp`` the log-probs are their own old ones.
 
     The rest are the other arguments of :func:`policy_loss`. ``gradients`` and ``chunk_bytes`` are not read: autograd
     differentiates this.

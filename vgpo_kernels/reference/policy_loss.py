@@ -11,7 +11,14 @@ from torch import Tensor
 from vgpo_kernels.config import PolicyLossOptions
 from vgpo_kernels.reference.layout import Tokens, tokens_of
 
-SEQUENCE_LEVEL = ("gspo", "gspo_token")
+# Losses whose tokens need a number of their whole response: its mean log-ratio, or vespo's sum of log-ratios.
+SEQUENCE_RATIO = ("gspo", "gspo_token", "luspo")
+SEQUENCE_LEVEL = (*SEQUENCE_RATIO, "vespo")
+
+# Bounds of vespo's log-ratios: of a token's on both sides, of a response's above, and of a response's below.
+VESPO_LIMIT = 20.0
+VESPO_FLOOR = math.log(1e-8)
+VESPO_LEAST_LAMBDA = 1e-4
 
 
 class LossArguments(NamedTuple):
@@ -36,7 +43,7 @@ def policy_loss(
     dtype: torch.dtype = torch.float64,
     **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of :class:`LossArguments` and the policy metrics ``[15]``.
+    """Return the loss of :class:`LossArguments` and the policy metrics, in the order of POLICY_METRICS.
 
     The advantage of a token is ``advantages * factors``.
     """
@@ -60,11 +67,15 @@ def policy_loss(
     else:
         log_ratio_of_tokens = log_ratio
     ratio = _ratio(log_ratio, current, tokens, settings)
-    surrogate, clipped = _surrogate(ratio, current, advantage, settings)
-    if given.importance_weights is not None:
-        surrogate = surrogate * _importance(per_token(given.importance_weights), settings)
-
-    token_loss = surrogate
+    importance = None if given.importance_weights is None else _importance(given.importance_weights.to(dtype), settings)
+    if settings.loss_type == "vespo":
+        weight = _vespo_weight(log_ratio.detach(), importance, advantage, tokens, settings)
+        nowhere = torch.zeros_like(valid)
+        token_loss, clipped = -weight * advantage * current, (nowhere, nowhere, nowhere)
+    else:
+        token_loss, clipped = _surrogate(ratio, current, advantage, settings)
+        if importance is not None:
+            token_loss = token_loss * per_token(importance)
     kl = torch.zeros_like(current)
     if given.ref_logp is not None:
         kl = _kl(per_token_values(given.ref_logp, valid, dtype) - current, settings)
@@ -80,7 +91,7 @@ def policy_loss(
     loss = torch.where(valid, token_loss * weight, torch.zeros_like(token_loss)).sum()
     scale = torch.ones_like(current) if factors is None else per_token_values(factors, valid, dtype)
     old_kl = log_ratio_of_tokens.exp() - 1 - log_ratio_of_tokens
-    return loss, _metrics(valid, clipped, ratio, old_kl, kl, bonus, scale).detach()
+    return loss, _metrics(valid, clipped, ratio, old_kl, kl, bonus, scale, advantage).detach()
 
 
 def per_token_values(values: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,7 +102,7 @@ def per_token_values(values: Tensor, valid: Tensor, dtype: torch.dtype) -> Tenso
 
 def _ratio(log_ratio: Tensor, current: Tensor, tokens: Tokens, settings: PolicyLossOptions) -> Tensor:
     """Probability ratio of each token, or of its whole sequence."""
-    if settings.loss_type in SEQUENCE_LEVEL:
+    if settings.loss_type in SEQUENCE_RATIO:
         mean = tokens.total(log_ratio) / tokens.length.clamp(min=1)
         log_ratio = tokens.spread(mean)
         if settings.loss_type == "gspo_token":
@@ -125,6 +136,31 @@ def _surrogate(
     loss = torch.maximum(-advantage * bounded, -advantage * ratio.clamp(low, high))
     dual = nowhere if settings.dual_clip is None else (advantage < 0) & (ratio > settings.dual_clip)
     return loss, ((ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0), dual)
+
+
+def _vespo_weight(
+    log_ratio: Tensor,  # [N]
+    importance: Tensor | None,  # [B] or per token
+    advantage: Tensor,  # [N]
+    tokens: Tokens,
+    settings: PolicyLossOptions,
+) -> Tensor:
+    """Weight of each token's log-prob in vespo, ``w^k exp(lambda (1 - w))``; w is the product of a response's ratios.
+
+    It is computed as TRL does: bounded in log space, and 0 where it is not finite.
+    """
+    log_weight = tokens.total(log_ratio.clamp(-VESPO_LIMIT, VESPO_LIMIT))
+    if importance is not None:
+        correction = importance.log().clamp(VESPO_FLOOR, VESPO_LIMIT)
+        if correction.dim() != 1 or correction.shape[0] != tokens.batch():
+            correction = tokens.total(torch.where(tokens.valid, correction.reshape(-1), 0.0))
+        log_weight = log_weight + correction
+    log_weight = tokens.spread(log_weight.clamp(VESPO_FLOOR, VESPO_LIMIT))
+    gains = advantage >= 0
+    k = torch.where(gains, settings.vespo_k_pos, settings.vespo_k_neg)
+    decay = torch.where(gains, settings.vespo_lambda_pos, settings.vespo_lambda_neg).clamp(min=VESPO_LEAST_LAMBDA)
+    weight = (decay + k * log_weight - decay * log_weight.exp()).exp()
+    return weight.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _importance(weights: Tensor, settings: PolicyLossOptions) -> Tensor:
@@ -181,6 +217,7 @@ def _metrics(
     kl: Tensor,
     entropy: Tensor,
     factors: Tensor,
+    advantages: Tensor,
 ) -> Tensor:
     """Return the metrics in the order of POLICY_METRICS."""
     share = valid.to(ratio.dtype)
@@ -217,5 +254,6 @@ def _metrics(
             extreme(factors, largest=True),
             mean((factors - factor_mean).square()).sqrt(),
             number,
+            (valid & ~advantages.isfinite()).sum().to(ratio.dtype),
         ]
     )

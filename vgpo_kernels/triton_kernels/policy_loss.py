@@ -1,8 +1,8 @@
 """The policy losses in Triton: loss and gradient in one launch, metrics in a second.
 
 A launch before them counts the tokens of each response, where a token's share of the loss depends on a count that the
-caller did not pass: the mean over all tokens without ``num_tokens``, and the mean over a response's tokens. The losses
-with a sequence ratio need no such launch: a program handles a response, and goes over its tokens up to three times.
+caller did not pass: the mean over all tokens without ``num_tokens``, and the mean over a response's tokens. In
+sequence-level losses a program handles a response, and goes over its tokens up to three times.
 
 The first launch writes a row of partial sums per block of tokens; the second adds them in their order, in fp64. (The
 last block could do that itself, but it would need counters that start at zero, and zeroing them is another launch.)
@@ -20,13 +20,20 @@ from torch import Tensor
 from vgpo_kernels.config import PolicyLossOptions
 from vgpo_kernels.ops.policy_loss import POLICY_METRICS
 from vgpo_kernels.ops.visual_weights import FOCUS_METRICS
-from vgpo_kernels.reference.policy_loss import SEQUENCE_LEVEL, LossArguments
+from vgpo_kernels.reference.policy_loss import (
+    SEQUENCE_LEVEL,
+    VESPO_FLOOR,
+    VESPO_LEAST_LAMBDA,
+    VESPO_LIMIT,
+    LossArguments,
+)
 from vgpo_kernels.triton_kernels.common import (
     clamp,
     device_guard,
     exponential,
     extent,
     first_slot,
+    is_finite,
     num_slots,
     operator,
     slot_range,
@@ -43,9 +50,10 @@ from vgpo_kernels.triton_kernels.visual_weights import (
     token_factor,
 )
 
-# Columns of a block's partial results, fp32 [slots, PARTIALS]: the metrics in their order, then the loss.
+# Columns of a block's partial results, fp32 [slots, PARTIALS]: the metrics in their order up to the number of tokens,
+# then the loss. The first metric is the sum of the next two, so that its place is free for the last one.
 PARTIALS = tl.constexpr(16)
-CLIPPED = tl.constexpr(0)
+NONFINITE = tl.constexpr(0)
 CLIPPED_LOW = tl.constexpr(1)
 CLIPPED_HIGH = tl.constexpr(2)
 DUAL_CLIPPED = tl.constexpr(3)
@@ -61,6 +69,10 @@ FACTOR_MAX = tl.constexpr(12)
 FACTOR_SQUARES = tl.constexpr(13)  # squared deviations from the block's mean
 COUNT = tl.constexpr(14)
 LOSS = tl.constexpr(15)
+METRICS = tl.constexpr(len(POLICY_METRICS))
+
+LEAST_LOG_WEIGHT = tl.constexpr(VESPO_FLOOR)
+LARGEST_LOG_WEIGHT = tl.constexpr(VESPO_LIMIT)  # and of a token's log-ratio, on both sides
 
 TOKEN_BLOCK = 1024
 COUNT_BLOCK = 4096
@@ -72,6 +84,7 @@ def surrogate(
     ratio_slope,  # derivative w.r.t. the log-ratio
     logp,
     advantage,
+    vespo,  # vespo's weight
     clip_low,
     clip_high,
     dual_clip,  # infinity: none
@@ -95,6 +108,12 @@ def surrogate(
     elif LOSS_TYPE == "cispo":
         slope = -advantage * clipped_ratio
         value = slope * logp
+        dual = dual & False
+    elif LOSS_TYPE == "vespo":
+        slope = -advantage * vespo
+        value = slope * logp
+        below = below & False
+        above = above & False
         dual = dual & False
     else:
         unclipped = -advantage * tl.where(dual, dual_clip, ratio)
@@ -139,6 +158,26 @@ def per_response_or_token(values, response, token, valid, PER_RESPONSE: tl.const
     else:
         loaded = tl.load(values + token, mask=valid, other=0.0)
     return loaded
+
+
+@triton.jit
+def importance_correction(weight, importance_cap, IMPORTANCE_MODE: tl.constexpr):
+    capped = importance_cap if IMPORTANCE_MODE == "truncate" else 0.0
+    return tl.where(weight > importance_cap, capped, weight)
+
+
+@triton.jit
+def log_importance(weight, importance_cap, IMPORTANCE_MODE: tl.constexpr):
+    """What an importance weight adds to vespo's log w, as csrc/math.h defines it."""
+    logarithm = tl.log(importance_correction(weight, importance_cap, IMPORTANCE_MODE))
+    return clamp(logarithm, LEAST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
+
+
+@triton.jit
+def vespo_weight(log_weight, k, decay):
+    """phi(w), 0 where it is not finite."""
+    weight = exponential(decay + k * log_weight - decay * exponential(log_weight))
+    return tl.where(is_finite(weight), weight, 0.0)
 
 
 @triton.jit
@@ -194,6 +233,10 @@ def loss_kernel(
     max_length,
     tau_positive,
     tau_negative,
+    vespo_k_pos,
+    vespo_lambda_pos,
+    vespo_k_neg,
+    vespo_lambda_neg,
     ratio_clamp,
     importance_cap,
     intra_low,
@@ -211,9 +254,13 @@ def loss_kernel(
     IMPORTANCE_PER_RESPONSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    SEQUENCE_RATIO: tl.constexpr = LOSS_TYPE == "gspo" or LOSS_TYPE == "gspo_token"
+    # The gradient goes through the mean log-ratio; the ratio is that of the mean; tokens need a sum of their response.
+    THROUGH_MEAN: tl.constexpr = LOSS_TYPE == "gspo" or LOSS_TYPE == "luspo"
+    SEQUENCE_RATIO: tl.constexpr = THROUGH_MEAN or LOSS_TYPE == "gspo_token"
+    VESPO: tl.constexpr = LOSS_TYPE == "vespo"
+    SEQUENCE_LEVEL: tl.constexpr = SEQUENCE_RATIO or VESPO
     # A program is a slot, or all slots of a response.
-    if SEQUENCE_RATIO:
+    if SEQUENCE_LEVEL:
         response = tl.program_id(0)
         slot_begin = first_slot(cu_seqlens, response, tokens, BLOCK)
         slot_end = first_slot(cu_seqlens, response + 1, tokens, BLOCK)
@@ -232,16 +279,33 @@ def loss_kernel(
 
     length = tl.zeros((), tl.float32)
     mean_log_ratio = tl.zeros((), tl.float32)
-    if SEQUENCE_RATIO:
+    vespo_gains = tl.zeros((), tl.float32)
+    vespo_losses = tl.zeros((), tl.float32)
+    if SEQUENCE_LEVEL:
         counted = tl.zeros((BLOCK,), tl.int32)
         summed = tl.zeros((BLOCK,), tl.float32)
         for slot in range(slot_end - slot_begin):
             token = first_token + slot * BLOCK + tl.arange(0, BLOCK)
             valid = tl.load(response_mask + token, mask=token < end, other=0) != 0
             counted += valid.to(tl.int32)
-            summed += tl.load(logp + token, mask=valid, other=0.0) - tl.load(old_logp + token, mask=valid, other=0.0)
+            term = tl.load(logp + token, mask=valid, other=0.0) - tl.load(old_logp + token, mask=valid, other=0.0)
+            if VESPO:
+                term = clamp(term, -LARGEST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
+                if importance_weights is not None and not IMPORTANCE_PER_RESPONSE:
+                    weight_of_token = tl.load(importance_weights + token, mask=valid, other=1.0)
+                    logarithm = log_importance(weight_of_token, importance_cap, IMPORTANCE_MODE)
+                    term += tl.where(valid, logarithm, 0.0)
+            summed += term
         length = tl.sum(counted).to(tl.float32)
-        mean_log_ratio = tl.div_rn(tl.sum(summed), tl.maximum(length, 1.0))
+        if VESPO:
+            log_weight = tl.sum(summed)
+            if importance_weights is not None and IMPORTANCE_PER_RESPONSE:
+                log_weight += log_importance(tl.load(importance_weights + response), importance_cap, IMPORTANCE_MODE)
+            log_weight = clamp(log_weight, LEAST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
+            vespo_gains = vespo_weight(log_weight, vespo_k_pos, vespo_lambda_pos)
+            vespo_losses = vespo_weight(log_weight, vespo_k_neg, vespo_lambda_neg)
+        else:
+            mean_log_ratio = tl.div_rn(tl.sum(summed), tl.maximum(length, 1.0))
     elif AGGREGATION == "seq-mean-token-mean":
         length = tl.load(lengths + response).to(tl.float32)
 
@@ -267,10 +331,10 @@ def loss_kernel(
         elif AGGREGATION == "seq-mean-token-sum-norm":
             share = tl.div_rn(share, max_length)
 
-    # In gspo the gradient of a token contains the derivatives of all tokens of its response w.r.t. their common ratio:
-    # a first round sums them, the second writes gradients. Other losses have only the second.
+    # Through the mean a token's gradient contains the derivatives of all tokens of its response w.r.t. their common
+    # ratio: a first round sums them, the second writes gradients. Other losses have only the second.
     common_slope = tl.zeros((), tl.float32)
-    for writes in tl.static_range(0 if LOSS_TYPE == "gspo" else 1, 2):
+    for writes in tl.static_range(0 if THROUGH_MEAN else 1, 2):
         slope_sum = tl.zeros((BLOCK,), tl.float32)
         for slot in range(slot_end - slot_begin):
             token = first_token + slot * BLOCK + tl.arange(0, BLOCK)
@@ -291,11 +355,13 @@ def loss_kernel(
                 weight = tl.load(w + token, mask=valid, other=0.0)
                 made, _ = token_factor(weight, phi, row, intra_low, intra_high, inter_low, inter_high, INTRA)
                 factor = tl.where(weighted, made, 1.0)
+            advantage *= factor
             value, slope, below, above, dual = surrogate(
                 ratio,
                 ratio_slope,
                 current,
-                advantage * factor,
+                advantage,
+                tl.where(advantage >= 0.0, vespo_gains, vespo_losses),
                 clip_low,
                 clip_high,
                 dual_clip,
@@ -303,10 +369,9 @@ def loss_kernel(
                 tau_negative,
                 LOSS_TYPE,
             )
-            if importance_weights is not None:
+            if importance_weights is not None and not VESPO:
                 correction = per_response_or_token(importance_weights, response, token, valid, IMPORTANCE_PER_RESPONSE)
-                capped = importance_cap if IMPORTANCE_MODE == "truncate" else 0.0
-                correction = tl.where(correction > importance_cap, capped, correction)
+                correction = importance_correction(correction, importance_cap, IMPORTANCE_MODE)
                 value *= correction
                 slope *= correction
             kl = tl.zeros((BLOCK,), tl.float32)
@@ -328,7 +393,7 @@ def loss_kernel(
             if writes == 0:
                 slope_sum += tl.where(valid, slope, 0.0)
             else:
-                if LOSS_TYPE == "gspo":
+                if THROUGH_MEAN:
                     slope = tl.zeros_like(slope) + common_slope
                 gradient = tl.where(valid, share * (slope + own_slope), 0.0)
                 tl.store(grad_logp + token, gradient, mask=token < end)
@@ -337,22 +402,22 @@ def loss_kernel(
                 bounded = clamp(token_log_ratio, -ratio_clamp, ratio_clamp)
                 old_kl = exponential(bounded) - 1.0 - bounded
                 partial = partials + (slot_begin + slot) * PARTIALS
-                store_partials(partial, valid, share * value, ratio, old_kl, kl, bonus, factor, below, above, dual)
+                broken = ~is_finite(advantage)
+                value = share * value
+                store_partials(partial, valid, value, ratio, old_kl, kl, bonus, factor, below, above, dual, broken)
         if writes == 0:
             common_slope = tl.div_rn(tl.sum(slope_sum), tl.maximum(length, 1.0))
 
 
 @triton.jit
-def store_partials(partial, valid, value, ratio, old_kl, kl, bonus, factor, below, above, dual):
+def store_partials(partial, valid, value, ratio, old_kl, kl, bonus, factor, below, above, dual, broken):
     """Reduce a block of tokens to its row of partial results."""
     count = tl.sum(valid.to(tl.int32)).to(tl.float32)
-    low = tl.sum((valid & below).to(tl.int32)).to(tl.float32)
-    high = tl.sum((valid & above).to(tl.int32)).to(tl.float32)
     mean = tl.div_rn(tl.sum(tl.where(valid, factor, 0.0)), tl.maximum(count, 1.0))
     deviation = tl.where(valid, factor - mean, 0.0)
-    tl.store(partial + CLIPPED, low + high)
-    tl.store(partial + CLIPPED_LOW, low)
-    tl.store(partial + CLIPPED_HIGH, high)
+    tl.store(partial + NONFINITE, tl.sum((valid & broken).to(tl.int32)).to(tl.float32))
+    tl.store(partial + CLIPPED_LOW, tl.sum((valid & below).to(tl.int32)).to(tl.float32))
+    tl.store(partial + CLIPPED_HIGH, tl.sum((valid & above).to(tl.int32)).to(tl.float32))
     tl.store(partial + DUAL_CLIPPED, tl.sum((valid & dual).to(tl.int32)).to(tl.float32))
     tl.store(partial + RATIO_SUM, tl.sum(tl.where(valid, ratio, 0.0)))
     tl.store(partial + RATIO_MIN, tl.min(tl.where(valid, ratio, float("inf"))))
@@ -373,7 +438,7 @@ def reduce_kernel(
     partials,  # [slots, PARTIALS]
     statistics,  # [B, STATISTICS] or None
     loss,  # out: []
-    metrics,  # out: [15] or, with statistics, [20]
+    metrics,  # out: [METRICS] or, with statistics, the focus metrics behind them
     slots,
     batch,
 ):
@@ -397,7 +462,9 @@ def reduce_kernel(
         sums += moment + tl.where((field == FACTOR_SQUARES)[None, :], count * mean * mean, 0.0)
     total = tl.sum(sums, 0)
     number = field_of(total, field, COUNT)
-    result = total / tl.maximum(number, 1.0)
+    nonfinite = field_of(total, field, NONFINITE)
+    clipped = field_of(total, field, CLIPPED_LOW) + field_of(total, field, CLIPPED_HIGH)
+    result = tl.where(field == NONFINITE, clipped, total) / tl.maximum(number, 1.0)
     mean = field_of(result, field, FACTOR_MEAN)
     variance = field_of(result, field, FACTOR_SQUARES) - mean * mean
     result = tl.where(field == FACTOR_SQUARES, tl.sqrt(tl.where(variance < 0.0, 0.0, variance)), result)
@@ -415,9 +482,10 @@ def reduce_kernel(
     result = tl.where(field == COUNT, number, result)
     result = tl.where(tl.zeros_like(result) + number > 0.0, result, 0.0).to(tl.float32)
     tl.store(metrics + field, result, mask=field < LOSS)
+    tl.store(metrics + LOSS, nonfinite.to(tl.float32))
     tl.store(loss, field_of(total, field, LOSS).to(tl.float32))
     if statistics is not None:
-        store_focus_metrics(statistics, metrics + LOSS, batch)
+        store_focus_metrics(statistics, metrics + METRICS, batch)
 
 
 def clip_range(options: PolicyLossOptions) -> tuple[float, float]:
@@ -440,6 +508,10 @@ def loss_settings(options: PolicyLossOptions) -> dict[str, Any]:
         "max_length": options.max_length or 1.0,
         "tau_positive": options.sapo_temperature_positive,
         "tau_negative": options.sapo_temperature_negative,
+        "vespo_k_pos": options.vespo_k_pos,
+        "vespo_lambda_pos": max(options.vespo_lambda_pos, VESPO_LEAST_LAMBDA),
+        "vespo_k_neg": options.vespo_k_neg,
+        "vespo_lambda_neg": max(options.vespo_lambda_neg, VESPO_LEAST_LAMBDA),
         "ratio_clamp": infinity if options.ratio_clamp is None else options.ratio_clamp,
         "importance_cap": infinity if options.importance_cap is None else options.importance_cap,
         "LOSS_TYPE": options.loss_type,
@@ -545,7 +617,7 @@ def launch_lengths(response_mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def policy_loss(
     factors: Tensor | None, options: list[float], **loss_arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, its gradients w.r.t. logp and entropy (empty without), and the policy metrics ``[15]``."""
+    """Return the loss, its gradients w.r.t. logp and entropy (empty without), and the policy metrics."""
     arguments, settings = LossArguments(**loss_arguments), PolicyLossOptions.from_floats(options)
     lengths = None
     if needs_lengths(settings, arguments.num_tokens):

@@ -37,7 +37,7 @@ def vgpo_loss(
     options: list[float],
     **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, its gradients w.r.t. logp and entropy (empty without), and the metrics ``[20]``."""
+    """Return the loss, its gradients w.r.t. logp and entropy (empty without), and the metrics."""
     settings, arguments = VGPOConfig.from_floats(config), LossArguments(**loss_arguments)
     mask, boundaries = arguments.response_mask, arguments.cu_seqlens
     focus = launch_focus(

@@ -1,13 +1,14 @@
 // The policy loss of one response's tokens. Include after vector_math.h, inside the vector's namespace.
 
-inline double log_ratio_sum(const float* logp, const float* old_logp, int64_t length) {
+inline double log_ratio_sum(const float* logp, const float* old_logp, int64_t length, float limit) {
+    const Vector high(limit), low(-limit);
     double total = 0.0;
     for (int64_t begin = 0; begin < length; begin += kSumBlock) {
         const int64_t end = begin + kSumBlock < length ? begin + kSumBlock : length;
         Vector block(0.0f);
         for (int64_t i = begin; i < end; i += Vector::kWidth) {
             const int lanes = lanes_of(i, end);
-            block = block + (load_first(logp + i, lanes) - load_first(old_logp + i, lanes));
+            block = block + clamped(load_first(logp + i, lanes) - load_first(old_logp + i, lanes), low, high);
         }
         total += sum(block);
     }
@@ -21,11 +22,22 @@ inline Vector load_or(const SpreadInput& from, int64_t index, int lanes, float o
     return from.per_token ? load_first(from.values + index, lanes) : Vector(from.values ? *from.values : otherwise);
 }
 
+// Tokens whose advantage, with its factor, is not finite.
+inline int64_t nonfinite_advantages(const LossTokens& tokens, int64_t begin, int64_t end) {
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; ++i) {
+        const float factor = tokens.factors == nullptr ? 1.0f : tokens.factors[i];
+        count += !vgpo::is_finite(tokens.advantages.at(0, i) * factor);
+    }
+    return count;
+}
+
 // At most kSumBlock tokens: lane sums are folded into doubles once.
 inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t end, float* grad_logp, LossSums& sums) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     const LossOptions& options = tokens.options;
-    const bool through_mean = options.loss_type == LossType::kGspo;
+    const bool through_mean = options.through_mean();
+    const bool corrected = tokens.importance.values != nullptr && !options.vespo();
     const Vector zero(0.0f), one(1.0f), scale(tokens.scale), kl_coef(options.kl_coef);
     const Vector entropy_coef(options.entropy_coef);
     Vector loss(0.0f), clipped_low(0.0f), clipped_high(0.0f), dual_clipped(0.0f), ratio_sum(0.0f), old_kl(0.0f);
@@ -38,14 +50,18 @@ inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t e
         const Vector log_ratio = logp - load_first(tokens.old_logp + i, lanes);
         const Vector factor = load_or(tokens.factors, i, lanes, 1.0f);
         const Vector advantage = load_or(tokens.advantages, i, lanes, 0.0f) * factor;
-        const Vector exponent = options.sequence_level() ? Vector(tokens.mean_log_ratio) : log_ratio;
+        const Vector exponent = options.sequence_ratio() ? Vector(tokens.sequence.mean_log_ratio) : log_ratio;
         const Ratio<Vector> ratio = importance_ratio(exponent, options);
-        const Surrogate<Vector> term = surrogate(ratio, logp, advantage, options);
-        const Vector importance = importance_correction(load_or(tokens.importance, i, lanes, 1.0f), options);
+        const Surrogate<Vector> term = surrogate(ratio, logp, advantage, tokens.sequence, options);
 
-        Vector value = importance * term.value;
-        Vector slope = importance * term.slope;  // w.r.t. the (mean) log-ratio
-        Vector direct = zero;                    // w.r.t. logp otherwise
+        Vector value = term.value;
+        Vector slope = term.slope;  // w.r.t. the (mean) log-ratio
+        Vector direct = zero;       // w.r.t. logp otherwise
+        if (corrected) {
+            const Vector importance = importance_correction(load_or(tokens.importance, i, lanes, 1.0f), options);
+            value = importance * value;
+            slope = importance * slope;
+        }
         if (tokens.ref_logp != nullptr) {
             Kl<Vector> kl = kl_estimate(logp, load_first(tokens.ref_logp + i, lanes), options);
             if (options.kl_bias_correction) {
@@ -79,7 +95,10 @@ inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t e
         factor_min = minimum(factor_min, select(present, factor, Vector(kInfinity)));
         factor_max = maximum(factor_max, select(present, factor, Vector(-kInfinity)));
     }
-    sums.loss += sum(loss);
+    const float total = sum(loss);
+    sums.loss += total;
+    // No loss is finite of which an advantage is not, so the loop above need not look.
+    if (!vgpo::is_finite(total)) sums.nonfinite_advantages += nonfinite_advantages(tokens, begin, end);
     sums.clipped_low += sum(clipped_low);
     sums.clipped_high += sum(clipped_high);
     sums.dual_clipped += sum(dual_clipped);
