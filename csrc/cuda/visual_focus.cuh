@@ -210,7 +210,8 @@ __device__ int index_tokens(const Layout& layout, const bool* response_mask, int
 template <typename T>
 __device__ void prefetch_visual_rows(const FocusInput<T>& input) {
     const int64_t row = grid_warp();
-    if (!input.aligned || input.given_prototypes != nullptr || row >= input.layout.num_rows() || !input.visual_mask[row]) return;
+    if (!input.aligned || input.given_prototypes != nullptr) return;
+    if (row >= input.layout.num_rows() || !input.visual_mask[row]) return;
     const int64_t response = input.layout.cu_seqlens == nullptr ? row / input.layout.rows : 0;
     prefetch_row(input.row(response, row), input.dim);
 }

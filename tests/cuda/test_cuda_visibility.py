@@ -52,6 +52,7 @@ RESPONSES = [
     "",
     "ttvvvt" + "v" * 40 + "t" * 19 + "v" * 33 + "t",  # chunks of more rows than a run has
     "b" * 21,
+    "vtbtbbvtb.tb" * 2,  # a token on a visual row does not see it
     "v.t..v.t" * 3 + "vvvvv",
     "t" * 11 + "v",  # an image after the last token
 ]
@@ -71,6 +72,15 @@ def test_images_and_tokens_in_any_order(emulator: Emulator, features: int, dtype
             assert same_bits(emulator.visual_focus(*given, *CAUSAL), cos), name
     means = emulator.visual_prototype(*given[:2], given[3], True)
     assert_matches(means, reference.visual_prototype, (*given[:2], given[3], True), ("prototype",))
+
+
+def test_small_states_are_compared_with_a_mean(emulator: Emulator) -> None:
+    """Cosines do not depend on a prototype's length, but where the smallest denominator stands in for tiny norms."""
+    hidden, *rest = interleaved(RESPONSES, 8)
+    given = (3e-5 * hidden, *rest)
+    cos = emulator.visual_focus(*given, *CAUSAL)
+    assert cos.nan_to_num().abs().max() > 0.1
+    assert_close(cos, by_equation(*given), floor=2e-6)
 
 
 def test_batch_order_and_layout_change_no_bit(emulator: Emulator) -> None:
