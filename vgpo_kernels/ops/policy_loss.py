@@ -203,12 +203,14 @@ def unpack(result: Any, names: tuple[str, ...], dtype: torch.dtype, arguments: M
 
     An operator that takes no entropies computes them itself.
     """
-    loss, *_, metrics = result
-    named = name_metrics(names, metrics.to(dtype))
+    loss, metrics = result[0], result[-1]
+    if metrics.dtype != dtype:  # of the reference implementation, which computes in fp64
+        loss, metrics = loss.to(dtype), metrics.to(dtype)
+    named = name_metrics(names, metrics)
     for metric, tensor in NEEDS.items():
         if tensor in arguments and arguments[tensor] is None:
             del named[metric]
-    return PolicyLoss(loss.to(dtype), named)
+    return PolicyLoss(loss, named)
 
 
 def fake_loss(logp: Tensor, entropy: Tensor | None, *, num_metrics: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
