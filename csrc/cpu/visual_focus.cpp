@@ -122,7 +122,8 @@ void average(const FocusTensors& input, const std::vector<Positions>& visual, co
         const int64_t columns = std::min(width, input.columns - column);
         if (columns <= 0) return;
         const void* first = address_of(input, input.strides.offset(layout, b, layout.row_begin(b)) + column);
-        std::vector<float> room(2 * columns), total(columns);
+        std::vector<float> room(2 * columns);
+        std::vector<double> total(columns);  // of thousands of views, perhaps
         for (int64_t v = first_view[b]; v < first_view[b + 1]; ++v) {
             const View& view = views[v];
             const int64_t rows = view.seen_rows - view.first_row;
@@ -130,8 +131,8 @@ void average(const FocusTensors& input, const std::vector<Positions>& visual, co
             sum_rows(first, visual[b].data() + view.first_row, rows, input.strides.row, columns, room.data(), mean);
             const float count = static_cast<float>(std::max<int64_t>(view.seen_rows, 1));
             for (int64_t c = 0; c < columns; ++c) {
-                total[c] += mean[c];
-                mean[c] = total[c] / count;
+                total[c] += static_cast<double>(mean[c]);
+                mean[c] = static_cast<float>(total[c]) / count;
             }
         }
     });
@@ -217,17 +218,19 @@ void running_prototypes(const FocusTensors& input, float* means /* [R, D] */) {
         const int64_t b = item / slices, column = item % slices * width;
         const int64_t columns = std::min(width, input.columns - column);
         if (columns <= 0) return;
-        std::vector<float> room(2 * columns), row(columns), total(columns);
+        std::vector<float> room(2 * columns), row(columns);
+        std::vector<double> total(columns);
         int64_t count = 0;
         for (int64_t r = layout.row_begin(b); r < layout.row_end(b); ++r) {
             float* mean = means + r * input.columns + column;
-            for (int64_t c = 0; c < columns; ++c) mean[c] = count > 0 ? total[c] / static_cast<float>(count) : 0.0f;
+            const float divisor = static_cast<float>(std::max<int64_t>(count, 1));
+            for (int64_t c = 0; c < columns; ++c) mean[c] = static_cast<float>(total[c]) / divisor;
             if (!input.visual_mask[r]) continue;
             ++count;
             const int64_t itself = 0;
             sum_rows(address_of(input, input.strides.offset(layout, b, r) + column), &itself, 1, input.strides.row,
                      columns, room.data(), row.data());
-            for (int64_t c = 0; c < columns; ++c) total[c] += row[c];
+            for (int64_t c = 0; c < columns; ++c) total[c] += static_cast<double>(row[c]);
         }
     });
 }
