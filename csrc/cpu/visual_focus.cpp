@@ -123,17 +123,19 @@ void average(const FocusTensors& input, const std::vector<Positions>& visual, co
         if (columns <= 0) return;
         const void* first = address_of(input, input.strides.offset(layout, b, layout.row_begin(b)) + column);
         std::vector<float> room(2 * columns);
-        std::vector<double> total(columns);  // of thousands of views, perhaps
+        std::vector<double> total;  // of thousands of views, perhaps
+        if (first_view[b + 1] - first_view[b] > 1) total.resize(columns);
         for (int64_t v = first_view[b]; v < first_view[b + 1]; ++v) {
             const View& view = views[v];
             const int64_t rows = view.seen_rows - view.first_row;
             float* mean = means + v * input.columns + column;
             sum_rows(first, visual[b].data() + view.first_row, rows, input.strides.row, columns, room.data(), mean);
             const float count = static_cast<float>(std::max<int64_t>(view.seen_rows, 1));
-            for (int64_t c = 0; c < columns; ++c) {
+            for (size_t c = 0; c < total.size(); ++c) {
                 total[c] += static_cast<double>(mean[c]);
-                mean[c] = static_cast<float>(total[c]) / count;
+                mean[c] = static_cast<float>(total[c]);
             }
+            for (int64_t c = 0; c < columns; ++c) mean[c] /= count;
         }
     });
 }
