@@ -34,6 +34,7 @@ from vgpo_kernels.triton_kernels.common import (
     extent,
     first_slot,
     is_finite,
+    is_per_response,
     num_slots,
     operator,
     slot_range,
@@ -274,6 +275,7 @@ def loss_kernel(
         phi = tl.zeros((), tl.float32)
         row = statistics + response.to(tl.int64) * STATISTICS
         weighted = tl.load(row + WEIGHTED) != 0.0
+        origin = token_range(cu_seqlens, response, tokens)[0]
         if INTER:
             phi = group_weight(response, statistics + SCORE, statistics + WEIGHTED, groups, batch, STATISTICS)
 
@@ -353,7 +355,9 @@ def loss_kernel(
                 factor = tl.load(factors + token, mask=valid, other=1.0)
             if w is not None:
                 weight = tl.load(w + token, mask=valid, other=0.0)
-                made, _ = token_factor(weight, phi, row, intra_low, intra_high, inter_low, inter_high, INTRA)
+                made, _ = token_factor(
+                    weight, phi, row, token - origin, intra_low, intra_high, inter_low, inter_high, INTRA
+                )
                 factor = tl.where(weighted, made, 1.0)
             advantage *= factor
             value, slope, below, above, dual = surrogate(
@@ -437,6 +441,7 @@ def store_partials(partial, valid, value, ratio, old_kl, kl, bonus, factor, belo
 def reduce_kernel(
     partials,  # [slots, PARTIALS]
     statistics,  # [B, STATISTICS] or None
+    groups,  # [B] or None
     loss,  # out: []
     metrics,  # out: [METRICS] or, with statistics, the focus metrics behind them
     slots,
@@ -485,7 +490,7 @@ def reduce_kernel(
     tl.store(metrics + LOSS, nonfinite.to(tl.float32))
     tl.store(loss, field_of(total, field, LOSS).to(tl.float32))
     if statistics is not None:
-        store_focus_metrics(statistics, metrics + METRICS, batch)
+        store_focus_metrics(statistics, groups, metrics + METRICS, batch)
 
 
 def clip_range(options: PolicyLossOptions) -> tuple[float, float]:
@@ -595,13 +600,8 @@ def launch_loss(
             # Two tokens a thread: with four, compilers give up a register here and there for one more block.
             num_warps=16,
         )
-        wrap_triton(reduce_kernel)[(1,)](partials, statistics, loss, metrics, slots, batch)
+        wrap_triton(reduce_kernel)[(1,)](partials, statistics, groups, loss, metrics, slots, batch)
     return loss, grad_logp, grad_entropy, metrics
-
-
-def is_per_response(values: Tensor, batch: int) -> bool:
-    """Whether there is one value per response. A vector of B values means that, also where B = N."""
-    return values.dim() == 1 and values.shape[0] == batch
 
 
 def launch_lengths(response_mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
