@@ -148,15 +148,13 @@ def calls(loss_types: Iterable[str]) -> dict[str, Callable[[], Any]]:
             options=options(loss_type=loss_type, aggregation="token-mean"),
         )
 
+    image = {"hidden": flat_hidden, "visual_mask": flat_visual, "response_mask": flat_visual, "cu_seqlens": boundaries}
     return {
         "vgpo_loss, packed, bfloat16": call_of(
             "vgpo_loss",
             **dict.fromkeys((*terms, "advantages"), flat_values),
-            hidden=flat_hidden,
-            visual_mask=flat_visual,
-            response_mask=flat_visual,
+            **image,
             group_ids=groups,
-            cu_seqlens=boundaries,
             config=paper,
             options=options(loss_type="dapo"),
         ),
@@ -166,6 +164,17 @@ def calls(loss_types: Iterable[str]) -> dict[str, Callable[[], Any]]:
             response_mask=mask,
             prototype=torch.zeros(batch, FEATURES),
             prototype_index=groups,
+        ),
+        "visual_focus, a prototype per token, bfloat16": call_of(
+            "visual_focus",
+            hidden=hidden,
+            response_mask=mask,
+            prototype=torch.zeros(batch, FEATURES),
+            prototype_index=torch.zeros(batch, tokens, dtype=torch.int64),
+        ),
+        "visual_focus, causal, packed, bfloat16": call_of("visual_focus", **image, causal=True),
+        "visual_prototype, causal, bfloat16": call_of(
+            "visual_prototype", hidden=hidden, visual_mask=visual, causal=True
         ),
         "visual_weights, released": call_of(
             "visual_weights", cos=values, response_mask=mask, group_ids=groups, config=released

@@ -97,4 +97,5 @@ def test_ten_rollouts_compile_a_kernel_once(uninterpreted: dict[str, Any]) -> No
 
 def test_torch_compile_sees_every_launch(uninterpreted: dict[str, Any]) -> None:
     given = ["focus_kernel", "response_kernel", "loss_kernel", "reduce_kernel"]
-    assert uninterpreted["traced"] == {"own": ["visual_index_kernel", "prototype_kernel", *given], "given": given}
+    own = ["visual_index_kernel", "prototype_kernel", *given]
+    assert uninterpreted["traced"] == {"own": own, "causal": own, "given": given}

@@ -58,11 +58,21 @@ def call_every_operator(batch: Batch) -> None:
     vgpo_kernels.policy_loss(batch.logp, batch.old_logp, batch.token_advantages, mask, **packed)
 
 
+def call_with_late_images(batch: Batch) -> None:
+    given = (batch.hidden, batch.visual_mask)
+    vgpo_kernels.visual_prototype(*given, cu_seqlens=batch.cu_seqlens, visibility="causal")
+    vgpo_kernels.visual_focus(*given, batch.response_mask, cu_seqlens=batch.cu_seqlens, visibility="causal")
+
+
 def compilations() -> dict[str, int]:
     """Return how often each kernel would be compiled over ten rollouts, in the layout where it is most often."""
     most: dict[str, int] = defaultdict(int)
     for packed in (False, True):
-        for call in (call_every_operator, lambda batch: loss_of(batch, batch.logp, loss_type="gspo")):
+        for call in (
+            call_every_operator,
+            call_with_late_images,
+            lambda batch: loss_of(batch, batch.logp, loss_type="gspo"),
+        ):
             keys: dict[str, set[Any]] = defaultdict(set)
             for sizes in ROLLOUTS:
                 with recording(TARGETS["sm_90"]) as launches:
@@ -75,7 +85,7 @@ def compilations() -> dict[str, int]:
 
 
 def traced_launches() -> dict[str, list[str]]:
-    """Return the kernels in the one graph that torch.compile makes of vgpo_loss, without and with prototypes."""
+    """Return the kernels in the one graph that torch.compile makes of vgpo_loss, for each way to give prototypes."""
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., list[Any]]:
@@ -89,12 +99,17 @@ def traced_launches() -> dict[str, list[str]]:
     batch = rollout(4, 16, 64, packed=False)
     batch.logp.requires_grad_()
     found = {}
-    for name, prototype in (("own", None), ("given", torch.ones(4, FEATURES))):
+    calls: dict[str, dict[str, Any]] = {
+        "own": {},
+        "causal": {"visibility": "causal"},
+        "given": {"prototype": torch.ones(4, FEATURES)},
+    }
+    for name, options in calls.items():
         torch._dynamo.reset()
         graphs.clear()
         compiled = torch.compile(loss_of, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
         with recording(TARGETS["sm_90"]):
-            compiled(batch, batch.logp, prototype=prototype).backward()
+            compiled(batch, batch.logp, **options).backward()
         found[name] = [name for graph in graphs for name in kernels_of(graph)]
     return found
 

@@ -163,6 +163,11 @@ def extent(mask: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
     return batch, mask.shape[-1]
 
 
+def is_per_response(values: Tensor, batch: int) -> bool:
+    """Whether there is one value per response. A vector of B values means that, also where B = N."""
+    return values.dim() == 1 and values.shape[0] == batch
+
+
 # ---- registration -----------------------------------------------------------------------------------------------
 
 INTERPRETED = not isinstance(is_finite, triton.runtime.JITFunction)

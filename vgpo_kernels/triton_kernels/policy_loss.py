@@ -27,6 +27,7 @@ from vgpo_kernels.triton_kernels.common import (
     exponential,
     extent,
     first_slot,
+    is_per_response,
     num_slots,
     operator,
     slot_range,
@@ -227,6 +228,7 @@ def loss_kernel(
         phi = tl.zeros((), tl.float32)
         row = statistics + response.to(tl.int64) * STATISTICS
         weighted = tl.load(row + WEIGHTED) != 0.0
+        origin = token_range(cu_seqlens, response, tokens)[0]
         if INTER:
             phi = group_weight(response, statistics + SCORE, statistics + WEIGHTED, groups, batch, STATISTICS)
 
@@ -289,7 +291,9 @@ def loss_kernel(
                 factor = tl.load(factors + token, mask=valid, other=1.0)
             if w is not None:
                 weight = tl.load(w + token, mask=valid, other=0.0)
-                made, _ = token_factor(weight, phi, row, intra_low, intra_high, inter_low, inter_high, INTRA)
+                made, _ = token_factor(
+                    weight, phi, row, token - origin, intra_low, intra_high, inter_low, inter_high, INTRA
+                )
                 factor = tl.where(weighted, made, 1.0)
             value, slope, below, above, dual = surrogate(
                 ratio,
@@ -372,8 +376,9 @@ def store_partials(partial, valid, value, ratio, old_kl, kl, bonus, factor, belo
 def reduce_kernel(
     partials,  # [slots, PARTIALS]
     statistics,  # [B, STATISTICS] or None
+    groups,  # [B] or None
     loss,  # out: []
-    metrics,  # out: [15] or, with statistics, [20]
+    metrics,  # out: [15] or, with statistics, [22]
     slots,
     batch,
 ):
@@ -417,7 +422,7 @@ def reduce_kernel(
     tl.store(metrics + field, result, mask=field < LOSS)
     tl.store(loss, field_of(total, field, LOSS).to(tl.float32))
     if statistics is not None:
-        store_focus_metrics(statistics, metrics + LOSS, batch)
+        store_focus_metrics(statistics, groups, metrics + LOSS, batch)
 
 
 def clip_range(options: PolicyLossOptions) -> tuple[float, float]:
@@ -523,13 +528,8 @@ def launch_loss(
             # Two tokens a thread: with four, compilers give up a register here and there for one more block.
             num_warps=16,
         )
-        wrap_triton(reduce_kernel)[(1,)](partials, statistics, loss, metrics, slots, batch)
+        wrap_triton(reduce_kernel)[(1,)](partials, statistics, groups, loss, metrics, slots, batch)
     return loss, grad_logp, grad_entropy, metrics
-
-
-def is_per_response(values: Tensor, batch: int) -> bool:
-    """Whether there is one value per response. A vector of B values means that, also where B = N."""
-    return values.dim() == 1 and values.shape[0] == batch
 
 
 def launch_lengths(response_mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -9,7 +9,8 @@
 
 Each launch needs results of many programs of the one before, and the end of a launch is the only barrier across
 programs that Triton has on every GPU. Prototypes are split by features (2), and each program of (5) computes the group
-statistics that it needs, so neither needs a launch of its own. Factors are never written to memory.
+statistics that it needs, so neither needs a launch of its own. Late images (2, 3) need none either. Factors are never
+written to memory.
 """
 
 from __future__ import annotations
@@ -33,16 +34,18 @@ def vgpo_loss(
     group_ids: Tensor,
     prototype: Tensor | None,
     prototype_index: Tensor | None,
+    causal: bool,
     config: list[float],
     options: list[float],
     **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, its gradients w.r.t. logp and entropy (empty without), and the metrics ``[20]``."""
+    """Return the loss, its gradients w.r.t. logp and entropy (empty without), and the metrics ``[22]``."""
     settings, arguments = VGPOConfig.from_floats(config), LossArguments(**loss_arguments)
     mask, boundaries = arguments.response_mask, arguments.cu_seqlens
-    focus = launch_focus(
-        hidden, visual_mask, mask, boundaries, prototype, prototype_index, with_minima=needs_minima(settings)
+    cos, minima = launch_focus(
+        hidden, visual_mask, mask, boundaries, prototype, prototype_index, causal, with_minima=needs_minima(settings)
     )
-    w, statistics, lengths = launch_responses(focus.cos, mask, focus.images, boundaries, focus.minima, settings)
+    # A response without an image says so by its cosines.
+    w, statistics, lengths = launch_responses(cos, mask, None, boundaries, minima, settings)
     source = FactorSource(w, statistics, group_ids, factor_settings(settings))
     return launch_loss(arguments, PolicyLossOptions.from_floats(options), lengths, source=source)

@@ -1,8 +1,16 @@
-"""Visual prototypes (two launches) and focus scores (one more) in Triton.
+"""Visual prototypes (two launches) and focus scores (one more) in Triton, whatever the visibility.
 
 A prototype is the sum of its visual tokens in their order, whatever is between them. So a first launch lists where they
 are, and the second sums them, with one program per slice of features. Because the features are split and not the
 tokens, there are no partial sums and no third launch, and every visual row is still read once.
+
+Images that arrive among the scored tokens (causal visibility) change the prototype from then on. Visual rows up to the
+first scored token that sees any make its prototype as above, with the same bits. Rows after them are *late*: they are
+added one by one, in fp64, so that a sum is a function of the rows before a token alone, wherever blocks begin. The
+second launch keeps the running sum before every :data:`SPAN` rows; a block of tokens in the third starts from the one
+before it and adds the few rows in between. So the host need not know how many images arrive, memory does not grow with
+their number, and the work stays split over slices of features and blocks of tokens. Where nothing is late, neither
+launch reads or writes more.
 """
 
 from __future__ import annotations
@@ -18,7 +26,9 @@ from vgpo_kernels.triton_kernels.common import (
     architecture,
     device_guard,
     extent,
+    first_slot,
     is_finite,
+    is_per_response,
     num_slots,
     operator,
     slot_range,
@@ -31,6 +41,13 @@ NORM_FLOOR = tl.constexpr(1e-8)
 # Tokens that are added to a prototype at a time. Its bits depend on this number, so it is the same for every GPU.
 PROTOTYPE_ROWS = 64
 INDEX_BLOCK = 4096
+
+# Rows between two running sums of late images. More take less memory (one fp64 row of D each), and let the blocks of
+# tokens at the end of an image add more of its rows themselves.
+SPAN = tl.constexpr(64)
+# Late rows are added one after the other; so many of them are on their way from memory at a time.
+IN_FLIGHT = tl.constexpr(8)
+NOWHERE = tl.constexpr(2**31 - 1)  # a row behind every other
 
 
 class Tile(NamedTuple):
@@ -74,13 +91,17 @@ def prototype_tile(features: int) -> Tile:
     return Tile(PROTOTYPE_ROWS, columns, shape.prototype_warps)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def visual_index_kernel(
     visual_mask,  # [B, S] or [N]
     boundaries,  # [B + 1] or None
+    mask,  # response mask, [B, T] or [N]: visibility is causal; or None
     positions,  # out: rows of a response's visual tokens, counted from its first row, in its slice of [B * S] or [N]
-    counts,  # out: [B]
+    counts,  # out: [B], visual tokens of the (first) prototype
+    ends,  # out: [B], visual tokens before the last scored token; or None
+    span_counts,  # out: visual tokens of its response before a span; or None
     rows,  # S or N
+    tokens,  # T or N
     BLOCK: tl.constexpr,
 ):
     response = tl.program_id(0)
@@ -90,12 +111,27 @@ def visual_index_kernel(
     positions += begin
     size = (end - begin).to(tl.int32)
     count = tl.zeros((), tl.int32)
+    if mask is not None:
+        mask += token_range(boundaries, response, tokens)[0]
+        unscored = rows - tokens if boundaries is None else tl.zeros((), tl.int32)
+        span_counts += first_slot(boundaries, response, rows, SPAN)
+        fewest = tl.full((BLOCK,), NOWHERE, tl.int32)
+        most = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, size, BLOCK):
         row = start + tl.arange(0, BLOCK)
         visible = (tl.load(visual_mask + row, mask=row < size, other=0) != 0).to(tl.int32)
-        ordinal = count + tl.cumsum(visible, 0) - 1
-        tl.store(positions + ordinal, row, mask=visible != 0)
+        before = count + tl.cumsum(visible, 0) - visible
+        tl.store(positions + before, row, mask=visible != 0)
         count += tl.sum(visible)
+        if mask is not None:
+            scored = tl.load(mask + row - unscored, mask=(row >= unscored) & (row < size), other=0) != 0
+            fewest = tl.minimum(fewest, tl.where(scored & (before > 0), before, NOWHERE))
+            most = tl.maximum(most, tl.where(scored, before, 0))
+            tl.store(span_counts + row // SPAN, before, mask=(row % SPAN == 0) & (row < size))
+    if mask is not None:
+        last = tl.max(most)
+        tl.store(ends + response, last)
+        count = tl.where(last > 0, tl.min(fewest), 0)
     tl.store(counts + response, count)
 
 
@@ -105,7 +141,10 @@ def prototype_kernel(
     boundaries,  # [B + 1] or None
     positions,  # from visual_index_kernel
     counts,
+    ends,  # None: there are no late images
+    span_counts,
     prototype,  # out: [B, D]
+    sums,  # out: sum of the visual rows before a span, fp64 [spans, D], of spans among late images; or None
     rows,  # S or N
     features,  # D
     batch_stride,
@@ -116,11 +155,8 @@ def prototype_kernel(
     slices = tl.cdiv(features, COLUMNS)
     response = tl.program_id(0) // slices
     column = (tl.program_id(0) % slices) * COLUMNS + tl.arange(0, COLUMNS)
-    begin, _ = token_range(boundaries, response, rows)
-    if boundaries is None:
-        hidden += response.to(tl.int64) * batch_stride
-    else:
-        hidden += begin * row_stride
+    begin, end = token_range(boundaries, response, rows)
+    hidden = first_row(hidden, boundaries, response, begin, batch_stride, row_stride)
     positions += begin
     count = tl.load(counts + response)
     lane = tl.arange(0, ROWS)
@@ -133,8 +169,124 @@ def prototype_kernel(
         upcoming = tl.load(positions + ordinal + ROWS, mask=ordinal + ROWS < count, other=0)
         inside = (ordinal < count)[:, None] & (column < features)[None, :]
         total += tl.load(hidden + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    mean = tl.div_rn(tl.sum(total, 0), tl.maximum(count, 1).to(tl.float32))
+    total = tl.sum(total, 0)
+    mean = tl.div_rn(total, tl.maximum(count, 1).to(tl.float32))
     tl.store(prototype + response.to(tl.int64) * features + column, mean, mask=column < features)
+
+    if ends is not None:
+        last = tl.load(ends + response)
+        if last > count:
+            size = (end - begin).to(tl.int32)
+            slot = first_slot(boundaries, response, rows, SPAN)
+            running = total.to(tl.float64)
+            begin_span, end_span = late_spans(positions, count, last)
+            for span in range(begin_span, end_span + 1):
+                entry = (slot + span) * features + column
+                tl.store(sums + entry, running, mask=column < tl.where(size > span * SPAN, features, 0))
+                stop = tl.load(span_counts + slot + span + 1, mask=size > (span + 1) * SPAN, other=NOWHERE)
+                stop = tl.minimum(stop, last)
+                ends_here = stop + tl.zeros((COLUMNS,), tl.int32)
+                for ordinal in range(count, stop, IN_FLIGHT):
+                    running = add_visual_rows(
+                        running, hidden + column, positions, ordinal, stop, ends_here, column < features, row_stride
+                    )
+                count = tl.maximum(count, stop)
+
+
+@triton.jit
+def add_visual_rows(total, hidden, positions, ordinal, stop, limit, inside, row_stride):
+    """Add the next visual rows to a sum, one after the other: of those before ``stop`` the ones before ``limit``."""
+    rows = next_visual_rows(positions, ordinal, stop)
+    values = load_rows(hidden, rows, ordinal, limit, inside, row_stride)
+    for ahead in tl.static_range(IN_FLIGHT):
+        total += values[ahead].to(tl.float32).to(tl.float64)
+    return total
+
+
+@triton.jit
+def next_visual_rows(positions, ordinal, stop):
+    rows = ()
+    for ahead in tl.static_range(IN_FLIGHT):
+        rows += (tl.load(positions + ordinal + ahead, mask=ordinal + ahead < stop, other=0).to(tl.int64),)  # type: ignore[assignment]
+    return rows
+
+
+@triton.jit
+def load_rows(hidden, rows, ordinal, limit, inside, row_stride):
+    values = ()
+    for ahead in tl.static_range(IN_FLIGHT):
+        taken = (ordinal + ahead < limit) & inside
+        values += (tl.load(hidden + rows[ahead] * row_stride, mask=taken, other=0.0),)  # type: ignore[assignment]
+    return values
+
+
+@triton.jit
+def first_row(hidden, boundaries, response, begin, batch_stride, row_stride):
+    """Where the hidden states of a response begin."""
+    if boundaries is None:
+        hidden += response.to(tl.int64) * batch_stride
+    else:
+        hidden += begin * row_stride
+    return hidden
+
+
+@triton.jit
+def late_spans(positions, count, last):
+    """First and last of a response's spans whose running sum is kept, given its number of visual rows before.
+
+    Blocks of tokens behind the last late row share the sum of the span after it.
+    """
+    return tl.load(positions + count) // SPAN, tl.load(positions + last - 1) // SPAN + 1
+
+
+@triton.jit(do_not_specialize=["rows"])
+def running_prototype_kernel(
+    hidden,  # [B, S, D] or [N, D]
+    visual_mask,  # [B, S] or [N]
+    boundaries,  # [B + 1] or None
+    prototype,  # out: hidden's shape
+    rows,  # S or N
+    features,  # D
+    batch_stride,
+    row_stride,
+    COLUMNS: tl.constexpr,
+):
+    slices = tl.cdiv(features, COLUMNS)
+    response = tl.program_id(0) // slices
+    column = (tl.program_id(0) % slices) * COLUMNS + tl.arange(0, COLUMNS)
+    begin, end = token_range(boundaries, response, rows)
+    hidden = first_row(hidden, boundaries, response, begin, batch_stride, row_stride)
+    prototype += begin * features
+    visual_mask += begin
+    size = end - begin
+    total = tl.zeros((COLUMNS,), tl.float64)
+    count = tl.zeros((), tl.int32)
+    for row in range(0, size, 4):
+        # Four at a time, all loads before the first store: none of them waits for the one before.
+        seen_0, value_0 = visual_row(hidden, visual_mask, row, size, row_stride, column, features)
+        seen_1, value_1 = visual_row(hidden, visual_mask, row + 1, size, row_stride, column, features)
+        seen_2, value_2 = visual_row(hidden, visual_mask, row + 2, size, row_stride, column, features)
+        seen_3, value_3 = visual_row(hidden, visual_mask, row + 3, size, row_stride, column, features)
+        total, count = store_mean(prototype, row, size, column, features, total, count, seen_0, value_0)
+        total, count = store_mean(prototype, row + 1, size, column, features, total, count, seen_1, value_1)
+        total, count = store_mean(prototype, row + 2, size, column, features, total, count, seen_2, value_2)
+        total, count = store_mean(prototype, row + 3, size, column, features, total, count, seen_3, value_3)
+
+
+@triton.jit
+def visual_row(hidden, visual_mask, row, size, row_stride, column, features):
+    """Whether a row is visual, and its hidden states if it is."""
+    seen = tl.load(visual_mask + row, mask=row < size, other=0) != 0
+    inside = column < tl.where(seen, features, 0)
+    return seen, tl.load(hidden + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_mean(prototype, row, size, column, features, total, count, seen, value):
+    """Store the mean of the rows before this one, then add it."""
+    mean = tl.div_rn(total.to(tl.float32), tl.maximum(count, 1).to(tl.float32))
+    tl.store(prototype + row * features + column, mean, mask=column < tl.where(row < size, features, 0))
+    return tl.where(seen, total + value.to(tl.float64), total), count + seen.to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["batch", "rows", "tokens", "num_prototypes"])
@@ -143,10 +295,13 @@ def focus_kernel(
     mask,  # [B, T] or [N]
     boundaries,  # [B + 1] or None
     prototype,  # [P, D]
-    prototype_index,  # [B] or None
-    counts,  # [B], visual tokens of a response, or None
+    prototype_index,  # [B] or mask's shape, or None
+    counts,  # [B], visual tokens of a prototype; None: prototypes are given, and a row of zeros is no image
+    positions,  # from visual_index_kernel, with those that follow; None: nothing is late
+    ends,
+    span_counts,
+    sums,  # from prototype_kernel
     cos,  # out: mask's shape
-    images,  # out: whether a response has an image, int32 [B], or None
     minima,  # out: the smaller of 0 and a slot's smallest finite cosine, or None
     batch,
     rows,  # S or N
@@ -155,61 +310,198 @@ def focus_kernel(
     features,  # D
     batch_stride,
     row_stride,
+    INDEX_PER_TOKEN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OWN_COLUMNS: tl.constexpr,
 ):
     slot = tl.program_id(0)
     response, begin, end = slot_range(boundaries, slot, batch, tokens, ROWS)
     first, _ = token_range(boundaries, response, tokens)
     token = begin + tl.arange(0, ROWS)
-
-    if prototype_index is None:
-        mean_row = response.to(tl.int64)
-        seen = mean_row >= 0
-    else:
-        index = tl.load(prototype_index + response)
-        seen = (index >= 0) & (num_prototypes > 0)
-        mean_row = tl.minimum(tl.maximum(index, 0), tl.maximum(num_prototypes - 1, 0)).to(tl.int64)
-    if counts is not None:
-        seen = tl.load(counts + response) > 0
-    prototype += mean_row * features
-
     # A padded token (b, t) is row (b, S - T + t); a packed token n is row n.
     if boundaries is None:
         hidden += response.to(tl.int64) * batch_stride
         row = token - first + (rows - tokens)
     else:
         row = token
-    # Nothing is scored in a response without an image: its mask is not even read.
-    scored = tl.load(mask + token, mask=token < tl.where(seen, end, 0), other=0) != 0
+    scored = tl.load(mask + token, mask=token < end, other=0) != 0
 
-    # A block without anything to score reads nothing. The first of a response also looks at the prototype.
-    needed = tl.max(scored.to(tl.int32)) > 0
-    if images is not None:
-        needed = needed | (seen & (begin == first))
+    if INDEX_PER_TOKEN:
+        index = tl.minimum(tl.load(prototype_index + token, mask=scored, other=-1), num_prototypes - 1)
+        seeing = index >= 0
+        entry = tl.maximum(index, 0).to(tl.int64) * features
+        cosine, shown = own_cosines(
+            hidden, row, seeing, prototype, entry, None, None, None, features, row_stride, ROWS, OWN_COLUMNS
+        )
+    else:
+        index = response.to(tl.int64)
+        if prototype_index is not None:
+            index = tl.minimum(tl.load(prototype_index + response), num_prototypes - 1).to(tl.int64)
+        shown = index >= 0
+        if counts is not None:
+            count = tl.load(counts + response)
+            shown = count > 0
+        seeing = scored & (token < tl.where(shown, end, 0))
+        early = seeing
+        if positions is not None:
+            positions += token_range(boundaries, response, rows)[0]
+            origin = tl.zeros((), tl.int64) if boundaries is None else first
+            place = (row - origin).to(tl.int32)
+            seeing = seeing & (place > tl.load(positions, mask=count > 0, other=0))
+            last = tl.load(ends + response)
+            first_late = tl.load(positions + count, mask=last > count, other=NOWHERE)
+            early = seeing & (place <= first_late)
+            late = seeing & (place > first_late)
+        cosine, nonzero = shared_cosines(
+            hidden, row, early, prototype + tl.maximum(index, 0) * features, features, row_stride, ROWS, COLUMNS
+        )
+        if counts is None:
+            shown = nonzero
+        if positions is not None:
+            slot_of_spans = first_slot(boundaries, response, rows, SPAN)
+            if tl.max(late.to(tl.int32)) > 0:
+                own = late_cosines(
+                    hidden + origin * row_stride,
+                    place,
+                    late,
+                    positions,
+                    count,
+                    last,
+                    span_counts + slot_of_spans,
+                    sums + slot_of_spans * features,
+                    features,
+                    row_stride,
+                    ROWS,
+                    OWN_COLUMNS,
+                )
+                cosine = tl.where(late, own, cosine)
+    cosine = tl.where(is_finite(cosine), cosine, float("inf"))
+    # In one condition the two would keep registers busy while rows are read.
+    cosine = tl.where(shown, tl.where(seeing, cosine, float("nan")), float("nan"))
+    cosine = tl.where(scored, cosine, 0.0)
+    tl.store(cos + token, cosine, mask=token < end)
+    if minima is not None:
+        tl.store(minima + slot, tl.min(tl.where(is_finite(cosine), tl.minimum(cosine, 0.0), 0.0)))
+
+
+@triton.jit
+def shared_cosines(hidden, row, wanted, prototype, features, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Cosines of a block of rows with one prototype, and whether that is not zero; if none is wanted, reads nothing."""
     dot = tl.zeros((ROWS, COLUMNS), tl.float32)
     square = tl.zeros((ROWS, COLUMNS), tl.float32)
     mean_square = tl.zeros((COLUMNS,), tl.float32)
-    mean_nonzero = tl.zeros((COLUMNS,), tl.int32)
-    for start in range(0, tl.where(needed, features, 0), COLUMNS):
+    for start in range(0, tl.where(tl.max(wanted.to(tl.int32)) > 0, features, 0), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         inside = column < features
         mean = tl.load(prototype + column, mask=inside, other=0.0)
         state = tl.load(
-            hidden + row[:, None] * row_stride + column[None, :], mask=scored[:, None] & inside[None, :], other=0.0
+            hidden + row[:, None] * row_stride + column[None, :], mask=wanted[:, None] & inside[None, :], other=0.0
         ).to(tl.float32)
         dot += state * mean[None, :]
         square += state * state
         mean_square += mean * mean
-        mean_nonzero |= (mean != 0.0).to(tl.int32)
-    norms = tl.sqrt_rn(tl.sum(square, 1)) * tl.sqrt_rn(tl.sum(mean_square, 0))
-    cosine = tl.div_rn(tl.sum(dot, 1), tl.maximum(norms, NORM_FLOOR))
-    cosine = tl.where(scored, cosine, 0.0)
-    tl.store(cos + token, cosine, mask=token < end)
-    if images is not None:
-        tl.store(images + response, tl.max(mean_nonzero), mask=begin == first)
-    if minima is not None:
-        tl.store(minima + slot, tl.min(tl.where(is_finite(cosine), tl.minimum(cosine, 0.0), 0.0)))
+    mean_square = tl.sum(mean_square, 0)
+    # A prototype whose squares vanish may yet not be zero. Looked up where it matters, this takes no registers above.
+    nonzero = tl.zeros((COLUMNS,), tl.int32)
+    for start in range(0, tl.where(mean_square == 0.0, features, 0), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        nonzero |= (tl.load(prototype + column, mask=column < features, other=0.0) != 0.0).to(tl.int32)
+    cosine = cosine_of(tl.sum(dot, 1), tl.sum(square, 1), mean_square)
+    return cosine, (mean_square != 0.0) | (tl.max(nonzero) != 0)
+
+
+@triton.jit
+def late_cosines(
+    hidden,  # first row of the response
+    row,  # rows of the block, counted from there
+    late,
+    positions,
+    count,
+    last,
+    span_counts,
+    sums,
+    features,
+    row_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Cosines of the rows of a block that see late images: the running sum before the block, and what arrives in it."""
+    begin_span, end_span = late_spans(positions, count, last)
+    span = tl.minimum(tl.maximum(tl.min(row) // SPAN, begin_span), end_span)
+    added = tl.minimum(tl.maximum(tl.load(span_counts + span), count), last)
+    WINDOW: tl.constexpr = 128  # at least SPAN + ROWS
+    ordinal = added + tl.arange(0, WINDOW)
+    arrival = tl.load(positions + ordinal, mask=ordinal < last, other=NOWHERE)
+    seen = added + tl.sum((arrival[None, :] < row[:, None]).to(tl.int32), 1)
+    running = sums + span.to(tl.int64) * features
+    cosine, _ = own_cosines(
+        hidden, row, late, running, None, positions, added, seen, features, row_stride, ROWS, COLUMNS
+    )
+    return cosine
+
+
+@triton.jit
+def own_cosines(
+    hidden,
+    row,
+    wanted,
+    prototype,  # [P, D]; with arrivals: a running sum, fp64 [D]
+    entry,  # where the prototype of each row begins, or None
+    arrivals,  # rows of visual tokens, or None
+    added,  # how many of them the running sum has
+    seen,  # how many of them each row sees
+    features,
+    row_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Cosines of a block of rows, each with its own prototype, and whether that is not zero.
+
+    No result depends on what other rows are in the block.
+    """
+    dot = tl.zeros((ROWS, COLUMNS), tl.float32)
+    square = tl.zeros((ROWS, COLUMNS), tl.float32)
+    mean_square = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if arrivals is not None:
+        stop = tl.max(tl.where(wanted, seen, 0))
+        share = 1.0 / tl.maximum(seen, 1).to(tl.float64)
+    for start in range(0, tl.where(tl.max(wanted.to(tl.int32)) > 0, features, 0), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = column < features
+        taken = wanted[:, None] & inside[None, :]
+        if arrivals is None:
+            mean = tl.load(prototype + entry[:, None] + column[None, :], mask=taken, other=0.0)
+        else:
+            # Every row loads what all of them add: to hand it over, rows would have to wait for each other.
+            same = column[None, :] + tl.zeros((ROWS, 1), tl.int32)
+            total = tl.load(prototype + same, mask=taken, other=0.0)
+            for ordinal in range(added, stop, IN_FLIGHT):
+                total = add_visual_rows(total, hidden + same, arrivals, ordinal, stop, seen[:, None], taken, row_stride)
+            mean = (total * share[:, None]).to(tl.float32)
+        state = tl.load(hidden + row.to(tl.int64)[:, None] * row_stride + column[None, :], mask=taken, other=0.0).to(
+            tl.float32
+        )
+        dot += state * mean
+        square += state * state
+        mean_square += mean * mean
+    mean_square = tl.sum(mean_square, 1)
+    nonzero = tl.zeros((ROWS, COLUMNS), tl.int32)
+    if arrivals is None:
+        vanished = wanted & (mean_square == 0.0)
+        for start in range(0, tl.where(tl.max(vanished.to(tl.int32)) > 0, features, 0), COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            inside = vanished[:, None] & (column < features)[None, :]
+            mean = tl.load(prototype + entry[:, None] + column[None, :], mask=inside, other=0.0)
+            nonzero |= (mean != 0.0).to(tl.int32)
+    cosine = cosine_of(tl.sum(dot, 1), tl.sum(square, 1), mean_square)
+    return cosine, (mean_square != 0.0) | (tl.max(nonzero, 1) != 0)
+
+
+@triton.jit
+def cosine_of(dot, square, mean_square):
+    norms = tl.sqrt_rn(square) * tl.sqrt_rn(mean_square)
+    return tl.div_rn(dot, tl.maximum(norms, NORM_FLOOR))
 
 
 def hidden_strides(hidden: Tensor) -> tuple[int, int]:
@@ -217,25 +509,73 @@ def hidden_strides(hidden: Tensor) -> tuple[int, int]:
     return (hidden.stride(0) if hidden.dim() == 3 else 0), hidden.stride(-2)
 
 
-def launch_prototype(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return prototypes ``[B, D]`` and the number of visual tokens of each response, int32 ``[B]``."""
+class Arrivals(NamedTuple):
+    """What the focus kernel needs of images that may arrive among scored tokens.
+
+    Attributes:
+        positions: Rows of a response's visual tokens, counted from its first row, in its slice of int32 ``[B * S]`` or
+            ``[N]``.
+        ends: Visual tokens before the last scored token of each response, int32 ``[B]``.
+        span_counts: Visual tokens of its response before each span of :data:`SPAN` rows, int32.
+        sums: Their sum, fp64 ``[spans, D]``; written for spans among late images only.
+
+    """
+
+    positions: Tensor
+    ends: Tensor
+    span_counts: Tensor
+    sums: Tensor
+
+
+def launch_prototype(
+    hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None, response_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Arrivals | None]:
+    """Sum the visual tokens of each response; with a response mask those before its first scored token that sees any.
+
+    Returns:
+        Prototypes ``[B, D]``, the number of visual tokens in each, int32 ``[B]``, and with a response mask what the
+        prototypes of later tokens are made from.
+
+    """
     batch, rows = extent(visual_mask, cu_seqlens)
     features = hidden.shape[-1]
-    positions = visual_mask.new_empty((visual_mask.numel(),), dtype=torch.int32)
-    counts = visual_mask.new_empty((batch,), dtype=torch.int32)
+
+    def integers(length: int) -> Tensor:
+        return visual_mask.new_empty((length,), dtype=torch.int32)
+
+    positions, counts = integers(visual_mask.numel()), integers(batch)
     prototype = hidden.new_empty((batch, features), dtype=torch.float32)
+    arrivals = None
+    if response_mask is not None:
+        spans = num_slots(rows, batch, cu_seqlens, SPAN.value)
+        sums = hidden.new_empty((spans, features), dtype=torch.float64)
+        arrivals = Arrivals(positions, integers(batch), integers(spans), sums)
+    _, ends, span_counts, sums = arrivals or (None, None, None, None)  # type: ignore[assignment]
     tile = prototype_tile(features)
     batch_stride, row_stride = hidden_strides(hidden)
     with device_guard(hidden):
         wrap_triton(visual_index_kernel)[(batch,)](
-            visual_mask, cu_seqlens, positions, counts, rows, BLOCK=INDEX_BLOCK, num_warps=8
+            visual_mask,
+            cu_seqlens,
+            response_mask,
+            positions,
+            counts,
+            ends,
+            span_counts,
+            rows,
+            rows if response_mask is None else response_mask.shape[-1],
+            BLOCK=INDEX_BLOCK,
+            num_warps=8,
         )
         wrap_triton(prototype_kernel)[(batch * triton.cdiv(features, tile.columns),)](
             hidden,
             cu_seqlens,
             positions,
             counts,
+            ends,
+            span_counts,
             prototype,
+            sums,
             rows,
             features,
             batch_stride,
@@ -244,22 +584,7 @@ def launch_prototype(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | N
             COLUMNS=tile.columns,
             num_warps=tile.warps,
         )
-    return prototype, counts
-
-
-class Focus(NamedTuple):
-    """What a launch of the focus kernel wrote.
-
-    Attributes:
-        cos: Cosines, fp32, in the response mask's shape.
-        images: Whether each response has an image, int32 ``[B]``: zero where it has none.
-        minima: The smaller of 0 and the smallest finite cosine of each slot, or ``None`` if not asked for.
-
-    """
-
-    cos: Tensor
-    images: Tensor
-    minima: Tensor | None
+    return prototype, counts, arrivals
 
 
 def launch_focus(
@@ -269,19 +594,24 @@ def launch_focus(
     cu_seqlens: Tensor | None,
     prototype: Tensor | None,
     prototype_index: Tensor | None,
+    causal: bool,
     with_minima: bool = False,
-) -> Focus:
-    """Score every response token against the given prototype, or the mean of ``visual_mask``'s tokens."""
+) -> tuple[Tensor, Tensor | None]:
+    """Score every response token against the given prototype, or the mean of ``visual_mask``'s tokens.
+
+    Returns:
+        Cosines, fp32, in the response mask's shape, and the smaller of 0 and the smallest finite cosine of each slot,
+        or ``None`` if not asked for.
+
+    """
     batch, tokens = extent(response_mask, cu_seqlens)
     rows, features = hidden.shape[-2:]
+    counts, arrivals = None, None
     if prototype is None:
         assert visual_mask is not None
-        means, counts = launch_prototype(hidden, visual_mask, cu_seqlens)
-        images, index, out_images = counts, None, None
-    else:
-        # A response has an image iff its row is not zero, which the kernel sees as it reads it.
-        means, counts, index = prototype, None, prototype_index
-        images = out_images = response_mask.new_empty((batch,), dtype=torch.int32)
+        scored = response_mask if causal else None
+        prototype, counts, arrivals = launch_prototype(hidden, visual_mask, cu_seqlens, scored)
+    positions, ends, span_counts, sums = arrivals or (None, None, None, None)
     tile = focus_tile(features)
     slots = num_slots(tokens, batch, cu_seqlens, tile.rows)
     cos = hidden.new_empty(response_mask.shape, dtype=torch.float32)
@@ -292,34 +622,60 @@ def launch_focus(
             hidden,
             response_mask,
             cu_seqlens,
-            means,
-            index,
+            prototype,
+            prototype_index,
             counts,
+            positions,
+            ends,
+            span_counts,
+            sums,
             cos,
-            out_images,
             minima,
             batch,
             rows,
             tokens,
-            means.shape[0],
+            prototype.shape[0],
             features,
             batch_stride,
             row_stride,
+            INDEX_PER_TOKEN=prototype_index is not None and not is_per_response(prototype_index, batch),
             ROWS=tile.rows,
             COLUMNS=tile.columns,
+            # A prototype for each token takes registers, and as many columns would spill them.
+            OWN_COLUMNS=max(tile.columns // 2, 16),
             num_warps=tile.warps,
         )
-    return Focus(cos, images, minima)
+    return cos, minima
 
 
 @operator
-def visual_prototype(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Mean hidden state of each response's visual tokens, fp32 ``[B, D]``; zeros where there are none."""
-    prototype, _ = launch_prototype(hidden, visual_mask, cu_seqlens)
+def visual_prototype(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None, causal: bool) -> Tensor:
+    """Mean hidden state of each response's visual tokens, fp32 ``[B, D]``; zeros where there are none.
+
+    Causal: of those before each position, in hidden's shape.
+    """
+    if not causal:
+        return launch_prototype(hidden, visual_mask, cu_seqlens)[0]
+    batch, rows = extent(visual_mask, cu_seqlens)
+    features = hidden.shape[-1]
+    prototype = hidden.new_empty(hidden.shape, dtype=torch.float32)
+    columns = prototype_tile(features).columns
+    with device_guard(hidden):
+        wrap_triton(running_prototype_kernel)[(batch * triton.cdiv(features, columns),)](
+            hidden,
+            visual_mask,
+            cu_seqlens,
+            prototype,
+            rows,
+            features,
+            *hidden_strides(hidden),
+            COLUMNS=columns,
+            num_warps=1,
+        )
     return prototype
 
 
 @operator
 def visual_focus(**given: Any) -> Tensor:
     """Cosine between each response token's hidden state and its image's prototype, fp32; 0 off the mask."""
-    return launch_focus(**given).cos
+    return launch_focus(**given)[0]

@@ -47,13 +47,15 @@ LOW = tl.constexpr(0)  # smallest w
 RANGE = tl.constexpr(1)  # largest w less the smallest, plus the floor
 MEAN = tl.constexpr(2)  # mean of min-max normalised w
 SCORE = tl.constexpr(3)  # visual accumulation s
-WEIGHTED = tl.constexpr(4)  # 1 where the response has an image and finite cosines, else 0, as those that follow
+WEIGHTED = tl.constexpr(4)  # 1 where the response is weighted, else 0, as those that follow
 COS_SUM = tl.constexpr(5)
 GATE_COUNT = tl.constexpr(6)
 LATE_EARLY = tl.constexpr(7)  # ratio of late to early focus
 HAS_RATIO = tl.constexpr(8)
-TOKENS = tl.constexpr(9)  # its valid tokens
-NONFINITE = tl.constexpr(10)  # 1 where the response has an image and a cosine that is not finite
+TOKENS = tl.constexpr(9)  # its valid tokens with a signal
+NONFINITE = tl.constexpr(10)  # 1 where a cosine is not finite, other than by preceding the response's image
+# The response's first token with a signal, counted from its first one; the bits of an int32, which no sum reads.
+SIGNAL = tl.constexpr(11)
 
 RESPONSE_BLOCK = 1024
 RESPONSE_THREADS = 512  # one program per response makes few programs, so each should be wide
@@ -124,14 +126,14 @@ def lowest_cosine_kernel(
 
 
 @triton.jit
-def find_gate(cos, mask, size, length, head_bits, top_bits, BLOCK: tl.constexpr):
-    """Gate of a response of ``size`` positions and ``length`` valid tokens (Eq. 6).
+def find_gate(cos, mask, size, length, unseen, head_bits, top_bits, BLOCK: tl.constexpr):
+    """Gate of a response of ``size`` positions and ``length`` valid tokens, of which ``unseen`` saw no image (Eq. 6).
 
     Returns the position at which the tail begins, the key of its k-th largest cosine (found digit by digit, so that
     it is exact), and how many tokens reach it.
     """
     lane = tl.arange(0, BLOCK)
-    first = (length.to(tl.float64) * double_from_bits(head_bits)).to(tl.int32)
+    first = tl.maximum((length.to(tl.float64) * double_from_bits(head_bits)).to(tl.int32), unseen)
     count = tl.zeros((), tl.int32)
     located = tl.zeros((BLOCK,), tl.int32) + size
     for start in range(0, size, BLOCK):
@@ -204,25 +206,35 @@ def response_kernel(
     size = (end - begin).to(tl.int32)
     lane = tl.arange(0, BLOCK)
 
-    # How long the response is, and whether its cosines are finite.
+    # How long the response is, where its signal begins, and whether its cosines are finite.
     valid_count = tl.zeros((BLOCK,), tl.int32)
     bad_count = tl.zeros((BLOCK,), tl.int32)
-    cos_sum = tl.zeros((BLOCK,), tl.float32)
+    numbers = tl.zeros((BLOCK,), tl.int32) + size
     for start in range(0, size, BLOCK):
         token = start + lane
         valid = tl.load(mask + token, mask=token < size, other=0) != 0
         value = tl.load(cos + token, mask=valid, other=0.0)
+        number = valid & (value == value)
         valid_count += valid.to(tl.int32)
         bad_count += tl.where(is_finite(value), 0, 1)
-        cos_sum += value
+        numbers = tl.minimum(numbers, tl.where(number, token, size))
     length = tl.sum(valid_count)
-    finite = tl.sum(bad_count) == 0
+    signal = tl.min(numbers)
+    # Tokens before the first number saw no image. There are hardly ever any.
+    unseen_count = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, signal, BLOCK):
+        token = start + lane
+        unseen_count += (tl.load(mask + token, mask=token < signal, other=0) != 0).to(tl.int32)
+    unseen = tl.sum(unseen_count)
+    seen_half = tl.maximum((length + 1) // 2, unseen)
+    finite = tl.sum(bad_count) == unseen
     pictured = length >= 0
     if images is not None:
         pictured = tl.load(images + response) != 0
-    weighted = pictured & finite
+    weighted = pictured & finite & (unseen < length)
     # A response that takes no part has no active tokens; its NaN must not reach arithmetic.
     active_size = tl.where(weighted, size, 0)
+    seeing = tl.maximum(length - unseen, 1)  # tokens with a signal
 
     offset = score_offset
     if SCORE_KIND == "lowest":
@@ -233,23 +245,26 @@ def response_kernel(
 
     tail_begin = size
     threshold = tl.zeros((), tl.uint32)
-    open_count = tl.where(weighted, length, 0)
+    open_count = tl.where(weighted, seeing, 0)
     if GATE:
-        tail_begin, threshold, open_count = find_gate(cos, mask, active_size, length, head_bits, top_bits, BLOCK)
+        tail_begin, threshold, open_count = find_gate(
+            cos, mask, active_size, length, unseen, head_bits, top_bits, BLOCK
+        )
 
     # Compensated weights (Eq. 5), and what the normalisations and the metrics need of them.
     count = tl.zeros((), tl.int32)
-    half = (length + 1) // 2
     low = tl.full((BLOCK,), float("inf"), tl.float32)
     high = tl.full((BLOCK,), -float("inf"), tl.float32)
     weight_sum = tl.zeros((BLOCK,), tl.int64)
+    cos_sum = tl.zeros((BLOCK,), tl.float32)
     early_sum = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         token = start + lane
-        active = tl.load(mask + token, mask=token < active_size, other=0) != 0
+        valid = tl.load(mask + token, mask=token < active_size, other=0) != 0
+        active = valid & (token >= signal)
         value = tl.load(cos + token, mask=active, other=0.0)
-        ordinal = count + tl.cumsum(active.to(tl.int32), 0) - 1
-        count += tl.sum(active.to(tl.int32))
+        ordinal = count + tl.cumsum(valid.to(tl.int32), 0) - 1
+        count += tl.sum(valid.to(tl.int32))
         focus = focus_score(value, offset, SCORE_KIND)
         compensated = compensation(ordinal, length, beta, start_ratio, exponent, step_ratio, SCHEDULE, POSITION)
         open_gate = active
@@ -260,15 +275,15 @@ def response_kernel(
         low = tl.minimum(low, tl.where(active, weight, float("inf")))
         high = tl.maximum(high, tl.where(active, weight, -float("inf")))
         weight_sum += to_fixed(weight, WEIGHT_SCALE)
-        early_sum += tl.where(ordinal < half, value, 0.0)
-    takes_part = weighted & (length > 0)
-    lowest_weight = tl.where(takes_part, tl.min(low), 0.0)
-    spread = tl.where(takes_part, tl.max(high) - lowest_weight, 0.0) + RANGE_FLOOR
+        cos_sum += value
+        early_sum += tl.where(ordinal < seen_half, value, 0.0)
+    lowest_weight = tl.where(weighted, tl.min(low), 0.0)
+    spread = tl.where(weighted, tl.max(high) - lowest_weight, 0.0) + RANGE_FLOOR
 
     # The mean of the normalised weights (Eq. 7). The block before wrote what this one reads with other threads.
     tl.debug_barrier()
     unit_sum = tl.zeros((BLOCK,), tl.int64)
-    for start in range(0, active_size, BLOCK):
+    for start in range(signal, active_size, BLOCK):
         token = start + lane
         active = tl.load(mask + token, mask=token < size, other=0) != 0
         weight = tl.load(w + token, mask=active, other=0.0)
@@ -276,34 +291,35 @@ def response_kernel(
         unit_sum += to_fixed(unit, UNIT_SCALE)
     unit_total = tl.sum(unit_sum)
     weight_total = tl.sum(weight_sum)
-    nonzero_length = tl.maximum(length, 1)
     if ACCUMULATION == "compensated":
         score = from_fixed(weight_total, WEIGHT_SCALE)
     elif ACCUMULATION == "normalized":
         score = from_fixed(unit_total, UNIT_SCALE)
     else:
-        score = mean_from_fixed(weight_total, WEIGHT_SCALE, nonzero_length)
-    score = tl.where(finite, tl.where(pictured, score, 0.0), float("nan"))
+        score = mean_from_fixed(weight_total, WEIGHT_SCALE, seeing)
+    score = tl.where(weighted, score, float("nan"))
 
     # The score is affine in the cosine, so that the score of a mean is the mean of scores.
-    cos_total = tl.where(weighted, tl.sum(cos_sum), 0.0)
+    cos_total = tl.sum(cos_sum)
     early_total = tl.sum(early_sum)
-    early = focus_score(tl.div_rn(early_total, tl.maximum(half, 1).to(tl.float32)), offset, SCORE_KIND)
-    late_mean = tl.div_rn(cos_total - early_total, tl.maximum(length - half, 1).to(tl.float32))
+    early_count, late_count = seen_half - unseen, length - seen_half
+    early = focus_score(tl.div_rn(early_total, tl.maximum(early_count, 1).to(tl.float32)), offset, SCORE_KIND)
+    late_mean = tl.div_rn(cos_total - early_total, tl.maximum(late_count, 1).to(tl.float32))
     late = focus_score(late_mean, offset, SCORE_KIND)
-    has_ratio = weighted & (length >= 2) & (early > 0.0)
+    has_ratio = weighted & (early_count > 0) & (late_count > 0) & (early > 0.0)
     row = statistics + response.to(tl.int64) * STATISTICS
     tl.store(row + LOW, lowest_weight)
     tl.store(row + RANGE, spread)
-    tl.store(row + MEAN, mean_from_fixed(unit_total, UNIT_SCALE, nonzero_length))
+    tl.store(row + MEAN, mean_from_fixed(unit_total, UNIT_SCALE, seeing))
     tl.store(row + SCORE, score)
     tl.store(row + WEIGHTED, tl.where(weighted, 1.0, 0.0))
     tl.store(row + COS_SUM, cos_total)
     tl.store(row + GATE_COUNT, open_count.to(tl.float32))
     tl.store(row + LATE_EARLY, tl.where(has_ratio, tl.div_rn(late, tl.where(has_ratio, early, 1.0)), 0.0))
     tl.store(row + HAS_RATIO, tl.where(has_ratio, 1.0, 0.0))
-    tl.store(row + TOKENS, tl.where(weighted, length, 0).to(tl.float32))
+    tl.store(row + TOKENS, tl.where(weighted, seeing, 0).to(tl.float32))
     tl.store(row + NONFINITE, tl.where(finite, 0.0, tl.where(pictured, 1.0, 0.0)))
+    tl.store(row + SIGNAL, signal.to(tl.float32, bitcast=True))
     tl.store(lengths + response, length)
 
 
@@ -351,25 +367,43 @@ def group_members(start, group, score, member, groups, batch, stride):
 
 
 @triton.jit
-def token_factor(weight, phi, row, intra_low, intra_high, inter_low, inter_high, INTRA: tl.constexpr):
-    """Factors and psi of a block of active tokens (Eq. 7-8, 11) from their weights; ``row`` of the statistics."""
+def token_factor(weight, phi, row, position, intra_low, intra_high, inter_low, inter_high, INTRA: tl.constexpr):
+    """Factors and psi of a block of active tokens (Eq. 7-8, 11) from their weights; ``row`` of the statistics.
+
+    ``position`` is a token's, counted from its response's first one.
+    """
     psi = tl.zeros_like(weight)
     if INTRA:
+        signal = tl.load(row + SIGNAL).to(tl.int32, bitcast=True)
         psi = tl.div_rn(weight - tl.load(row + LOW), tl.load(row + RANGE)) - tl.load(row + MEAN)
+        psi = tl.where(position >= signal, psi, 0.0)
     return clamp(1.0 + psi, intra_low, intra_high) * clamp(1.0 + phi, inter_low, inter_high), psi
 
 
 @triton.jit
-def store_focus_metrics(statistics, metrics, batch):
+def store_focus_metrics(statistics, groups, metrics, batch):
     """Sum the statistics of all responses, in their order, to FOCUS_METRICS."""
     BLOCK: tl.constexpr = 64
+    OTHERS: tl.constexpr = 8
     field = tl.arange(0, STATISTICS)
     sums = tl.zeros((BLOCK, STATISTICS), tl.float64)
+    found = tl.zeros((BLOCK,), tl.int32)
+    several = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, batch, BLOCK):
         response = start + tl.arange(0, BLOCK)
         inside = (response < batch)[:, None] & (field >= WEIGHTED)[None, :]
         entry = response.to(tl.int64)[:, None] * STATISTICS + field[None, :]
         sums += tl.load(statistics + entry, mask=inside & (field <= NONFINITE)[None, :], other=0.0).to(tl.float64)
+        # A group is counted at its first weighted response, and as one of several at its second.
+        group, weighted = group_of(response, statistics, groups, batch)
+        earlier = tl.zeros((BLOCK,), tl.int32)
+        for other_start in range(0, tl.minimum(start + BLOCK, batch), OTHERS):
+            other = other_start + tl.arange(0, OTHERS)
+            other_group, counts = group_of(other, statistics, groups, batch)
+            counts = counts[None, :] & (other[None, :] < response[:, None])
+            earlier += tl.sum((counts & (other_group[None, :] == group[:, None])).to(tl.int32), 1)
+        found += (weighted & (earlier == 0)).to(tl.int32)
+        several += (weighted & (earlier == 1)).to(tl.int32)
     total = tl.sum(sums, 0)
     tokens = tl.maximum(field_of(total, field, TOKENS), 1.0)
     ratios = tl.maximum(field_of(total, field, HAS_RATIO), 1.0)
@@ -378,6 +412,16 @@ def store_focus_metrics(statistics, metrics, batch):
     tl.store(metrics + 2, (field_of(total, field, LATE_EARLY) / ratios).to(tl.float32))
     tl.store(metrics + 3, field_of(total, field, WEIGHTED).to(tl.float32))
     tl.store(metrics + 4, field_of(total, field, NONFINITE).to(tl.float32))
+    tl.store(metrics + 5, tl.sum(found).to(tl.float32))
+    tl.store(metrics + 6, tl.sum(found - several).to(tl.float32))
+
+
+@triton.jit
+def group_of(response, statistics, groups, batch):
+    """Groups of a block of responses, and which of them are weighted."""
+    inside = response < batch
+    weighted = tl.load(statistics + response.to(tl.int64) * STATISTICS + WEIGHTED, mask=inside, other=0.0) != 0.0
+    return tl.load(groups + response, mask=inside, other=0), weighted
 
 
 @triton.jit
@@ -396,7 +440,7 @@ def factor_kernel(
     psi,  # out: w's shape
     phi,  # out: [B]
     score,  # out: [B]
-    metrics,  # out: [5]
+    metrics,  # out: [7]
     batch,
     tokens,
     intra_low,
@@ -419,14 +463,16 @@ def factor_kernel(
     token = begin + tl.arange(0, BLOCK)
     active = tl.load(mask + token, mask=token < tl.where(weighted, end, 0), other=0) != 0
     weight = tl.load(w + token, mask=active, other=0.0)
-    factor, centred = token_factor(weight, trajectory, row, intra_low, intra_high, inter_low, inter_high, INTRA)
+    factor, centred = token_factor(
+        weight, trajectory, row, token - first, intra_low, intra_high, inter_low, inter_high, INTRA
+    )
     tl.store(factors + token, tl.where(active, factor, 1.0), mask=token < end)
     tl.store(psi + token, tl.where(active, centred, 0.0), mask=token < end)
     if begin == first:
         tl.store(phi + response, trajectory)
         tl.store(score + response, tl.load(row + SCORE))
     if slot == 0:
-        store_focus_metrics(statistics, metrics, batch)
+        store_focus_metrics(statistics, groups, metrics, batch)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -526,7 +572,7 @@ def visual_weights(
     cu_seqlens: Tensor | None,
     config: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return factors, psi and w in cos's shape, phi and score ``[B]``, and the focus metrics ``[5]``, all fp32."""
+    """Return factors, psi and w in cos's shape, phi and score ``[B]``, and the focus metrics ``[7]``, all fp32."""
     settings = VGPOConfig.from_floats(config)
     batch, tokens = extent(response_mask, cu_seqlens)
     slots = num_slots(tokens, batch, cu_seqlens, TOKEN_BLOCK)
