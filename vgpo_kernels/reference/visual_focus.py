@@ -64,7 +64,7 @@ def visual_focus(
     response_mask: Tensor,  # [B, T] or [N]
     cu_seqlens: Tensor | None = None,  # [B + 1]
     prototype: Tensor | None = None,  # [P, D]
-    prototype_index: Tensor | None = None,  # [B], or response_mask's shape
+    prototype_index: Tensor | None = None,  # [B], else response_mask's shape
     causal: bool = False,
     *,
     dtype: torch.dtype = torch.float64,
@@ -84,7 +84,7 @@ def visual_focus(
             mean, looking = tokens.spread(means), tokens.spread(seen)
     else:
         index = torch.arange(len(prototype), device=hidden.device) if prototype_index is None else prototype_index
-        row = index.reshape(-1) if index.shape == response_mask.shape else tokens.spread(index)
+        row = tokens.spread(index) if index.shape == (tokens.batch(),) else index.reshape(-1)
         mean = prototype.to(dtype)[row.clamp(min=0)]
         looking = (row >= 0) & (mean != 0).any(-1)
     rows = rows_of(response_mask, hidden).to(dtype)

@@ -9,7 +9,8 @@
 
 Each launch needs results of many programs of the one before, and the end of a launch is the only barrier across
 programs that Triton has on every GPU. Prototypes are split by features (2), and each program of (5) computes the group
-statistics that it needs, so neither needs a launch of its own; nor do images that arrive late (2, 3). Factors are never written to memory.
+statistics that it needs, so neither needs a launch of its own. Late images (2, 3) need none either. Factors are never
+written to memory.
 """
 
 from __future__ import annotations
