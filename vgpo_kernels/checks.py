@@ -207,7 +207,7 @@ def prototype(
     if index is None and means.shape == hidden.shape and means.shape != (batch, hidden.shape[-1]):
         rows = torch.arange(means.shape[:-1].numel(), device=means.device).view(means.shape[:-1])
         first = rows.shape[-1] - response_mask.shape[-1]
-        return means.reshape(-1, means.shape[-1]), rows[..., first:].contiguous()
+        return _with_a_row(means.reshape(-1, means.shape[-1])), rows[..., first:].contiguous()
     if means.dim() != 2 or means.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"prototype must have shape [P, {hidden.shape[-1]}], a column per feature of hidden {describe(hidden)}, "
@@ -215,7 +215,7 @@ def prototype(
         )
     if index is None:
         require_shape("prototype", means, (batch, hidden.shape[-1]), "a row per response without prototype_index")
-        return means.contiguous(), None
+        return (means.contiguous(), None) if batch else (_with_a_row(means), means.new_zeros(0, dtype=torch.int64))
     rows = integers("prototype_index", index)
     if rows.shape != (batch,):
         require_shape("prototype_index", rows, response_mask.shape, f"one entry per response, [{batch}], or per token")
@@ -226,10 +226,12 @@ def prototype(
             f"prototype_index must lie in [-1, {means.shape[0]}) (-1: no image), the rows of prototype "
             f"{describe(means)}, got {_summarise(rows)}"
         )
-    if means.shape[0] == 0:
-        # No response has an image. A row of zeros means the same, and kernels need an address to point to.
-        means = means.new_zeros(1, means.shape[1])
-    return means.contiguous(), rows
+    return _with_a_row(means), rows
+
+
+def _with_a_row(means: Tensor) -> Tensor:
+    """Return prototypes, contiguous, or a row of zeros, no image, for none: kernels need an address to point to."""
+    return means.contiguous() if means.shape[0] else means.new_zeros(1, means.shape[1])
 
 
 def image(

@@ -167,8 +167,31 @@ def test_every_token_may_bring_an_image(backend_name: str, device: torch.device,
 def test_prototypes_may_be_given_for_each_position(backend_name: str, device: torch.device, packed: bool) -> None:
     batch = make_batch(EDGES["late images"], packed=packed).to(device)
     means = visual_prototype(batch.hidden, batch.visual_mask, cu_seqlens=batch.cu_seqlens, visibility="causal")
-    given = visual_focus(batch.hidden, None, batch.response_mask, cu_seqlens=batch.cu_seqlens, prototype=means)
-    assert_close(given, cosines(batch).double(), name="cos by given prototypes", floor=4e-6)
+    strided = torch.stack([means, means], -1)[..., 0]
+    for prototype in (means, strided):
+        given = visual_focus(batch.hidden, None, batch.response_mask, cu_seqlens=batch.cu_seqlens, prototype=prototype)
+        assert_close(given, cosines(batch).double(), name="cos by given prototypes", floor=4e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (0, 3)], ids=str)
+def test_there_may_be_no_prototype(backend_name: str, device: torch.device, shape: tuple[int, ...]) -> None:
+    hidden = torch.zeros(shape, device=device)
+    mask = torch.ones(shape[:-1], dtype=torch.bool, device=device)
+    layouts = [None] if len(shape) == 3 else [torch.tensor([0], device=device), torch.tensor([0, 0, 0], device=device)]
+    for layout in layouts:
+        batch = shape[0] if layout is None else len(layout) - 1
+        for prototype in (hidden, torch.zeros(batch, shape[-1], device=device)):
+            cos = visual_focus(hidden, None, mask, cu_seqlens=layout, prototype=prototype)
+            assert cos.shape == mask.shape
+
+
+def test_rows_are_per_response_where_a_packed_batch_has_as_many_tokens(backend_name: str, device: torch.device) -> None:
+    hidden = torch.tensor([[1.0, 0.0]] * 3, device=device)
+    prototype = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], device=device)
+    layout, mask = torch.tensor([0, 3, 3, 3], device=device), torch.ones(3, dtype=torch.bool, device=device)
+    for index in (None, torch.arange(3, device=device)):
+        cos = visual_focus(hidden, None, mask, cu_seqlens=layout, prototype=prototype, prototype_index=index)
+        assert cos.tolist() == pytest.approx([1.0, 1.0, 1.0])
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

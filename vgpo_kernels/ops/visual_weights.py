@@ -30,7 +30,8 @@ class VisualWeights(NamedTuple):
     Attributes:
         factors: Factor of each token's advantage, ``(1 + psi)(1 + phi)`` after clamping; 1 off the mask.
         psi: Intra-trajectory weight of each token (Eq. 8), unclamped; 0 off the mask and at tokens without a signal.
-        w: Compensated visual focus of each token (Eq. 5); 0 where psi is for one of these reasons.
+        w: Compensated visual focus of each token (Eq. 5); 0 off the mask, at tokens without a signal, and in
+            responses that are not weighted.
         phi: Inter-trajectory weight of each response (Eq. 10), unclamped, ``[B]``.
         score: Visual accumulation s of each response, ``[B]``, the input of :func:`group_weights` where groups straddle
             micro-batches. NaN for a response that is not weighted.
