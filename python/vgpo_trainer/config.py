@@ -102,11 +102,16 @@ class VGPOTrainingConfig(GRPOConfig):
             **settings: Fields of this class that GRPOConfig does not have; the others keep their defaults.
 
         Raises:
-            TypeError: ``args`` is no :class:`trl.GRPOConfig`, or of a subclass, whose additions would be lost; or a
-                setting is none of VGPO's.
+            TypeError: ``args`` is no :class:`trl.GRPOConfig`, or of a subclass, whose additions would be lost, or has
+                VGPO's settings already; or a setting is none of VGPO's.
             ValueError: As for the class itself.
 
         """
+        if isinstance(args, VGPOTrainingConfig):
+            raise TypeError(
+                f"args is a {type(args).__name__}, which has VGPO's settings: use it as it is; from_trl takes a plain "
+                "trl.GRPOConfig"
+            )
         if type(args) is not GRPOConfig:
             raise TypeError(
                 f"args must be a VGPOTrainingConfig, or a plain trl.GRPOConfig, got {type(args).__name__}; "

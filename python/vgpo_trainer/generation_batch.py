@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vgpo_trainer.rollouts import prompt_text, row_images
+from vgpo_trainer.rollouts import column_images, prompt_text, row_images
 
 NAMED = 5  # as many groups as a warning names
 
@@ -30,10 +31,14 @@ class RowFacts(NamedTuple):
         Raises:
             TypeError: Its ``prompt_id`` is neither an integer nor a string.
         """
-        name = row.get("prompt_id")
-        name = name.item() if hasattr(name, "item") else name  # a scalar of numpy or torch
-        if name is not None and not isinstance(name, (int, float, str, bytes)):
-            raise TypeError(f"prompt_id must be an integer or a string, got a {type(name).__name__}")
+        given = row.get("prompt_id")
+        name = given
+        if getattr(given, "ndim", None) == 0:  # a scalar of numpy or torch
+            name = given.item()
+        if isinstance(name, float) and math.isnan(name):
+            raise TypeError("prompt_id is NaN, as tables write a missing one: give None to a row that has none")
+        if isinstance(name, bool) or not isinstance(name, (int, str, type(None))):
+            raise TypeError(f"prompt_id must be an integer or a string, got a {type(given).__name__}: {given!r:.80}")
         return cls(name, bool(row_images(row)))
 
 
@@ -89,20 +94,31 @@ def warn_of_sizes(
         )
 
 
-def listed_images(row: Mapping[str, Any]) -> list[Any]:
-    """Images of a row's ``images`` or ``image`` column, the one of the two that TRL reads; none where it is empty."""
-    if "images" in row:
-        return [] if row["images"] is None else list(row["images"])
-    return [] if row.get("image") is None else [row["image"]]
+class TRLRow(dict[str, Any]):
+    """A row of the dataset in which TRL finds a list of its images, which may be empty.
 
-
-def with_image_lists(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows as TRL takes them where the image of some is missing: each with a list, which may be empty.
-
-    TRL makes ``None`` of a missing image and hands it to the processor, which takes lists alone.
+    TRL asks a batch's first row whether it has ``images``, else ``image``, then takes them from every row by ``get``;
+    a missing one becomes ``None``, and the processor takes lists alone. Those questions are answered here. The rest of
+    the row is as it was: reward functions and environments are given its own columns, which TRL reads by ``items`` and
+    ``[]``.
     """
-    missing = [row for row in rows if row.get("images", row.get("image", ())) is None]
-    return [{**row, "images": listed_images(row)} for row in rows] if missing else rows
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        super().__init__(row)
+        self._images = column_images(row)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the row has a column; all have images."""
+        return name == "images" or super().__contains__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a column; of images, the list."""
+        return self._images if name == "images" else super().get(name, default)
+
+
+def trl_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows as TRL takes them; a batch without columns of images stays as it is."""
+    return [TRLRow(row) for row in rows] if any("image" in row or "images" in row for row in rows) else rows
 
 
 def refuse_mixed(rows: Sequence[Mapping[str, Any]], facts: Sequence[RowFacts], why: str) -> None:

@@ -178,12 +178,18 @@ def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def column_images(row: Mapping[str, Any]) -> list[Any]:
+    """Images of a row's ``images`` column, or else of its ``image`` column: rows of joined datasets have one empty."""
+    several, one = row.get("images"), row.get("image")
+    if several is not None and len(several):
+        return list(several)
+    return [] if one is None else [one]
+
+
 def row_images(row: Mapping[str, Any]) -> list[Any]:
-    """Images of a dataset row: its ``images`` or ``image`` column, or those inside its messages."""
-    if row.get("images") is not None:
-        return list(row["images"])
-    if row.get("image") is not None:
-        return [row["image"]]
+    """Images of a dataset row: those of its columns, or those inside its messages."""
+    if found := column_images(row):
+        return found
     prompt = row.get("prompt")
     if prompt is None or isinstance(prompt, str):
         return []

@@ -25,14 +25,24 @@ with TRL's ``log_metric("accuracy", value)``. Ours:
 ``vgpo/weighted_share``        share of responses that have an image, a scored token and a finite signal; the other
                                means here are over these responses and, of their tokens, those that have seen an image
 ``vgpo/nonfinite_responses``   number of responses that are unweighted for a signal that is not finite
-``vgpo/groups``                number of groups with a weighted response
-``vgpo/singleton_groups``      number of groups with one weighted response, whose phi is 0
-``vgpo/factor_mean``           the factors (1 + psi)(1 + phi) that multiply advantages; also ``_min``, ``_max``
-``vgpo/old_policy_kl``         divergence of the policy from the one that generated
-``vgpo/nonfinite_advantages``  number of tokens whose advantage is not finite
+``vgpo/groups``                number of groups with a weighted response (not with ``vgpo_inter=False``)
+``vgpo/singleton_groups``      number of groups with one weighted response, whose phi is 0 (likewise)
+``vgpo/factor_mean``           with VGPO, mean of the factors (1 + psi)(1 + phi) that multiply advantages
+``vgpo/factor_min``            the smallest of them; likewise ``vgpo/factor_max``
+``vgpo/old_policy_kl``         mean divergence of the policy from the one that generated, over scored tokens
+``vgpo/nonfinite_advantages``  number of scored tokens whose advantage is not finite
 =============================  =======================================================================================
 
-Records of an evaluation have the same keys with the prefix ``eval_``.
+Ours are of everything since the record before, over all processes: a mean is over all its tokens or responses,
+whichever batch they were in, and a count is the sum over batches. A number of nothing (no token scored) is ``None``.
+``factor_*``, ``old_policy_kl`` and ``nonfinite_advantages`` are of the loss, so every record has them, and a token
+counts each time it is used. The others are of the signal: with ``steps_per_generation`` or ``num_iterations`` above 1
+they stand in the records of the steps that scored a batch. Records of an evaluation, which are of all its batches (and
+of the rows with which accelerate fills the last one for several processes), have the same keys with the prefix
+``eval_``.
+
+With and without VGPO, a loss that is not finite ends the run with a ``RunFailure``; so does a gradient, except with
+fp16 and DeepSpeed, which try loss scales.
 
 **Rollouts for a report.** ``trainer.rollout_samples`` is a bounded list (``args.rollout_samples``) of
 :class:`~vgpo_trainer.rollouts.RolloutSample`: prompt, images, tokens, per-token cosine, psi and factor, phi, reward,
@@ -41,7 +51,8 @@ advantage, late/early ratio, and ``correct`` where a reward function reports it 
 **Groups.** A group is what TRL generated for one row: ``num_generations`` responses in order, over all processes, as
 its advantages compare them. What the row holds has no part in it. A ``prompt_id`` column (integers or strings) says
 otherwise: rows of a generation batch that share one are a group; a group of another size than ``num_generations`` is
-warned of. Rows of text alone may stand beside rows with images: their responses are unweighted.
+warned of. Rows of text alone may stand beside rows with images: their responses are unweighted. A row's image is in its
+``images`` or its ``image`` column, whichever is not empty.
 
 **Where the signal comes from.** See ``vgpo_signal`` of :class:`~vgpo_trainer.config.VGPOTrainingConfig`. TRL shuffles a
 generation batch and cuts it into micro-batches, so the responses of a prompt part. They keep the number of their group,
@@ -69,7 +80,8 @@ from vgpo_kernels import VGPOConfig, policy_loss
 from vgpo_kernels.integrations.transformers import visual_token_ids
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.fused_head import fuse_heads
-from vgpo_trainer.generation_batch import RowFacts, group_ids, refuse_mixed, warn_of_sizes, with_image_lists
+from vgpo_trainer.generation_batch import RowFacts, group_ids, refuse_mixed, trl_rows, warn_of_sizes
+from vgpo_trainer.records import add_records, loss_records, signal_records
 from vgpo_trainer.rollouts import (
     PendingRollout,
     RolloutRecorder,
@@ -83,8 +95,7 @@ from vgpo_trainer.runs.writing import RunFailure, writing
 from vgpo_trainer.signals import SignalSettings, VisualSignal, signal_class
 from vgpo_trainer.signals.factors import SignalFactors, compute_factors
 from vgpo_trainer.signals.reader import SignalReader, visual_tokens_told
-from vgpo_trainer.signals.records import signal_records
-from vgpo_trainer.trl_metrics import means_over_processes, policy_records
+from vgpo_trainer.trl_metrics import policy_records
 from vgpo_trainer.trl_surface import (
     FORWARD_INPUTS,
     LOSS_TYPES,
@@ -119,7 +130,8 @@ class VGPOTrainer(GRPOTrainer):
         visual_tokens: Ids of image and video tokens, for a model whose configuration and processor do not say.
         final_norm: The norm after the last decoder layer, or its name in the model (``"model.text.ln_out"``), for a
             model in which it is not found.
-        **others: The rest of TRL's arguments, by name.
+        *rest: The rest of TRL's arguments, in TRL's order.
+        **others: The same by name.
 
     Raises:
         TypeError: ``args`` is neither a :class:`VGPOTrainingConfig` nor a plain :class:`trl.GRPOConfig`, a visual token
@@ -142,7 +154,7 @@ class VGPOTrainer(GRPOTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        *,
+        *rest: Any,
         signal: str | None = None,
         visual_tokens: Sequence[int] | None = None,
         final_norm: str | nn.Module | None = None,
@@ -167,7 +179,7 @@ class VGPOTrainer(GRPOTrainer):
         self._correct: list[Any] = []
         self._loss_inputs: dict[str, Any] = {}
         self._latest_logp = torch.empty(0)  # of the loss, which TRL keeps to itself
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **others)
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **others)
         fuse_heads(
             (self.model, self.ref_model),
             self.temperature,
@@ -212,7 +224,7 @@ class VGPOTrainer(GRPOTrainer):
         source = self.args.signal_source() if mode == "train" else "loss"
         follows = self._reader is not None and source == "scoring"
         with self._reader.following() if follows else nullcontext() as passes:
-            batch: dict[str, Any] = super()._generate_and_score_completions(with_image_lists(inputs))
+            batch: dict[str, Any] = super()._generate_and_score_completions(trl_rows(inputs))
 
         self._log_images(inputs)
         batch["rollout_index"] = torch.arange(len(inputs), device=self.accelerator.device)
@@ -347,8 +359,8 @@ class VGPOTrainer(GRPOTrainer):
         )
         shown = signal.marked_shown()
         self._record(batch, mode, shown, found)
-        for name, value in signal_records(shown, found, self.accelerator).items():
-            self._metrics[mode][f"vgpo/{name}"].append(value)
+        records = signal_records(shown, found, self.accelerator, groups=self._signal_config.inter)
+        add_records(self._metrics[mode], records)
         return found
 
     def _record(
@@ -565,18 +577,9 @@ class VGPOTrainer(GRPOTrainer):
 
     def _log_policy(self, records: Mapping[str, float], metrics: Mapping[str, Tensor], mode: str) -> None:
         """Log TRL's metrics of the policy, where it has not done so itself, and ours."""
-        number = metrics["num_tokens"]
-        names = {"approx_kl": "vgpo/old_policy_kl"}
-        if self._vgpo is not None:
-            names["factor_mean"] = "vgpo/factor_mean"
-        ours = means_over_processes(self, {key: (metrics[name] * number, number) for name, key in names.items()})
-        extremes = [metrics[name] for name in ("factor_min", "factor_max", "nonfinite_advantages")]
-        smallest, largest, nonfinite = self.accelerator.gather(torch.stack(extremes)[None]).unbind(dim=1)
-        ours["vgpo/nonfinite_advantages"] = nonfinite.sum().item()
-        if self._vgpo is not None:
-            ours["vgpo/factor_min"], ours["vgpo/factor_max"] = smallest.min().item(), largest.max().item()
-        for key, value in (records | ours).items():
+        for key, value in records.items():
             self._metrics[mode][key].append(value)
+        add_records(self._metrics[mode], loss_records(metrics, self.accelerator, self._vgpo is not None))
 
     def _log_bonus(self, loss: Tensor, accumulated: int, mode: str) -> None:
         """Log what TRL logs where an entropy bonus is added to the loss."""

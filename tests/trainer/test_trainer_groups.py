@@ -225,8 +225,16 @@ def test_ids_that_differ_between_readings_are_warned_of(tmp_path):
 def test_a_prompt_id_that_cannot_be_compared_is_refused():
     with pytest.raises(TypeError, match="prompt_id must be an integer or a string, got a list"):
         RowFacts.of({"prompt_id": [1, 2]})
-    scalars = [np.int64(7), torch.tensor(7), 7]
+    arrays = [torch.tensor([7, 8]), np.array(["a", "b"]), torch.tensor(True), np.bool_(True), np.float64(7)]
+    for value in (7.0, True, b"7", *arrays):
+        with pytest.raises(TypeError, match=f"must be an integer or a string, got a {type(value).__name__}: "):
+            RowFacts.of({"prompt_id": value})
+    for value in (float("nan"), np.float32("nan"), torch.tensor(torch.nan)):
+        with pytest.raises(TypeError, match="prompt_id is NaN, as tables write a missing one: give None"):
+            RowFacts.of({"prompt_id": value})
+    scalars = [np.int64(7), torch.tensor(7), 7, np.uint8(7)]
     assert {RowFacts.of({"prompt_id": value}).prompt_id for value in scalars} == {7}
+    assert RowFacts.of({"prompt_id": np.str_("a")}).prompt_id == "a" and RowFacts.of({}).prompt_id is None
 
 
 def test_groups_by_place_and_by_id():

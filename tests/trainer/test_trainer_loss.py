@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from inspect import signature
 from typing import Any
 
@@ -377,3 +378,10 @@ def test_advantages_that_are_not_finite_are_counted(trainer, rollout):
     finally:
         trainer.model.train()
     assert ours["vgpo/nonfinite_advantages"] == rollout["completion_mask"][1].sum() > 0
+
+
+def test_where_no_token_is_scored_there_are_no_factors(trainer, rollout):
+    nothing = {**rollout, "tool_mask": torch.zeros_like(rollout["completion_mask"])}
+    ours = logged(type(trainer)._compute_loss, trainer, nothing, "train")
+    names = ("factor_mean", "factor_min", "factor_max", "old_policy_kl")
+    assert all(math.isnan(ours[f"vgpo/{name}"]) for name in names) and ours["vgpo/nonfinite_advantages"] == 0

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 pytest.importorskip("trl")
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from PIL import Image
 from trainer.definition import assert_factors, by_definition
 from trainer.test_trainer_signal import capture_unshuffled, hidden_and_masks
 from trainer.tiny_runs import FAMILIES, generation_batch, make_trainer, picture
@@ -159,6 +161,99 @@ def test_batches_of_text_come_between_batches_with_images(tmp_path, family, kind
     assert {0, 1} <= {count for _, images in tables for count in images}
     if kind == "image":
         assert [images[0] is None for images in seen[:3]] == [False, True, True]
+
+
+def joined_rows() -> Dataset:
+    """Two datasets joined, one with ``image`` and one with ``images``: each row has both columns, and one is None."""
+    return concatenate_datasets([mixed("image", [1, 1]), mixed("images", [1, 1])])
+
+
+def rows_with_empty_lists() -> Dataset:
+    return Dataset.from_list([{**line, "images": line["images"] or []} for line in joined_rows()])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dataset", [joined_rows, rows_with_empty_lists, None])
+def test_the_image_that_is_there_is_shown(tmp_path, family, dataset):
+    """As where all rows have a list of them; without a dataset, rows of text have no column, and come first."""
+    contents = (mixed("image", [0, 1, 1, 1]), mixed("images", [0, 1, 1, 1]))
+    if dataset is not None:
+        contents = (dataset(), concatenate_datasets([mixed("images", [1, 1])] * 2))
+    batches, shown = [], []
+    for place, content in enumerate(contents):
+        trainer = make_trainer(
+            tmp_path / str(place),
+            family=family,
+            dataset=content,
+            per_device_train_batch_size=16,
+            shuffle_dataset=False,
+        )
+        trainer.model.train()
+        inputs = generation_batch(trainer)
+        if dataset is None and place == 0:
+            inputs = [{name: value for name, value in line.items() if value is not None} for line in inputs]
+        batches.append(trainer._generate_and_score_completions(inputs))
+        samples = trainer._recorder._pending["train"]
+        shown.append([[np.asarray(image).tolist() for image in sample.images] for sample in samples])
+    assert shown[0] == shown[1] and batches[0]["num_images"] == batches[1]["num_images"] == list(map(len, shown[0]))
+    assert sum(batches[0]["num_images"]) >= 12
+    torch.testing.assert_close(batches[0]["pixel_values"], batches[1]["pixel_values"])
+
+
+@pytest.mark.parametrize("kind", ["image", "images"])
+def test_reward_functions_are_given_the_columns_of_the_dataset(tmp_path, kind):
+    """One that takes no other names, and a missing image is None."""
+    seen = []
+
+    def image_reward(prompts, completions, completion_ids, image, answer, trainer_state, log_extra, log_metric):
+        seen.append(image)
+        return [float(len(completion[0]["content"]) % 2) for completion in completions]
+
+    def images_reward(prompts, completions, completion_ids, images, answer, trainer_state, log_extra, log_metric):
+        return image_reward(prompts, completions, completion_ids, images, answer, trainer_state, log_extra, log_metric)
+
+    trainer = make_trainer(
+        tmp_path,
+        family="qwen2_5_vl",
+        dataset=mixed(kind, [0, 1, 1, 0]),
+        reward=image_reward if kind == "image" else images_reward,
+        per_device_train_batch_size=16,
+        shuffle_dataset=False,
+        max_steps=1,
+    )
+    trainer.train()
+    assert [image is None for image in seen[0][::4]] == [True, False, False, True]
+    assert trainer.state.log_history[0]["vgpo/weighted_share"] == 0.5
+
+
+class Question:
+    """An environment that takes the columns of its rows and no others."""
+
+    resets: ClassVar[list[Any]] = []
+
+    def reset(self, prompt: list[dict[str, Any]], image: Image.Image | None, answer: str) -> None:
+        self.resets.append(image)
+
+    def get_reward(self) -> float:
+        return float(len(self.resets) % 3)
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
+def test_environments_are_given_the_columns_of_the_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(Question, "resets", [])
+    trainer = make_trainer(
+        tmp_path,
+        family="qwen_with_tools",
+        dataset=mixed("image", [0, 1]),
+        reward=None,
+        arguments={"environment_factory": Question},
+        per_device_train_batch_size=8,
+        shuffle_dataset=False,
+        max_steps=1,
+    )
+    trainer.train()
+    assert [image is None for image in Question.resets[::4]] == [True, False]
+    assert trainer.state.log_history[0]["vgpo/weighted_share"] == 0.5
 
 
 def test_processors_that_trl_reads_wrongly_are_refused_by_row(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,7 +13,7 @@ pytest.importorskip("trl")
 
 import vgpo_trainer
 from trainer.tiny_runs import llava, make_trainer, parity_reward, rows, save_model
-from transformers import AutoModelForImageTextToText, TrainingArguments
+from transformers import AutoModelForImageTextToText, TrainerCallback, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.runs.metrics import read_metrics
@@ -159,6 +160,30 @@ def test_a_trainer_takes_a_config_of_trl(tmp_path):
     trainer.train()
     (record,) = read_metrics(tmp_path / "metrics.jsonl")
     assert record["vgpo/phi_std"] > 0
+
+
+def test_a_trainer_takes_its_arguments_in_the_order_of_trl(tmp_path):
+    """All of them, and ours only by name."""
+    model, processor = llava()
+    names = [name for name in inspect.signature(GRPOTrainer.__init__).parameters if name != "self"]
+    callback = TrainerCallback()
+    given = dict.fromkeys(names) | {
+        "model": model,
+        "reward_funcs": parity_reward,
+        "args": GRPOConfig(**plain(tmp_path)),
+        "train_dataset": rows([1] * 4),
+        "processing_class": processor,
+        "callbacks": [callback],
+        "optimizers": (None, None),
+    }
+    trainer = vgpo_trainer.VGPOTrainer(*given.values(), signal="attention")
+    assert callback in trainer.callback_handler.callbacks and trainer.args.signal == "attention"
+
+
+def test_settings_with_those_of_vgpo_are_not_carried_over(tmp_path):
+    given = VGPOTrainingConfig(**plain(tmp_path))
+    with pytest.raises(TypeError, match=r"^args is a VGPOTrainingConfig, which has VGPO's settings: use it"):
+        VGPOTrainingConfig.from_trl(given)
 
 
 def test_other_settings_are_refused(tmp_path):

@@ -1,0 +1,143 @@
+"""The ``vgpo/`` part of a log record: each number is of all that happened since the record before."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from vgpo_trainer.signals.factors import SignalFactors
+
+
+class Statistic(NamedTuple):
+    """What a batch adds to a logged number.
+
+    Attributes:
+        value: The number, from the parts of all batches.
+        parts: What it is made of, such as a sum and how many were summed.
+        combine: Joins a part of two batches.
+    """
+
+    value: Callable[..., float]
+    parts: tuple[float, ...]
+    combine: Callable[[float, float], float] = operator.add
+
+
+class Running(list[float]):
+    """A logged number, in a list that holds nothing else: TRL averages what a list holds, and drops it once logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parts: tuple[float, ...] = ()
+
+    def add(self, batch: Statistic) -> None:
+        """Bring the number up to date with one more batch."""
+        self._parts = tuple(map(batch.combine, self._parts, batch.parts)) if self._parts else batch.parts
+        self[:] = [batch.value(*self._parts)]
+
+
+def add_records(kept: dict[str, list[float]], batch: Mapping[str, Statistic]) -> None:
+    """Add a batch to the numbers that TRL keeps until it logs, under names with ``vgpo/``."""
+    for name, statistic in batch.items():
+        running = kept.setdefault(f"vgpo/{name}", Running())
+        assert isinstance(running, Running)
+        running.add(statistic)
+
+
+def signal_records(
+    shown: Tensor, found: SignalFactors, accelerator: Accelerator, groups: bool = True
+) -> dict[str, Statistic]:
+    """Return statistics of a signal over all processes, each of which must call this; NaN of nothing.
+
+    Args:
+        shown: The signal as it is logged, ``[B, T]``.
+        found: What it became. Means are over its counted tokens and its weighted responses.
+        accelerator: Of the trainer.
+        groups: Whether groups are compared. Where they are not, a batch may hold parts of them, which are not counted.
+    """
+    halves = found.late_early.isfinite()
+    psi, phi = found.psi[found.counted], found.phi[found.weighted]
+    sums = {
+        "batch": torch.full((), len(found.weighted), device=shown.device),
+        "responses": found.weighted.sum(),
+        "tokens": found.counted.sum(),
+        "ratios": halves.sum(),
+        "shown": shown[found.counted].sum(),
+        "gated": found.gate_rate * found.counted.sum(),
+        "late_early": found.late_early[halves].sum(),
+        "psi": psi.sum(),
+        "psi_square": psi.square().sum(),
+        "phi": phi.sum(),
+        "phi_square": phi.square().sum(),
+        "nonfinite": found.nonfinite,
+    }
+    reduced = accelerator.reduce(torch.stack([value.float() for value in sums.values()]), reduction="sum")
+    total = dict(zip(sums, reduced.tolist(), strict=True))
+    records = {
+        "visual_focus": Statistic(mean, (total["shown"], total["tokens"])),
+        "gate_rate": Statistic(mean, (total["gated"], total["tokens"])),
+        "late_early_ratio": Statistic(mean, (total["late_early"], total["ratios"])),
+        "psi_std": Statistic(standard_deviation, (total["psi"], total["psi_square"], total["tokens"])),
+        "phi_std": Statistic(standard_deviation, (total["phi"], total["phi_square"], total["responses"])),
+        "weighted_share": Statistic(mean, (total["responses"], total["batch"])),
+        "nonfinite_responses": Statistic(float, (total["nonfinite"],)),
+    }
+    if groups:
+        number, alone = torch.stack([found.groups, found.singleton_groups]).tolist()
+        records["groups"] = Statistic(float, (number,))
+        records["singleton_groups"] = Statistic(float, (alone,))
+    return records
+
+
+def loss_records(metrics: Mapping[str, Tensor], accelerator: Accelerator, factors: bool) -> dict[str, Statistic]:
+    """Return statistics of a loss over all processes, each of which must call this; NaN of no token.
+
+    Args:
+        metrics: Of :func:`vgpo_kernels.policy_loss`.
+        accelerator: Of the trainer.
+        factors: Whether advantages were multiplied by any.
+    """
+    number = metrics["num_tokens"].float()
+    nothing = number == 0
+    local = [
+        number,
+        metrics["approx_kl"] * number,
+        metrics["factor_mean"] * number,
+        metrics["nonfinite_advantages"],
+        metrics["factor_min"].masked_fill(nothing, math.inf),
+        metrics["factor_max"].masked_fill(nothing, -math.inf),
+    ]
+    gathered = accelerator.gather(torch.stack([value.float() for value in local])[None])
+    tokens, kl, total, nonfinite = gathered[:, :4].sum(dim=0).tolist()
+    smallest, largest = gathered[:, 4].min().item(), gathered[:, 5].max().item()
+    records = {
+        "old_policy_kl": Statistic(mean, (kl, tokens)),
+        "nonfinite_advantages": Statistic(float, (nonfinite,)),
+    }
+    if factors:
+        records["factor_mean"] = Statistic(mean, (total, tokens))
+        records["factor_min"] = Statistic(extreme, (smallest,), min)
+        records["factor_max"] = Statistic(extreme, (largest,), max)
+    return records
+
+
+def mean(total: float, count: float) -> float:
+    """A mean from a sum; NaN of nothing."""
+    return total / count if count else math.nan
+
+
+def standard_deviation(total: float, squares: float, count: float) -> float:
+    """Population standard deviation from the sums of values and of their squares; NaN of nothing."""
+    if count == 0:
+        return math.nan
+    return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
+
+
+def extreme(value: float) -> float:
+    """A smallest or largest value; NaN of nothing, whose smallest value is infinite."""
+    return value if math.isfinite(value) else math.nan
