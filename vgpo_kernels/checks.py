@@ -166,16 +166,27 @@ def visual_mask(value: object, hidden: Tensor) -> Tensor:
     return mask("visual_mask", value, hidden.shape[:-1], meaning, hidden.device, "hidden")
 
 
-def response_rows(response_mask: Tensor, hidden: Tensor, name: str = "hidden") -> None:
+def last_positions(value: object, of: Tensor, name: str) -> Tensor:
+    """Return ``response_mask``, the last T positions of ``of`` ``[B, S, ...]``, as contiguous bool ``[B, T]``.
+
+    Messages call ``of`` by ``name``.
+    """
+    tensor = require_tensor("response_mask", value)
+    if tensor.dim() != 2 or tensor.shape[0] != of.shape[0] or tensor.shape[1] > of.shape[1]:
+        raise ValueError(
+            f"response_mask must have shape [{of.shape[0]}, T] with T <= {of.shape[1]} (the last T "
+            f"positions of {name} {describe(of)}), got {describe(tensor)}"
+        )
+    return mask("response_mask", tensor, tensor.shape, "", of.device, name)
+
+
+def response_rows(response_mask: Tensor, hidden: Tensor) -> None:
     """Raise ValueError unless the response positions are the last T of hidden's S, or all N when packed."""
     require_device("response_mask", response_mask, hidden.device, "hidden")
     if hidden.dim() == 2:
         require_shape("response_mask", response_mask, hidden.shape[:1], "one entry per row of hidden")
-    elif response_mask.shape[0] != hidden.shape[0] or response_mask.shape[1] > hidden.shape[1]:
-        raise ValueError(
-            f"response_mask must have shape [{hidden.shape[0]}, T] with T <= {hidden.shape[1]} (the last T "
-            f"positions of {name} {describe(hidden)}), got {describe(response_mask)}"
-        )
+    else:
+        last_positions(response_mask, hidden, "hidden")
 
 
 def visibility(value: object) -> bool:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from bad_input import Bad, Subject, boundaries, flags, floating, integers, mask, numbers, subject, whole_numbers
@@ -63,9 +64,13 @@ NO_TOKENS = [
     Bad("a text-only model", MODEL, ValueError, "not a vision-language model"),
 ]
 # Any number of last positions may be the response.
+NO_FIT = r"response_mask must have shape \[2, T\] with T <= 6 .* of input_ids int64\[2, 6\] on cpu\), got bool"
 NO_ANSWER = [
     *(one for one in mask(ANSWERED) if one.why not in ("1 of dimension 1", "2 of dimension 1")),
-    Bad("longer than the ids", torch.ones(2, 7, dtype=torch.bool), ValueError, r"T <= 6.*\[2, 7\]"),
+    Bad("longer than the ids", torch.ones(2, 7, dtype=torch.bool), ValueError, NO_FIT + r"\[2, 7\]"),
+    Bad("of more rows", torch.ones(3, 2, dtype=torch.bool), ValueError, NO_FIT + r"\[3, 2\]"),
+    Bad("packed", torch.ones(12, dtype=torch.bool), ValueError, NO_FIT + r"\[12\]"),
+    Bad("elsewhere", ANSWERED.to("meta"), ValueError, "response_mask must be on cpu like input_ids, got .*meta"),
 ]
 NUMBERED = [bad for bad in integers(IDS) if bad.why in ("a list", "text", "numpy", "sparse", "float32", "bool", "NaN")]
 NO_SETTINGS = [
@@ -73,6 +78,9 @@ NO_SETTINGS = [
     Bad("another preset", {"preset": "published"}, ValueError, "preset.*'published'"),
     Bad("an unknown field", {"betta": 1.0}, ValueError, "betta"),
     Bad("out of range", {"beta": -1.0}, ValueError, "beta must be >= 0, got -1.0"),
+    Bad("a number as a clamp", {"intra_clamp": 0.5}, TypeError, "intra_clamp.*0.5"),
+    Bad("text as a clamp", {"inter_clamp": "none"}, TypeError, "inter_clamp.*'none'"),
+    Bad("one number of a clamp", {"inter_clamp": [0.5]}, (TypeError, ValueError), r"inter_clamp.*0.5"),
 ]
 SCRIPT = [
     Bad("out of range", {"visual_compensation_strength": -1}, ValueError, "beta must be >= 0, got -1"),
@@ -120,7 +128,24 @@ def reweighting(packed: bool) -> Subject:
         "advantages": floating(values),
         "cos": floating(values),
         "response_mask": [one for one in mask(values > -1) if one.error is ValueError or "list" in one.says],
-        "prompts": [Bad("one too few", ["a"], ValueError, "prompts must name 2 responses, got 1")],
+        "prompts": [
+            Bad("one too few", ["a"], ValueError, "prompts must name 2 responses, got 1"),
+            Bad("a column", torch.ones(2, 1), ValueError, r"prompts must have one dimension.*\[2, 1\]"),
+            Bad("an array of rows", numpy.array([["a"], ["b"]]), ValueError, r"prompts must have one.*\[2, 1\]"),
+            Bad("sparse", torch.ones(2).to_sparse(), TypeError, "prompts must be a dense torch.Tensor"),
+            Bad("text", "ab", TypeError, "prompts must be a list.*got str"),
+            Bad("a dict", {"a": 1, "b": 2}, TypeError, "prompts must be a list.*got dict"),
+            *(
+                Bad(f"names of {kind}", names, TypeError, f"prompts must be integers or strings, got {kind}")
+                for kind, names in {
+                    "float": torch.ones(2),
+                    "bool": torch.ones(2, dtype=torch.bool),
+                    "Tensor": list(torch.ones(2, dtype=torch.int64)),
+                    "NoneType": numpy.array(["a", None], dtype=object),
+                    "list": [["a"], ["a"]],
+                }.items()
+            ),
+        ],
         "config": CONFIGS,
     }
     if packed:
@@ -245,3 +270,22 @@ def test_what_is_bad_is_refused(made: Subject, name: str) -> None:
 @pytest.mark.parametrize("label", [name for name in SUBJECTS if name not in ("parallel_logprob", "patch_easyr1")])
 def test_what_is_good_is_accepted(label: str) -> None:
     SUBJECTS[label].function(**SUBJECTS[label].good)
+
+
+def test_names_of_prompts_may_be_a_tensor_an_array_or_a_list() -> None:
+    """Elements of a tensor are tensors, each of which is another key of a dict."""
+    numbers, cpu = [7, 3, 7, 9], torch.device("cpu")
+    words = [str(number) for number in numbers]
+    kinds = [numbers, words, numpy.array(numbers), numpy.array(words), numpy.array(words, dtype=object)]
+    kinds += [list(numpy.array(numbers)), tuple(words), torch.tensor(numbers), torch.tensor(numbers, dtype=torch.int32)]
+    for names in kinds:
+        assert surface.group_numbers(names, cpu).tolist() == [0, 1, 0, 2], names
+    values = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
+    scored = values > -1
+    expected, metrics = surface.reweight(values, values, scored, numbers, VGPOConfig.paper())
+    assert metrics["vgpo/groups"] == 3
+    assert metrics["vgpo/singleton_groups"] == 2
+    for names in kinds:
+        found = surface.reweight(values, values, scored, names, VGPOConfig.paper())
+        assert torch.equal(found[0], expected)
+        assert found[1] == metrics

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -79,8 +81,37 @@ def test_losses_equal_verls_own(mode: str, aggregation: str, global_batch: dict[
     (loss, gradient, metrics), (expected_loss, expected_gradient, expected_metrics) = results
     assert_close(loss, expected_loss.double(), name="loss", floor=1e-6)
     assert_close(gradient, expected_gradient.double(), name="gradient", floor=1e-6)
-    if mode == "vgpo":
-        assert metrics == pytest.approx(expected_metrics, abs=1e-6)
+    assert metrics == pytest.approx(expected_metrics, abs=1e-6)
+
+
+@pytest.mark.parametrize("gap", [-40.0, -19.0, 12.0, 16.0, 19.0, 40.0])
+@pytest.mark.parametrize("mode", PAIRS)
+def test_metrics_of_large_ratios_are_verls(mode: str, gap: float) -> None:
+    arguments = draw()
+    arguments["response_mask"][0, :2] = True
+    arguments["old_log_prob"][0, 0] = arguments["log_prob"][0, 0] - gap
+    ours, verls = (
+        core_algos.get_policy_loss_fn(name)(**arguments, loss_agg_mode="token-mean", config=actor_config())
+        for name in (mode, PAIRS[mode])
+    )
+    assert ours[1] == pytest.approx(verls[1], rel=1e-5, abs=1e-6)
+    assert_close(ours[0], verls[0].double(), name="loss", floor=1e-6)
+
+
+@pytest.mark.parametrize("mode", PAIRS)
+def test_a_micro_batch_without_a_scored_token(mode: str) -> None:
+    """verl's metrics are 0, and its loss is 0 / 0 where the batch's number of tokens is not given; ours is 0."""
+    arguments = draw()
+    arguments["response_mask"][:] = False
+    arguments["log_prob"].requires_grad_()
+    loss, metrics = core_algos.get_policy_loss_fn(mode)(**arguments, loss_agg_mode="token-mean", config=actor_config())
+    _, expected = core_algos.get_policy_loss_fn(PAIRS[mode])(
+        **arguments, loss_agg_mode="token-mean", config=actor_config()
+    )
+    assert metrics == expected == dict.fromkeys(expected, 0.0)
+    loss.backward()
+    assert loss == 0
+    assert not arguments["log_prob"].grad.any()
 
 
 @pytest.fixture
@@ -168,7 +199,7 @@ class Queue(ModuleType):
         self.fields = fields
 
     def kv_batch_get(self, keys: list[str], partition_id: str, select_fields: list[str]) -> TensorDict:
-        return self.fields.select(*select_fields)
+        return self.fields.select(*select_fields, strict=False)
 
     def kv_batch_put(self, keys: list[str], partition_id: str, fields: TensorDict) -> Any:
         self.fields.update(fields)
@@ -182,10 +213,10 @@ class Settings(dict[str, Any]):
 
 
 class Trainer:
-    """The two methods of verl's trainer that the adapter builds on."""
+    """The methods of verl's trainer that the adapter builds on."""
 
-    def __init__(self, algorithm: dict[str, Any]) -> None:
-        self.config = SimpleNamespace(algorithm=Settings(algorithm))
+    def __init__(self, config: Any) -> None:
+        self.config = config
         self.flag_during_pass: bool | None = None
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
@@ -194,6 +225,11 @@ class Trainer:
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         return batch
+
+
+def trainer_config(algorithm: dict[str, Any], strategy: str = "fsdp") -> Any:
+    actor = SimpleNamespace(strategy=strategy)
+    return SimpleNamespace(algorithm=Settings(algorithm), actor_rollout_ref=SimpleNamespace(actor=actor))
 
 
 class Keys(SimpleNamespace):
@@ -220,7 +256,7 @@ def test_the_trainer_reweights_whole_groups_by_uid(monkeypatch: pytest.MonkeyPat
     }
     queue = Queue(tensordict_utils.get_tensordict(fields))
     monkeypatch.setitem(sys.modules, "transfer_queue", queue)
-    trainer = adapter.visually_guided(Trainer)({"vgpo": {"beta": 0.5}})
+    trainer = adapter.visually_guided(Trainer)(trainer_config({"vgpo": {"beta": 0.5}}))
     batch = Keys(keys=list("wxyz"), partition_id="train", extra_info={})
     metrics: dict[str, Any] = {}
     batch = trainer._compute_old_log_prob(batch, metrics)
@@ -290,7 +326,7 @@ def test_what_agents_leave_behind(model: Any, monkeypatch: pytest.MonkeyPatch, p
     }
     queue = Queue(TensorDict(fields, batch_size=len(batch)))
     monkeypatch.setitem(sys.modules, "transfer_queue", queue)
-    trainer = adapter.visually_guided(Trainer)({"vgpo": {"preset": preset}})
+    trainer = adapter.visually_guided(Trainer)(trainer_config({"vgpo": {"preset": preset}}))
     metrics: dict[str, Any] = {}
     trainer._compute_advantage(Keys(keys=list("abcdefghi"), partition_id="train", extra_info={}), metrics)
 
@@ -335,12 +371,19 @@ def test_factors_through_verls_data_plane(model: Any, data_plane: Any) -> None:
     keys = [f"{rollout.uid}_{index}_0" for index, rollout in enumerate(batch)]
     stored = data_plane.kv_batch_put(keys=keys, partition_id="train", fields=data, tags=[{} for _ in keys])
     metrics: dict[str, Any] = {}
-    adapter.visually_guided(Trainer)({})._compute_advantage(stored, metrics)
+    trainer = adapter.visually_guided(Trainer)(trainer_config({}))
+    trainer._compute_advantage(stored, metrics)
     found = data_plane.kv_batch_get(keys=keys, partition_id="train", select_fields=["advantages"])["advantages"]
     expected = expected_factors(batch, hidden, VGPOConfig.paper())
     for index, (row, factors) in enumerate(zip(found.unbind(), expected, strict=True)):
         assert_close(row, torch.tensor(factors).double(), name=f"advantages {index}", floor=1e-4)
     assert metrics.items() >= METRICS.items()
+
+    # The same batch, of an engine that computes no focus.
+    plain = data.select("uid", "response_mask", "advantages")
+    stored = data_plane.kv_batch_put(keys=keys, partition_id="val", fields=plain, tags=[{} for _ in keys])
+    with pytest.raises(RuntimeError, match="old-log-prob pass left no visual_focus: verl's FSDP engine and those"):
+        trainer._compute_advantage(stored, metrics)
 
 
 def test_the_mask_of_responses_has_to_be_nested(model: Any) -> None:
@@ -350,9 +393,42 @@ def test_the_mask_of_responses_has_to_be_nested(model: Any) -> None:
 
 
 def test_a_run_without_the_scoring_pass_is_refused() -> None:
-    trainer = adapter.visually_guided(Trainer)({"rollout_correction": {"bypass_mode": True}})
+    trainer = adapter.visually_guided(Trainer)
     with pytest.raises(ValueError, match="bypass_mode"):
-        trainer._compute_old_log_prob(Keys(keys=[], partition_id="", extra_info={}), {})
+        trainer(trainer_config({"rollout_correction": {"bypass_mode": True}}))
+
+
+def test_an_engine_that_leaves_no_focus_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"uid": ["a"], "response_mask": nested([torch.ones(2)]), "advantages": nested([torch.ones(2)])}
+    monkeypatch.setitem(sys.modules, "transfer_queue", Queue(tensordict_utils.get_tensordict(fields)))
+    trainer = adapter.visually_guided(Trainer)(trainer_config({}, "an engine of one's own"))
+    with pytest.raises(RuntimeError, match=r"left no visual_focus: .*FSDP.*; score_focus adds it to others"):
+        trainer._compute_advantage(Keys(keys=["x"], partition_id="train", extra_info={}), {})
+
+
+@pytest.mark.parametrize("file", ["ppo", "ppo_megatron", "ppo_torchtitan", "ppo_veomni"])
+def test_verls_configurations_are_refused_by_their_engine(file: str) -> None:
+    """verl's own files of settings, one for each engine."""
+    omegaconf = pytest.importorskip("omegaconf")
+    folder = Path(core_algos.__file__).parents[1] / "config"
+    config = omegaconf.OmegaConf.load(folder / f"_generated_{file}_trainer.yaml")
+    trainer = adapter.visually_guided(Trainer)
+    strategy = config.actor_rollout_ref.actor.strategy
+    if strategy in ("fsdp", "veomni"):
+        assert trainer(config).config is config
+        return
+    with pytest.raises(ValueError, match=f"strategy={strategy} does not work with trainer_mode=vgpo: verl's FSDP"):
+        trainer(config)
+
+
+def test_engines_inherit_the_scoring_pass_or_are_refused() -> None:
+    """Each language model's engine that verl could import here, by the strategy that it is registered as."""
+    registered = transformer_impl.EngineRegistry._engines["language_model"]
+    assert {"fsdp", "fsdp2", "fsdp_turbo"} <= set(registered)
+    for strategy, engines in registered.items():
+        for engine in engines.values():
+            scores = getattr(engine.forward_step, "scores_visual_focus", False)
+            assert scores == (strategy not in adapter.WITHOUT_FOCUS), strategy
 
 
 def test_importing_registers_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +453,13 @@ def test_another_surface_is_refused() -> None:
 
 def test_settings_come_from_a_mapping() -> None:
     assert config_from({}) == VGPOConfig.paper()
+    released = VGPOConfig.released()
     assert config_from({"preset": "released", "intra_clamp": [0.5, 1.5]}).intra_clamp == (0.5, 1.5)
+    for none in ([], (), None):
+        assert config_from({"preset": "released", "intra_clamp": none}) == replace(released, intra_clamp=None)
+    omegaconf = pytest.importorskip("omegaconf")  # as verl hands its settings over
+    given = omegaconf.OmegaConf.create({"preset": "released", "intra_clamp": [], "inter_clamp": [0.5, 1.5]})
+    assert config_from(given) == replace(released, intra_clamp=None, inter_clamp=(0.5, 1.5))
     with pytest.raises(ValueError, match="preset"):
         config_from({"preset": "papers"})
     with pytest.raises(ValueError, match="gamma"):

@@ -136,6 +136,12 @@ def test_links_and_pictures_lead_somewhere(page: Path) -> None:
             assert anchor in {api.anchor(title) for title in titles}, link
 
 
+@pytest.mark.parametrize("page", [page for page in WRITTEN if page.name != "CHANGELOG.md"], ids=lambda page: page.stem)
+def test_lines_of_prose_are_no_longer_than_those_of_code(page: Path) -> None:
+    prose = [line for line in without_code(page.read_text()).splitlines() if not line.startswith(("|", "<", "!["))]
+    assert not [line for line in prose if len(line) > 120]
+
+
 def test_every_page_is_linked() -> None:
     linked = {(page.parent / link.partition("#")[0]).resolve() for page in PAGES for link in links_of(page)}
     assert not [page.name for page in PAGES if page.parent.name == "docs" and page not in linked]

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import VGPOConfig, checks, policy_loss, visual_focus
-from vgpo_kernels.integrations.surface import known, require, reweight
+from vgpo_kernels.integrations.surface import known, masked_mean, require, reweight
 from vgpo_kernels.integrations.transformers import capture_hidden_states, visual_mask
 
 KNOWN = known("EasyR1")
@@ -213,7 +213,7 @@ def _reweighting(advantage: Callable[..., Any], config: VGPOConfig, latest: dict
 
 
 def _reporting(data_metrics: Callable[..., Any], latest: dict[str, float]) -> Callable[..., Any]:
-    """EasyR1 asks once a step for the metrics of the batch whose advantages it computed: the factors' go along."""
+    """Add the factors' metrics to the step's. EasyR1 asks once a step, after it has computed the advantages."""
 
     @_patch(data_metrics)
     def compute_data_metrics(*arguments: Any, **options: Any) -> dict[str, Any]:
@@ -283,12 +283,9 @@ def compute_policy_loss(
         **options,
     )
     # EasyR1 estimates the entropy by the negative log-prob, averaged as the loss is.
-    spread = torch.where(mask, -log_probs.detach(), 0.0)
-    if loss_avg_mode == "token":
-        entropy = spread.sum() / mask.sum().clamp(min=1)
-    else:
-        entropy = (spread.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
-    gap = torch.where(mask, old_log_probs - log_probs.detach(), 0.0).sum() / mask.sum().clamp(min=1)
+    spread = -log_probs.detach()
+    entropy = masked_mean(spread, mask) if loss_avg_mode == "token" else masked_mean(spread, mask, dim=-1).mean()
+    gap = masked_mean(old_log_probs - log_probs.detach(), mask)
     names = ["ppo_kl", "entropy_loss"]
     values = [gap, entropy]
     if "dual_clip" in options:

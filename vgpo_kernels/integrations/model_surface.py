@@ -196,6 +196,5 @@ def sampled_positions(input_ids: Tensor, response_mask: Tensor) -> Tensor:
     if input_ids.dim() != 2:
         meaning = "input_ids'"
         return checks.mask("response_mask", response_mask, input_ids.shape, meaning, input_ids.device, "input_ids")
-    sampled, _ = checks.response_layout(response_mask, None, input_ids.device)
-    checks.response_rows(sampled, input_ids[..., None], "input_ids")
+    sampled = checks.last_positions(response_mask, input_ids, "input_ids")
     return nn.functional.pad(sampled, (input_ids.shape[1] - sampled.shape[1], 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ def require(owner: Any, name: str, parameters: Sequence[str], known: str) -> Cal
 def config_from(settings: Mapping[str, Any]) -> VGPOConfig:
     """Build a :class:`VGPOConfig` from a mapping of its fields and ``preset`` (``"paper"`` unless given).
 
+    A clamp is a list of two numbers; ``None`` or an empty list removes the preset's.
+
     Raises:
         TypeError: ``settings`` is no mapping, or a value has the wrong type.
         ValueError: The preset or a field is unknown, or a value is out of range.
@@ -66,7 +69,7 @@ def config_from(settings: Mapping[str, Any]) -> VGPOConfig:
     """
     if not isinstance(settings, Mapping):
         raise TypeError(f"settings must be a mapping, got {type(settings).__name__}")
-    changes = {name: tuple(value) if name.endswith("_clamp") and value else value for name, value in settings.items()}
+    changes = {name: _range(value) if name.endswith("_clamp") else value for name, value in settings.items()}
     preset = changes.pop("preset", "paper")
     if preset not in ("paper", "released"):
         raise ValueError(f"preset must be paper or released, got {preset!r}")
@@ -76,17 +79,49 @@ def config_from(settings: Mapping[str, Any]) -> VGPOConfig:
     return getattr(VGPOConfig, preset)(**changes)  # type: ignore[no-any-return]
 
 
-def group_numbers(names: Sequence[Any], device: torch.device) -> Tensor:
-    """Return group ids ``[B]`` from the name of each response's prompt: equal ids for equal names."""
+def _range(value: Any) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(value) or None
+    return value
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of ``values`` where the bool ``mask`` is True, whatever they are elsewhere; 0 if it is True nowhere."""
+    return torch.where(mask, values, 0.0).sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def group_numbers(prompts: Any, device: torch.device) -> Tensor:
+    """Return group ids ``[B]``, int64, from the name of each response's prompt: equal ids for equal names.
+
+    Args:
+        prompts: B integers or strings: a list or tuple, or a tensor or array of one dimension.
+        device: Where the ids are wanted.
+
+    Raises:
+        TypeError: ``prompts`` is none of these, or a name is neither an integer nor a string.
+        ValueError: A tensor or array has another number of dimensions.
+
+    """
+    names = checks.require_tensor("prompts", prompts) if isinstance(prompts, Tensor) else prompts
+    if hasattr(prompts, "tolist"):  # a tensor's elements are tensors, which are equal to themselves alone
+        if len(prompts.shape) != 1:
+            raise ValueError(f"prompts must have one dimension, a name per response, got shape {list(prompts.shape)}")
+        names = prompts.tolist()
+    if not isinstance(names, Sequence) or isinstance(names, (str, bytes)):
+        raise TypeError(f"prompts must be a list, a tensor or an array of names, got {type(prompts).__name__}")
     numbers: dict[Any, int] = {}
-    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], dtype=torch.int64, device=device)
+    for name in names:
+        if isinstance(name, bool) or not isinstance(name, (str, Integral)):
+            raise TypeError(f"prompts must be integers or strings, got {type(name).__name__}")
+        numbers.setdefault(name, len(numbers))
+    return torch.tensor([numbers[name] for name in names], dtype=torch.int64, device=device)
 
 
 def reweight(
     advantages: Tensor,
     cos: Tensor,
     response_mask: Tensor,
-    prompts: Sequence[Any],
+    prompts: Any,
     config: VGPOConfig,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
@@ -98,7 +133,7 @@ def reweight(
         advantages: Per token, ``[B, T]`` or packed ``[N]``.
         cos: Cosines of :func:`visual_focus`, in the same shape, NaN where no image was seen yet. Not read off the mask.
         response_mask: The scored tokens, in the same shape.
-        prompts: Name of each response's prompt, B of them.
+        prompts: Name of each response's prompt, B integers or strings: a list, or a tensor or array of one dimension.
         config: The settings.
         cu_seqlens: Boundaries of a packed batch.
 
@@ -113,9 +148,9 @@ def reweight(
     mask, boundaries = checks.response_layout(checks.require_tensor("response_mask", response_mask).bool(), cu_seqlens)
     for name, value in (("advantages", advantages), ("cos", cos)):
         checks.per_token(name, value, mask)
-    if len(prompts) != checks.batch_size(mask, boundaries):
-        raise ValueError(f"prompts must name {checks.batch_size(mask, boundaries)} responses, got {len(prompts)}")
     groups = group_numbers(prompts, cos.device)
+    if len(groups) != checks.batch_size(mask, boundaries):
+        raise ValueError(f"prompts must name {checks.batch_size(mask, boundaries)} responses, got {len(groups)}")
     weights = visual_weights(cos.float(), mask, groups, config, cu_seqlens=boundaries)
     metrics = {f"vgpo/{name}": value.item() for name, value in weights.metrics.items()}
     return advantages * weights.factors.to(advantages.dtype), metrics

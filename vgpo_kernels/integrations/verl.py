@@ -34,7 +34,7 @@ from verl.utils.ulysses import gather_outputs_and_unpad
 from verl.workers.engine.fsdp import transformer_impl
 
 from vgpo_kernels import checks, policy_loss, visual_focus
-from vgpo_kernels.integrations.surface import config_from, known, require, reweight
+from vgpo_kernels.integrations.surface import config_from, known, masked_mean, require, reweight
 from vgpo_kernels.integrations.transformers import capture_hidden_states, visual_mask
 
 KNOWN = known("verl")
@@ -48,6 +48,10 @@ LOSS_MODES: dict[str, dict[str, Any]] = {
     "vgpo_cispo": {"loss_type": "cispo", "ratio_clamp": 20.0},
     "vgpo_sapo": {"loss_type": "sapo", "ratio_clamp": 20.0},
 }
+
+# verl's strategies whose engines have a forward pass of their own. The others inherit that of FSDP.
+WITHOUT_FOCUS = ("automodel", "megatron", "torchtitan")
+SCORED_BY = "verl's FSDP engine and those built on it (strategy fsdp, fsdp2, fsdp_turbo, veomni) compute visual_focus"
 
 
 def compute_policy_loss(
@@ -113,11 +117,12 @@ def compute_policy_loss(
         epsilon_high=high,
         **options,
     )
-    names = ("clip_fraction", "dual_clip_fraction", "approx_kl", "ratio_mean")
-    clipped, dual, gap, ratio = torch.stack([metrics[name] for name in names]).tolist()
-    # approx_kl is the mean of r - 1 - l, so the mean of -l, which verl calls ppo_kl, needs no pass of its own.
-    reported = {"actor/pg_clipfrac": clipped, "actor/ppo_kl": gap - ratio + 1, "actor/pg_clipfrac_lower": dual}
-    return loss * batch.get("dp_size", 1), reported
+    gap = old_log_prob.float() - log_prob.detach().float()
+    if options["loss_type"] != "gspo_token":  # there verl bounds the mean over the response, not this
+        gap = gap.clamp(-options["ratio_clamp"], options["ratio_clamp"])
+    names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
+    values = (metrics["clip_fraction"], masked_mean(gap, mask), metrics["dual_clip_fraction"])
+    return loss * batch.get("dp_size", 1), dict(zip(names, torch.stack(values).tolist(), strict=True))
 
 
 def _sampled_of_packed(input_ids: Any, response_mask: Any) -> Tensor:
@@ -186,7 +191,7 @@ def score_focus(engine: type) -> None:
 
     """
     forward_step = require(engine, "forward_step", ("self", "micro_batch", "loss_function", "forward_only"), KNOWN)
-    if hasattr(forward_step, "__wrapped__") and getattr(forward_step, "scores_visual_focus", False):
+    if getattr(forward_step, "scores_visual_focus", False):
         return
 
     @functools.wraps(forward_step)
@@ -218,21 +223,25 @@ def visually_guided(trainer: type) -> type:
     Args:
         trainer: A trainer that computes old log-probabilities and advantages as verl's synchronous one does.
 
+    Returns:
+        The subclass. Constructing it raises ValueError where the configuration has no pass that computes the focus:
+        with ``rollout_correction.bypass_mode``, or with an engine that does not inherit FSDP's forward pass.
+
     Raises:
         UnknownSurfaceError: The trainer's methods are not those of the known versions.
 
     """
+    require(trainer, "__init__", ("config",), KNOWN)
     require(trainer, "_compute_old_log_prob", ("self", "batch", "metrics"), KNOWN)
     require(trainer, "_compute_advantage", ("self", "batch", "metrics"), KNOWN)
 
     class VisuallyGuided(trainer):  # type: ignore[misc]
+        def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
+            # Before a model is loaded or a token sampled.
+            _require_scoring_pass(config)
+            super().__init__(config, *arguments, **options)
+
         def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
-            correction = self.config.algorithm.get("rollout_correction", None)
-            if correction and correction.get("bypass_mode", False):
-                raise ValueError(
-                    "trainer_mode=vgpo scores visual focus in the old-log-prob pass, which "
-                    "algorithm.rollout_correction.bypass_mode=true leaves out"
-                )
             batch.extra_info[FLAG] = True
             batch = super()._compute_old_log_prob(batch, metrics)
             batch.extra_info[FLAG] = False
@@ -249,6 +258,8 @@ def visually_guided(trainer: type) -> type:
                 partition_id=batch.partition_id,
                 select_fields=["uid", "response_mask", FIELD, "advantages"],
             )
+            if data.get(FIELD, None) is None:  # the data plane leaves out what it does not have
+                raise RuntimeError(f"the old-log-prob pass left no {FIELD}: {SCORED_BY}; score_focus adds it to others")
             mask, advantages = data["response_mask"], data["advantages"]
             cos = response_from_nested(data[FIELD], mask)
             reweighted, focus_metrics = reweight(
@@ -266,6 +277,21 @@ def visually_guided(trainer: type) -> type:
 
     VisuallyGuided.__name__ = VisuallyGuided.__qualname__ = f"VisuallyGuided{trainer.__name__}"
     return VisuallyGuided
+
+
+def _require_scoring_pass(config: Any) -> None:
+    """Raise ValueError if no pass computes the focus under verl's configuration."""
+    correction = config.algorithm.get("rollout_correction", None)
+    if correction and correction.get("bypass_mode", False):
+        raise ValueError(
+            "trainer_mode=vgpo scores visual focus in the old-log-prob pass, which "
+            "algorithm.rollout_correction.bypass_mode=true leaves out"
+        )
+    strategy = config.actor_rollout_ref.actor.strategy
+    if strategy in WITHOUT_FOCUS:
+        raise ValueError(
+            f"actor_rollout_ref.actor.strategy={strategy} does not work with trainer_mode=vgpo: {SCORED_BY}"
+        )
 
 
 def register() -> None:
