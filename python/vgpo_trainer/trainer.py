@@ -22,12 +22,12 @@ with TRL's ``log_metric("accuracy", value)``. Ours:
 ``vgpo/late_early_ratio``      score (visual focus, attention share) of a response's second half over its first
 ``vgpo/psi_std``               standard deviation of the token weights psi
 ``vgpo/phi_std``               standard deviation of the trajectory weights phi
-``vgpo/weighted_share``        share of responses that have an image, a scored token and a finite signal; the other
-                               means here are over these responses and, of their tokens, those that have seen an image
+``vgpo/weighted_share``        share of responses that have an image, a scored token and a finite signal; the numbers
+                               above are of these responses and, of their tokens, those that have seen an image
 ``vgpo/nonfinite_responses``   number of responses that are unweighted for a signal that is not finite
 ``vgpo/groups``                number of groups with a weighted response (not with ``vgpo_inter=False``)
 ``vgpo/singleton_groups``      number of groups with one weighted response, whose phi is 0 (likewise)
-``vgpo/factor_mean``           with VGPO, mean of the factors (1 + psi)(1 + phi) that multiply advantages
+``vgpo/factor_mean``           with VGPO, mean of what multiplies advantages, (1 + psi)(1 + phi), over scored tokens
 ``vgpo/factor_min``            the smallest of them; likewise ``vgpo/factor_max``
 ``vgpo/old_policy_kl``         mean divergence of the policy from the one that generated, over scored tokens
 ``vgpo/nonfinite_advantages``  number of scored tokens whose advantage is not finite

@@ -48,6 +48,9 @@ def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert other["loss"] == pytest.approx(one["loss"], abs=1e-6)
     assert other["phi_std"] == pytest.approx(one["phi_std"], abs=1e-6)
     assert one["phi_std"][0] > 0.1
+    for record, other_record in zip(one["logged"], other["logged"], strict=True):
+        ours = {name: value for name, value in record.items() if name.startswith("vgpo/")}
+        assert ours == pytest.approx({name: other_record[name] for name in ours}, rel=1e-4, abs=1e-5)
     for gradients, others in zip(one["gradients"], other["gradients"], strict=True):
         others = {name.removeprefix("module."): gradient for name, gradient in others.items()}
         assert gradients.keys() == others.keys()
@@ -82,7 +85,8 @@ def test_two_processes_log_what_trls_do(two_processes):
         for name in set(other) - {"step_time"}:
             assert record[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
     assert 0 < ours[1]["clip_ratio/region_mean"] < 1 and ours[1]["clip_ratio/high_max"] > 0
-    assert ours[0]["vgpo/groups"] == 3 and ours[0]["vgpo/singleton_groups"] == 0
+    (record,) = two_processes["grpo"]["logged"]
+    assert record["vgpo/groups"] == 3 and record["vgpo/singleton_groups"] == 0
 
 
 def test_groups_of_an_evaluation_straddle_processes(two_processes):
