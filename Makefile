@@ -1,10 +1,12 @@
 # Every target makes its own environment on first use: `make demo` and `make test` are all there is to type.
-# ARGS goes to the command behind a target: make demo ARGS="--steps 20", make test ARGS="tests/cuda -x".
+# ARGS goes to the command behind a target: make demo ARGS="--steps 20", make test ARGS="tests/cuda -x". JOBS processes
+# share the tests; none but pytest itself with JOBS=0.
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 NEWEST := $(VENV)-newest
@@ -39,7 +41,7 @@ demo: $(VENV)/.built
 # Without a GPU the kernels of Triton run in its interpreter.
 test test-newest: export TRITON_INTERPRET ?= $(if $(wildcard /dev/nvidia0 /dev/kfd),0,1)
 test: $(VENV)/.built
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # Our upper bounds do not hold here: what the next release of a package breaks should show before a bound is raised. The
 # torch is that of $(VENV), so that the extension in the source tree, which belongs to one torch, serves both. Hence the
@@ -55,7 +57,7 @@ test-newest: $(VENV)/.built
 	@if test -s $(NEWEST)/differences.txt; then echo "locked -> newest:"; cat $(NEWEST)/differences.txt; \
 	else echo "no package has a newer release than the lock"; fi
 	@if test -s $(NEWEST)/differences.txt || test -z '$(IF_NEWER)'; then \
-		$(NEWEST)/bin/python -m pytest $(or $(ARGS),$(OUTWARD)); \
+		$(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal $(or $(ARGS),$(OUTWARD)); \
 	fi
 
 # VGPO_BENCH_RECORD=0 measures and records nothing.

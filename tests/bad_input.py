@@ -312,7 +312,8 @@ def subject(function: Callable[..., Any], good: dict[str, Any], **changes: list[
     """Fill in what is wrong for every argument by its name and its good value."""
     made = Subject(function, good)
     bad = {
-        name: OTHERS[name] if name in OTHERS else KINDS[name](good[name]) for name in made.arguments() & _known(good)
+        name: OTHERS[name] if name in OTHERS else KINDS[name](good[name])
+        for name in sorted(made.arguments() & _known(good))
     }
     return Subject(function, good, bad | changes)
 

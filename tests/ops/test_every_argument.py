@@ -234,9 +234,12 @@ def test_every_argument_counts(backend_name: str, device: torch.device, function
             results[key] = results_of(made.function, given, device)
         return results[key]
 
-    # Triton's kernels read options in one place, whichever operator launches them.
-    elsewhere = PolicyLossOptions.kinds if backend_name == "triton" and function != "policy_loss" else {}
-    for name in sorted(names - set(elsewhere)):
+    # Triton's kernels read settings in one place, whichever operator launches them.
+    elsewhere: set[str] = set()
+    if backend_name == "triton":
+        elsewhere |= set(PolicyLossOptions.kinds) if function != "policy_loss" else set()
+        elsewhere |= set(VGPOConfig.kinds) if function == "vgpo_loss" else set()
+    for name in sorted(names - elsewhere):
         case = case_of(function, name, good)
         given = {other: value for other, value in case.given.items() if other in names}
         found = [result(given | {name: value}) for value in case.values]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -33,8 +34,7 @@ def both_losses(batch: Batch, logp: Tensor, old_logp: Tensor | None, **options: 
     ]
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("loss_type", CHOICES["loss_type"])
+@pytest.mark.parametrize(("loss_type", "packed"), zip(CHOICES["loss_type"], cycle([False, True])))
 def test_without_old_logp_the_policy_is_its_own(
     backend_name: str, device: torch.device, loss_type: str, packed: bool
 ) -> None:
@@ -104,8 +104,7 @@ def test_the_head_computes_its_entropy(backend_name: str, device: torch.device) 
 BROKEN = [math.nan, math.inf, -math.inf]
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("loss_type", CHOICES["loss_type"])
+@pytest.mark.parametrize(("loss_type", "packed"), zip(CHOICES["loss_type"], cycle([True, False])))
 def test_advantages_that_are_not_finite_are_counted(
     backend_name: str, device: torch.device, loss_type: str, packed: bool
 ) -> None:

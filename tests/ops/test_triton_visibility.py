@@ -12,7 +12,7 @@ from cases import Batch
 from tolerance import assert_close, assert_matches
 from torch import Tensor
 
-from vgpo_kernels import VGPOConfig, backends, policy_loss, vgpo_loss, visual_focus, visual_prototype, visual_weights
+from vgpo_kernels import VGPOConfig, backends, visual_focus, visual_prototype, visual_weights
 from vgpo_kernels.reference import visual_focus as reference
 from vgpo_kernels.reference import visual_weights as weights_reference
 
@@ -160,19 +160,6 @@ def test_images_that_come_first_give_the_bits_of_all(device: torch.device, packe
         assert same(causal, everything)
 
 
-def test_layout_and_order_do_not_change_a_bit(device: torch.device) -> None:
-    shapes = list(SHAPES.values())
-    expected = scored_cosines(make(shapes, packed=False).to(device))
-    for other in (make(shapes, packed=True), make(shapes, packed=False, pad=5)):
-        for one, two in zip(scored_cosines(other.to(device)), expected, strict=True):
-            assert same(one, two)
-    backwards = scored_cosines(make(shapes[::-1], packed=True).to(device))
-    for one, two in zip(backwards[::-1], expected, strict=True):
-        assert same(one, two)
-    (alone,) = scored_cosines(make([LATE["long"]], packed=True).to(device))
-    assert same(alone, expected[list(SHAPES).index("long")])
-
-
 def test_blocks_may_begin_anywhere(device: torch.device) -> None:
     """Rows before a response shift its spans and its blocks of tokens."""
     shape = LATE["long"]
@@ -255,27 +242,6 @@ def test_a_prototype_for_each_token(device: torch.device, packed: bool) -> None:
         assert torch.equal(~actual[chosen].isnan(), torch.full_like(chosen[chosen], seen))
         everywhere = focus(torch.full((2,), row, device=device))
         assert_close(everywhere[chosen], actual[chosen].double(), name="one prototype for all")
-
-
-@pytest.mark.parametrize("preset", ["paper", "released"])
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_one_call_equals_three(device: torch.device, packed: bool, preset: str) -> None:
-    batch = make(list(SHAPES.values()), packed, torch.bfloat16).to(device)
-    config: VGPOConfig = getattr(VGPOConfig, preset)()
-    layout = {"cu_seqlens": batch.cu_seqlens}
-    common = (batch.logp, batch.old_logp, batch.advantages)
-    loss, metrics = vgpo_loss(
-        *(batch.hidden, *common, batch.visual_mask, batch.response_mask, batch.group_ids, config),
-        **layout,
-        visibility="causal",
-    )
-    cos = visual_focus(batch.hidden, batch.visual_mask, batch.response_mask, visibility="causal", **layout)
-    weights = visual_weights(cos, batch.response_mask, batch.group_ids, config, **layout)
-    expected, policy_metrics = policy_loss(*common, batch.response_mask, factors=weights.factors, **layout)
-    assert_close(loss, expected.double(), name="loss")
-    for name, value in (policy_metrics | weights.metrics).items():
-        assert_close(metrics[name], value.double(), name=name)
-    assert metrics["weighted_responses"] == len(SHAPES) - len(NONE)
 
 
 # ---- weights of cosines with leading NaN ---------------------------------------------------------------------------

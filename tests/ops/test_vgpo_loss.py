@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -71,8 +72,7 @@ def test_one_call_equals_three(backend_name: str, device: torch.device, edge: st
     check(batch, VGPOConfig.paper(), max_length=32)
 
 
-@pytest.mark.parametrize("loss_type", CHOICES["loss_type"])
-@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize(("loss_type", "preset"), zip(CHOICES["loss_type"], cycle(["paper", "released"])))
 def test_losses_and_presets(backend_name: str, device: torch.device, preset: str, loss_type: str) -> None:
     batch = make_batch(EDGES["shuffled groups"] + EDGES["no image"], dtype=torch.bfloat16).to(device)
     options = {"ref_logp": batch.ref_logp, "kl_coef": 0.1, "loss_type": loss_type}

@@ -46,7 +46,8 @@ def test_the_definition_is_the_equation() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layout_and_order_do_not_change_a_bit(exact_backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    edge = EDGES["holes"] + EDGES["long"] + EDGES["no image"]
+    # One dtype is enough of a batch that takes the interpreter seconds.
+    edge = EDGES["holes"] + (EDGES["long"] if dtype == torch.float32 else ()) + EDGES["no image"]
     padded = make_batch(edge, dtype=dtype, features=67).to(device)
     wider = make_batch(edge, dtype=dtype, features=67, extra_padding=13).to(device)
     packed = make_batch(edge, dtype=dtype, features=67, packed=True).to(device)

@@ -246,7 +246,7 @@ def test_a_renewal_replaces_the_lock_and_checks_everything(project: Path) -> Non
     assert (project / "requirements/verl.txt").read_text() == "a new lock\n"
     asked = (project / "asked").read_text().splitlines()
     assert {"ruff check .", "mypy "} <= set(asked)
-    assert asked[-1].rstrip() == "python -m pytest"
+    assert asked[-1].rstrip() == "python -m pytest -n 2 --dist worksteal"
     assert any(line.endswith("-r requirements/verl.txt") for line in asked)
 
 

@@ -60,7 +60,7 @@ def test_without_vgpo_a_run_is_trls(tmp_path, name):
     settings = {**SETTINGS[name], "max_steps": 3, "fused_head": False, "vgpo": None}
     settings["arguments"] = {"eval_dataset": rows([1] * 4)} if "eval_strategy" in settings else {}
     expected = records(tmp_path / "trl", GRPOTrainer, **settings)
-    for diagnostics in (False, True):
+    for diagnostics in (False, True) if name == next(iter(SETTINGS)) else (True,):
         folder = tmp_path / f"ours-{diagnostics}"
         ours = records(folder, vgpo_trainer.VGPOTrainer, vgpo_diagnostics=diagnostics, **settings)
         assert [trls(record) for record in ours] == expected
