@@ -40,6 +40,8 @@ demo: $(VENV)/.built
 
 # Without a GPU the kernels of Triton run in its interpreter.
 test test-newest: export TRITON_INTERPRET ?= $(if $(wildcard /dev/nvidia0 /dev/kfd),0,1)
+# The threads of one process would spin where those of the other could work.
+test test-newest: export OMP_WAIT_POLICY ?= PASSIVE
 test: $(VENV)/.built
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
