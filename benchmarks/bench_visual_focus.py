@@ -126,7 +126,6 @@ def focus_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device, se
         bytes=shape.hidden_bytes(dtype) + 4 * shape.tokens,
         flops=shape.batch * (shape.visual + 4 * shape.response) * shape.features,
         peers={
-            "vgpo_kernels, causal": Peer(lambda: visual_focus(*rollout.focus, visibility="causal")),
             "F.cosine_similarity": Peer(lambda: with_cosine_similarity(*rollout.focus)),
             "bmm + vector_norm": Peer(lambda: with_bmm(*rollout.focus)),
             "torch.compile(bmm + vector_norm)": Peer(lambda: compiled(*rollout.focus)),
@@ -137,8 +136,8 @@ def focus_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device, se
     )
 
 
-def late_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device, seed: int) -> Case:
-    """Images that arrive in the middle: what the tokens before them are compared with ends before them."""
+def causal_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device, seed: int) -> Case:
+    """Causal visibility: where images arrive in the middle, tokens before them are compared with those before."""
     rollout = make_rollout(shape, dtype, device, seed)
     exact = cache(lambda: exact_cosines(rollout, "causal"))
     return Case(
@@ -171,10 +170,10 @@ def prototype_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device
 OPS = (
     Op("visual_focus", focus_case, cpu=(CPU_SHAPE,), gpu=GPU_SHAPES, small=SMALL_SHAPE),
     Op(
-        "visual_focus of late images",
-        late_case,
-        cpu=(CPU_SHAPE._replace(late=256),),
-        gpu=(GPU_SHAPES[0]._replace(late=256),),
+        "visual_focus, causal",
+        causal_case,
+        cpu=(CPU_SHAPE, CPU_SHAPE._replace(late=256)),
+        gpu=(GPU_SHAPES[0], GPU_SHAPES[0]._replace(late=256)),
         small=SMALL_SHAPE._replace(late=16),
     ),
     Op("visual_prototype", prototype_case, cpu=(), gpu=GPU_SHAPES, small=SMALL_SHAPE),

@@ -168,8 +168,8 @@ def test_figures_in_the_readme_are_in_the_pictures_alone() -> None:
 # What the command for GPUs measured beside each op before its declaration was shared with the CPU.
 MEASURED_ON_GPUS = {
     "visual_prototype": {"PyTorch", "torch.compile"},
-    "visual_focus": {"vgpo_kernels, causal", "PyTorch in fp32", "torch.compile in fp32", "token loop"},
-    "visual_focus of late images": set(),
+    "visual_focus": {"PyTorch in fp32", "torch.compile in fp32", "token loop"},
+    "visual_focus, causal": set(),
     "visual_weights": {"PyTorch", "torch.compile"},
     "group_weights": {"PyTorch", "torch.compile"},
     "policy_loss": {"PyTorch, no metrics", "torch.compile, no metrics"},
