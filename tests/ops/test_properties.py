@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import make_head, with_predicting_rows
 from test_attention_mass import Attention, draw
+from test_visibility import cosines as focus
 from test_visual_weights import draw_cosines, weigh
 from tolerance import assert_close, same_bits
 
@@ -87,12 +88,6 @@ def same(one: torch.Tensor, two: torch.Tensor, name: str) -> None:
         assert same_bits(one, two), name
     else:
         assert_close(one, two.double(), name=name)
-
-
-def focus(batch: Batch, visibility: str) -> torch.Tensor:
-    return visual_focus(
-        batch.hidden, batch.visual_mask, batch.response_mask, cu_seqlens=batch.cu_seqlens, visibility=visibility
-    )
 
 
 def sighted(batch: Batch, seed: int) -> torch.Tensor:

@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Batch
+from equations import focus, positions
+from test_visibility import cosines as cosines_of
 from tolerance import assert_close, assert_matches
 from torch import Tensor
 
@@ -88,9 +90,7 @@ def lettered(shape: str, letters: str) -> Tensor:
 def scored_cosines(batch: Batch, visibility: str = "causal") -> list[Tensor]:
     """Return the cosines of each response's scored tokens."""
     packed = batch.cu_seqlens is not None
-    cos = visual_focus(
-        batch.hidden, batch.visual_mask, batch.response_mask, cu_seqlens=batch.cu_seqlens, visibility=visibility
-    )
+    cos = cosines_of(batch, visibility)
     assert (cos[~batch.response_mask] == 0).all()
     lengths = batch.cu_seqlens.diff().tolist() if packed else []
     parts = (
@@ -107,25 +107,12 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 def by_hand(batch: Batch, index: int, shape: str) -> list[float]:
     """Cosines of a response's scored tokens in plain loops."""
-    hidden = batch.hidden.double()
+    hidden = batch.hidden
     if batch.cu_seqlens is not None:
         hidden = hidden[batch.cu_seqlens[index] : batch.cu_seqlens[index + 1]]
     else:
         hidden = hidden[index, hidden.shape[1] - len(shape) :]
-    found = []
-    for place, kind in enumerate(shape):
-        if kind not in "tb":
-            continue
-        seen = [hidden[row].tolist() for row in range(place) if shape[row] in "vb"]
-        if not seen:
-            found.append(math.nan)
-            continue
-        mean = [sum(column) / len(seen) for column in zip(*seen, strict=True)]
-        state = hidden[place].tolist()
-        dot = sum(x * y for x, y in zip(state, mean, strict=True))
-        norms = math.sqrt(sum(x * x for x in state)) * math.sqrt(sum(x * x for x in mean))
-        found.append(dot / max(norms, 1e-8))
-    return found
+    return focus(positions(hidden, lettered(shape, "vb"), lettered(shape, "tb")), causal=True)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

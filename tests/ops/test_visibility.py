@@ -8,10 +8,11 @@ import pytest
 import torch
 from cases import EDGES, Batch, Response, make_batch
 from equations import NAN, factors, focus, positions
+from test_vgpo_loss import in_one_call
 from tolerance import assert_close, assert_matches, same_bits
 from torch import Tensor
 
-from vgpo_kernels import VGPOConfig, linear_vgpo_loss, vgpo_loss, visual_focus, visual_prototype, visual_weights
+from vgpo_kernels import VGPOConfig, linear_vgpo_loss, visual_focus, visual_prototype, visual_weights
 from vgpo_kernels.reference import visual_focus as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -62,17 +63,7 @@ def test_the_three_steps_are_the_equations(backend_name: str, device: torch.devi
     config = VGPOConfig.paper() if name == "paper" else VGPOConfig.released()
     cos = cosines(batch, visibility)
     weights = visual_weights(cos, batch.response_mask, batch.group_ids, config)
-    loss, metrics = vgpo_loss(
-        batch.hidden,
-        batch.logp,
-        batch.old_logp,
-        batch.advantages,
-        batch.visual_mask,
-        batch.response_mask,
-        batch.group_ids,
-        config,
-        visibility=visibility,
-    )
+    loss, metrics = in_one_call(batch, batch.logp, config, visibility=visibility)
 
     responses = [
         positions(*one)
@@ -213,16 +204,10 @@ def test_prototypes_may_be_given_for_each_token(backend_name: str, device: torch
     assert_matches(cos, reference.visual_focus, arguments, ("cos",))
     blind = batch.response_mask & ((index < 0) | (index == 3))
     assert cos[blind].isnan().all() and blind.any()
-    loss = vgpo_loss(
-        batch.hidden,
+    loss = in_one_call(
+        replace(batch, visual_mask=None),
         batch.logp,
-        batch.old_logp,
-        batch.advantages,
-        None,
-        batch.response_mask,
-        batch.group_ids,
         VGPOConfig.paper(),
-        cu_seqlens=batch.cu_seqlens,
         prototype=prototype,
         prototype_index=index.clamp(min=0, max=2),
     )
@@ -233,7 +218,7 @@ def test_one_call_is_the_three_steps(backend_name: str, device: torch.device) ->
     batch = make_batch(EDGES["late images"] + EDGES["no image"] + EDGES["empty response"]).to(device)
     for visibility in ("all", "causal"):
         given = (batch.advantages, batch.visual_mask, batch.response_mask, batch.group_ids, VGPOConfig.paper())
-        one = vgpo_loss(batch.hidden, batch.logp, batch.old_logp, *given, visibility=visibility)
+        one = in_one_call(batch, batch.logp, VGPOConfig.paper(), visibility=visibility)
         weights = visual_weights(cosines(batch, visibility), batch.response_mask, batch.group_ids, VGPOConfig.paper())
         for name, value in weights.metrics.items():
             assert one.metrics[name].item() == pytest.approx(value.item(), abs=1e-6), name

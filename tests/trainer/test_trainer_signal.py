@@ -17,11 +17,11 @@ from torch import Tensor
 
 pytest.importorskip("trl")
 import transformers
-from trainer.tiny_runs import FAMILIES, generation_batch, make_trainer, picture, rows
+from trainer.tiny_runs import FAMILIES, generation_batch, last_hidden_states, make_trainer, picture, rows
 from vgpo_trainer.rollouts import prompt_id, prompt_text, row_images
 from vgpo_trainer.signals.factors import compute_factors, count_groups, late_early_ratio
 from vgpo_trainer.signals.reader import PolicyPasses, image_positions
-from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
+from vgpo_trainer.trl_surface import Sequences
 
 from vgpo_kernels import VGPOConfig, visual_focus, visual_weights
 from vgpo_kernels.integrations import model_surface
@@ -30,15 +30,7 @@ from vgpo_kernels.integrations.transformers import visual_mask, visual_token_ids
 
 def hidden_and_masks(trainer, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Last hidden states the expensive way, image tokens and scored tokens of a batch."""
-    sequence = Sequences.of(batch)
-    model_inputs = {name: batch[name] for name in FORWARD_INPUTS if name in batch and name != "num_images"}
-    with torch.no_grad():
-        hidden = trainer.model(
-            input_ids=sequence.input_ids,
-            attention_mask=sequence.attention_mask,
-            output_hidden_states=True,
-            **model_inputs,
-        ).hidden_states[-1]
+    sequence, hidden = Sequences.of(batch), last_hidden_states(trainer, batch)
     mask = sequence.response_mask.bool()
     shown = visual_mask(sequence.input_ids, trainer.model)
     shown[:, -mask.shape[1] :] = False

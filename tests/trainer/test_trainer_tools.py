@@ -17,9 +17,9 @@ from equations import factors
 from torch import Tensor
 from trainer.definition import assert_factors, by_definition
 from trainer.test_trainer_signal import capture_unshuffled
-from trainer.tiny_runs import generation_batch, make_trainer, picture
+from trainer.tiny_runs import generation_batch, last_hidden_states, make_trainer, picture
 from transformers import LogitsProcessor, LogitsProcessorList
-from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
+from vgpo_trainer.trl_surface import Sequences
 
 LENGTH = 240
 
@@ -121,15 +121,7 @@ def make(folder: Any, monkeypatch: Any, tool: Any, images: list[int], **settings
 
 def states_and_places(trainer: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states of a batch, where its images are, ``[B, S]``, and its scored tokens, ``[B, T]``."""
-    sequence = Sequences.of(batch)
-    inputs = {name: batch[name] for name in FORWARD_INPUTS if name in batch and name != "num_images"}
-    with torch.no_grad():
-        hidden = trainer.model(
-            input_ids=sequence.input_ids,
-            attention_mask=sequence.attention_mask,
-            output_hidden_states=True,
-            **inputs,
-        ).hidden_states[-1]
+    sequence, hidden = Sequences.of(batch), last_hidden_states(trainer, batch)
     scored = sequence.response_mask.bool()
     config = trainer.model.config
     shown = (sequence.input_ids == config.image_token_id) | (sequence.input_ids == config.video_token_id)

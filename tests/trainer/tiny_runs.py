@@ -20,6 +20,7 @@ from trl.chat_template_utils import qwen3_vl_chat_template
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.demo.tiny_vlm import build_model, build_processor
 from vgpo_trainer.trainer import VGPOTrainer
+from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
 
 FAMILIES = ("llava", "qwen2_5_vl")
 QWEN_SPECIAL = (
@@ -207,3 +208,17 @@ def make_trainer(
 def generation_batch(trainer: Any) -> list[dict[str, Any]]:
     """The dataset rows of the first generation batch, each prompt repeated, as TRL's loader hands them over."""
     return next(iter(trainer.get_train_dataloader()))
+
+
+def last_hidden_states(trainer: VGPOTrainer, batch: dict[str, Any]) -> torch.Tensor:
+    """Return the hidden states of a batch after the final norm, ``[B, S, D]``, the expensive way."""
+    sequence = Sequences.of(batch)
+    inputs = {name: batch[name] for name in FORWARD_INPUTS if name in batch and name != "num_images"}
+    with torch.no_grad():
+        output = trainer.model(
+            input_ids=sequence.input_ids,
+            attention_mask=sequence.attention_mask,
+            output_hidden_states=True,
+            **inputs,
+        )
+    return output.hidden_states[-1]
