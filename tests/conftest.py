@@ -84,6 +84,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
+@pytest.fixture(scope="module")
+def drawn_backend() -> Iterator[str]:
+    """Run a module of property tests on the backend that they are drawn on."""
+    from drawn import BACKEND
+
+    with backends.backend(BACKEND):
+        yield BACKEND
+
+
 @pytest.fixture(autouse=True)
 def poison_empty_memory() -> Iterator[None]:
     """Fill ``torch.empty`` with NaN, so that an output left unwritten shows."""
