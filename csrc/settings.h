@@ -28,13 +28,15 @@ public:
     template <typename T>
     void number(const char* name, T& field) {
         const double value = begin({name, "number", 0});
-        expect(std::isfinite(value), "finite", value);
         field = static_cast<T>(value);
+        expect(std::isfinite(field), "finite, as a number of the kernels", value);
     }
     // A number that may be missing: infinity, NaN or zero stand for that, as the field says.
     template <typename T>
     void optional(const char* name, T& field) {
-        field = static_cast<T>(begin({name, "optional", 0}));
+        const double value = begin({name, "optional", 0});
+        field = static_cast<T>(value);
+        expect(std::isfinite(field) || !std::isfinite(value), "a number of the kernels", value);
     }
     template <typename T>
     void ratio(const char* name, T& field) {

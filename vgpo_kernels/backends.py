@@ -19,6 +19,7 @@ by ``spawn`` or ``forkserver`` use all threads.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,8 +48,21 @@ def _forget_threads() -> None:
 if _BUILT_CPP and hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
 
-# For the whole process, like torch.backends' flags. A plain global, so that torch.compile guards on it.
+# For the whole process, like torch.backends' flags: backward passes on a GPU run in autograd's threads, which have no
+# context of the caller's. A plain global, so that torch.compile guards on it.
 _forced: str | None = None
+
+
+class _Block:
+    """A ``with backend(name)`` that has been entered and not left."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.thread = threading.get_ident()
+
+
+_blocks: list[_Block] = []  # in the order in which they were entered
+_lock = threading.Lock()
 _warned = _LOADED.refused is not None
 
 
@@ -60,11 +74,14 @@ def _validate_name(name: str, origin: str) -> str:
 
 if "VGPO_BACKEND" in os.environ and os.environ["VGPO_BACKEND"] not in ("", "auto"):
     _forced = _validate_name(os.environ["VGPO_BACKEND"], "VGPO_BACKEND")
+_of_environment = _forced
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Let one backend handle every call inside the ``with`` block, in all threads of the process.
+
+    Blocks of several threads may overlap if they name the same backend.
 
     Args:
         name: ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
@@ -72,14 +89,46 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: The name is unknown. A call inside the block raises ``RuntimeError`` if the backend is not built, or
             does not handle the device or dtype of the call.
+        RuntimeError: Another thread is inside a block of another backend.
 
     """
     global _forced
-    previous, _forced = _forced, _validate_name(name, "the name of a backend")
+    name = _validate_name(name, "the name of a backend")
+    if torch.compiler.is_compiling():  # tracing is over when another thread can come in between, and knows no threads
+        previous, _forced = _forced, name
+        try:
+            yield
+        finally:
+            _forced = previous
+        return
+    block = _enter(name)
     try:
         yield
     finally:
-        _forced = previous
+        _leave(block)
+
+
+def _enter(name: str) -> _Block:
+    global _forced
+    block = _Block(name)
+    with _lock:
+        for other in _blocks:
+            if other.thread != block.thread and other.name != name:
+                raise RuntimeError(
+                    f"backend('{name}') is entered while another thread is inside backend('{other.name}'), and a "
+                    "backend is chosen for all threads of the process; let one thread choose it for all"
+                )
+        _blocks.append(block)
+        _forced = name
+    return block
+
+
+def _leave(block: _Block) -> None:
+    """Force what the last block that is still entered says, in whichever order blocks are left."""
+    global _forced
+    with _lock:
+        _blocks.remove(block)
+        _forced = _blocks[-1].name if _blocks else _of_environment
 
 
 def triton_interpreted() -> bool:

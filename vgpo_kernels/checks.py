@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from vgpo_kernels.config import Visibility
+from vgpo_kernels.config import FLOAT32_LEAST, FLOAT32_MOST, Visibility
 
 T = TypeVar("T")
 
@@ -342,14 +342,23 @@ def count(name: str, value: object, device: torch.device) -> Tensor | None:
         if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
             raise ValueError(f"{name} must be a number or a tensor of one number, got {describe(value)}")
         require_device(name, value, device, "the other arguments")
-        if values_are_free(value) and not 0 <= value.item() < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {value.item()}")
+        if values_are_free(value):
+            _denominator(name, value.item())
         return value.detach().reshape(()).to(torch.float32)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, a tensor of one number or None, got {type(value).__name__}")
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    _denominator(name, value)
+    if torch.compiler.is_compiling():  # a product keeps a number that changes an input of the graph
+        return torch.ones((), dtype=torch.float32, device=device) * value
     return torch.full((), float(value), dtype=torch.float32, device=device)
+
+
+def _denominator(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    # One that fp32 rounds to infinity would make the loss zero, and one that it rounds to zero would count as one.
+    if value > FLOAT32_MOST or 0 < value < FLOAT32_LEAST:
+        raise ValueError(f"{name} must be 0 or in [{FLOAT32_LEAST:.4g}, {FLOAT32_MOST:.4g}], got {value}")
 
 
 def queries_and_keys(

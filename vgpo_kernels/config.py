@@ -36,6 +36,10 @@ DEFAULT_AGGREGATION: dict[LossType, Aggregation] = {
 
 # ---- kinds of fields: what a value may be, and how it travels to kernels, which take numbers -----------------------
 
+# Kernels compute in fp32: its largest number, and the smallest that has all its bits.
+FLOAT32_MOST = 3.4028234663852886e38
+FLOAT32_LEAST = 1.1754943508222875e-38
+
 _RANGES: dict[str, Callable[[float], bool]] = {
     "finite": lambda value: True,  # asked of every number
     ">= 0": lambda value: value >= 0,
@@ -49,28 +53,36 @@ _RANGES: dict[str, Callable[[float], bool]] = {
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number of a range. A field that may be ``None`` has a number that travels in its place."""
+    """A number of a range, in float32's. A field that may be ``None`` has a number that travels in its place.
+
+    Comparisons alone check it: torch.compile traces them for a number that changes from call to call.
+    """
 
     width: ClassVar[int] = 1  # in how many numbers a value travels
     expected: str = "finite"
     none: str | None = None  # a number as text, which torch.compile never takes for an input of a graph
+    most: float = FLOAT32_MOST  # of the absolute value
 
     def check(self, name: str, value: Any) -> None:
         if value is None and self.none is not None:
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {value!r}")
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be finite, got {value}")
         if not _RANGES[self.expected](value):
             raise ValueError(f"{name} must be {self.expected}, got {value}")
+        if not -self.most <= value <= self.most:
+            raise ValueError(f"{name} must be at most {self.most:.4g} in absolute value, got {value}")
+        if self.expected == "> 0" and value < FLOAT32_LEAST:
+            raise ValueError(f"{name} must be at least {FLOAT32_LEAST:.4g}, got {value}")
 
     def encode(self, value: Any) -> list[float]:
         return [float(self.none if value is None and self.none is not None else value)]
 
     def decode(self, name: str, numbers: Iterator[float]) -> float | None:
         number = next(numbers)
-        if self.none is not None and (number == float(self.none) or (math.isnan(number) and self.none == "nan")):
+        if self.none is not None and (number == float(self.none) or (number != number and self.none == "nan")):
             return None
         return number
 
@@ -135,7 +147,7 @@ class Bounds:
 
     def decode(self, name: str, numbers: Iterator[float]) -> Clamp | None:
         low, high = next(numbers), next(numbers)
-        return None if math.isinf(low) else (low, high)
+        return None if low == -math.inf else (low, high)
 
 
 Kind = Number | Flag | Choice | Bounds
@@ -205,8 +217,10 @@ class _Settings:
 class VGPOConfig(_Settings):
     """How cosines become token and trajectory factors. The defaults are the paper's.
 
+    Numbers must be float32 numbers in their size: at most 3.4e38, and where they must be above 0, at least 1.2e-38.
+
     Args:
-        beta: Strength of the visual attention compensation, >= 0 (Eq. 5).
+        beta: Strength of the visual attention compensation, in [0, 1e4] (Eq. 5).
         tail_ratio: Fraction of a response, counted from its end, that the gate may open in, in [0, 1] (gamma).
         top_ratio: Fraction of the tail's tokens that pass the gate, in (0, 1] (kappa).
         schedule: How compensation grows along the response: ``"linear"``, ``"exponential"`` or ``"step"``.
@@ -218,7 +232,8 @@ class VGPOConfig(_Settings):
         inter: Re-weight the trajectories of a group by ``1 + phi`` (Eq. 9-11).
         score: Visual focus of a token: ``"affine"``, ``(1 + cos) / 2``; ``"offset"``, ``cos - m``.
         score_offset: The ``m`` of ``"offset"``. ``None`` takes the smaller of 0 and the smallest valid cosine of
-            the batch handed in, which couples the responses of that batch; pass a number to fix it over a rollout.
+            the batch handed in, which couples the responses of that batch; pass a number to fix it over a rollout, in
+            [-1024, 1024].
         position: Position of token t of T: ``"one_based"``, ``t / T``; ``"zero_based"``, ``(t - 1) / (T - 1)``.
         accumulation: Visual accumulation of a response: ``"compensated"``, the sum of w; ``"normalized"``, the sum
             of min-max normalised w; ``"mean"``, the mean of w, free of the length bias of a sum.
@@ -231,7 +246,8 @@ class VGPOConfig(_Settings):
 
     """
 
-    beta: Annotated[float, Number(">= 0")] = 0.3
+    # Bounded like score_offset, so that the fixed-point sum of a response's w cannot overflow (csrc/math.h).
+    beta: Annotated[float, Number(">= 0", most=1e4)] = 0.3
     tail_ratio: Annotated[float, Number("in [0, 1]")] = 0.5
     top_ratio: Annotated[float, Number("in (0, 1]")] = 0.2
     schedule: Schedule = "linear"
@@ -242,7 +258,7 @@ class VGPOConfig(_Settings):
     intra: bool = True
     inter: bool = True
     score: Score = "affine"
-    score_offset: Annotated[float | None, Number(none="nan")] = None
+    score_offset: Annotated[float | None, Number(none="nan", most=1024)] = None
     position: Position = "one_based"
     accumulation: Accumulation = "compensated"
     intra_clamp: Annotated[Clamp | None, Bounds()] = None
@@ -274,6 +290,8 @@ class VGPOConfig(_Settings):
 @dataclass(frozen=True)
 class PolicyLossOptions(_Settings):
     """How log-probs and advantages become a loss. ``policy_loss`` takes these fields as keyword arguments.
+
+    Numbers must be float32 numbers in their size: at most 3.4e38, and where they must be above 0, at least 1.2e-38.
 
     Args:
         loss_type: Surrogate: ``"grpo"``, ``"bnpo"``, ``"dapo"`` and ``"dr_grpo"`` clip the token ratio and differ in

@@ -223,10 +223,10 @@ def fake_loss(logp: Tensor, entropy: Tensor | None, *, num_metrics: int) -> tupl
     )
 
 
-def keep_gradients(ctx: Any, output: tuple[Tensor, ...]) -> None:
-    """Keep the gradients that the forward pass computed."""
+def keep_gradients(ctx: Any, output: tuple[Tensor, ...], logp: Tensor) -> None:
+    """Keep the gradients that the forward pass computed, and ``logp`` for the graph of a gradient's gradient."""
     _, grad_logp, grad_entropy, metrics = output
-    ctx.save_for_backward(grad_logp, grad_entropy)
+    ctx.save_for_backward(grad_logp, grad_entropy, logp)
     ctx.mark_non_differentiable(grad_logp, grad_entropy, metrics)
     ctx.set_materialize_grads(False)
 
@@ -235,7 +235,7 @@ def scaled_gradients(ctx: Any, needed: set[str], grad_loss: Tensor | None, *_: T
     """Gradients w.r.t. log-probs and entropies: what the forward pass computed, times the loss's own gradient."""
     if grad_loss is None:
         return {}
-    grad_logp, grad_entropy = ctx.saved_tensors
+    grad_logp, grad_entropy, _ = ctx.saved_tensors
     found = {"logp": grad_loss * grad_logp}
     if "entropy" in needed:
         found["entropy"] = grad_loss * grad_entropy

@@ -8,6 +8,7 @@ argument to an operator changes its schema and the functions that read the argum
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib import import_module
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor, peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from vgpo_kernels import backends
 
@@ -32,6 +35,7 @@ class Operator(NamedTuple):
         stem: Name of the files that it lives in.
         signature: Arguments and result, as the schema spells them.
         arguments: Names of the arguments, in the schema's order.
+        floats: Names of those that are floats or lists of floats.
         reference: The reference implementation.
         compiled: The operator of torch: C++ and CUDA.
         fake: Shapes and dtypes of the result.
@@ -43,6 +47,7 @@ class Operator(NamedTuple):
     stem: str
     signature: str
     arguments: tuple[str, ...]
+    floats: tuple[str, ...]
     reference: Callable[..., Any]
     compiled: Callable[..., Any]
     fake: Callable[..., Any]
@@ -85,20 +90,55 @@ def define(
         reference.__module__.rpartition(".")[2],
         signature,
         names,
+        tuple(_FLOATS.findall(signature.partition("->")[0])),
         by_name(reference, names),
         compiled,
         by_name(fake, names),
         None if setup_context is None else _setup(setup_context, names),
-        None if backward is None else _backward(backward, names),
+        None if backward is None else _backward(backward, qualified, names),
     )
-    torch.library.register_fake(qualified, operator.fake, lib=_library)
     if implementation is not None:
         _library.impl(name, by_name(implementation, names), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    if operator.backward is not None:
-        torch.library.register_autograd(
-            qualified, operator.backward, setup_context=operator.setup_context, lib=_library
-        )
+    _register_formulas(_library, qualified, operator)
     OPERATORS[name] = operator
+    if operator.floats:
+        define_dynamic(operator, compiled)
+
+
+def _register_formulas(library: torch.library.Library, qualified: str, operator: Operator) -> None:
+    """Give an operator of ``library`` the fake kernel and the gradients of ``operator``."""
+    torch.library.register_fake(qualified, operator.fake, lib=library)
+    if operator.backward is not None:
+        torch.library.register_autograd(qualified, operator.backward, setup_context=operator.setup_context, lib=library)
+
+
+_twins: list[torch.library.Library] = []
+# A float or a list of floats in a signature, and its name.
+_FLOATS = re.compile(r"\bfloat(?:\[\])? (\w+)")
+
+
+def define_dynamic(operator: Operator, implementation: Any) -> None:
+    """Define the twin ``<name>_dynamic`` of an implementation, which takes floats and lists of them as CPU tensors.
+
+    torch.compile makes a constant of a float that an operator takes, and compiles anew for each value. Tensors it makes
+    of floats stay inputs of the graph, so a coefficient may change from step to step.
+    """
+    namespace, _, name = implementation.name().partition("::")
+    library = _library if namespace == NAMESPACE else torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+    arguments, arrow, result = operator.signature.partition("->")
+    schema = _FLOATS.sub(r"Tensor \1", arguments) + arrow + result
+    library.define(f"{name}_dynamic{schema}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    places = [operator.arguments.index(argument) for argument in operator.floats]
+
+    def twin(*values: Any) -> Any:
+        given = list(values)
+        for place in places:
+            given[place] = given[place].tolist()
+        return implementation(*given)
+
+    library.impl(f"{name}_dynamic", twin, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _register_formulas(library, f"{namespace}::{name}_dynamic", operator)
+    _twins.append(library)  # which lives as long as it is referred to
 
 
 def by_name(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
@@ -149,17 +189,36 @@ def _setup(setup_context: Callable[..., None], names: tuple[str, ...]) -> Callab
 
 
 def _backward(
-    backward: Callable[..., Mapping[str, Tensor | None]], names: tuple[str, ...]
+    backward: Callable[..., Mapping[str, Tensor | None]], qualified: str, names: tuple[str, ...]
 ) -> Callable[..., tuple[Tensor | None, ...]]:
     place = {name: index for index, name in enumerate(names)}
 
     def in_order(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None] * len(names)
-        for name, gradient in backward(ctx, {*compress(names, ctx.needs_input_grad)}, *gradients).items():
+        with torch.no_grad():
+            by_argument = backward(ctx, {*compress(names, ctx.needs_input_grad)}, *gradients)
+        for name, gradient in by_argument.items():
             found[place[name]] = gradient
-        return tuple(found)
+        return _differentiable_once(ctx, qualified, found) if torch.is_grad_enabled() else tuple(found)
 
     return in_order
+
+
+def _differentiable_once(ctx: Any, qualified: str, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Make gradients part of a graph (``create_graph=True``), which raises where it is differentiated.
+
+    Kernels have no second derivatives, and gradients outside of the graph would count as constants.
+    """
+    message = (
+        f"{qualified} has first derivatives only; vgpo_kernels.backend('reference') has higher ones, and is slower"
+    )
+    given = [gradient.detach().requires_grad_() for gradient in gradients if gradient is not None]
+    # With the arguments that were kept, the graph leads back to where a caller may ask for a derivative.
+    anchors = [tensor for tensor in ctx.saved_tensors if tensor is not None and tensor.requires_grad]
+    refusal: Any = torch._C._functions.DelayedError(message.encode(), len(given) + len(anchors))
+    refused = refusal(*given, *anchors)  # of one tensor, a tensor
+    refusing = iter((refused,) if isinstance(refused, Tensor) else refused)
+    return tuple(None if gradient is None else next(refusing) for gradient in gradients)
 
 
 def keep(ctx: Any, **values: Any) -> None:
@@ -192,22 +251,70 @@ def call(name: str, device: torch.device, dtype: torch.dtype, **arguments: Any) 
         TypeError: An argument is missing, or the schema has none of its name.
 
     """
-    names = OPERATORS[name].arguments
+    operator = OPERATORS[name]
+    names = operator.arguments
     if arguments.keys() != set(names):
         wrong = ", ".join(sorted(arguments.keys() ^ set(names)))
         raise TypeError(f"{name} takes the arguments {', '.join(names)}; missing or unknown: {wrong}")
-    return implementation(name, backends.select(device, dtype))(*[arguments[key] for key in names])
+    backend = backends.select(device, dtype)
+    values = [arguments[key] for key in names]
+    if backend == "reference":
+        return operator.reference(*values)
+    if operator.backward is not None and not torch.compiler.is_compiling():
+        _refuse_transforms(name, backend, values)
+    if any(_changes(arguments[key]) for key in operator.floats):
+        values = [_as_tensor(arguments[key]) if key in operator.floats else arguments[key] for key in names]
+        return implementation(name, backend, dynamic=True)(*values)
+    return implementation(name, backend)(*values)
 
 
-def implementation(name: str, backend: str) -> Callable[..., Any]:
-    """Return the function by which ``backend`` implements the operator ``name``, arguments in the schema's order."""
+def _refuse_transforms(name: str, backend: str, values: list[Any]) -> None:
+    """Raise RuntimeError for derivatives that kernels do not have: those of forward mode and of torch.func."""
+    missing = None
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    unpack: Any = forward_ad.unpack_dual
+    if forward_ad._current_level >= 0 and any(unpack(one).tangent is not None for one in tensors):
+        missing = "forward-mode derivative"
+    elif peek_interpreter_stack() is not None and any(is_gradtrackingtensor(one) for one in tensors):
+        missing = "derivative for torch.func"
+    if missing is not None:
+        raise RuntimeError(
+            f"{name} has no {missing} on backend '{backend}'; the slower vgpo_kernels.backend('reference') has one"
+        )
+
+
+def _changes(value: Any) -> bool:
+    """Whether floats are inputs of the graph that torch.compile is tracing, or tensors that it made of such."""
+    if isinstance(value, Tensor):
+        return True
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not all(has_static_value(number) for number in (value if isinstance(value, list) else [value]))
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """Make a tensor of floats, which torch.compile keeps as inputs of a graph if they are only multiplied by one."""
+    if isinstance(value, Tensor):
+        return value
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * number for number in value]) if isinstance(value, list) else one * value
+
+
+def implementation(name: str, backend: str, *, dynamic: bool = False) -> Callable[..., Any]:
+    """Return the function by which ``backend`` implements the operator ``name``, arguments in the schema's order.
+
+    With ``dynamic`` it takes floats as tensors (:func:`define_dynamic`).
+    """
     operator = OPERATORS[name]
     if backend == "reference":
         return operator.reference
+    entry = f"{name}_dynamic" if dynamic else name
     if backend == "triton":
         _import_triton(operator.stem)
-        return getattr(torch.ops.vgpo_kernels_triton, name).default  # type: ignore[no-any-return]
-    return operator.compiled
+        return getattr(torch.ops.vgpo_kernels_triton, entry).default  # type: ignore[no-any-return]
+    return getattr(torch.ops.vgpo_kernels, entry).default if dynamic else operator.compiled
 
 
 # Triton is imported when it is first needed. A traced function cannot import, so tracing takes this as done.

@@ -227,6 +227,8 @@ def _completed(registered: Any, definition: registry.Operator) -> Any:
     registered.register_fake(definition.fake)
     if definition.backward is not None:
         registered.register_autograd(definition.backward, setup_context=definition.setup_context)
+    if definition.floats:
+        registry.define_dynamic(definition, registered._opoverload)
     return registered
 
 
