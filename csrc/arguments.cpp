@@ -53,6 +53,15 @@ float* ArgumentReader::rows(const char* name, int64_t rows, int64_t columns) con
     return tensor.mutable_data_ptr<float>();
 }
 
+float* ArgumentReader::written_rows(const char* name, int64_t rows, int64_t columns) const {
+    float* const data = this->rows(name, rows, columns);
+    const at::Tensor& tensor = this->tensor(name);
+    TORCH_CHECK_VALUE(rows <= 1 || tensor.stride(0) >= columns, name,
+                      " is written to, so its rows must be contiguous and apart, got strides ", tensor.strides(),
+                      " of ", tensor.scalar_type(), " ", tensor.sizes());
+    return data;
+}
+
 HiddenType ArgumentReader::type(const char* name) const {
     switch (tensor(name).scalar_type()) {
         case at::kFloat: return HiddenType::kFloat;

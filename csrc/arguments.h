@@ -60,6 +60,8 @@ public:
 
     // The data of an fp32 matrix whose rows are contiguous, with any stride between them.
     float* rows(const char* name, int64_t rows, int64_t columns) const;
+    // The same of one that the operator writes to: its rows must not overlap.
+    float* written_rows(const char* name, int64_t rows, int64_t columns) const;
 
     HiddenType type(const char* name) const;
 

@@ -118,7 +118,7 @@ def gradients(head: Head, function: Callable[..., tuple[Tensor, Tensor]] = logpr
     leaves = head.leaves()
     logp, entropy = function(head, leaves, **options)
     generator = torch.Generator().manual_seed(7)
-    weights = torch.randn(2, *logp.shape, generator=generator).to(logp)
+    weights = torch.randn(2, *logp.shape, generator=generator, dtype=torch.float32).to(logp)
     total = (logp * weights[0]).sum() + (entropy * weights[1]).sum()
     return list(torch.autograd.grad(total, leaves))
 

@@ -521,11 +521,11 @@ def ignore_index(value: object) -> int | None:
 
 
 def temperature(value: object) -> float:
-    """Return ``value`` as a float if it is finite and above zero."""
+    """Return ``value`` as a float if it and one over it are normal fp32 numbers above zero: kernels multiply."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"temperature must be a number, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"temperature must be finite and above 0, got {value}")
+    if not 2.0**-126 <= value <= 2.0**126:
+        raise ValueError(f"temperature must be finite and above 0, from 2^-126 to 2^126, got {value}")
     return float(value)
 
 

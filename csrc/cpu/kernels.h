@@ -44,7 +44,7 @@ struct LogitStatistics {
     float total = 0.0f;     // of e^(z - maximum)
     float weighted = 0.0f;  // of e^(z - maximum) (z - maximum)
 
-    // Takes in statistics of other logits, of which one at least is not minus infinity.
+    // Takes in statistics of other logits. Of minus infinities alone there are none.
     VGPO_HD inline void merge(const LogitStatistics& other) {
         const float largest = vgpo::maximum(other.maximum, maximum);
         const LogitStatistics mine = moved_to(largest), theirs = other.moved_to(largest);
@@ -54,7 +54,8 @@ struct LogitStatistics {
     // The same, measured from a larger logit.
     VGPO_HD inline LogitStatistics moved_to(float largest) const {
         if (maximum == largest) return *this;
-        if (maximum == -std::numeric_limits<float>::infinity()) return {largest, 0.0f, 0.0f};
+        // Nothing so far, unless a NaN among it has made the total NaN.
+        if (maximum == -std::numeric_limits<float>::infinity()) return {largest, total, total};
         const float drop = maximum - largest, factor = expf(drop);
         return {largest, total * factor, (weighted + total * drop) * factor};
     }

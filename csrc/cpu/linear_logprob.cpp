@@ -29,6 +29,11 @@ struct Chunk {
 
     int64_t rows() const { return hidden.size(0); }
     int64_t columns() const { return weight.size(0); }
+    // The column of a row's target, or -1. No difference overflows, whatever the target is.
+    int64_t target(int64_t row) const {
+        const int64_t id = targets[row];
+        return id >= first && id - first < columns() ? id - first : -1;
+    }
 };
 
 // Rows of fp32, each contiguous.
@@ -57,6 +62,10 @@ BFloat16Matrix matrix_of(const at::Tensor& tensor) {
 
 Rows rows_of(const ArgumentReader& reader, const char* name, int64_t rows, int64_t columns) {
     return {reader.rows(name, rows, columns), reader.tensor(name).stride(0)};
+}
+
+Rows written_rows_of(const ArgumentReader& reader, const char* name, int64_t rows, int64_t columns) {
+    return {reader.written_rows(name, rows, columns), reader.tensor(name).stride(0)};
 }
 
 Chunk chunk_of(const ArgumentReader& reader) {
@@ -141,14 +150,14 @@ Tensors head_statistics(const ArgumentReader& reader) {
     const Chunk chunk = chunk_of(reader);
     const bool keep = reader.value<bool>("keep");
     const int64_t rows = chunk.rows(), groups = groups_of(chunk.columns());
-    const Rows running = rows_of(reader, "statistics", 4, rows);
-    const Rows products = rows_of(reader, "logits", rows, chunk.columns());
+    const Rows running = written_rows_of(reader, "statistics", 4, rows);
+    const Rows products = written_rows_of(reader, "logits", rows, chunk.columns());
     const Kernels& simd = kernels();
     std::vector<LogitStatistics> partial(static_cast<size_t>(groups * rows));
     const auto take = [&](const Tile& tile) {
         const float* offsets = chunk.bias == nullptr ? nullptr : chunk.bias + tile.column;
         for (int64_t r = 0; r < tile.rows; ++r) {
-            const int64_t row = tile.row + r, target = chunk.targets[row] - chunk.first - tile.column;
+            const int64_t row = tile.row + r, target = chunk.target(row) - tile.column;
             const float* values = tile.products.at(r, 0);
             simd.logit_statistics(values, offsets, tile.columns, chunk.factor,
                                   partial[tile.column / kGroupColumns * rows + row]);
@@ -169,7 +178,7 @@ Tensors head_statistics(const ArgumentReader& reader) {
             LogitStatistics total = {*running.at(0, row), *running.at(1, row), *running.at(2, row)};
             for (int64_t group = 0; group < groups; ++group) {
                 const LogitStatistics& other = partial[group * rows + row];
-                if (other.maximum != -std::numeric_limits<float>::infinity()) total.merge(other);
+                if (other.total != 0.0f) total.merge(other);
             }
             *running.at(0, row) = total.maximum;
             *running.at(1, row) = total.total;
@@ -183,7 +192,7 @@ Tensors head_gradient(const ArgumentReader& reader) {
     const Chunk chunk = chunk_of(reader);
     const bool recompute = reader.value<bool>("recompute");
     const Rows of_row = rows_of(reader, "coefficients", 5, chunk.rows());
-    const Rows products = rows_of(reader, "logits", chunk.rows(), chunk.columns());
+    const Rows products = written_rows_of(reader, "logits", chunk.rows(), chunk.columns());
     const bool narrow = chunk.hidden.scalar_type() == at::kBFloat16;
     const auto gradient = kernels().logit_gradient[narrow ? 1 : 0];
     const auto turn = [&](const Tile& tile) {
@@ -192,7 +201,7 @@ Tensors head_gradient(const ArgumentReader& reader) {
             const int64_t row = tile.row + r;
             const LogitGradient coefficient = {
                 *of_row.at(0, row), *of_row.at(1, row), *of_row.at(2, row), *of_row.at(3, row), *of_row.at(4, row),
-                chunk.targets[row] - chunk.first - tile.column,
+                chunk.target(row) - tile.column,
             };
             float* const begin = products.at(row, 0);
             void* const to = narrow ? static_cast<void*>(reinterpret_cast<BFloat16*>(begin) + tile.column)
@@ -216,7 +225,7 @@ Tensors head_product(const ArgumentReader& reader) {
     TORCH_CHECK_VALUE(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0),
                       "left and right must be matrices that can be multiplied, got ", left.sizes(), " and ",
                       right.sizes());
-    const Rows products = rows_of(reader, "result", left.size(0), right.size(1));
+    const Rows products = written_rows_of(reader, "result", left.size(0), right.size(1));
     const auto usable = [](const at::Tensor& matrix) { return matrix.stride(0) == 1 || matrix.stride(1) == 1; };
     if (!in_bf16(left, right) || !usable(left) || !usable(right) || left.size(1) == 0) {
         torch_product(left, right, reader.tensor("result"), accumulate);

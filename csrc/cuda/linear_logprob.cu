@@ -24,7 +24,7 @@ HeadRows head_rows(const ArgumentReader& reader) {
     const int64_t rows = hidden.size(0), columns = weight.size(0);
     TORCH_CHECK_VALUE(rows <= kMostRows && columns <= kMostRows, "more than ", kMostRows,
                       " rows or columns: ", rows, " and ", columns);
-    return {reader.rows("logits", rows, columns),
+    return {reader.written_rows("logits", rows, columns),
             reader.tensor("logits").stride(0),
             reader.data<float>("bias", {columns}),
             reader.data<int64_t>("targets", {rows}),
@@ -57,7 +57,7 @@ Tensors head_product(const ArgumentReader& reader) {
                           left.scalar_type() == right.scalar_type(),
                       "left and right must be matrices of one dtype that can be multiplied, got ", left.scalar_type(),
                       " ", left.sizes(), " and ", right.scalar_type(), " ", right.sizes());
-    reader.rows("result", left.size(0), right.size(1));
+    reader.written_rows("result", left.size(0), right.size(1));
     multiply(left, right, reader.tensor("result"), reader.value<bool>("accumulate"));
     return {};
 }
@@ -71,7 +71,7 @@ Tensors head_statistics(const ArgumentReader& reader) {
     reader.ignore("keep");  // logits stay in any case
     HeadStatisticsArguments arguments = {};
     arguments.rows = head_rows(reader);
-    arguments.statistics = reader.rows("statistics", 4, reader.shape("hidden")[0]);
+    arguments.statistics = reader.written_rows("statistics", 4, reader.shape("hidden")[0]);
     arguments.statistics_stride = reader.tensor("statistics").stride(0);
     multiply_chunk(reader);
     launch_rows(head_statistics_kernel<kHeadThreads>, arguments, reader.tensor("logits"));

@@ -31,10 +31,10 @@ struct HeadRows {
     __device__ float logit(const float* row, int column) const {
         return (row[column] + (bias == nullptr ? 0.0f : bias[column])) * factor;
     }
-    // The column of a row's target, or -1.
+    // The column of a row's target, or -1. No difference overflows, whatever the target is.
     __device__ int target(int64_t row) const {
-        const int64_t column = targets[row] - first;
-        return 0 <= column && column < columns ? static_cast<int>(column) : -1;
+        const int64_t id = targets[row];
+        return id >= first && id - first < columns ? static_cast<int>(id - first) : -1;
     }
 };
 

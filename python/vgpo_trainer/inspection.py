@@ -210,7 +210,10 @@ def _picture(pixels: Tensor, image_processor: Any) -> Image.Image:
     """Undo the normalisation of one picture ``[3, H, W]``."""
     values = pixels.detach().float().cpu()
     if getattr(image_processor, "do_normalize", False):
-        mean, deviation = (torch.tensor(list(getattr(image_processor, f"image_{name}"))) for name in ("mean", "std"))
+        mean, deviation = (
+            torch.tensor(list(getattr(image_processor, f"image_{name}")), dtype=torch.float32)
+            for name in ("mean", "std")
+        )
         values = values * deviation[:, None, None] + mean[:, None, None]
     return Image.fromarray((values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 

@@ -178,7 +178,7 @@ class VGPOTrainer(GRPOTrainer):
         self._rewards: Tensor | None = None
         self._correct: list[Any] = []
         self._loss_inputs: dict[str, Any] = {}
-        self._latest_logp = torch.empty(0)  # of the loss, which TRL keeps to itself
+        self._latest_logp = torch.empty(0, dtype=torch.float32)  # of the loss, which TRL keeps to itself
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **others)
         fuse_heads(
             (self.model, self.ref_model),
@@ -370,7 +370,7 @@ class VGPOTrainer(GRPOTrainer):
         if not self._recorder.enabled:
             return
         response_mask = Sequences.of(batch).response_mask
-        zeros = torch.zeros(response_mask.shape, device=response_mask.device)
+        zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=response_mask.device)
         ones, nothing = torch.ones_like(zeros), zeros.sum(dim=1)
         self._recorder.complete(
             mode,

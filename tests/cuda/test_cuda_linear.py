@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import test_linear_arguments
 import test_linear_logprob
+import test_linear_minus_infinity
 import torch
 from emulation.harness import Emulator, Shape
 from emulation.serving import adopt
@@ -16,7 +18,7 @@ from torch import Tensor
 from vgpo_kernels.reference import linear_logprob as reference
 from vgpo_kernels.reference.linear_logprob import gradient_of
 
-adopt(globals(), test_linear_logprob)
+adopt(globals(), test_linear_logprob, test_linear_arguments, test_linear_minus_infinity)
 
 Kernel = Callable[..., None]
 SHAPES = {

@@ -19,19 +19,25 @@ from vgpo_kernels import backend, backends, linear_logprob
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = 2
 BACKENDS = ["reference", *(["cpp"] if backends.describe()["built"]["cpp"] else [])]
-CASES = [(name, dtype) for name in BACKENDS for dtype in ("float32", "bfloat16")]
+# Of the second, one rank's slice of the vocabulary has no finite logit, but the targets of some rows.
+KINDS = ("any logits", "minus infinities")
+CASES = [(name, dtype, kind) for name in BACKENDS for dtype in ("float32", "bfloat16") for kind in KINDS]
 
 
-def head_of(dtype: str) -> Head:
-    return make_head(23, 16, FIRST[-1], dtype=DTYPES[dtype], bias=True, ignored=0.2)
+def head_of(dtype: str, kind: str) -> Head:
+    head = make_head(23, 16, FIRST[-1], dtype=DTYPES[dtype], bias=True, ignored=0.2)
+    if kind == "minus infinities":
+        assert head.bias is not None
+        head.bias[FIRST[1] :] = -float("inf")
+    return head
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], list[Tensor]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str, str], list[Tensor]]]:
     """What each of two processes computes for every case."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(
-        {(name, dtype): (*head_of(dtype).tensors(), head_of(dtype).targets) for name, dtype in CASES},
+        {case: (*head_of(*case[1:]).tensors(), head_of(*case[1:]).targets) for case in CASES},
         folder / "cases.pt",
     )
     script = Path(__file__).with_name("tensor_parallel_case.py")
@@ -55,8 +61,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str]
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_two_ranks_are_one_head(ranks: list[dict[tuple[str, str], list[Tensor]]], case: tuple[str, str]) -> None:
-    head = head_of(case[1])
+def test_two_ranks_are_one_head(
+    ranks: list[dict[tuple[str, str, str], list[Tensor]]], case: tuple[str, str, str]
+) -> None:
+    head = head_of(*case[1:])
     hidden, weight, bias = head.double().leaves()
     with backend("reference"):
         values = linear_logprob(hidden, weight, head.targets, bias=bias, temperature=TEMPERATURE, return_entropy=True)

@@ -326,7 +326,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "targets must be at least 0",
     ),
     "ignore_index": ({"ignore_index": 1.0}, TypeError, "ignore_index must be an integer or None, got float"),
-    "temperature": ({"temperature": 0.0}, ValueError, "temperature must be finite and above 0, got 0.0"),
+    "temperature": ({"temperature": 0.0}, ValueError, "temperature must be finite and above 0.*got 0.0"),
     "temperature's type": ({"temperature": "1"}, TypeError, "temperature must be a number, got str"),
     "chunk": ({"chunk_bytes": 0}, ValueError, "chunk_bytes must be at least 1, got 0"),
 }

@@ -177,7 +177,8 @@ def _verify(
     with torch.no_grad():
         if options.get("dropout"):
             output = function(module, call.q, call.k, values, mask, **{**options, "dropout": 0.0})[0]
-        rows = torch.linspace(0, queries - 1, min(queries, VERIFIED_QUERIES), device=call.q.device).long()
+        chosen = min(queries, VERIFIED_QUERIES)
+        rows = torch.linspace(0, queries - 1, chosen, dtype=torch.float32, device=call.q.device).long()
         expected, even = call.attended(values, rows)
         found = output.reshape(batch, queries, heads, -1).transpose(1, 2)[:, :, rows].float()
         # What the query of a padding token gets is up to the kernel.

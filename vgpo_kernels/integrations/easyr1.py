@@ -175,7 +175,7 @@ def _focus(hidden: Tensor, micro_batch: dict[str, Any], model: Any) -> Tensor:
     answered = torch.nn.functional.pad(sampled, (ids.shape[1] - length, 0))[attended]
     boundaries = torch.nn.functional.pad(attended.sum(-1).cumsum(0), (1, 0))
     packed = visual_focus(hidden[0, :total], visual[attended], answered, cu_seqlens=boundaries, visibility="causal")
-    return torch.zeros(ids.shape, device=packed.device).masked_scatter(attended, packed)[:, -length:]
+    return packed.new_zeros(ids.shape).masked_scatter(attended, packed)[:, -length:]
 
 
 def _handing_over(log_probs: Callable[..., Any]) -> Callable[..., Any]:

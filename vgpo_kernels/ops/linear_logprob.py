@@ -11,7 +11,7 @@ from vgpo_kernels import checks
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.lm_head import Head, HeadKernels, chunk_elements, compiled_kernels, without_autocast
 from vgpo_kernels.reference import linear_logprob as reference
-from vgpo_kernels.reference.linear_logprob import IGNORED, logp_and_entropy
+from vgpo_kernels.reference.linear_logprob import FARTHEST, IGNORED, logp_and_entropy
 
 
 def linear_logprob(
@@ -96,7 +96,8 @@ def linear_logprob_slice(
 
     Returns:
         float32 ``[4, ...]`` for targets ``[...]``: largest logit of the slice m, log of the sum of exp(z - m), z - m of
-        the target (-infinity if it is not in the slice), and the mean of z - m under the slice's softmax.
+        the target (-infinity if it is not in the slice), and the mean of z - m under the slice's softmax. Where every
+        logit of the slice is -infinity: -infinity thrice, and 0. Such a slice counts as nothing.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -115,7 +116,8 @@ def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None 
         ignore_index: As given for the slices.
 
     Returns:
-        Log-probabilities and entropies, float32 in targets' shape; 0 where the target is ``ignore_index``.
+        Log-probabilities and entropies, float32 in targets' shape; 0 where the target is ``ignore_index``, NaN where
+        every slice is all -infinity.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -124,17 +126,30 @@ def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None 
     """
     slices, targets = checks.vocabulary_slices(slices, targets)
     skipped = checks.ignore_index(ignore_index)
+    kept = None if skipped is None else targets != skipped
+    if kept is not None:  # what is not read has no part in a gradient, where zero times NaN is NaN
+        slices = torch.where(kept, slices, 0.0)
     maximum, log_sum, target, mean = slices.unbind(1)
     # The maxima are constants to autograd: what depends on them cancels.
     shift = (maximum - maximum.amax(0)).detach()
     total = (shift + log_sum).logsumexp(0)
     share = (shift + log_sum - total).exp()
-    logp = (target + shift).amax(0) - total
-    entropy = total - (share * (shift + mean)).sum(0)
-    if skipped is not None:
-        kept = targets != skipped
+    logp = _of_one_slice(target + shift) - total
+    # A slice of minus infinities is infinitely far away, and zero times infinity is NaN.
+    entropy = total - (share * (shift.clamp(min=FARTHEST) + mean)).sum(0)
+    if kept is not None:
         logp, entropy = torch.where(kept, logp, 0.0), torch.where(kept, entropy, 0.0)
     return logp, entropy
+
+
+def _of_one_slice(target: Tensor) -> Tensor:
+    """Return the target's logit, of the slices ``[R, ...]`` the one that is not minus infinity.
+
+    If none is, the logit is minus infinity, and values do not tell whose it is. The gradient goes to every slice then:
+    the others, by its index, have no column for it.
+    """
+    largest = target.amax(0)
+    return torch.where(largest == -torch.inf, target.sum(0), largest)
 
 
 def _statistics(

@@ -253,7 +253,7 @@ def compute(
     index = response_mask.reshape(-1).nonzero().squeeze(-1)
     rows = predicting_rows(response_mask, hidden)[index]
     place = (rows,) if hidden.dim() == 2 else (rows // hidden.shape[1], rows % hidden.shape[1])
-    logp = torch.zeros(response_mask.shape, device=hidden.device)
+    logp = torch.zeros(response_mask.shape, dtype=torch.float32, device=hidden.device)
     if old_logp is not None:
         # A token has a ratio of 1 until its chunk is computed.
         logp.copy_(old_logp)
@@ -280,7 +280,7 @@ def compute(
         nonlocal result
         result = loss(part, statistics)
         by_logp, by_entropy = (values.view(-1)[index[part]] for values in result[1:3])
-        return gradient_by_statistics(by_logp, by_entropy)
+        return gradient_by_statistics(statistics, by_logp, by_entropy)
 
     everything = slice(0, index.shape[0])
     one_sweep = any(gradients) and PolicyLossOptions.from_floats(options).loss_type not in SEQUENCE_LEVEL
@@ -349,14 +349,24 @@ def _backward(ctx: Any, needed: set[str], grad_loss: Tensor | None, *_: Tensor |
     if grad_loss is None:
         return {}
     # A gradient that no later backward pass will ask for again is scaled in place: a second one of the weight's size
-    # would be the largest tensor of the step. (Compilers, which see no plain tensors, place memory.)
+    # would be the largest tensor of the step. (Compilers, which see no plain tensors, place memory. And a batch of
+    # gradients has no room in the memory of one.)
+    batched = _is_batched(grad_loss)
     keeps = torch._C._autograd._get_current_graph_task_keep_graph()
-    in_place = type(grad_loss) is Tensor and not keeps
-    return {
-        name: (gradient.mul_(grad_loss) if in_place else gradient * grad_loss).to(ctx.dtypes[name])
-        for name, gradient in registry.kept(ctx).items()
-        if name in needed
-    }
+    in_place = type(grad_loss) is Tensor and not keeps and not batched
+
+    def scaled(gradient: Tensor) -> Tensor:
+        # vmap would round the factor to the gradient's dtype.
+        wide = gradient.to(torch.promote_types(gradient.dtype, grad_loss.dtype)) if batched else gradient
+        return wide.mul_(grad_loss) if in_place else wide * grad_loss
+
+    return {name: scaled(kept).to(ctx.dtypes[name]) for name, kept in registry.kept(ctx).items() if name in needed}
+
+
+def _is_batched(gradient: Tensor) -> bool:
+    """Whether a gradient stands for several: those of ``is_grads_batched``, or of ``torch.func.vmap``."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(gradient) or functorch.is_functorch_wrapped_tensor(gradient)
 
 
 registry.define(

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vgpo_kernels.reference.linear_logprob import gradient_of
+from vgpo_kernels import checks
+from vgpo_kernels.reference.linear_logprob import columns_of, gradient_of, is_distribution
 
 # The default workspace is this share of the fp32 logits, in bounds. With what 16-bit gradients need beside it (their
 # sums in fp32, and packed copies) peak memory stays below an eighth of the logits.
@@ -104,7 +105,7 @@ class Head:
         weight: Rows ``first`` to ``first + V`` of the head's weight, ``[V, D]``, in any floating dtype: converted to
             hidden's, a slice at a time.
         bias: ``[V]`` fp32 or ``None``.
-        targets: Ids in the whole vocabulary, int64 ``[N]``.
+        targets: Ids in the whole vocabulary, int64 ``[N]``. Kept as places among the weight's rows, -1 for others.
         first: Where the weight's rows begin in the vocabulary.
         temperature: What logits are divided by.
         elements: fp32 numbers that the workspace may hold.
@@ -127,11 +128,11 @@ class Head:
     ) -> None:
         self.kernels = kernels
         computed = torch.float32 if hidden.dtype == torch.float16 and not kernels.half else hidden.dtype
-        self.hidden = hidden.to(computed)
+        # Rows that were chosen by an index lie as those of the whole tensor do: transposed, for instance.
+        self.hidden = checks.rows_apart(hidden.to(computed))
         self.weight = weight
         self.bias = bias
-        self.targets = targets
-        self.first = first
+        self.targets = columns_of(targets, first, weight.shape[0])
         self.temperature = temperature
         rows, size = hidden.shape
         vocabulary = max(weight.shape[0], 1)
@@ -161,9 +162,9 @@ class Head:
             for rows in slices(self.hidden.shape[0], self.rows):
                 hidden = self.hidden[rows]
                 logits = self.logits(hidden.shape[0], weight.shape[0])
-                begin = self.first + columns.start
+                targets, begin = self.targets[rows], columns.start
                 self.kernels.statistics(
-                    hidden, weight, bias, self.targets[rows], begin, self.temperature, running[:, rows], logits, False
+                    hidden, weight, bias, targets, begin, self.temperature, running[:, rows], logits, False
                 )
         return finished(running)
 
@@ -174,7 +175,7 @@ class Head:
         by_hidden, by_weight, by_bias = new_gradients(self.hidden, self.weight, gradients, weight_dtype)
         if not self.hidden.shape[0]:
             return by_hidden, by_weight, by_bias
-        coefficients, unscale = gradient_coefficients(statistics, grad_statistics, self.temperature, self.hidden.dtype)
+        coefficients, unscale = self._coefficients(self.targets, statistics, grad_statistics)
         for columns, weight, bias in self.weight_slices():
             of_slice = None
             if by_weight is not None:
@@ -213,19 +214,24 @@ class Head:
             logits = self.logits(hidden.shape[0], self.weight.shape[0])
             running = new_statistics(hidden)
             for columns, weight, bias in self.weight_slices():
-                begin = self.first + columns.start
+                part = logits[:, columns]
                 self.kernels.statistics(
-                    hidden, weight, bias, targets, begin, self.temperature, running, logits[:, columns], True
+                    hidden, weight, bias, targets, columns.start, self.temperature, running, part, True
                 )
             statistics = finished(running)
             grad_statistics = loss_gradient(rows, statistics)
-            coefficients, _ = gradient_coefficients(statistics, grad_statistics, self.temperature, hidden.dtype)
+            coefficients, _ = self._coefficients(targets, statistics, grad_statistics)
             for columns, weight, bias in self.weight_slices():
                 part = logits[:, columns]
                 self._gradient(rows, columns, weight, bias, coefficients, part, recompute=False)
                 of_slice = None if by_weight is None else by_weight[columns]
                 self._products(rows, columns, weight, gradient_of(part, hidden.dtype), by_hidden, of_slice, by_bias)
         return by_hidden, by_weight, by_bias
+
+    def _coefficients(
+        self, targets: Tensor, statistics: Tensor, grad_statistics: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        return gradient_coefficients(statistics, grad_statistics, targets >= 0, self.temperature, self.hidden.dtype)
 
     def _gradient(
         self,
@@ -238,8 +244,7 @@ class Head:
         *,
         recompute: bool,
     ) -> None:
-        begin = self.first + columns.start
-        hidden, targets = self.hidden[rows], self.targets[rows]
+        hidden, targets, begin = self.hidden[rows], self.targets[rows], columns.start
         self.kernels.gradient(hidden, weight, bias, targets, begin, self.temperature, coefficients, logits, recompute)
 
     def _products(
@@ -271,7 +276,10 @@ def new_statistics(hidden: Tensor) -> Tensor:
 def finished(running: Tensor) -> Tensor:
     """Turn running statistics into what ``linear_logprob`` returns: relative to the maximum, which is more precise."""
     maximum, total, weighted, target = running
-    return torch.stack([maximum, total.log(), target - maximum, weighted / total])
+    # Without a logit above minus infinity there is no distance. (A NaN among them makes the total NaN.)
+    nothing = total == 0
+    distance = torch.where(nothing, -torch.inf, target - maximum)
+    return torch.stack([maximum, total.log(), distance, torch.where(nothing, 0.0, weighted / total)])
 
 
 def new_gradients(
@@ -290,6 +298,7 @@ def new_gradients(
 def gradient_coefficients(
     statistics: Tensor,  # [4, N]
     grad_statistics: Tensor,  # [4, N]
+    own: Tensor,  # [N], whether the target is in this slice of the vocabulary
     temperature: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
@@ -299,10 +308,13 @@ def gradient_coefficients(
     ``p grad_log_sum + p (1 + z - m - mean) grad_mean``, plus ``grad_target`` at the target. Written in the
     log-probability ``x = z - m - log_sum``, it is ``exp(x) (scale + slope x)``.
     """
-    maximum, log_sum, target, mean = statistics
+    maximum, log_sum, _, mean = statistics
     _, grad_log_sum, grad_target, grad_mean = grad_statistics
+    # Where every logit is minus infinity, so is each x: no probability in this slice of the vocabulary.
+    nothing = log_sum == -torch.inf
+    maximum, log_sum = torch.where(nothing, 0.0, maximum), torch.where(nothing, 0.0, log_sum)
     # A target in another slice of the vocabulary has no column here, and its gradient may be anything.
-    at_target = torch.where(target == -torch.inf, 0.0, grad_target) / temperature
+    at_target = torch.where(own, grad_target, 0.0) / temperature
     slope = grad_mean / temperature
     scale = grad_log_sum / temperature + slope * (1 + log_sum - mean)
     unscale = None
@@ -314,6 +326,8 @@ def gradient_coefficients(
     return torch.stack([maximum, log_sum, scale, slope, at_target]), unscale
 
 
-def gradient_by_statistics(grad_logp: Tensor, grad_entropy: Tensor) -> Tensor:
+def gradient_by_statistics(statistics: Tensor, grad_logp: Tensor, grad_entropy: Tensor) -> Tensor:
     """Gradient w.r.t. ``linear_logprob``'s statistics: ``logp = target - log_sum``, ``entropy = log_sum - mean``."""
+    defined = is_distribution(statistics)
+    grad_logp, grad_entropy = grad_logp * defined, grad_entropy * defined
     return torch.stack([torch.zeros_like(grad_logp), grad_entropy - grad_logp, grad_logp, -grad_entropy])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vgpo_kernels import checks
 from vgpo_kernels.reference.policy_loss import policy_loss
 
 IGNORED = -100  # the target of a row to skip, as in torch's cross-entropy
@@ -31,8 +32,8 @@ def linear_logprob(
     """Return the statistics that give log-probability and entropy, ``[4, N]``; 0 where the target is ``ignore_index``.
 
     With z the logits of a row and m the largest: m (a constant to autograd), log sum exp(z - m), z_target - m
-    (-infinity if the target is not in these rows of the vocabulary), and the mean of z - m under softmax(z).
-    ``chunk_bytes`` is not read.
+    (-infinity if the target is not in these rows of the vocabulary), and the mean of z - m under softmax(z). Where
+    every z is -infinity, so are the first three, and the mean is 0. ``chunk_bytes`` is not read.
     """
     kept = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
     # An ignored row may be NaN, and NaN times zero is NaN: replace it instead of multiplying by zero.
@@ -42,15 +43,27 @@ def linear_logprob(
         logits = logits + bias.to(dtype)
     logits = logits / temperature
     maximum = logits.detach().amax(-1)
-    distance = logits - maximum[:, None]
-    log_sum = distance.exp().sum(-1).log()
+    # Of minus infinities alone there is nothing to measure distances from, and no probability to differentiate.
+    nothing = maximum == -math.inf
+    distance = logits - torch.where(nothing, 0.0, maximum)[:, None]
+    log_sum = torch.where(nothing, 1.0, distance.exp().sum(-1)).log()
     mean = ((distance - log_sum[:, None]).exp() * distance.clamp(min=FARTHEST)).sum(-1)
-    column = targets - first
-    own = (column >= 0) & (column < weight.shape[0])
-    target = distance.gather(-1, torch.where(own, column, 0)[:, None]).squeeze(-1)
+    log_sum = torch.where(nothing, -math.inf, log_sum)
+    column = columns_of(targets, first, weight.shape[0])
+    own = column >= 0
+    target = distance.gather(-1, column.clamp(min=0)[:, None]).squeeze(-1)
     target = torch.where(own, target, torch.full_like(target, -math.inf))
     statistics = torch.stack([maximum, log_sum, target, mean])
     return torch.where(kept, statistics, torch.zeros_like(statistics))
+
+
+def columns_of(targets: Tensor, first: int, length: int) -> Tensor:
+    """Place of each target among entries ``first .. first + length`` of the vocabulary, -1 outside them.
+
+    No difference of two integers overflows, whatever they are.
+    """
+    column = torch.where(targets >= first, targets.clamp(min=0) - first, -1)
+    return torch.where(column < length, column, -1)
 
 
 def linear_logprob_backward(
@@ -84,6 +97,16 @@ def linear_logprob_backward(
     return by_hidden, by_weight, by_bias
 
 
+def separate_rows(name: str, matrix: Tensor) -> None:
+    """Raise ValueError unless the rows of a matrix that is written to are contiguous and share no memory."""
+    rows, columns = matrix.shape
+    if (columns > 1 and matrix.stride(1) != 1) or (rows > 1 and matrix.stride(0) < columns):
+        raise ValueError(
+            f"{name} is written to, so its rows must be contiguous and apart, got strides {list(matrix.stride())} of "
+            f"{checks.describe(matrix)}"
+        )
+
+
 def head_statistics(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -102,6 +125,8 @@ def head_statistics(
     They are the largest logit m so far, the sums of e and of e (z - m) with e = exp(z - m), and the target's logit.
     They start as minus infinity, 0, 0 and minus infinity. With ``keep``, ``logits`` is hidden @ weight.T afterwards.
     """
+    separate_rows("statistics", statistics)
+    separate_rows("logits", logits)
     products = hidden.to(dtype) @ weight.to(dtype).T
     if keep:
         logits.copy_(products)
@@ -117,9 +142,8 @@ def head_statistics(
     weighted = (weighted + total * drop) * drop.exp()
     weighted = weighted + (exponentials * distance.clamp(min=FARTHEST)).sum(-1)
     total = total * drop.exp() + exponentials.sum(-1)
-    column = targets - first
-    own = (column >= 0) & (column < weight.shape[0])
-    target = torch.where(own, scaled.gather(-1, torch.where(own, column, 0)[:, None]).squeeze(-1), target)
+    column = columns_of(targets, first, weight.shape[0])
+    target = torch.where(column >= 0, scaled.gather(-1, column.clamp(min=0)[:, None]).squeeze(-1), target)
     statistics.copy_(torch.stack([largest, total, weighted, target]))
 
 
@@ -141,13 +165,15 @@ def head_gradient(
     x is the log-probability of vocabulary entry v. Without ``recompute``, ``logits`` holds hidden @ weight.T. The
     gradient has hidden's dtype and is written to the first V elements of each row.
     """
+    separate_rows("logits", logits)
     products = hidden.to(dtype) @ weight.to(dtype).T if recompute else logits.to(dtype)
     scaled = (products if bias is None else products + bias.to(dtype)) / temperature
     maximum, log_sum, scale, slope, at_target = (row.to(dtype)[:, None] for row in coefficients)
     log_probability = scaled - maximum - log_sum
     gradient = log_probability.exp() * (scale + slope * log_probability.clamp(min=FARTHEST))
-    columns = torch.arange(first, first + weight.shape[0], device=targets.device)
-    gradient = gradient + at_target * (targets[:, None] == columns)
+    columns = torch.arange(weight.shape[0], device=targets.device)
+    own = columns_of(targets, first, weight.shape[0])[:, None] == columns
+    gradient = gradient + torch.where(own, at_target, 0.0)
     gradient_of(logits, hidden.dtype).copy_(gradient)
 
 
@@ -165,6 +191,7 @@ def head_product(
     dtype: torch.dtype = torch.float64,
 ) -> None:
     """Write ``left @ right`` to ``result``, or add it."""
+    separate_rows("result", result)
     product = left.to(dtype) @ right.to(dtype)
     result.copy_(result.to(dtype) + product if accumulate else product)
 
@@ -217,9 +244,19 @@ def linear_policy_loss(
 
 
 def logp_and_entropy(statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of the target and entropy, ``[N]`` each, from :func:`linear_logprob`'s ``[4, N]``."""
+    """Log-probability of the target and entropy, ``[N]`` each, from :func:`linear_logprob`'s ``[4, N]``.
+
+    The statistics are those of the whole vocabulary: where every logit is minus infinity, both are NaN.
+    """
     _, log_sum, target, mean = statistics
-    return target - log_sum, log_sum - mean
+    defined = is_distribution(statistics)
+    return (target - log_sum) * defined, (log_sum - mean) * defined
+
+
+def is_distribution(statistics: Tensor) -> Tensor:
+    """1 where a row of :func:`linear_logprob`'s ``[4, N]`` has a logit above minus infinity, and NaN elsewhere."""
+    log_sum = statistics[1].detach()
+    return torch.where(log_sum == -math.inf, math.nan, torch.ones_like(log_sum))
 
 
 def first_tokens(response_mask: Tensor, hidden: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -125,9 +125,9 @@ def _surrogate(
         weight = ratio.clamp(low, high).detach()
         return -advantage * weight * current, (ratio < low, ratio > high, nowhere)
     if settings.loss_type == "sapo":
-        temperature = torch.where(
-            advantage > 0, settings.sapo_temperature_positive, settings.sapo_temperature_negative
-        ).to(ratio.dtype)
+        temperature = _either(
+            advantage > 0, settings.sapo_temperature_positive, settings.sapo_temperature_negative, ratio.dtype
+        )
         gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
         return -advantage * gate, (nowhere, nowhere, nowhere)
     bounded = ratio if settings.dual_clip is None else ratio.clamp(max=settings.dual_clip)
@@ -157,10 +157,16 @@ def _vespo_weight(
         log_weight = log_weight + correction
     log_weight = tokens.spread(log_weight.clamp(VESPO_FLOOR, VESPO_LIMIT))
     gains = advantage >= 0
-    k = torch.where(gains, settings.vespo_k_pos, settings.vespo_k_neg)
-    decay = torch.where(gains, settings.vespo_lambda_pos, settings.vespo_lambda_neg).clamp(min=VESPO_LEAST_LAMBDA)
+    k = _either(gains, settings.vespo_k_pos, settings.vespo_k_neg, log_weight.dtype)
+    decay = _either(gains, settings.vespo_lambda_pos, settings.vespo_lambda_neg, log_weight.dtype)
+    decay = decay.clamp(min=VESPO_LEAST_LAMBDA)
     weight = (decay + k * log_weight - decay * log_weight.exp()).exp()
     return weight.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _either(condition: Tensor, one: float, other: float, dtype: torch.dtype) -> Tensor:
+    """Choose between two numbers; ``torch.where`` would round them to the default dtype."""
+    return torch.full_like(condition, other, dtype=dtype).masked_fill(condition, one)
 
 
 def _importance(weights: Tensor, settings: PolicyLossOptions) -> Tensor:

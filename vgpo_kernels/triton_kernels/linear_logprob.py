@@ -16,7 +16,7 @@ from torch import Tensor
 from vgpo_kernels.ops import linear_logprob as head_ops
 from vgpo_kernels.ops import linear_vgpo_loss as loss_ops
 from vgpo_kernels.ops.lm_head import HeadKernels
-from vgpo_kernels.reference.linear_logprob import gradient_of
+from vgpo_kernels.reference.linear_logprob import gradient_of, separate_rows
 from vgpo_kernels.triton_kernels.common import device_guard, opaque_operator
 from vgpo_kernels.triton_kernels.policy_loss import policy_loss
 
@@ -38,6 +38,12 @@ def logits_of(products, bias, columns, inside, factor):
     if bias is not None:
         logits += tl.load(bias + columns, mask=inside, other=0.0)
     return logits * factor
+
+
+@triton.jit
+def column_of(target, first):
+    """Column of a target, -1 if it is before the first one. No difference overflows, whatever the target is."""
+    return tl.where(target >= first, tl.maximum(target, 0) - first, -1)
 
 
 @triton.jit(do_not_specialize=["columns", "first", "row_stride", "statistics_stride"])
@@ -76,7 +82,7 @@ def head_statistics_kernel(
     tl.store(statistics + row, maximum)
     tl.store(statistics + statistics_stride + row, total)
     tl.store(statistics + 2 * statistics_stride + row, weighted)
-    target = tl.load(targets + row) - first
+    target = column_of(tl.load(targets + row), first)
     own = (target >= 0) & (target < columns)
     logit = logits_of(products, bias, target, own, factor)
     tl.store(statistics + 3 * statistics_stride + row, logit, mask=own)
@@ -104,7 +110,7 @@ def head_gradient_kernel(
     level = tl.load(coefficients + 2 * coefficients_stride + row)
     slope = tl.load(coefficients + 3 * coefficients_stride + row)
     at_target = tl.load(coefficients + 4 * coefficients_stride + row)
-    target = tl.load(targets + row) - first
+    target = column_of(tl.load(targets + row), first)
     lanes = tl.arange(0, BLOCK)
     for begin in range(0, columns, BLOCK):
         column = begin + lanes
@@ -129,6 +135,8 @@ def head_statistics(
     keep: bool,
 ) -> None:
     """Launch the product of a chunk and the statistics of its logits, which are kept whether ``keep`` is set or not."""
+    separate_rows("statistics", statistics)
+    separate_rows("logits", logits)
     head_product(hidden, weight.T, logits, False)
     rows, columns = logits.shape
     with device_guard(logits):
@@ -159,6 +167,7 @@ def head_gradient(
     recompute: bool,
 ) -> None:
     """Launch the product of a chunk, unless it is there, and its gradient, which overwrites it."""
+    separate_rows("logits", logits)
     if recompute:
         head_product(hidden, weight.T, logits, False)
     gradient = gradient_of(logits, hidden.dtype)
@@ -183,6 +192,7 @@ def head_gradient(
 
 def head_product(left: Tensor, right: Tensor, result: Tensor, accumulate: bool) -> None:
     """Write ``left @ right`` to ``result`` in fp32, or add it."""
+    separate_rows("result", result)
     if left.device.type == "cpu":  # interpreted: torch multiplies 16-bit numbers into 16 bits there
         left, right = left.float(), right.float()
     if left.dtype == torch.float32:

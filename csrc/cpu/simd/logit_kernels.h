@@ -40,8 +40,16 @@ inline void logit_statistics(const float* products, const float* bias, int64_t c
             largest = maximum(logits, largest);
         });
         const float shift = maximum(highest(largest), statistics.maximum);
-        // A bias may forbid every entry seen so far: there is nothing to measure distances from.
-        if (shift == -std::numeric_limits<float>::infinity()) continue;
+        if (shift == -std::numeric_limits<float>::infinity()) {
+            // A bias may forbid every entry seen so far: there is nothing to measure distances from. But a comparison
+            // passes over a NaN, and a sum does not.
+            Vector all(0.0f);
+            for_logits(products, bias, begin, end, scale, [&](int64_t, Vector logits, int lanes) {
+                all = all + (lanes < Vector::kWidth ? select(first_lanes(lanes), logits, nothing) : logits);
+            });
+            if (sum(all) != sum(all)) statistics.total = sum(all);
+            continue;
+        }
         const Vector origin(shift);
         Vector total(0.0f), weighted(0.0f);
         for_logits(products, bias, begin, end, scale, [&](int64_t, Vector logits, int lanes) {

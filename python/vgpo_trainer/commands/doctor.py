@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -195,13 +196,15 @@ def check_device(device: str, backend: str) -> CheckResult:
 
     generator = torch.Generator().manual_seed(0)
     responses, length, tokens, width = 8, 96, 64, 128
-    hidden = torch.randn(responses, length, width, generator=generator)
+    normal = partial(torch.randn, generator=generator, dtype=torch.float32)
+    uniform = partial(torch.rand, generator=generator, dtype=torch.float32)
+    hidden = normal(responses, length, width)
     visual_mask = torch.zeros(responses, length, dtype=torch.bool)
     visual_mask[:, 4:24] = True
-    response_mask = torch.rand(responses, tokens, generator=generator) > 0.1
-    logp = -torch.rand(responses, tokens, generator=generator)
-    old_logp = logp + 0.2 * torch.randn(responses, tokens, generator=generator)
-    advantages = torch.randn(responses, generator=generator)
+    response_mask = uniform(responses, tokens) > 0.1
+    logp = -uniform(responses, tokens)
+    old_logp = logp + 0.2 * normal(responses, tokens)
+    advantages = normal(responses)
     groups = torch.arange(responses) // 4
 
     def compute(place: str, dtype: Any) -> list[Any]:
