@@ -80,7 +80,8 @@ VGPO_HD inline float order_key_value(int32_t key) {
 // associative, so padding, packing, thread count and atomics cannot change a bit of them.
 
 constexpr double kUnitScale = 1099511627776.0;  // 2^40, for normalised values in [0, 1]
-constexpr double kWeightScale = 4294967296.0;   // 2^32, for raw weights; a response's sum must stay below 2^31
+constexpr double kWeightScale = 4294967296.0;   // 2^32, the largest scale of raw weights (WeightsConfig::weight_scale)
+constexpr double kLargestTerm = 8796093022208.0;  // 2^43: below it, a response of 2^20 tokens cannot wrap a sum
 constexpr double kFixedLimit = 2251799813685248.0;  // 2^51: a single term saturates here instead of overflowing
 
 VGPO_HD inline int64_t to_fixed(float value, double scale) {
@@ -101,12 +102,16 @@ VGPO_HD inline float mean_from_fixed(int64_t sum, double scale, int64_t count) {
 // ---- visual focus (Eq. 3-4) -----------------------------------------------------------------------------------
 
 constexpr float kNormFloor = 1e-8f;
+// The square of a smaller norm has lost bits, which matters beside a norm so large that the floor does not decide.
+constexpr float kLeastNorm = 4.440892098500626e-16f;  // 2^-51
+constexpr float kLargeNorm = kNormFloor / kLeastNorm;
 
-// Infinite where a hidden state is not finite: NaN says that no image is seen.
+// Infinite where a hidden state is not finite, or a norm leaves fp32's range: NaN says that no image is seen.
 VGPO_HD inline float cosine(float dot, float squared_norm, float prototype_norm) {
-    const float norms = sqrtf(squared_norm) * prototype_norm;
+    const float norm = sqrtf(squared_norm), norms = norm * prototype_norm;
     const float value = dot / maximum(norms, kNormFloor);
-    return is_finite(value) ? value : INFINITY;
+    const bool lost = minimum(norm, prototype_norm) < kLeastNorm && maximum(norm, prototype_norm) > kLargeNorm;
+    return is_finite(value) && is_finite(norms) && (!lost || dot == 0.0f) ? value : INFINITY;
 }
 
 // ---- visual weights (Eq. 5-11) --------------------------------------------------------------------------------
@@ -118,7 +123,8 @@ enum class Position { kOneBased, kZeroBased, kCount };
 enum class Accumulation { kCompensated, kNormalized, kMean, kCount };
 
 constexpr float kRangeFloor = 1e-8f;   // keeps a min-max normalisation of equal values at zero
-constexpr float kStepSlack = 1e-6f;    // a position one rounding error below the step still counts
+constexpr double kPositionSlack = 1e-6;  // a position one rounding error below where the schedule begins still counts
+constexpr float kLargestSignal = 1024.0f;  // a cosine beyond it is broken, and spoils its response
 
 // VGPOConfig for kernels.
 struct WeightsConfig {
@@ -126,9 +132,9 @@ struct WeightsConfig {
     double tail_ratio;
     double top_ratio;
     Schedule schedule;
-    float start_ratio;
+    double start_ratio;
     float exponent;
-    float step_ratio;
+    double step_ratio;
     bool gate;
     bool intra;
     bool inter;
@@ -138,6 +144,7 @@ struct WeightsConfig {
     Accumulation accumulation;
     float intra_low, intra_high;
     float inter_low, inter_high;
+    double weight_scale;  // of the fixed-point sum of w; derived
 
     // Reads every field of VGPOConfig, in its order (see SettingsReader).
     template <typename Reader>
@@ -158,6 +165,18 @@ struct WeightsConfig {
         reader.code("accumulation", accumulation);
         reader.bounds("intra_clamp", intra_low, intra_high);
         reader.bounds("inter_clamp", inter_low, inter_high);
+        weight_scale = fixed_scale();
+    }
+
+    // The largest power of two, up to kWeightScale, at which no sum wraps. It depends on the settings alone, so that
+    // how a batch is cut changes no bit. (vgpo_kernels/triton_kernels/visual_weights.py has the same.)
+    double fixed_scale() const {
+        const double largest = static_cast<double>(kLargestSignal);
+        const double offset = score_offset == score_offset ? std::fabs(static_cast<double>(score_offset)) : largest;
+        const double focus = score == Score::kAffine ? (1.0 + largest) / 2.0 : largest + offset;
+        double scale = kWeightScale;
+        while (scale * focus * (1.0 + static_cast<double>(beta)) >= kLargestTerm) scale /= 2.0;
+        return scale;
     }
 
     VGPO_HD bool needs_batch_offset() const { return score == Score::kOffset && score_offset != score_offset; }
@@ -175,27 +194,50 @@ VGPO_HD inline int64_t tail_top_count(int64_t tail_length, const WeightsConfig& 
     return count < 1 ? 1 : (count > tail_length ? tail_length : count);
 }
 
-// p_t of the token with 0-based `ordinal` among the `length` valid tokens of its response.
+// Whether a cosine can be weighted.
 template <typename F>
-VGPO_HD inline F relative_position(F ordinal, float length, const WeightsConfig& config) {
-    if (config.position == Position::kOneBased) return (ordinal + F(1.0f)) / F(length);
-    return ordinal / F(length - 1.0f + kRangeFloor);
+VGPO_HD inline auto is_signal(F cos) {
+    return (cos >= F(-kLargestSignal)) & (F(kLargestSignal) >= cos);
+}
+
+// Where the schedule lies in a response, counted in ordinals (0-based, of valid tokens). All that does not depend on
+// the token is computed in double, so that tokens lie where the reference implementation has them, to the last bits.
+struct Ramp {
+    float first;              // c is zero before
+    float begin, begin_rest;  // the ramp rises from 0 at their sum
+    float length;             // to 1 so many ordinals later
+};
+
+VGPO_HD inline Ramp ramp_of(int64_t length, const WeightsConfig& config) {
+    // p_t of an ordinal is (ordinal + ahead) / whole.
+    const bool one_based = config.position == Position::kOneBased;
+    const double ahead = one_based ? 1.0 : 0.0, floor = static_cast<double>(kRangeFloor);
+    const double whole = one_based ? static_cast<double>(length) : static_cast<double>(length - 1) + floor;
+    const bool later = config.schedule == Schedule::kStep && config.step_ratio > config.start_ratio;
+    const double first = ((later ? config.step_ratio : config.start_ratio) - kPositionSlack) * whole - ahead;
+    const double begin = config.start_ratio * whole - ahead;
+    Ramp ramp;
+    ramp.first = static_cast<float>(ceil(first));
+    ramp.begin = static_cast<float>(begin);
+    ramp.begin_rest = static_cast<float>(begin - static_cast<double>(ramp.begin));
+    ramp.length = static_cast<float>(whole * (1.0 - config.start_ratio + floor));
+    return ramp;
 }
 
 // c_t (Eq. 5).
 template <typename F>
-VGPO_HD inline F compensation(F position, const WeightsConfig& config) {
+VGPO_HD inline F compensation(F ordinal, const Ramp& ramp, const WeightsConfig& config) {
     const F zero(0.0f), beta(config.beta);
-    if (config.schedule == Schedule::kStep) {
-        const F stepped = select(position >= F(config.step_ratio - kStepSlack), beta, zero);
-        return select(position < F(config.start_ratio), zero, stepped);
+    F strength = beta;
+    if (config.schedule != Schedule::kStep) {
+        F risen = maximum((ordinal - F(ramp.begin) - F(ramp.begin_rest)) / F(ramp.length), zero);
+        if (config.schedule == Schedule::kExponential) {
+            risen = minimum(risen, F(1.0f));
+            risen = config.exponent == 2.0f ? risen * risen : power(risen, config.exponent);
+        }
+        strength = beta * risen;
     }
-    F ramp = (position - F(config.start_ratio)) / F(1.0f - config.start_ratio + kRangeFloor);
-    if (config.schedule == Schedule::kExponential) {
-        ramp = clamped(ramp, zero, F(1.0f));
-        ramp = config.exponent == 2.0f ? ramp * ramp : power(ramp, config.exponent);
-    }
-    return select(position < F(config.start_ratio), zero, beta * ramp);
+    return select(ordinal >= F(ramp.first), strength, zero);
 }
 
 // rho_t: (1 + cos) / 2, or cos - offset in the released variant.
@@ -221,9 +263,9 @@ VGPO_HD inline F min_max_normalized(F value, float low, float high) {
 VGPO_HD inline float accumulated_score(int64_t weight_sum, int64_t normalized_sum, int64_t length,
                                        const WeightsConfig& config) {
     switch (config.accumulation) {
-        case Accumulation::kCompensated: return from_fixed(weight_sum, kWeightScale);
+        case Accumulation::kCompensated: return from_fixed(weight_sum, config.weight_scale);
         case Accumulation::kNormalized: return from_fixed(normalized_sum, kUnitScale);
-        default: return mean_from_fixed(weight_sum, kWeightScale, length);
+        default: return mean_from_fixed(weight_sum, config.weight_scale, length);
     }
 }
 

@@ -40,14 +40,19 @@ responses = st.lists(
     ),
     max_size=7,
 ).map(tuple)
+# Exactly the positions of tokens in responses of some lengths, and others far from them.
+ratios = st.one_of(
+    st.builds(lambda whole, part: part % whole / whole, st.integers(1, 40), st.integers(0, 39)),
+    st.floats(0, 0.9).map(lambda ratio: ratio + 1.7e-5),
+)
 configs = st.builds(
     VGPOConfig,
-    beta=st.floats(0, 2),
+    beta=st.one_of(st.floats(0, 2), st.just(1e4)),
     tail_ratio=st.floats(0, 1),
     top_ratio=st.floats(0.01, 1),
     schedule=st.sampled_from(CHOICES["schedule"]),
-    # Off the fractions of small lengths, where rounding would decide.
-    start_ratio=st.one_of(st.just(0.0), st.floats(0, 0.9).map(lambda ratio: ratio + 1.7e-5)),
+    start_ratio=st.one_of(ratios, st.just(0.9999999)),
+    step_ratio=ratios,
     gate=st.booleans(),
     intra=st.booleans(),
     inter=st.booleans(),

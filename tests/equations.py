@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 NAN = math.nan
+LARGEST = 3.4028234663852886e38  # of fp32
+LEAST = 2.0**-51  # a smaller norm has a square that is not precise in fp32
 
 
 @dataclass
@@ -44,7 +46,10 @@ def positions(hidden: Tensor, visual: Tensor, scored: Tensor) -> list[Position]:
 
 
 def focus(response: Sequence[Position], causal: bool) -> list[float]:
-    """Cosine of each scored token with the mean of the visual tokens that it sees (Eq. 3-4); NaN if it sees none."""
+    """Cosine of each scored token with the mean of the visual tokens that it sees (Eq. 3-4); NaN if it sees none.
+
+    Infinite where a hidden state is, or where the square of a norm leaves fp32's range and decides the cosine.
+    """
     found = []
     for place, token in enumerate(response):
         if not token.scored:
@@ -54,10 +59,15 @@ def focus(response: Sequence[Position], causal: bool) -> list[float]:
         if not seen:
             found.append(NAN)
             continue
+        if not all(map(math.isfinite, [*token.hidden, *(value for row in seen for value in row)])):
+            found.append(math.inf)
+            continue
         mean = [math.fsum(column) / len(seen) for column in zip(*seen, strict=True)]
         dot = math.fsum(x * y for x, y in zip(token.hidden, mean, strict=True))
-        norms = math.sqrt(math.fsum(x * x for x in token.hidden)) * math.sqrt(math.fsum(x * x for x in mean))
-        found.append(dot / max(norms, 1e-8))
+        one, other = math.hypot(*token.hidden), math.hypot(*mean)
+        vanished = min(one, other) < LEAST and max(one, other) > 1e-8 / LEAST and dot != 0
+        known = max(one, other) ** 2 <= LARGEST and not vanished
+        found.append(dot / max(one * other, 1e-8) if known else math.inf)
     return found
 
 
@@ -65,11 +75,12 @@ def factors(cosines: Sequence[Sequence[float]], groups: Sequence[Any], config: A
     """Factors of the advantage (Eq. 5-11) of responses from the cosines of their scored tokens.
 
     Args:
-        cosines: One list for each response, empty for one without a scored token. NaN: no image is seen (yet).
+        cosines: One list for each response, empty for one without a scored token. NaN: no image is seen yet. A
+            cosine that is NaN after a number, or beyond +-1024, spoils its response.
         groups: The prompt of each response.
         config: The settings, with the fields of ``VGPOConfig``.
     """
-    signals = [[value for value in response if not math.isnan(value)] for response in cosines]
+    signals = [signal_of(response) for response in cosines]
     offset = config.score_offset
     if config.score == "offset" and offset is None:
         offset = min([0.0, *(value for signal in signals for value in signal)])
@@ -81,13 +92,14 @@ def factors(cosines: Sequence[Sequence[float]], groups: Sequence[Any], config: A
         blind = len(response) - len(signal)  # the first tokens, which see no image
         rho = [(1 + value) / 2 if config.score == "affine" else value - offset for value in signal]
         tail = max(int(len(response) * (1 - config.tail_ratio)) - blind, 0)
-        passing = sorted(rho[tail:], reverse=True)
+        passing = sorted(signal[tail:], reverse=True)  # rho rises with the cosine
         threshold = passing[max(1, int(len(passing) * config.top_ratio)) - 1] if passing else math.inf
         w = []
         for index, value in enumerate(rho):
-            opened = not config.gate or (index >= tail and value >= threshold)
+            opened = not config.gate or (index >= tail and signal[index] >= threshold)
             w.append(value * (1 + opened * schedule(index + blind + 1, len(response), config)))
-        normalized = [(value - min(w)) / (max(w) - min(w) + 1e-8) for value in w]
+        low, high = min(w), max(w)
+        normalized = [(value - low) / (high - low + 1e-8) for value in w]
         mean = math.fsum(normalized) / len(normalized)
         psi = [value - mean if config.intra else 0.0 for value in normalized]
         score = {
@@ -112,14 +124,21 @@ def factors(cosines: Sequence[Sequence[float]], groups: Sequence[Any], config: A
     return found
 
 
+def signal_of(response: Sequence[float]) -> Sequence[float]:
+    """Return the cosines from the first number on; none of a response that is not weighted."""
+    first = next((index for index, value in enumerate(response) if not math.isnan(value)), len(response))
+    signal = response[first:]
+    return signal if all(abs(value) <= 1024 for value in signal) else []
+
+
 def schedule(ordinal: int, length: int, config: Any) -> float:
     """Compensation c_t of the token with 1-based ``ordinal`` of ``length``."""
     at = ordinal / length if config.position == "one_based" else (ordinal - 1) / (length - 1 + 1e-8)
-    if at < config.start_ratio:
+    if at < config.start_ratio - 1e-6:
         return 0.0
-    ramp = (at - config.start_ratio) / (1 - config.start_ratio + 1e-8)
+    ramp = max((at - config.start_ratio) / (1 - config.start_ratio + 1e-8), 0.0)
     if config.schedule == "exponential":
-        ramp = min(max(ramp, 0.0), 1.0) ** config.exponent
+        ramp = min(ramp, 1.0) ** config.exponent
     elif config.schedule == "step":
         ramp = float(at >= config.step_ratio - 1e-6)
     return float(config.beta * ramp)

@@ -236,7 +236,9 @@ class VGPOConfig(_Settings):
             [-1024, 1024].
         position: Position of token t of T: ``"one_based"``, ``t / T``; ``"zero_based"``, ``(t - 1) / (T - 1)``.
         accumulation: Visual accumulation of a response: ``"compensated"``, the sum of w; ``"normalized"``, the sum
-            of min-max normalised w; ``"mean"``, the mean of w, free of the length bias of a sum.
+            of min-max normalised w; ``"mean"``, the mean of w, free of the length bias of a sum. With ``"normalized"``
+            every response of two different tokens sums to 1 (but for 1e-8 of their difference): in a group of such
+            responses, phi stretches differences in the last bits to full size.
         intra_clamp: Range that ``1 + psi`` is clamped to, or ``None``.
         inter_clamp: Range that ``1 + phi`` is clamped to, or ``None``.
 

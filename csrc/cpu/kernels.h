@@ -81,11 +81,12 @@ struct Kernels {
                                   int64_t columns, const float* prototype, float prototype_norm, float* cos);
     float (*norm)(const float* values, int64_t length);
 
-    // The smallest finite value; infinity if there is none.
-    float (*smallest_finite)(const float* values, int64_t length);
-    bool (*all_finite)(const float* values, int64_t length);
+    // The smallest value; infinity without one.
+    float (*smallest)(const float* values, int64_t length);
+    // Whether all cosines can be weighted.
+    bool (*all_signals)(const float* cos, int64_t length);
     // Compensation and intra-trajectory re-weighting of one response of `length` tokens, from the cosines of those from
-    // the ordinal `first` on, which are finite; the others are not touched. `keys` has room for `length` values rounded
+    // the ordinal `first` on, which all are signals; the others are not touched. `keys` has room for `length` values rounded
     // up to kKeyPadding.
     ResponseWeights (*response_weights)(const float* cos, int64_t first, int64_t length, float offset,
                                         const WeightsConfig& config, int32_t* keys, float* w, float* psi);

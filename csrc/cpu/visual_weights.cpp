@@ -21,9 +21,9 @@ struct Response {
     ValidSpan span;
     const float* cos = nullptr;      // its valid cosines, side by side
     int64_t first = 0;               // ordinal of the first token that sees an image
-    bool nonfinite = false;          // it has an image, and a cosine that is not finite
-    bool weighted = false;           // it has an image, a token that sees it, and only finite cosines from there
-    float smallest_cos = kInfinity;  // of the finite ones
+    bool nonfinite = false;          // it has an image, and a cosine that is no signal
+    bool weighted = false;           // it has an image, a token that sees it, and only signals from there
+    float smallest_cos = kInfinity;  // of a weighted response
     ResponseWeights weights = {};
 };
 
@@ -88,9 +88,8 @@ void write_metrics(const std::vector<Response>& responses, const std::vector<int
         ++groups;
         singletons += end - begin == 1;
     });
-    const auto share = [](double sum, int64_t number) {
-        return static_cast<float>(number > 0 ? sum / static_cast<double>(number) : 0.0);
-    };
+    // The mean of nothing is NaN.
+    const auto share = [](double sum, int64_t number) { return static_cast<float>(sum / static_cast<double>(number)); };
     metrics[kFocusMean] = share(cos_sum, tokens);
     metrics[kGateRate] = share(static_cast<double>(gated), tokens);
     metrics[kLateEarlyRatio] = share(ratio_sum, ratios);
@@ -120,9 +119,9 @@ void visual_weights(const float* cos, const bool* response_mask, const int64_t* 
         while (response.first < span.count && std::isnan(response.cos[response.first])) ++response.first;
         const float* seeing = response.cos + response.first;
         const int64_t count = span.count - response.first;
-        response.nonfinite = !kernels().all_finite(seeing, count);
+        response.nonfinite = !kernels().all_signals(seeing, count);
         response.weighted = count > 0 && !response.nonfinite;
-        if (config.needs_batch_offset()) response.smallest_cos = kernels().smallest_finite(seeing, count);
+        if (response.weighted && config.needs_batch_offset()) response.smallest_cos = kernels().smallest(seeing, count);
     });
 
     float offset = config.score_offset;

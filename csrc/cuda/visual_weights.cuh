@@ -20,7 +20,7 @@ namespace cuda {
 enum class Standing : int32_t {
     kWeighted,
     kUnweighted,  // no image, or no token that sees it
-    kNonfinite,   // an infinite cosine, or a NaN after the first number
+    kNonfinite,   // a cosine that is no signal, other than a NaN before the first number
 };
 
 // What a response brings to its tokens' factors and to the metrics.
@@ -29,12 +29,12 @@ struct ResponseFocus {
     int32_t length;     // T
     int32_t start;      // leading tokens that see no image: their cosines are NaN, and they count nowhere
     int32_t gated;      // tokens with an open gate
-    float smallest;     // finite cosine; infinity without one
+    float smallest;     // cosine; infinity where it is not weighted
     float low, high;    // extremes of w
     float mean;         // of normalised w
     float late_early;   // mean rho of the second half over that of the first; NaN where it does not count
     int32_t leads;      // of a weighted response: the members of its group if it is the first of them, else 0
-    int64_t cos_sum;    // fixed-point, kUnitScale
+    double cos_sum;
 };
 
 // The lists of tokens come from FocusWorkspace.
@@ -114,22 +114,21 @@ __device__ float kth_largest(int count, int k, Value value) {
 // ---- a response -----------------------------------------------------------------------------------------------
 
 struct CosineScan {
-    float smallest;     // finite one
+    float smallest;     // signal
     int32_t first;      // ordinal of the first that is not NaN
     int32_t nans;
-    int32_t infinite;
+    int32_t broken;     // numbers that are no signals
 
     __device__ static CosineScan identity() { return {INFINITY, INT32_MAX, 0, 0}; }
     __device__ void merge(const CosineScan& other) {
         smallest = other.smallest < smallest ? other.smallest : smallest;
         first = other.first < first ? other.first : first;
         nans += other.nans;
-        infinite += other.infinite;
+        broken += other.broken;
     }
 };
 
-// A block lists the cosines of a response by ordinal, looks whether they can be weighted, and for the smallest finite
-// one.
+// A block lists the cosines of a response by ordinal, looks whether they can be weighted, and for the smallest one.
 __device__ inline void inspect_response(const ResponseTokens& tokens, const float* cos, bool has_image,
                                         float* cosines, ResponseFocus& result) {
     CosineScan scan = CosineScan::identity();
@@ -137,27 +136,27 @@ __device__ inline void inspect_response(const ResponseTokens& tokens, const floa
         has_image ? tokens.length : 0, [&](int ordinal) { return cos[tokens.token(ordinal)]; },
         [&](int ordinal, float value) {
             cosines[ordinal] = value;
-            const bool nan = value != value, finite = is_finite(value);
-            scan.merge({finite ? value : INFINITY, nan ? INT32_MAX : ordinal, nan, !nan && !finite});
+            const bool nan = value != value, signal = is_signal(value);
+            scan.merge({signal ? value : INFINITY, nan ? INT32_MAX : ordinal, nan, !nan && !signal});
         });
     scan = block_reduce(scan);
     if (threadIdx.x == 0) {
         // Where all NaNs lead, there are as many as tokens before the first number.
-        const bool broken = scan.infinite > 0 || scan.nans > scan.first;
+        const bool broken = scan.broken > 0 || scan.nans > scan.first;
         result.standing = scan.first == INT32_MAX ? Standing::kUnweighted
                           : broken                ? Standing::kNonfinite
                                                   : Standing::kWeighted;
-        result.smallest = scan.smallest;
+        result.smallest = result.standing == Standing::kWeighted ? scan.smallest : INFINITY;
         result.length = tokens.length;
         result.start = scan.first;
         result.gated = 0;
-        result.cos_sum = 0;
+        result.cos_sum = 0.0;
         result.late_early = NAN;
     }
     __syncthreads();
 }
 
-// The offset of the released score: the smallest finite cosine of the batch, at most zero.
+// The offset of the released score: the smallest cosine of the batch's weighted responses, at most zero.
 __device__ inline float batch_offset(const ResponseFocus* responses, int64_t batch) {
     Extremes extremes = Extremes::of(0.0f);
     for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) extremes.merge(Extremes::of(responses[i].smallest));
@@ -167,7 +166,7 @@ __device__ inline float batch_offset(const ResponseFocus* responses, int64_t bat
 // Of the first pass over a response: w.
 struct WeightSums {
     Extremes weight;
-    int64_t total;  // kWeightScale
+    int64_t total;  // WeightsConfig::weight_scale
     int64_t gated;
 
     __device__ static WeightSums identity() { return {Extremes::identity(), 0, 0}; }
@@ -178,13 +177,14 @@ struct WeightSums {
     }
 };
 
-// Of the second pass, which knows the extremes of w. All kUnitScale.
+// Of the second pass, which knows the extremes of w.
 struct NormalizedSums {
-    int64_t normalized;
-    int64_t cos;
-    int64_t early, late;  // rho of the first and second half
+    int64_t normalized;  // kUnitScale
+    // Of metrics alone:
+    double cos;
+    double early, late;  // rho of the first and second half
 
-    __device__ static NormalizedSums identity() { return {0, 0, 0, 0}; }
+    __device__ static NormalizedSums identity() { return {0, 0.0, 0.0, 0.0}; }
     __device__ void merge(const NormalizedSums& other) {
         normalized += other.normalized;
         cos += other.cos;
@@ -194,9 +194,9 @@ struct NormalizedSums {
 };
 
 // Mean focus of the second half of a response over that of its first, from `start` on; NaN where it does not count.
-__device__ inline float late_early_ratio(int64_t early_sum, int64_t late_sum, int start, int half, int length) {
-    if (length == half || early_sum <= 0) return NAN;
-    return mean_from_fixed(late_sum, kUnitScale, length - half) / mean_from_fixed(early_sum, kUnitScale, half - start);
+__device__ inline float late_early_ratio(double early_sum, double late_sum, int start, int half, int length) {
+    if (length == half || early_sum <= 0.0) return NAN;
+    return static_cast<float>(late_sum / (length - half) / (early_sum / (half - start)));
 }
 
 // A block computes w of a response's tokens that see an image, their extremes and normalised mean, and the score (Eq.
@@ -214,17 +214,16 @@ __device__ inline void weigh_response(int count, const float* cosines, float off
     float threshold = INFINITY;
     if (config.gate && top > 0) threshold = kth_largest(tail, top, [=](int i) { return cosines[first + i]; });
     WeightSums sums = WeightSums::identity();
-    const float length = static_cast<float>(count);
+    const Ramp ramp = ramp_of(count, config);
     for_each_loaded<4>(
         counted, [=](int i) { return cosines[start + i]; },
         [&](int i, float value) {
             const int ordinal = start + i;
             const bool open = !config.gate || (ordinal >= first && value >= threshold);
-            const float position = relative_position(static_cast<float>(ordinal), length, config);
-            const float weight = compensated_weight(focus_score(value, offset, config),
-                                                    open ? compensation(position, config) : 0.0f);
+            const float compensated = open ? compensation(static_cast<float>(ordinal), ramp, config) : 0.0f;
+            const float weight = compensated_weight(focus_score(value, offset, config), compensated);
             weights[ordinal] = weight;
-            sums.merge({Extremes::of(weight), to_fixed(weight, kWeightScale), open});
+            sums.merge({Extremes::of(weight), to_fixed(weight, config.weight_scale), open});
         });
     sums = block_reduce(sums);
     NormalizedSums second = NormalizedSums::identity();
@@ -233,9 +232,9 @@ __device__ inline void weigh_response(int count, const float* cosines, float off
         counted, [=](int i) { return make_float2(weights[start + i], cosines[start + i]); },
         [&](int i, float2 loaded) {
             const float normalized = min_max_normalized(loaded.x, sums.weight.low, sums.weight.high);
-            const int64_t focus = to_fixed(focus_score(loaded.y, offset, config), kUnitScale);
-            second.merge({to_fixed(normalized, kUnitScale), to_fixed(loaded.y, kUnitScale),
-                          start + i < half ? focus : 0, start + i < half ? 0 : focus});
+            const float focus = focus_score(loaded.y, offset, config);
+            second.merge({to_fixed(normalized, kUnitScale), loaded.y, start + i < half ? focus : 0.0,
+                          start + i < half ? 0.0 : focus});
         });
     second = block_reduce(second);
     if (threadIdx.x == 0) {
@@ -357,16 +356,15 @@ __device__ inline void write_focus_metrics(const ResponseFocus* responses, int64
         totals.nonfinite += response.standing == Standing::kNonfinite;
         if (response.standing != Standing::kWeighted) continue;
         const bool compared = response.late_early == response.late_early;
-        totals.merge({static_cast<double>(response.cos_sum) / kUnitScale, compared ? response.late_early : 0.0,
-                      response.length - response.start, response.gated, 1, 0, compared, response.leads > 0,
-                      response.leads == 1, 0});
+        totals.merge({response.cos_sum, compared ? response.late_early : 0.0, response.length - response.start,
+                      response.gated, 1, 0, compared, response.leads > 0, response.leads == 1, 0});
     }
     totals = block_reduce(totals);
     if (threadIdx.x != 0) return;
-    const double tokens = static_cast<double>(totals.tokens > 0 ? totals.tokens : 1);
+    const double tokens = static_cast<double>(totals.tokens);  // the mean of nothing is NaN
     metrics[kFocusMean] = static_cast<float>(totals.cos_sum / tokens);
     metrics[kGateRate] = static_cast<float>(static_cast<double>(totals.gated) / tokens);
-    metrics[kLateEarlyRatio] = static_cast<float>(totals.late_early / (totals.compared > 0 ? totals.compared : 1));
+    metrics[kLateEarlyRatio] = static_cast<float>(totals.late_early / totals.compared);
     metrics[kWeightedResponses] = static_cast<float>(totals.weighted);
     metrics[kNonfiniteResponses] = static_cast<float>(totals.nonfinite);
     metrics[kGroups] = static_cast<float>(totals.groups);

@@ -68,7 +68,7 @@ def signal_records(
         "tokens": found.counted.sum(),
         "ratios": halves.sum(),
         "shown": shown[found.counted].sum(),
-        "gated": found.gate_rate * found.counted.sum(),
+        "gated": found.gate_rate.nan_to_num() * found.counted.sum(),  # NaN where nothing is counted
         "late_early": found.late_early[halves].sum(),
         "psi": psi.sum(),
         "psi_square": psi.square().sum(),

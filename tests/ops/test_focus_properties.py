@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -12,11 +13,13 @@ from equations import focus as focus_by_equations
 from equations import positions
 from hypothesis import given
 from hypothesis import strategies as st
+from test_focus_limits import BROKEN, NORMS, SIGNALS
 from test_visibility import cosines as focus
 from test_visual_weights import draw_cosines, weigh
 from tolerance import assert_close, same_bits
 
 from vgpo_kernels import VGPOConfig, group_weights, vgpo_loss, visual_focus, visual_prototype, visual_weights
+from vgpo_kernels.config import CHOICES
 
 pytestmark = ON_THE_CPU
 
@@ -136,6 +139,115 @@ def test_scale_does_not_matter(drawn: tuple[Response, ...], seed: int, scale: fl
     cos = focus(batch, "all")
     scaled = visual_focus(batch.hidden * scale, batch.visual_mask, batch.response_mask)
     assert_close(scaled, cos.double(), name="cos", floor=4e-6)
+
+
+limits = st.builds(
+    VGPOConfig,
+    beta=st.sampled_from([0.0, 0.3, 2.0, 1e4]),
+    tail_ratio=st.sampled_from([0.0, 0.5, 1.0]),
+    top_ratio=st.sampled_from([0.01, 0.2, 1.0]),
+    schedule=st.sampled_from(CHOICES["schedule"]),
+    start_ratio=st.sampled_from([0.0, 0.25, 1 / 3, 0.5, 0.75, 0.9999999]),
+    step_ratio=st.sampled_from([0.0, 0.2, 0.5, 2 / 3, 1.0]),
+    gate=st.booleans(),
+    position=st.sampled_from(CHOICES["position"]),
+    accumulation=st.sampled_from(CHOICES["accumulation"]),
+)
+cosine_lists = st.tuples(
+    st.integers(0, 2),
+    st.lists(st.sampled_from(SIGNALS), max_size=12),
+    st.lists(st.sampled_from([*BROKEN, float("nan"), 0.5]), max_size=1),
+    st.lists(st.sampled_from(SIGNALS), max_size=3),
+).map(lambda parts: [float("nan")] * parts[0] + [value for part in parts[1:] for value in part])
+int64 = torch.iinfo(torch.int64)
+
+
+@MANY
+@given(
+    st.lists(st.tuples(cosine_lists, st.booleans(), st.sampled_from([int64.min, int64.max, -1, 0])), max_size=6),
+    limits,
+    st.sampled_from(["affine", None, -1024.0, 1024.0, 0.0]),
+    st.sampled_from(POISONS),
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_weights_at_their_limits_are_the_equations(
+    drawn: list[tuple[list[float], bool, int]],
+    config: VGPOConfig,
+    offset: str | float | None,
+    poison: float,
+    stride: int,
+    default: torch.dtype,
+) -> None:
+    """Of the largest and smallest cosines, and beside broken ones; whatever the strides and the default dtype."""
+    if offset != "affine":
+        config = replace(config, score="offset", score_offset=offset)
+    width = max((len(row) for row, *_ in drawn), default=0)
+    cos = torch.full((width, len(drawn) * stride), poison).T[::stride]
+    mask = torch.zeros(width, len(drawn) * stride, dtype=torch.bool).T[::stride]
+    for index, (row, *_) in enumerate(drawn):
+        cos[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = True
+    groups = [group for *_, group in drawn]
+    images = torch.tensor([seen for _, seen, _ in drawn], dtype=torch.bool)
+    ids = torch.tensor(groups, dtype=torch.int64)
+    found = visual_weights(cos, mask, ids, config, has_visual=images)
+    rows = [[value if seen else float("nan") for value in row] for row, seen, _ in drawn]
+    wanted = factors_by_equations([torch.tensor(row).tolist() for row in rows], groups, config)
+    for index, one in enumerate(wanted):
+        assert_close(found.w[index][mask[index]], torch.tensor(one.w).double(), name="w", floor=4e-6)
+        assert_close(found.psi[index][mask[index]], torch.tensor(one.psi).double(), name="psi", floor=1e-4)
+        assert_close(found.score[index], torch.tensor(one.score).double(), name="score", floor=1e-5)
+    weighted = found.score.isfinite()
+    spoilt = [any(not (abs(value) <= 1024 or value != value) for value in row) for row in rows]
+    spoilt = [bad or any(map(math.isnan, row[first_number(row) :])) for row, bad in zip(rows, spoilt, strict=True)]
+    assert found.metrics["nonfinite_responses"] == sum(spoilt)
+    assert found.metrics["weighted_responses"] == weighted.sum() == sum(not math.isnan(one.score) for one in wanted)
+    assert found.metrics["focus_mean"].isnan() == found.metrics["gate_rate"].isnan() == ~weighted.any()
+    assert (found.factors[~weighted] == 1).all() and found.factors.isfinite().all()
+    torch.set_default_dtype(default)
+    try:
+        again = visual_weights(cos, mask, ids, config, has_visual=images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(same_bits(*pair) for pair in zip(again[:5], found[:5], strict=True))
+
+
+def first_number(row: list[float]) -> int:
+    return next((index for index, value in enumerate(row) if not math.isnan(value)), len(row))
+
+
+@CASES
+@given(
+    responses,
+    seeds,
+    st.lists(st.sampled_from(NORMS), min_size=1, max_size=9),
+    st.lists(st.sampled_from(NORMS), min_size=1, max_size=9),
+    visibilities,
+    st.sampled_from(["rows", "columns", "transposed"]),
+)
+def test_norms_at_their_limits_are_the_equations(
+    drawn: tuple[Response, ...], seed: int, images: list[float], tokens: list[float], visibility: str, layout: str
+) -> None:
+    """Images and tokens whose norms have no square in fp32, and others; whatever the strides of hidden states."""
+    batch = make_batch(drawn, seed=seed, features=7)
+    count, length, features = batch.hidden.shape
+    sizes = torch.tensor(tokens * (length // len(tokens) + 1))[:length].expand(count, -1)
+    of_image = torch.tensor(images * (count // len(images) + 1))[:count, None]
+    hidden = batch.hidden * torch.where(batch.visual_mask, of_image, sizes)[..., None]
+    if layout == "rows":
+        room = torch.full((count, length, features + 3), torch.nan)
+        hidden = room[..., 1 : features + 1].copy_(hidden)
+    elif layout == "columns":
+        hidden = torch.full((count, length, features, 2), torch.nan)[..., 0].copy_(hidden)
+    else:
+        hidden = torch.full((length, count, features), torch.nan).transpose(0, 1).copy_(hidden)
+    batch = replace(batch, hidden=hidden)
+    cos = focus(batch, visibility)
+    for index, mask in enumerate(batch.response_mask):
+        one = positions(hidden[index], batch.visual_mask[index], mask)
+        wanted = torch.tensor(focus_by_equations(one, visibility == "causal")).double()
+        assert_close(cos[index][mask], wanted, name="cos", floor=4e-6)
 
 
 @MANY

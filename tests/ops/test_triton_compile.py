@@ -96,6 +96,6 @@ def test_ten_rollouts_compile_a_kernel_once(uninterpreted: dict[str, Any]) -> No
 
 
 def test_torch_compile_sees_every_launch(uninterpreted: dict[str, Any]) -> None:
-    given = ["focus_kernel", "response_kernel", "loss_kernel", "reduce_kernel"]
+    given = ["focus_kernel", "lowest_cosine_kernel", "response_kernel", "loss_kernel", "reduce_kernel"]
     own = ["visual_index_kernel", "prototype_kernel", *given]
     assert uninterpreted["traced"] == {"own": own, "causal": own, "given": given}

@@ -15,8 +15,11 @@ pytest.importorskip("trl")
 
 from trainer.test_trainer_mixed import mixed
 from trainer.tiny_runs import make_trainer
-from vgpo_trainer.records import Running, Statistic, add_records, loss_records
+from vgpo_trainer.records import Running, Statistic, add_records, loss_records, signal_records
 from vgpo_trainer.rollouts import RolloutSample
+from vgpo_trainer.signals.factors import compute_factors
+
+from vgpo_kernels import VGPOConfig
 
 
 def expected(samples: list[RolloutSample]) -> dict[str, float]:
@@ -149,3 +152,19 @@ def test_a_number_is_one_however_often_it_is_added_to():
     for value in range(4):
         running.add(Statistic(float, (value,)))
     assert running == [6]
+
+
+def test_a_batch_of_unweighted_responses_changes_no_mean() -> None:
+    accelerator: Any = SimpleNamespace(reduce=lambda values, reduction: values)
+    kept: dict[str, list[float]] = {}
+
+    def add(cos: torch.Tensor) -> dict[str, float]:
+        mask, groups = torch.ones_like(cos, dtype=torch.bool), torch.zeros(len(cos), dtype=torch.int64)
+        found = compute_factors(cos, mask, groups, VGPOConfig.paper(), gather=lambda values: values, process_index=0)
+        add_records(kept, signal_records(cos, found, accelerator))
+        return {name: numbers[0] for name, numbers in kept.items()}
+
+    before = add(torch.rand(2, 9, generator=torch.Generator().manual_seed(0)))
+    after = add(torch.full((2, 9), math.nan))
+    assert before.pop("vgpo/weighted_share") == 1 and after.pop("vgpo/weighted_share") == 0.5
+    assert before == after and all(map(math.isfinite, after.values()))

@@ -180,7 +180,7 @@ def test_two_processes_have_the_signal_of_one(preset):
     mask = torch.arange(12) < torch.tensor([12, 3, 7, 1, 0, 9, 12, 5])[:, None]
     groups = torch.tensor([5, 9, 9, 5, 9, 7, 5, 9])
     cos[2] = torch.nan
-    cos[1, 1] = torch.inf
+    cos[1, :2] = torch.tensor([-0.9, torch.inf])  # spoilt, and so not the smallest of the batch
     config = VGPOConfig.paper() if preset == "paper" else VGPOConfig.released()
     whole = visual_weights(cos, mask, groups, config)
     exchange = Exchange(2)

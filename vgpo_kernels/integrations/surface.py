@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -127,7 +128,8 @@ def reweight(
 ) -> tuple[Tensor, dict[str, float]]:
     """Multiply advantages by VGPO's factors (paper, Eq. 11), over a whole rollout batch.
 
-    A response keeps its advantages if it sees no image, has no scored token or a cosine that is not finite.
+    A response keeps its advantages if it sees no image, has no scored token or a broken cosine (not finite, or beyond
+    +-1024).
 
     Args:
         advantages: Per token, ``[B, T]`` or packed ``[N]``.
@@ -138,7 +140,8 @@ def reweight(
         cu_seqlens: Boundaries of a packed batch.
 
     Returns:
-        The new advantages, and the focus metrics by name, as ``vgpo/...``.
+        The new advantages, and the focus metrics by name, as ``vgpo/...``; without those that are NaN, means of
+        nothing.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -152,5 +155,7 @@ def reweight(
     if len(groups) != checks.batch_size(mask, boundaries):
         raise ValueError(f"prompts must name {checks.batch_size(mask, boundaries)} responses, got {len(groups)}")
     weights = visual_weights(cos.float(), mask, groups, config, cu_seqlens=boundaries)
-    metrics = {f"vgpo/{name}": value.item() for name, value in weights.metrics.items()}
+    values = torch.stack([*weights.metrics.values()]).tolist()  # the host waits once
+    numbers = zip(weights.metrics, values, strict=True)
+    metrics = {f"vgpo/{name}": value for name, value in numbers if not math.isnan(value)}
     return advantages * weights.factors.to(advantages.dtype), metrics

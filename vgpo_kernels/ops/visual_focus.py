@@ -68,8 +68,8 @@ def visual_focus(
     ``cos = <h, mu> / max(|h| |mu|, 1e-8)``, where h is the hidden state at the token itself.
 
     A token that sees no image has no focus: its cosine is NaN, which :func:`visual_weights` reads as unweighted. Where
-    an image is seen but the hidden state or the prototype is not finite, it is infinite, so that the two are told
-    apart.
+    an image is seen but the hidden state or the prototype is not finite, or the square of its norm leaves the range of
+    float32 (float64 for float64 inputs), it is infinite, so that the two are told apart.
 
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
@@ -92,7 +92,7 @@ def visual_focus(
 
     Returns:
         Cosines in ``response_mask``'s shape, float32; 0 off the mask, NaN at tokens that see no image, infinite where
-        a hidden state is not finite.
+        a hidden state is not finite or a norm is out of range.
 
     Raises:
         TypeError: An argument is not a tensor or has the wrong dtype.

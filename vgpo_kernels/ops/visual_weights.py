@@ -36,9 +36,10 @@ class VisualWeights(NamedTuple):
         score: Visual accumulation s of each response, ``[B]``, the input of :func:`group_weights` where groups straddle
             micro-batches. NaN for a response that is not weighted.
         metrics: 0-dimensional tensors: ``focus_mean`` (mean cosine), ``gate_rate`` (share of tokens compensated),
-            ``late_early_ratio`` (mean focus of a response's second half over that of its first),
-            ``weighted_responses`` and ``nonfinite_responses`` (counts), ``groups`` (that have a weighted response) and
-            ``singleton_groups`` (that have one only, whose phi is 0).
+            ``late_early_ratio`` (mean focus of a response's second half over that of its first, mean over the responses
+            that have both and whose first half is above 0), ``weighted_responses`` and ``nonfinite_responses``
+            (counts), ``groups`` (that have a weighted response) and ``singleton_groups`` (that have one only, whose phi
+            is 0). The first three are NaN where they are means of nothing: leave them out of averages.
 
     """
 
@@ -66,9 +67,9 @@ def visual_weights(
     accumulation of w within a group.
 
     A response is not weighted if it has no image (all its cosines are NaN), no scored token (overlong filtering), or a
-    cosine that is not finite: its factors are 1, its score is NaN, and its group's statistics leave it out. Cosines
-    that are NaN up to the first number say that no image was seen yet: these tokens have psi 0, and no statistic counts
-    them.
+    broken cosine, which is not finite or beyond +-1024: its factors are 1, its score is NaN, and the statistics of its
+    group and the offset of its batch leave it out. Cosines that are NaN up to the first number say that no image was
+    seen yet: these tokens have psi 0, and no statistic counts them.
 
     Args:
         cos: Cosines of :func:`visual_focus`, ``[B, T]`` or packed ``[N]``. Values off the mask are not read. Of a

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from vgpo_kernels.reference.layout import responses_of, rows_of, tokens_of
 
+NORM_FLOOR = 1e-8
+
 
 def visual_prototype(
     hidden: Tensor,  # [B, S, D] or [N, D]
@@ -71,7 +73,8 @@ def visual_focus(
 ) -> Tensor:  # response_mask's shape
     """Cosine between each response token's hidden state and its image's prototype (Eq. 4).
 
-    NaN where a token sees no image; infinite where it does, but a hidden state is not finite.
+    NaN where a token sees no image; infinite where it does, but a hidden state is not finite, or a norm leaves the
+    range of what kernels compute in: fp32, or fp64 for fp64 hidden states and prototypes.
     """
     tokens = tokens_of(response_mask, cu_seqlens)
     if prototype is None:
@@ -88,11 +91,23 @@ def visual_focus(
         mean = prototype.to(dtype)[row.clamp(min=0)]
         looking = (row >= 0) & (mean != 0).any(-1)
     rows = rows_of(response_mask, hidden).to(dtype)
-    norms = torch.linalg.vector_norm(rows, dim=-1) * torch.linalg.vector_norm(mean, dim=-1)
-    cos = (rows * mean).sum(-1) / norms.clamp(min=1e-8)
-    cos = torch.where(torch.isfinite(cos), cos, torch.full_like(cos, math.inf))
+    wide = torch.float64 in (hidden.dtype, None if prototype is None else prototype.dtype)
+    cos = _cosine(rows, mean, torch.finfo(torch.float64 if wide else torch.float32))
     cos = torch.where(looking, cos, torch.full_like(cos, math.nan))
     return torch.where(tokens.valid, cos, torch.zeros_like(cos)).reshape(response_mask.shape)
+
+
+def _cosine(rows: Tensor, mean: Tensor, numbers: torch.finfo) -> Tensor:
+    """Cosines of rows ``[N, D]`` of each; infinite where a number on the way to one is none of ``numbers``."""
+    dot = (rows * mean).sum(-1)
+    one, other = torch.linalg.vector_norm(rows, dim=-1), torch.linalg.vector_norm(mean, dim=-1)
+    cos = dot / (one * other).clamp(min=NORM_FLOOR)
+    # The square of a smaller norm has lost bits, which matters beside a norm so large that the floor does not decide.
+    least, most = math.sqrt(2 * numbers.tiny / numbers.eps), math.sqrt(numbers.max)
+    smaller, larger = torch.minimum(one, other), torch.maximum(one, other)
+    lost = (smaller < least) & (larger > NORM_FLOOR / least) & (dot != 0)
+    known = torch.isfinite(cos) & (larger < most) & ~lost
+    return torch.where(known, cos, torch.full_like(cos, math.inf))
 
 
 def images_of(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None, causal: bool) -> Tensor:

@@ -11,6 +11,8 @@ from vgpo_kernels.config import VGPOConfig
 from vgpo_kernels.reference.layout import Tokens, tokens_of
 
 EPSILON = 1e-8
+LARGEST_SIGNAL = 1024.0  # a cosine beyond it is broken, and spoils its response
+POSITION_SLACK = 1e-6  # a position one rounding error below where the schedule begins still counts
 
 
 def visual_weights(
@@ -33,18 +35,19 @@ def visual_weights(
     tokens = tokens_of(response_mask, cu_seqlens)
     flat = torch.where(tokens.valid, cos.reshape(-1).to(dtype), torch.zeros_like(cos.reshape(-1), dtype=dtype))
     with_image = torch.ones_like(tokens.length, dtype=torch.bool) if has_visual is None else has_visual
-    # Leading NaNs are tokens before the first image: no signal. Anything else that is not finite spoils a response.
+    # Leading NaNs are tokens before the first image: no signal. Anything else that is no cosine spoils a response.
     ordinal = torch.where(torch.isnan(flat), math.inf, tokens.ordinal.to(dtype))
     start = torch.minimum(tokens.extreme(ordinal, "amin", math.inf) - 1, tokens.length.to(dtype)).to(torch.int64)
     sighted = tokens.valid & (tokens.ordinal > tokens.spread(start))
-    broken = with_image & (tokens.total((sighted & ~torch.isfinite(flat)).to(dtype)) > 0)
+    signal = flat.abs() <= LARGEST_SIGNAL
+    broken = with_image & (tokens.total((sighted & ~signal).to(dtype)) > 0)
     weighted = with_image & ~broken & (start < tokens.length)
     # The cosines of responses that are not weighted must not reach any arithmetic.
     active = sighted & tokens.spread(weighted)
     usable = torch.where(active, flat, torch.zeros_like(flat))
     counted = tokens._replace(valid=active)
 
-    rho = _focus(flat, usable, sighted & tokens.spread(with_image), settings)
+    rho = _focus(usable, settings)
     gate = _gate(usable, active, tokens, start, settings)
     w = rho * (1 + gate * _schedule(tokens, settings, dtype))
     low, high = counted.extreme(w, "amin", math.inf), counted.extreme(w, "amax", -math.inf)
@@ -115,15 +118,13 @@ def _group_counts(weighted: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
     return (sizes > 0).sum(), (sizes == 1).sum()
 
 
-def _focus(flat: Tensor, usable: Tensor, sighted: Tensor, settings: VGPOConfig) -> Tensor:
-    """Visual focus rho of each token."""
+def _focus(usable: Tensor, settings: VGPOConfig) -> Tensor:
+    """Visual focus rho of each token; ``usable`` is 0 where a token takes no part."""
     if settings.score == "affine":
         return (1 + usable) / 2
     if settings.score_offset is not None:
         return usable - settings.score_offset
-    finite = sighted & torch.isfinite(flat)
-    candidates = torch.cat([torch.where(finite, flat, torch.zeros_like(flat)), flat.new_zeros(1)])
-    return usable - candidates.amin()
+    return usable - torch.cat([usable, usable.new_zeros(1)]).amin()
 
 
 def _schedule(tokens: Tokens, settings: VGPOConfig, dtype: torch.dtype) -> Tensor:
@@ -135,12 +136,13 @@ def _schedule(tokens: Tokens, settings: VGPOConfig, dtype: torch.dtype) -> Tenso
         position = (ordinal - 1) / (length - 1 + EPSILON)
     ramp = (position - settings.start_ratio) / (1 - settings.start_ratio + EPSILON)
     if settings.schedule == "linear":
-        strength = ramp
+        strength = ramp.clamp(min=0)
     elif settings.schedule == "exponential":
         strength = ramp.clamp(0, 1) ** settings.exponent
     else:
-        strength = (position >= settings.step_ratio - 1e-6).to(dtype)
-    return torch.where(position < settings.start_ratio, torch.zeros_like(strength), settings.beta * strength)
+        strength = (position >= settings.step_ratio - POSITION_SLACK).to(dtype)
+    before = position < settings.start_ratio - POSITION_SLACK
+    return torch.where(before, torch.zeros_like(strength), settings.beta * strength)
 
 
 def _gate(usable: Tensor, active: Tensor, tokens: Tokens, start: Tensor, settings: VGPOConfig) -> Tensor:
@@ -168,9 +170,9 @@ def _clamp(factor: Tensor, bounds: tuple[float, float] | None) -> Tensor:
 
 
 def _metrics(usable: Tensor, rho: Tensor, gate: Tensor, counted: Tokens, tokens: Tokens, weighted: Tensor) -> Tensor:
-    """focus_mean, gate_rate, late_early_ratio of the tokens that are counted."""
+    """focus_mean, gate_rate, late_early_ratio of the tokens that are counted; the mean of nothing is NaN."""
     share = counted.valid.to(usable.dtype)
-    number = share.sum().clamp(min=1)
+    number = share.sum()
     late = tokens.ordinal > tokens.spread((tokens.length + 1) // 2)
 
     def half(chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,6 +187,6 @@ def _metrics(usable: Tensor, rho: Tensor, gate: Tensor, counted: Tokens, tokens:
         [
             (usable * share).sum() / number,
             (gate * share).sum() / number,
-            ratio.sum() / defined.sum().clamp(min=1),
+            ratio.sum() / defined.sum().to(ratio.dtype),
         ]
     )

@@ -24,25 +24,25 @@ RANGE_FLOOR = tl.constexpr(1e-8)  # keeps a min-max normalisation of equal value
 # Sums that a response's factors depend on are taken over 64-bit fixed-point numbers. Integer addition is associative,
 # so neither padding nor packing nor the block size changes a bit of them.
 UNIT_SCALE = tl.constexpr(2.0**40)  # for normalised values in [0, 1]
-WEIGHT_SCALE = tl.constexpr(2.0**32)  # for raw weights; a response's sum must stay below 2^31
 FIXED_LIMIT = tl.constexpr(2.0**51)  # a single term saturates here instead of overflowing
 
 
 @triton.jit
-def to_fixed(value, SCALE: tl.constexpr):
-    # Scaling by a power of two is exact, so fp32 arithmetic loses nothing of `value` here.
-    scaled = tl.minimum(tl.maximum(value * SCALE, -FIXED_LIMIT), FIXED_LIMIT)
-    return tl.floor(scaled + 0.5).to(tl.int64)
+def to_fixed(value, scale):
+    # Scaling by a power of two is exact, so fp32 arithmetic loses nothing of `value` here. From 2^23 on numbers are
+    # whole, and adding a half would round odd ones up.
+    scaled = tl.minimum(tl.maximum(value * scale, -FIXED_LIMIT), FIXED_LIMIT)
+    return tl.floor(scaled + tl.where(tl.abs(scaled) < 8388608.0, 0.5, 0.0)).to(tl.int64)
 
 
 @triton.jit
-def from_fixed(total, SCALE: tl.constexpr):
-    return (total.to(tl.float64) / SCALE).to(tl.float32)
+def from_fixed(total, scale):
+    return (total.to(tl.float64) / scale).to(tl.float32)
 
 
 @triton.jit
-def mean_from_fixed(total, SCALE: tl.constexpr, count):
-    return (total.to(tl.float64) / SCALE / count.to(tl.float64)).to(tl.float32)
+def mean_from_fixed(total, scale, count):
+    return (total.to(tl.float64) / scale / count.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit

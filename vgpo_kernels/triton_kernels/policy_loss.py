@@ -41,15 +41,8 @@ from vgpo_kernels.triton_kernels.common import (
     token_range,
     wrap_triton,
 )
-from vgpo_kernels.triton_kernels.visual_weights import (
-    SCORE,
-    STATISTICS,
-    WEIGHTED,
-    field_of,
-    group_weight,
-    store_focus_metrics,
-    token_factor,
-)
+from vgpo_kernels.triton_kernels.responses import SCORE, STATISTICS, WEIGHTED
+from vgpo_kernels.triton_kernels.visual_weights import field_of, group_weight, store_focus_metrics, token_factor
 
 # Columns of a block's partial results, fp32 [slots, PARTIALS]: the metrics in their order up to the number of tokens,
 # then the loss. The first metric is the sum of the next two, so that its place is free for the last one.

@@ -1,5 +1,7 @@
 """From hidden states to the loss and its gradient in Triton: six launches, four where the prototypes are given.
 
+One more, before (4), where scores are offset by the batch's smallest cosine: it must know which responses are weighted.
+
 1. List the visual tokens of each response.          (not where prototypes are given)
 2. Sum them to prototypes.                           (not where prototypes are given)
 3. Cosines, one program per block of tokens.
@@ -23,8 +25,9 @@ from vgpo_kernels.config import PolicyLossOptions, VGPOConfig
 from vgpo_kernels.reference.policy_loss import LossArguments
 from vgpo_kernels.triton_kernels.common import operator
 from vgpo_kernels.triton_kernels.policy_loss import FactorSource, launch_loss
+from vgpo_kernels.triton_kernels.responses import launch_responses
 from vgpo_kernels.triton_kernels.visual_focus import launch_focus
-from vgpo_kernels.triton_kernels.visual_weights import factor_settings, launch_responses, needs_minima
+from vgpo_kernels.triton_kernels.visual_weights import factor_settings
 
 
 @operator
@@ -42,10 +45,8 @@ def vgpo_loss(
     """Return the loss, its gradients w.r.t. logp and entropy (empty without), and the metrics."""
     settings, arguments = VGPOConfig.from_floats(config), LossArguments(**loss_arguments)
     mask, boundaries = arguments.response_mask, arguments.cu_seqlens
-    cos, minima = launch_focus(
-        hidden, visual_mask, mask, boundaries, prototype, prototype_index, causal, with_minima=needs_minima(settings)
-    )
+    cos = launch_focus(hidden, visual_mask, mask, boundaries, prototype, prototype_index, causal)
     # A response without an image says so by its cosines.
-    w, statistics, lengths = launch_responses(cos, mask, None, boundaries, minima, settings)
+    w, statistics, lengths = launch_responses(cos, mask, None, boundaries, settings)
     source = FactorSource(w, statistics, group_ids, factor_settings(settings))
     return launch_loss(arguments, PolicyLossOptions.from_floats(options), lengths, source=source)

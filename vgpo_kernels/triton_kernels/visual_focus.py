@@ -49,6 +49,9 @@ from vgpo_kernels.triton_kernels.prototypes import (
 )
 
 NORM_FLOOR = tl.constexpr(1e-8)
+# The square of a smaller norm has lost bits, which matters beside a norm so large that the floor does not decide.
+LEAST_NORM = tl.constexpr(2.0**-51)
+LARGE_NORM = tl.constexpr(1e-8 * 2.0**51)
 
 
 def focus_tile(features: int) -> Tile:
@@ -71,7 +74,6 @@ def focus_kernel(
     span_counts,
     sums,  # from prototype_kernel
     cos,  # out: mask's shape
-    minima,  # out: the smaller of 0 and a slot's smallest finite cosine, or None
     batch,
     rows,  # S or N
     tokens,  # T or N
@@ -145,13 +147,10 @@ def focus_kernel(
                     OWN_COLUMNS,
                 )
                 cosine = tl.where(late, own, cosine)
-    cosine = tl.where(is_finite(cosine), cosine, float("inf"))
     # In one condition the two would keep registers busy while rows are read.
     cosine = tl.where(shown, tl.where(seeing, cosine, float("nan")), float("nan"))
     cosine = tl.where(scored, cosine, 0.0)
     tl.store(cos + token, cosine, mask=token < end)
-    if minima is not None:
-        tl.store(minima + slot, tl.min(tl.where(is_finite(cosine), tl.minimum(cosine, 0.0), 0.0)))
 
 
 @triton.jit
@@ -269,8 +268,13 @@ def own_cosines(
 
 @triton.jit
 def cosine_of(dot, square, mean_square):
-    norms = tl.sqrt_rn(square) * tl.sqrt_rn(mean_square)
-    return tl.div_rn(dot, tl.maximum(norms, NORM_FLOOR))
+    """Cosine from its sums; infinite where they are not finite, or a norm leaves fp32's range."""
+    norm, mean_norm = tl.sqrt_rn(square), tl.sqrt_rn(mean_square)
+    norms = norm * mean_norm
+    cosine = tl.div_rn(dot, tl.maximum(norms, NORM_FLOOR))
+    lost = (tl.minimum(norm, mean_norm) < LEAST_NORM) & (tl.maximum(norm, mean_norm) > LARGE_NORM)
+    known = is_finite(cosine) & is_finite(norms) & ~(lost & (dot != 0.0))
+    return tl.where(known, cosine, float("inf"))
 
 
 def launch_focus(
@@ -281,13 +285,11 @@ def launch_focus(
     prototype: Tensor | None,
     prototype_index: Tensor | None,
     causal: bool,
-    with_minima: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """Score every response token against the given prototype, or the mean of ``visual_mask``'s tokens.
 
     Returns:
-        Cosines, fp32, in the response mask's shape, and the smaller of 0 and the smallest finite cosine of each slot,
-        or ``None`` if not asked for.
+        Cosines, fp32, in the response mask's shape.
 
     """
     batch, tokens = extent(response_mask, cu_seqlens)
@@ -301,7 +303,6 @@ def launch_focus(
     tile = focus_tile(features)
     slots = num_slots(tokens, batch, cu_seqlens, tile.rows)
     cos = hidden.new_empty(response_mask.shape, dtype=torch.float32)
-    minima = hidden.new_empty((slots,), dtype=torch.float32) if with_minima else None
     batch_stride, row_stride = hidden_strides(hidden)
     with device_guard(hidden):
         wrap_triton(focus_kernel)[(slots,)](
@@ -316,7 +317,6 @@ def launch_focus(
             span_counts,
             sums,
             cos,
-            minima,
             batch,
             rows,
             tokens,
@@ -331,7 +331,7 @@ def launch_focus(
             OWN_COLUMNS=max(tile.columns // 2, 16),
             num_warps=tile.warps,
         )
-    return cos, minima
+    return cos
 
 
 @operator
@@ -348,4 +348,4 @@ def visual_prototype(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | N
 @operator
 def visual_focus(**given: Any) -> Tensor:
     """Cosine between each response token's hidden state and its image's prototype, fp32; 0 off the mask."""
-    return launch_focus(**given)[0]
+    return launch_focus(**given)

@@ -5,22 +5,21 @@ inline Vector in_lanes(int lanes, Vector v, float elsewhere) {
     return lanes == Vector::kWidth ? v : select(first_lanes(lanes), v, Vector(elsewhere));
 }
 
-inline bool all_finite(const float* values, int64_t length) {
+inline bool all_signals(const float* cos, int64_t length) {
     for (int64_t i = 0; i < length; i += Vector::kWidth) {
-        if (any(!is_finite(load_first(values + i, lanes_of(i, length))))) return false;
+        if (any(!is_signal(load_first(cos + i, lanes_of(i, length))))) return false;
     }
     return true;
 }
 
-inline float smallest_finite(const float* values, int64_t length) {
+inline float smallest(const float* values, int64_t length) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    Vector smallest(kInfinity);
+    Vector result(kInfinity);
     for (int64_t i = 0; i < length; i += Vector::kWidth) {
         const int lanes = lanes_of(i, length);
-        const Vector value = load_first(values + i, lanes);
-        smallest = minimum(smallest, in_lanes(lanes, select(is_finite(value), value, Vector(kInfinity)), kInfinity));
+        result = minimum(result, in_lanes(lanes, load_first(values + i, lanes), kInfinity));
     }
-    return lowest(smallest);
+    return lowest(result);
 }
 
 // The k-th largest of `length` >= k >= 1 floats, by fixing the bits of its order key from the top: the largest
@@ -55,7 +54,8 @@ inline ResponseWeights response_weights(const float* cos, int64_t first, int64_t
     const Vector zero(0.0f), gate_from(static_cast<float>(gate_first));
     const float late_from = static_cast<float>((length + 1) / 2);
     Vector smallest(kInfinity), largest(-kInfinity);
-    FixedSum weights(kWeightScale);
+    FixedSum weights(config.weight_scale);
+    const Ramp ramp = ramp_of(length, config);
     for (int64_t begin = first; begin < length; begin += kSumBlock) {
         const int64_t end = begin + kSumBlock < length ? begin + kSumBlock : length;
         Vector cos_sum(0.0f), early_sum(0.0f), late_sum(0.0f);
@@ -63,10 +63,9 @@ inline ResponseWeights response_weights(const float* cos, int64_t first, int64_t
             const int lanes = lanes_of(i, end);
             const Mask present = first_lanes(lanes);
             const Vector value = load_first(cos + i, lanes), ordinal = ordinals_from(static_cast<float>(i));
-            const Vector position = relative_position(ordinal, static_cast<float>(length), config);
             const Vector rho = select(present, focus_score(value, offset, config), zero);
             const Mask gate = present & (ordinal >= gate_from) & (value >= Vector(threshold));
-            const Vector weight = compensated_weight(rho, select(gate, compensation(position, config), zero));
+            const Vector weight = compensated_weight(rho, select(gate, compensation(ordinal, ramp, config), zero));
             store_first(w + i, weight, lanes);
             smallest = minimum(smallest, in_lanes(lanes, weight, kInfinity));
             largest = maximum(largest, in_lanes(lanes, weight, -kInfinity));

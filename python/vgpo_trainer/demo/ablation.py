@@ -8,6 +8,7 @@ finished run is a file of its own; an interrupted ablation goes on with the run 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 import time
@@ -335,12 +336,14 @@ def run_one(
     result = reinforce(settings.demo(arm, seed, run.path), display, before=before)
     records = [record for record in read_metrics(run.metrics) if "reward" in record]
     last = records[-LAST_STEPS:]
+    ratios = [record["vgpo/late_early_ratio"] for record in last]
+    ratios = [ratio for ratio in ratios if ratio is not None]
     return Run(
         arm=arm,
         seed=seed,
         accuracy_before=before.accuracy,
         accuracy=result.after.accuracy,
-        late_early_ratio=statistics.fmean(record["vgpo/late_early_ratio"] for record in last),
+        late_early_ratio=statistics.fmean(ratios) if ratios else math.nan,
         reward=statistics.fmean(record["reward"] for record in last),
         steps=result.trainer.state.global_step,
         seconds=round(time.monotonic() - start, 1),

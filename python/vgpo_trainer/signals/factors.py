@@ -27,7 +27,7 @@ class SignalFactors:
         weighted: Whether a response takes part: it has a scored token, an image before one, and a finite signal,
             ``[B]``.
         counted: True at scored tokens of weighted responses that have seen an image, ``[B, T]``.
-        gate_rate: Share of the counted tokens that the gate lets through, 0-dimensional.
+        gate_rate: Share of the counted tokens that the gate lets through, 0-dimensional; NaN without any.
         late_early: Mean score of the second half of a response over that of its first, ``[B]``; NaN where undefined.
         nonfinite: Number of these responses that are unweighted for a signal that is not finite, 0-dimensional.
         groups: Number of groups with a weighted response, over all processes, 0-dimensional.
@@ -66,10 +66,10 @@ def compute_factors(
         process_index: Which of the gathered shares is this one's.
 
     """
-    config = fix_offset(config, values, response_mask, gather)
     batch = values.shape[0]
     # Phase one. Each response is its own group here: phi comes from all processes' scores below.
     each = torch.arange(batch, device=values.device)
+    config = fix_offset(config, values, response_mask, each, gather)
     local = visual_weights(values, response_mask, each, config)
     # Phase two.
     scores, groups = gather(local.score), gather(group_ids)
@@ -104,12 +104,14 @@ def count_groups(group_ids: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fix_offset(
-    config: VGPOConfig, values: Tensor, response_mask: Tensor, gather: Callable[[Tensor], Tensor]
+    config: VGPOConfig, values: Tensor, response_mask: Tensor, each: Tensor, gather: Callable[[Tensor], Tensor]
 ) -> VGPOConfig:
-    """Fix an offset that the config leaves to the batch: the smallest value of the whole rollout batch, or 0."""
+    """Fix an offset that the config leaves to the batch: the smallest value of weighted responses of all, or 0."""
     if config.score != "offset" or config.score_offset is not None:
         return config
-    there = response_mask.bool() & values.isfinite()
+    # Which responses are weighted does not depend on the offset.
+    weighted = visual_weights(values, response_mask, each, replace(config, score_offset=0.0)).score.isfinite()
+    there = response_mask.bool() & weighted[:, None] & ~values.isnan()
     smallest = torch.where(there, values, torch.zeros_like(values)).amin().clamp(max=0)
     return replace(config, score_offset=gather(smallest.reshape(1)).min().item())
 
