@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <utility>
@@ -229,13 +230,15 @@ AttentionTensors ArgumentReader::attention(int64_t num_segments) const {
                       "k must have q's dtype, batch and head size and a divisor of its heads, got ", k.scalar_type(),
                       " ", k.sizes(), " and q ", q.scalar_type(), " ", q.sizes());
     input.window = value<int64_t>("window");
-    TORCH_CHECK_VALUE(num_segments >= 1 && input.window >= 0,
-                      "num_segments must be positive and window not negative, got ", num_segments, " and ",
-                      input.window);
+    TORCH_CHECK_VALUE(num_segments >= 1 && num_segments <= kMostSegments && input.window >= 0,
+                      "num_segments must be in 1..", kMostSegments, " and window not negative, got ", num_segments,
+                      " and ", input.window);
+    const auto scale = value<double>("scale");
+    TORCH_CHECK_VALUE(std::abs(scale) <= kLargestScale, "scale must be finite and within +-2**127, got ", scale);
     input.segments = data<int32_t>("key_segments", input.token_shape(input.k));
     input.positions = data<int64_t>("query_positions", input.token_shape(input.q));
     input.num_segments = num_segments;
-    input.scale = static_cast<float>(value<double>("scale"));
+    input.scale = static_cast<float>(scale);
     return input;
 }
 

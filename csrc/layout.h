@@ -48,6 +48,11 @@ struct Layout {
     VGPO_HD int64_t num_rows() const { return cu_seqlens == nullptr ? batch * rows : rows; }
 };
 
+// What attention computes with: a GPU starts no more blocks than 65,535 along the dimension of segments, each of which
+// sums up eight; and kernels multiply the scale by log2(e) in float.
+constexpr int64_t kMostSegments = 65535 * 8;
+constexpr double kLargestScale = 0x1p127;
+
 // How attention_heatmap labels its keys: shown, or another.
 constexpr int kLabels = 2, kShown = 1;
 

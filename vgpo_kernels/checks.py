@@ -21,9 +21,9 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 INDEX_DTYPES = (torch.int64, torch.int32)
 VISIBILITIES: tuple[str, ...] = get_args(Visibility)
 
-# The largest integer of an operator's argument, and the largest of an int32: the dtype of segments.
-_LARGEST = 2**63 - 1
-MOST_SEGMENTS = 2**31 - 1
+_LARGEST = 2**63 - 1  # integer of an operator's argument
+MOST_SEGMENTS = 65535 * 8  # a GPU starts no more blocks than 65,535 along this dimension, and each sums up 8 segments
+LARGEST_SCALE = 2.0**127  # kernels multiply it by log2(e) in float32
 
 
 def describe(tensor: Tensor) -> str:
@@ -449,8 +449,8 @@ def attention_scale(value: object, head_size: int) -> float:
         return float(head_size**-0.5)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"scale must be finite, got {value}")
+    if not abs(value) <= LARGEST_SCALE:
+        raise ValueError(f"scale must be finite and within +-2**127, got {value}")
     return float(value)
 
 

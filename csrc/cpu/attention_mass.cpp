@@ -150,9 +150,13 @@ at::Tensor head_of(const at::Tensor& tensor, const Heads& layout, int64_t b, int
     return tensor.narrow(0, layout.boundaries[b], layout.tokens(b)).select(1, head);
 }
 
+// Zeros in place of NaN and infinities. A query and a key that do not see each other have a slope of zero, which times
+// NaN would be NaN. Where they do, the slope is NaN itself.
+at::Tensor finite_part(const at::Tensor& rows) { return at::nan_to_num(rows, 0.0, 0.0, 0.0); }
+
 // Gradients of attention by recomputation, a tile of queries after the other: the scores' gradient is
-// p (g - <p, g>), where g is the gradient of the probabilities p. slopes(index, token, probabilities) turns a row of
-// p, in the order of keys, into that.
+// p (g - <p, g>), where g is the gradient of the probabilities p. slopes(order, head, token, seen, row) turns the
+// probabilities of the keys that a query sees, of each run seen[run] = [begin, end) of the row, into that.
 template <typename Slopes>
 void backward_of_head(const AttentionTensors& input, int64_t b, int64_t key_head, const at::Tensor& q,
                       const at::Tensor& k, const float* lse, const Slopes& slopes, at::Tensor& grad_q,
@@ -164,6 +168,7 @@ void backward_of_head(const AttentionTensors& input, int64_t b, int64_t key_head
     if (tokens == 0 || count == 0) return;
     const at::Tensor chosen = at::tensor(order.keys(), at::kLong);
     const at::Tensor keys = head_of(k, input.k, b, key_head).index_select(0, chosen).to(at::kFloat);
+    const at::Tensor finite_keys = finite_part(keys);
     at::Tensor grad_keys = at::zeros_like(keys);
     const int64_t tile = std::clamp<int64_t>(kTileFloats / count, 1, tokens);
     for (int64_t head = key_head * input.group(); head < (key_head + 1) * input.group(); ++head) {
@@ -175,21 +180,24 @@ void backward_of_head(const AttentionTensors& input, int64_t b, int64_t key_head
             at::Tensor scores = at::mm(queries, keys.t()).mul_(input.scale);
             float* rows = scores.mutable_data_ptr<float>();
             at::parallel_for(0, length, 8, [&](int64_t first, int64_t last) {
+                std::vector<Run> seen;  // of the row's keys, without empty ones
                 for (int64_t r = first; r < last; ++r) {
                     float* row = rows + r * count;
                     const int64_t token = begin + r, index = input.query_index(b, head, token);
+                    seen.clear();
                     for (const Run& run : order.segments()) {
-                        const KeyOrder::Range seen = order.visible(run, input.position(b, token), input.window);
-                        std::fill(row + run.begin, row + seen.begin, 0.0f);
-                        kernels().probabilities(row, seen.begin, seen.end, lse[index]);
-                        std::fill(row + seen.end, row + run.end, 0.0f);
+                        const KeyOrder::Range range = order.visible(run, input.position(b, token), input.window);
+                        std::fill(row + run.begin, row + range.begin, 0.0f);
+                        kernels().probabilities(row, range.begin, range.end, lse[index]);
+                        std::fill(row + range.end, row + run.end, 0.0f);
+                        if (!range.empty()) seen.push_back({run.segment, range.begin, range.end});
                     }
-                    slopes(order, head, token, row);
+                    slopes(order, head, token, seen, row);
                 }
             });
             scores.mul_(input.scale);
-            grad_queries.narrow(0, begin, length).copy_(at::mm(scores, keys));
-            grad_keys.addmm_(scores.t(), queries);
+            grad_queries.narrow(0, begin, length).copy_(at::mm(scores, finite_keys));
+            grad_keys.addmm_(scores.t(), finite_part(queries));
         }
     }
     head_of(grad_k, input.k, b, key_head).index_copy_(0, chosen, grad_keys.to(grad_k.scalar_type()));
@@ -280,11 +288,11 @@ Tensors attention_mass_backward(const ArgumentReader& reader) {
     const float* masses = reader.data<float>("head_mass", shape);
     const float* grads = reader.data<float>("grad_mass", shape);
     return backward(reader, input, lse, [&](int64_t b) {
-        return [&, b](const KeyOrder& order, int64_t head, int64_t token, float* row) {
+        return [&, b](const KeyOrder&, int64_t head, int64_t token, const std::vector<Run>& seen, float* row) {
             const int64_t index = input.query_index(b, head, token) * segments;
             float mean = 0.0f;
-            for (int64_t g = 0; g < segments; ++g) mean += masses[index + g] * grads[index + g];
-            for (const Run& run : order.segments()) {
+            for (const Run& run : seen) mean += masses[index + run.segment] * grads[index + run.segment];
+            for (const Run& run : seen) {
                 const float slope = grads[index + run.segment] - mean;
                 for (int64_t i = run.begin; i < run.end; ++i) row[i] *= slope;
             }
@@ -324,16 +332,20 @@ Tensors attention_heatmap_backward(const ArgumentReader& reader) {
     const float* grads = reader.data<float>("grad_heat", input.head_shape(input.k));
     const float* weights = reader.data<float>("query_weights", input.token_shape(input.q));
     return backward(reader, input, lse, [&](int64_t b) {
-        return [&, b](const KeyOrder& order, int64_t head, int64_t token, float* row) {
+        return [&, b](const KeyOrder& order, int64_t head, int64_t token, const std::vector<Run>& seen, float* row) {
             const float* grad = grads + input.key_index(b, head, 0);
             const float weight = weights[input.q.first(b) + token];
+            if (weight == 0.0f) {  // the query is not read
+                for (const Run& run : seen) std::fill(row + run.begin, row + run.end, 0.0f);
+                return;
+            }
             // A key that is not shown gets no gradient itself, but shares in the denominator.
             double mean = 0.0;
-            for (const Run& run : order.segments()) {
+            for (const Run& run : seen) {
                 if (run.segment != kShown) continue;
                 for (int64_t i = run.begin; i < run.end; ++i) mean += static_cast<double>(row[i]) * grad[order.keys()[i]];
             }
-            for (const Run& run : order.segments()) {
+            for (const Run& run : seen) {
                 for (int64_t i = run.begin; i < run.end; ++i) {
                     const float own = run.segment == kShown ? grad[order.keys()[i]] : 0.0f;
                     row[i] *= weight * (own - static_cast<float>(mean));

@@ -76,6 +76,16 @@ __device__ __forceinline__ void store_gradients(const GradientSums& sums, int ha
     }
 }
 
+__device__ __forceinline__ bool all_finite(const GradientSums& sums) {
+    bool finite = true;
+#pragma unroll
+    for (const auto& block : sums) {
+#pragma unroll
+        for (const float sum : block) finite = finite && is_finite(sum);
+    }
+    return finite;
+}
+
 // Whole steps of components from `component` on, as many as a block keeps.
 template <typename T>
 __device__ __forceinline__ int kept_components(const TileShape<T>& shape, int component) {
@@ -85,8 +95,12 @@ __device__ __forceinline__ int kept_components(const TileShape<T>& shape, int co
 
 // ---- gradient of the queries -----------------------------------------------------------------------------------
 
+// Of a multiprocessor: in fp32 a warp holds half the rows of a tile, so a third fits into the registers.
 template <typename T>
-__global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
+constexpr int kQueryGradientBlocks = sizeof(T) == 2 ? kAttentionBlocks : 3;
+
+template <typename T>
+__global__ void __launch_bounds__(kAttentionThreads, kQueryGradientBlocks<T>)
     attention_query_gradient_kernel(const __grid_constant__ AttentionGradientArguments<T> arguments) {
     constexpr int kRows = block_rows(1), kBlocks = kStreamRows<T> / 8;
     const AttentionInput<T>& input = arguments.input;
@@ -111,20 +125,25 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
     for (int h = 0; h < 2; ++h) {
         const int row = warp_row + 8 * h + quad_index();
         positions[h] = rows.position(row);
-        own.merge(Positions::of(positions[h]));
         grads[h] = arguments.grad;
         if (row >= rows.count) continue;
         const int64_t index = rows.head_token(row);
         logarithms[h] = arguments.lse[index] * kLog2E;
         if (arguments.heatmap()) {
             weights[h] = arguments.weights[rows.token_begin + rows.token(row)];
+            if (weights[h] == 0.0f) positions[h] = -1;
             grads[h] += input.head_index(block.response, keys.token_begin, key_head * group + row % group, input.keys);
         } else {
             grads[h] += index * num_segments;
             const float* masses = arguments.mass + index * num_segments;
-            for (int g = quad_place(); g < num_segments; g += 4) means[h] += masses[g] * grads[h][g];
+            for (int g = quad_place(); g < num_segments; g += 4) {
+                // A mass of zero is a constant, whose gradient may be anything.
+                if (masses[g] != 0.0f) means[h] += masses[g] * grads[h][g];
+            }
         }
     }
+    own.merge(Positions::of(positions[0]));
+    own.merge(Positions::of(positions[1]));
     own = warp_reduce(own);
 
     copy_rows<T>(
@@ -178,8 +197,9 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
 
     GradientSums sums = {};
     const int components = kept_components(shape, component);
-    const auto add = [&](const unsigned char* tile, const KeyInfo* infos, int first_key) {
-        if (!own.reach(first_key, kStreamRows<T>, window)) return;
+    bool finite_keys = false;  // take what is not finite of a key as zero
+    const auto add = [&](unsigned char* tile, const KeyInfo* infos, int first_key) {
+        if (!finite_keys && !own.reach(first_key, kStreamRows<T>, window)) return;
         float slopes[kBlocks][4];
         probabilities(tile, infos, first_key, [&](int j, int c, int h, int key, int segment, float probability) {
             float slope = 0.0f;
@@ -189,9 +209,22 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
             }
             slopes[j][c] = probability == 0.0f ? 0.0f : probability * (slope - means[h]);
         });
+        if (finite_keys) clear_not_finite<T>(tile, shape);
         add_gradients<T>(slopes, tile, shape, component, components, sums);
     };
-    stream_rows(keys.data, input.aligned, shape, shared, first, end, describe, add);
+    // A slope of zero times NaN is NaN: a key that is not finite shows in queries of the block that do not see it. It is
+    // rare, so only then the keys are looked at.
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+        stream_rows(keys.data, input.aligned, shape, shared, first, end, describe, add);
+        if (finite_keys || __syncthreads_or(!all_finite(sums)) == 0) break;
+        finite_keys = true;
+#pragma unroll
+        for (auto& block : sums) {
+#pragma unroll
+            for (float& sum : block) sum = 0.0f;
+        }
+    }
 
     const int64_t query_begin = input.packed() ? rows.token_begin : 0;
     T* grad_q = arguments.grad_q.at(input.packed(), block.response, query_begin, key_head * group);
@@ -245,11 +278,13 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
             if (row >= rows.count) return info;
             const int64_t index = rows.head_token(row);
             info.position = rows.position(row);
-            info.offset = info.position < 0 ? -1 : rows.offset(row);
             info.logarithm = arguments.lse[index] * kLog2E;
+            // Without a visible key -inf, with a NaN NaN: then the slopes say all, and the query must not be read.
+            info.offset = info.position < 0 || !is_finite(info.logarithm) ? -1 : rows.offset(row);
             info.mean = arguments.means[index];
             if (arguments.heatmap()) {
                 info.weight = arguments.weights[rows.token_begin + rows.token(row)];
+                if (info.weight == 0.0f) info.position = -1;
                 const int head = key_head * group + row % group;
                 info.grad = input.head_index(block.response, keys.token_begin, head, input.keys);
             } else {

@@ -22,13 +22,18 @@ HeadTensor<T> gradient_of(at::Tensor& gradient) {
             gradient.stride(packed ? 0 : 2)};
 }
 
+// Of a grid's third dimension.
+constexpr int64_t kMostBlocksAlongZ = 65535;
+
 // Queries and keys for kernels of element type T, which count in 32 bits.
 template <typename T>
 AttentionInput<T> attention_input(const AttentionTensors& given) {
     const int64_t rows = given.q.length * given.group();
-    TORCH_CHECK_VALUE(rows <= kMostRows && given.k.length <= kMostRows && given.num_segments <= kMostRows, "more than ",
-                      kMostRows, " queries times heads of a group, keys or segments: ", rows, ", ", given.k.length,
-                      " and ", given.num_segments);
+    // Of so many keys twice as many positions differ in what they see.
+    constexpr int64_t kMostKeys = int64_t{1} << 30;
+    TORCH_CHECK_VALUE(rows <= kMostRows && given.k.length <= kMostKeys, "more than ", kMostRows,
+                      " queries times heads of a group or ", kMostKeys, " keys: ", rows, " and ", given.k.length);
+    static_assert(kMostSegments / kBlockSegments == kMostBlocksAlongZ);
     AttentionInput<T> input = {};
     input.q = head_tensor<T>(given.q);
     input.k = head_tensor<T>(given.k);
@@ -45,7 +50,8 @@ AttentionInput<T> attention_input(const AttentionTensors& given) {
     input.positions = given.positions;
     input.num_segments = static_cast<int>(given.num_segments);
     input.scale = given.scale;
-    input.window = static_cast<int>(std::min(given.window, kMostRows));
+    input.window = static_cast<int>(std::min(given.window, std::max<int64_t>(given.k.length, 1)));
+    input.longer = given.window - input.window;
     return input;
 }
 

@@ -287,9 +287,9 @@ struct RowRange {
 template <typename T>
 __device__ RowRange rows_that_see(const QueryRows<T>& rows, int key, int count, int window) {
     if (rows.positions != nullptr) return {0, rows.count};
-    const int64_t oldest = static_cast<int64_t>(key) - rows.first_position;
+    const int64_t oldest = static_cast<int64_t>(key) - rows.first_position();
     const int64_t newest = window == 0 ? INT32_MAX : oldest + count - 1 + window;
-    const int tokens = rows.count / rows.group;
+    const int tokens = rows.tokens;
     const int64_t first = oldest < 0 ? 0 : (oldest > tokens ? tokens : oldest);
     const int64_t end = newest < first ? first : (newest > tokens ? tokens : newest);
     return {static_cast<int>(first) * rows.group, static_cast<int>(end) * rows.group};

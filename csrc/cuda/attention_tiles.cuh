@@ -60,7 +60,8 @@ struct AttentionInput {
     const int64_t* positions;         // [B, T] or [N]; null: queries are the last ones
     int num_segments;                 // G
     float scale;
-    int window;                       // 0: none
+    int window;                       // 0: none; at most as long as all keys
+    int64_t longer;                   // by how much the caller's window is longer than all keys
 
     __host__ __device__ int group() const { return heads / key_heads; }
     __device__ bool packed() const { return query_boundaries != nullptr; }
@@ -134,7 +135,10 @@ struct QueryRows {
     const int64_t* positions;  // of the response, or null
     int count;                 // of rows
     int group;
-    int first_position;        // of the first query, where there are no positions
+    int key_count;
+    int window;                // 0: none
+    int64_t longer;            // by how much the caller's window is longer than all keys
+    int tokens;                // without positions these are the last of the keys
     int64_t token_begin;       // flat index of the first query
     int64_t head_begin;        // index of the first query and head in arrays of one entry per head and query
     int64_t head_length;       // distance of heads there
@@ -142,11 +146,17 @@ struct QueryRows {
     __device__ int token(int row) const { return row / group; }
     __device__ int64_t offset(int row) const { return token(row) * token_stride + row % group * head_stride; }
     __device__ int64_t head_token(int row) const { return head_begin + row % group * head_length + token(row); }
+    // The position of the first query, where there are no positions.
+    __device__ int first_position() const { return key_count - tokens; }
     // -1: sees nothing, or is no row at all.
     __device__ int position(int row) const {
         if (row >= count) return -1;
-        const int64_t given = positions == nullptr ? first_position + token(row) : positions[token(row)];
-        return static_cast<int>(given < -1 ? -1 : (given > INT32_MAX ? INT32_MAX : given));
+        const int64_t given = positions == nullptr ? first_position() + token(row) : positions[token(row)];
+        if (given < key_count) return static_cast<int>(given < -1 ? -1 : given);
+        // Behind the last key: the nearest position there that sees the same keys, which fits into 32 bits.
+        if (window == 0) return key_count - 1;
+        const int64_t oldest = given - longer - window + 1;
+        return static_cast<int>(oldest < 0 ? 0 : (oldest > key_count ? key_count : oldest)) + window - 1;
     }
 };
 
@@ -185,7 +195,10 @@ __device__ QueryRows<T> query_rows(const AttentionInput<T>& input, int64_t respo
             input.positions == nullptr ? nullptr : input.positions + span.begin,
             span.count * group,
             group,
-            key_count - span.count,
+            key_count,
+            input.window,
+            input.longer,
+            span.count,
             span.begin,
             input.head_index(response, span.begin, head, input.queries),
             input.queries};
@@ -288,6 +301,22 @@ struct SharedTiles {
         infos = reinterpret_cast<Info*>(streamed + 2 * kStreamRows<T> * pitch);
     }
 };
+
+// Puts zeros in place of what is not finite in a streamed tile. All threads of the block call this together.
+template <typename T>
+__device__ void clear_not_finite(unsigned char* tile, const TileShape<T>& shape) {
+    __syncthreads();  // others may still read the tile
+    const int vectors = shape.vectors();
+    for (int i = static_cast<int>(threadIdx.x); i < kStreamRows<T> * vectors; i += kAttentionThreads) {
+        T* numbers = reinterpret_cast<T*>(tile + i / vectors * shape.pitch) + i % vectors * kVectorWidth<T>;
+        float values[kVectorWidth<T>];
+        unpack(*reinterpret_cast<const uint4*>(numbers), numbers, values);
+        for (int j = 0; j < kVectorWidth<T>; ++j) {
+            if (!is_finite(values[j])) store_float(numbers + j, 0.0f);
+        }
+    }
+    __syncthreads();
+}
 
 // Streams rows [first, end) past the block, `first` being a multiple of a tile's rows. describe(row) says what there is
 // to say of a row, use(tile, infos, first) is called with each tile. Nothing of what the block wrote to its own rows

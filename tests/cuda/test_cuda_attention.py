@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import test_attention_edges
 import test_attention_mass
 import torch
 from emulation.harness import EmulationError, Emulator, Shape
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from vgpo_kernels.reference import attention_mass as reference
 
-adopt(globals(), test_attention_mass)
+adopt(globals(), test_attention_mass, test_attention_edges)
 
 SCALE = 0.2
 SHAPES = {

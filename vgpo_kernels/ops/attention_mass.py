@@ -34,7 +34,9 @@ def attention_mass(
 
     ``mass[t, g]`` is the sum of ``softmax(scale q_t k^T)`` over the visible keys of segment g; the usual segments are
     image, question and generated text. It goes over the keys in blocks, as flash attention does, and needs no values:
-    there is never an array of queries by keys. Differentiable in q and k (first derivatives), by recomputation.
+    there is never an array of queries by keys. Differentiable in q and k (first derivatives), by recomputation. A query
+    that sees no key and a key that no query sees may hold NaN: they show in no result, and in no gradient but their
+    own, which is zero.
 
     Args:
         q: Queries ``[B, Hq, T, d]``, or packed ``[N, Hq, d]``; float32, bfloat16 or float16, after position embedding.
@@ -42,12 +44,14 @@ def attention_mass(
             order; do not repeat keys.
         key_segments: Segment of each key, integer ``[B, S]`` or ``[M]``, below ``num_segments``. Keys with a negative
             segment are ignored and not read; padding needs one.
-        num_segments: Number of segments G.
-        query_positions: Position of each query among the keys of its response, integer ``[B, T]`` or ``[N]``. A query
-            sees the keys up to its position; with a negative one, none. Default: queries are the last T positions.
+        num_segments: Number of segments G, at most 524,280: a GPU goes over the keys again for every eight, in blocks
+            of their own, and a grid has no more.
+        query_positions: Position of each query among the keys of its response, any integer, ``[B, T]`` or ``[N]``. A
+            query sees the keys up to its position; with a negative one, none. It may lie behind the last key. Default:
+            queries are the last T positions.
         cu_seqlens_q: Boundaries of packed queries, int32 or int64 ``[B + 1]``.
         cu_seqlens_k: Boundaries of packed keys, likewise.
-        scale: Factor of the scores; by default ``1 / sqrt(d)``.
+        scale: Factor of the scores, within +-2**127, so that kernels hold it in float32; by default ``1 / sqrt(d)``.
         window: Number of positions that a query sees at most, with its own, as in sliding-window layers; ``None``: all.
         per_head: Return the masses of every head instead of their mean.
 
@@ -101,7 +105,8 @@ def attention_heatmap(
     """Causal softmax attention that each key receives, averaged over queries: a map of what the queries look at.
 
     The softmax is over all visible keys; ``key_mask`` chooses those to return, such as the image's. There is never an
-    array of queries by keys. Differentiable in q and k (first derivatives), by recomputation.
+    array of queries by keys. Differentiable in q and k (first derivatives), by recomputation. Rows that take no part
+    may hold NaN, as in :func:`attention_mass`.
 
     Args:
         q: Queries ``[B, Hq, T, d]``, or packed ``[N, Hq, d]``; float32, bfloat16 or float16, after position embedding.
@@ -114,7 +119,7 @@ def attention_heatmap(
         query_positions: As in :func:`attention_mass`, like the arguments that follow.
         cu_seqlens_q: Boundaries of packed queries, int32 or int64 ``[B + 1]``.
         cu_seqlens_k: Boundaries of packed keys, likewise.
-        scale: Factor of the scores; by default ``1 / sqrt(d)``.
+        scale: Factor of the scores, within +-2**127; by default ``1 / sqrt(d)``.
         window: Number of positions that a query sees at most, with its own; ``None``: all.
         per_head: Return the maps of every head instead of their mean.
 

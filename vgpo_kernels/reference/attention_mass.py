@@ -42,7 +42,10 @@ def attention_mass(
     lse = torch.where(sees[..., 0], nn.functional.pad(scores, (0, 1), value=-torch.inf).logsumexp(-1), -torch.inf)
     segments = torch.arange(num_segments, device=k.device)
     member = (_batch(key_segments, cu_seqlens_k)[:, None, :, None] == segments).to(dtype)
-    head_mass, lse = _unbatch(probability @ member, cu_seqlens_q), _unbatch(lse, cu_seqlens_q)
+    # Where a query sees no key of a segment, its mass is a constant zero, whose gradient must not be read.
+    head_mass = probability @ member
+    head_mass = torch.where((visible.to(dtype) @ member > 0) | head_mass.isnan(), head_mass, 0.0)
+    head_mass, lse = _unbatch(head_mass, cu_seqlens_q), _unbatch(lse, cu_seqlens_q)
     return (head_mass, lse.new_empty(0), lse) if per_head else (head_mass.mean(-3), head_mass, lse)
 
 
@@ -61,12 +64,17 @@ def attention_heatmap(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:  # [B, S], or [B, Hq, S] per head; packed without B
-    """Return the weighted sum over queries of each shown key's attention; 0 for the other keys."""
-    scores, visible = _scores(q, k, key_segments, query_positions, cu_seqlens_q, cu_seqlens_k, 2, scale, window, dtype)
+    """Return the weighted sum over queries of each shown key's attention; 0 for the other keys.
+
+    A query of weight 0 is not read.
+    """
+    layout = (_weighted_positions(q, k, query_positions, query_weights, cu_seqlens_q, cu_seqlens_k), cu_seqlens_q)
+    scores, visible = _scores(q, k, key_segments, *layout, cu_seqlens_k, 2, scale, window, dtype)
     shown = visible & (_batch(key_segments, cu_seqlens_k)[:, None, None] == 1)
     lse, query_weights = (_batch(tensor, cu_seqlens_q).to(dtype) for tensor in (lse, query_weights))
     exponent = torch.where(shown, scores - lse[..., None], -torch.inf)
-    heat = _unbatch((query_weights[:, None, None] @ exponent.exp())[:, :, 0], cu_seqlens_q)
+    received = torch.where(shown, exponent.exp() * query_weights[:, None, :, None], 0.0)
+    heat = _unbatch(received.sum(-2), cu_seqlens_q)
     return heat if per_head else heat.mean(-2)
 
 
@@ -111,6 +119,7 @@ def attention_heatmap_backward(
 ) -> tuple[Tensor, Tensor]:  # of q's and k's shapes
     """Gradients of :func:`attention_heatmap` per head w.r.t. q and k, through the denominator ``lse`` as well."""
     boundaries = (cu_seqlens_q, cu_seqlens_k)
+    query_positions = _weighted_positions(q, k, query_positions, query_weights, *boundaries)
     with torch.enable_grad():
         q, k = (tensor.detach().to(dtype).requires_grad_() for tensor in (q, k))
         keys = (q, k, key_segments, query_positions)
@@ -133,6 +142,21 @@ def default_positions(
         return index + (num_keys - num_queries)
     response, begin = responses_of(num_queries, cu_seqlens_q.shape[0] - 1, cu_seqlens_q, device)
     return index - begin[response] + (cu_seqlens_k.diff() - cu_seqlens_q.diff())[response]
+
+
+def _weighted_positions(
+    q: Tensor,
+    k: Tensor,
+    query_positions: Tensor | None,
+    query_weights: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> Tensor:  # [B, T] or [N]
+    """Positions of queries, -1 for those of weight 0: they see nothing."""
+    if query_positions is None:
+        keys = k.shape[-2 if k.dim() == 4 else 0]
+        query_positions = default_positions(query_weights.shape[-1], keys, cu_seqlens_q, cu_seqlens_k, q.device)
+    return torch.where(query_weights == 0, -1, query_positions)
 
 
 def _scores(
@@ -163,17 +187,20 @@ def _scores(
         q, k = q.transpose(0, 1)[None], k.transpose(0, 1)[None]
     else:
         seen = seen[:, None]
-    distance = _batch(query_positions, cu_seqlens_q)[..., None] - position
+    # A negative position sees nothing, however negative: then no difference overflows.
+    distance = _batch(query_positions.clamp(min=-1), cu_seqlens_q)[..., None] - position
     visible = seen & (distance >= 0) & (distance < window if window else True)
-    # An ignored key may be NaN, and NaN times zero is NaN, also in the gradient of a product. So every NaN is replaced
-    # before the product, and a score is set to NaN where the query sees the key and one of the two has a NaN.
+    # A key that a query does not see may be NaN, and NaN times zero is NaN, also in the gradient of a product. So every
+    # NaN is replaced before the product, and added to the score where the query sees the key and one of the two has it:
+    # there zero times the row is NaN, and so is its gradient.
     batch, heads, queries, size = q.shape
     group = heads // k.shape[1]
     broken = ~q.isfinite().all(-1)[..., None] | ~k.isfinite().all(-1).repeat_interleave(group, 1)[..., None, :]
+    nothing = (q * 0).sum(-1)[..., None] + (k * 0).sum(-1).repeat_interleave(group, 1)[..., None, :]
     q, k = (torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor)).to(dtype) for tensor in (q, k))
     grouped = q.reshape(batch, k.shape[1], group, queries, size)
     scores = (grouped @ k[:, :, None].mT).flatten(1, 2) * scale
-    return scores.masked_fill(broken & visible[:, None], torch.nan), visible[:, None]
+    return scores + torch.where(broken & visible[:, None], nothing, 0.0), visible[:, None]
 
 
 def _batch(tensor: Tensor, cu_seqlens: Tensor | None) -> Tensor:

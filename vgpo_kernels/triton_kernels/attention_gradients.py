@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vgpo_kernels.reference.attention_mass import default_positions
+from vgpo_kernels.reference.layout import responses_of
 from vgpo_kernels.triton_kernels.attention_tiles import (
     LOG2_E,
     SHOWN,
@@ -29,7 +31,7 @@ from vgpo_kernels.triton_kernels.attention_tiles import (
     strides_of,
     visible_keys,
 )
-from vgpo_kernels.triton_kernels.common import device_guard, num_slots, slot_range, token_range, wrap_triton
+from vgpo_kernels.triton_kernels.common import device_guard, is_finite, num_slots, slot_range, token_range, wrap_triton
 
 
 def backward_tile(size: int, dtype: torch.dtype) -> Tile:
@@ -67,13 +69,19 @@ def probability_slopes(
         slope = tl.zeros((ROWS, KEYS), tl.float32)
         lowest = tl.min(tl.where(counted, segment, num_segments))
         highest = tl.max(tl.where(counted, segment, -1))
-        for g in range(lowest, highest + 1):
+        g = lowest
+        while g <= highest:
             column = tl.load(grad + index * num_segments + g, mask=inside, other=0.0)
             slope = tl.where((segment == g)[None, :], column[:, None], slope)
+            # Neighbours mostly have one segment or two. Far apart, the ones between are not gone through.
+            following = g + 1
+            if following < highest:
+                following = tl.min(tl.where(counted & (segment > g), segment, num_segments))
+            g = following
     return slope
 
 
-@triton.jit(do_not_specialize=["batch", "queries", "keys", "window"])
+@triton.jit(do_not_specialize=["batch", "queries", "keys", "window", "longer"])
 def mean_kernel(
     grad,  # of the heat map [B, Hq, S] or [Hq, M]
     q,  # [B, Hq, T, d] or [N, Hq, d]
@@ -96,6 +104,7 @@ def mean_kernel(
     keys,  # S or M
     scale,
     window,  # 0: none
+    longer,  # by how much it is longer than all keys
     SIZE: tl.constexpr,  # d
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -105,18 +114,20 @@ def mean_kernel(
 ):
     response, begin, key_begin, key_count, token, member, inside, position, query, k, labels = query_tile(
         *(q, k, labels, positions, boundaries, key_boundaries, q_batch_stride, q_head_stride, q_token_stride),
-        *(k_batch_stride, k_head_stride, k_token_stride, batch, queries, keys, SIZE, GROUP, ROWS, COMPONENTS),
+        *(k_batch_stride, k_head_stride, k_token_stride, batch, queries, keys, window, longer),
+        *(SIZE, GROUP, ROWS, COMPONENTS),
     )
     head, heads = tl.program_id(1) * GROUP, tl.num_programs(1) * GROUP
     index = member.to(tl.int64) * queries + token
     logarithm = tl.load(of_head(lse, boundaries, response, begin, head, heads, queries) + index, mask=inside, other=0.0)
     logarithm = logarithm * LOG2_E
-    start_key, last_key = key_extent(position, window, key_count, KEYS)
+    weight = tl.load(weights + begin + token, mask=inside, other=0.0)
+    position = tl.where(weight == 0.0, -1, position)
+    first_key, last_key = key_extent(position, window, key_count)
 
     grad = of_head(grad, key_boundaries, response, key_begin, head, heads, keys)
-    weight = tl.load(weights + begin + token, mask=inside, other=0.0)
     mean = tl.zeros((ROWS,), tl.float32)
-    for start in range(start_key, last_key, KEYS):
+    for start in range(first_key // KEYS * KEYS, last_key, KEYS):
         key = start + tl.arange(0, KEYS)
         shown = tl.load(labels + key, mask=key < last_key, other=-1) == SHOWN
         # Only keys that are shown have a gradient of their own.
@@ -124,15 +135,14 @@ def mean_kernel(
             keys_tile = load_keys(k, key, k_token_stride, shown, SIZE, COMPONENTS)
             score = product(query, keys_tile, PRECISION) * (scale * LOG2_E)
             visible = visible_keys(shown, key, position, window)
-            probability = tl.exp2(tl.where(visible, score - logarithm[:, None], -float("inf")))
             received = (member.to(tl.int64) * keys)[:, None] + key[None, :]
             slope = tl.load(grad + received, mask=inside[:, None] & shown[None, :], other=0.0)
-            mean += tl.sum(probability * slope, 1)
+            mean += tl.sum(tl.where(visible, tl.exp2(score - logarithm[:, None]) * slope, 0.0), 1)
     means = of_head(means, boundaries, response, begin, head, heads, queries)
     tl.store(means + index, mean * weight, mask=inside)
 
 
-@triton.jit(do_not_specialize=["batch", "queries", "keys", "num_segments", "window"])
+@triton.jit(do_not_specialize=["batch", "queries", "keys", "num_segments", "window", "longer"])
 def query_gradient_kernel(
     grad,  # of the masses [B, Hq, T, G], or of the heat map [B, Hq, S]; packed without B
     q,  # [B, Hq, T, d] or [N, Hq, d]
@@ -160,6 +170,7 @@ def query_gradient_kernel(
     num_segments,  # G
     scale,
     window,  # 0: none
+    longer,  # by how much it is longer than all keys
     HEATMAP: tl.constexpr,
     SIZE: tl.constexpr,  # d
     GROUP: tl.constexpr,
@@ -170,7 +181,8 @@ def query_gradient_kernel(
 ):
     response, begin, key_begin, key_count, token, member, inside, position, query, k, segments = query_tile(
         *(q, k, segments, positions, boundaries, key_boundaries, q_batch_stride, q_head_stride, q_token_stride),
-        *(k_batch_stride, k_head_stride, k_token_stride, batch, queries, keys, SIZE, GROUP, ROWS, COMPONENTS),
+        *(k_batch_stride, k_head_stride, k_token_stride, batch, queries, keys, window, longer),
+        *(SIZE, GROUP, ROWS, COMPONENTS),
     )
     head, heads = tl.program_id(1) * GROUP, tl.num_programs(1) * GROUP
     index = member.to(tl.int64) * queries + token
@@ -178,31 +190,32 @@ def query_gradient_kernel(
     grad_q += head.to(tl.int64) * grad_head_stride
     logarithm = tl.load(of_head(lse, boundaries, response, begin, head, heads, queries) + index, mask=inside, other=0.0)
     logarithm = logarithm * LOG2_E
-    start_key, last_key = key_extent(position, window, key_count, KEYS)
 
     mean = tl.load(of_head(means, boundaries, response, begin, head, heads, queries) + index, mask=inside, other=0.0)
     if HEATMAP:
         grad = of_head(grad, key_boundaries, response, key_begin, head, heads, keys)
         grad_index = member.to(tl.int64) * keys
         weight = tl.load(weights + begin + token, mask=inside, other=0.0)
+        position = tl.where(weight == 0.0, -1, position)
     else:
         grad = of_mass(grad, boundaries, response, begin, head, heads, queries, num_segments)
         grad_index = index
         weight = mean
 
+    first_key, last_key = key_extent(position, window, key_count)
     gradient = tl.zeros((ROWS, COMPONENTS), tl.float32)
-    for start in range(start_key, last_key, KEYS):
+    for start in range(first_key // KEYS * KEYS, last_key, KEYS):
         key = start + tl.arange(0, KEYS)
-        segment = tl.load(segments + key, mask=key < last_key, other=-1)
+        # A key that no query of the tile sees may be NaN, and NaN times a slope of zero is NaN. So it is not loaded.
+        segment = tl.load(segments + key, mask=(key >= first_key) & (key < last_key), other=-1)
         counted = (segment >= 0) & (segment < num_segments)
         keys_tile = load_keys(k, key, k_token_stride, counted, SIZE, COMPONENTS)
         score = product(query, keys_tile, PRECISION) * (scale * LOG2_E)
         visible = visible_keys(counted, key, position, window)
-        probability = tl.exp2(tl.where(visible, score - logarithm[:, None], -float("inf")))
         slope = probability_slopes(
             grad, grad_index, segment, key, counted, weight, inside, num_segments, HEATMAP, ROWS, KEYS
         )
-        score_slope = probability * (slope - mean[:, None])
+        score_slope = tl.where(visible, tl.exp2(score - logarithm[:, None]) * (slope - mean[:, None]), 0.0)
         gradient += product(score_slope.to(keys_tile.dtype), tl.trans(keys_tile), PRECISION)
     component = tl.arange(0, COMPONENTS)
     row = grad_q + token.to(tl.int64) * grad_token_stride + member.to(tl.int64) * grad_head_stride
@@ -213,7 +226,7 @@ def query_gradient_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["batch", "queries", "keys", "num_segments", "window"])
+@triton.jit(do_not_specialize=["batch", "queries", "keys", "num_segments", "window", "longer"])
 def key_gradient_kernel(
     grad,  # of the masses [B, Hq, T, G], or of the heat map [B, Hq, S]; packed without B
     q,  # [B, Hq, T, d] or [N, Hq, d]
@@ -241,6 +254,7 @@ def key_gradient_kernel(
     num_segments,  # G
     scale,
     window,  # 0: none
+    longer,  # by how much it is longer than all keys
     HEATMAP: tl.constexpr,
     SIZE: tl.constexpr,  # d
     GROUP: tl.constexpr,
@@ -273,25 +287,29 @@ def key_gradient_kernel(
     keys_tile = load_keys(k, key, k_token_stride, counted, SIZE, COMPONENTS)
     gradient = tl.zeros((KEYS, COMPONENTS), tl.float32)
     for start in range(0, tl.where(tl.max(counted.to(tl.int32)) > 0, query_count, 0), ROWS // GROUP):
-        token, member, inside, position = query_rows(positions, start, begin, query_count, key_count, GROUP, ROWS)
+        token, member, inside, position = query_rows(
+            positions, start, begin, query_count, key_count, window, longer, GROUP, ROWS
+        )
         if tl.max(position) >= tl.min(key):
-            query = load_rows(q, token, member, q_head_stride, q_token_stride, inside, SIZE, COMPONENTS)
             index = member.to(tl.int64) * queries + token
             logarithm = tl.load(lse + index, mask=inside, other=0.0) * LOG2_E
+            # Without a visible key -inf, with a NaN NaN: then the slopes say all, and the query must not be read.
+            wanted = inside & is_finite(logarithm)
+            query = load_rows(q, token, member, q_head_stride, q_token_stride, wanted, SIZE, COMPONENTS)
             mean = tl.load(means + index, mask=inside, other=0.0)
             if HEATMAP:
                 grad_index = member.to(tl.int64) * keys
                 weight = tl.load(weights + begin + token, mask=inside, other=0.0)
+                position = tl.where(weight == 0.0, -1, position)
             else:
                 grad_index = index
                 weight = mean
             score = product(query, keys_tile, PRECISION) * (scale * LOG2_E)
             visible = visible_keys(counted, key, position, window)
-            probability = tl.exp2(tl.where(visible, score - logarithm[:, None], -float("inf")))
             slope = probability_slopes(
                 grad, grad_index, segment, key, counted, weight, inside, num_segments, HEATMAP, ROWS, KEYS
             )
-            score_slope = probability * (slope - mean[:, None])
+            score_slope = tl.where(visible, tl.exp2(score - logarithm[:, None]) * (slope - mean[:, None]), 0.0)
             gradient += product(tl.trans(score_slope.to(query.dtype)), query, PRECISION)
     component = tl.arange(0, COMPONENTS)
     row = grad_k + key.to(tl.int64) * grad_token_stride
@@ -317,7 +335,7 @@ def launch_means(
     window: int,
 ) -> Tensor:
     """Return <p, g> of each query and head, for the gradient g of its probabilities in a heat map; lse's shape."""
-    launch = plan(q, k, cu_seqlens_q, backward_tile(q.shape[-1], q.dtype))
+    launch = plan(q, k, cu_seqlens_q, scale, window, backward_tile(q.shape[-1], q.dtype))
     means = torch.empty_like(lse)
     slots = num_slots(launch.queries, launch.batch, cu_seqlens_q, launch.tile.rows // launch.group)
     with device_guard(q):
@@ -337,10 +355,40 @@ def launch_means(
             launch.queries,
             launch.keys,
             scale,
-            window,
+            *launch.window,
             **launch.constants,
         )
     return means
+
+
+def without_unseen(
+    key_segments: Tensor,  # [B, S] or [M]
+    positions: Tensor,  # [B, T] or [N]
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    window: int,
+) -> Tensor:
+    """Return the segments, but -1 for keys that lie between the windows of all queries: then no kernel loads them."""
+    count = key_segments.numel()
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        batch, length = key_segments.shape
+        lengths = torch.full((batch, 1), length, device=positions.device)
+        begin = torch.arange(batch, device=positions.device)[:, None] * length
+    else:
+        batch = cu_seqlens_q.shape[0] - 1
+        response, _ = responses_of(positions.shape[0], batch, cu_seqlens_q, positions.device)
+        response = response.clamp(max=batch - 1)  # boundaries that lie must not lead outside
+        lengths, begin = cu_seqlens_k.diff()[response], cu_seqlens_k[response]
+    positions = positions.clamp(min=-1)
+    first = torch.minimum((positions - (window - 1)).clamp(min=0), lengths) + begin
+    end = torch.minimum(positions, lengths - 1) + 1 + begin
+    # One more query sees the keys from its first on, and one fewer those behind its last.
+    edges = torch.zeros(count + 1, dtype=torch.int32, device=positions.device)
+    for edge, change in ((first, 1), (end, -1)):
+        index = edge.clamp(0, count).reshape(-1)
+        edges.index_add_(0, index, torch.full_like(index, change, dtype=torch.int32))
+    seen = edges[:-1].cumsum(0).view_as(key_segments) > 0
+    return torch.where(seen, key_segments, -1)
 
 
 def launch_gradients(
@@ -360,13 +408,24 @@ def launch_gradients(
     query_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients w.r.t. q and k: those of the masses, or with ``query_weights`` those of the heat map."""
-    launch = plan(q, k, cu_seqlens_q, backward_tile(q.shape[-1], q.dtype))
-    query_launch = plan(q, k, cu_seqlens_q, query_gradient_tile(q.shape[-1], q.dtype))
+    launch = plan(q, k, cu_seqlens_q, scale, window, backward_tile(q.shape[-1], q.dtype))
+    if window and (query_positions is not None or query_weights is not None):
+        # The default positions leave no gap between windows; given ones may, and queries of weight 0.
+        boundaries = (cu_seqlens_q, cu_seqlens_k)
+        positions = query_positions
+        if positions is None:
+            positions = default_positions(launch.queries, launch.keys, *boundaries, q.device).expand(
+                lse[..., 0, :].shape
+            )
+        if query_weights is not None:
+            positions = torch.where(query_weights == 0, -1, positions)
+        key_segments = without_unseen(key_segments, positions, *boundaries, window)
+    query_launch = plan(q, k, cu_seqlens_q, scale, window, query_gradient_tile(q.shape[-1], q.dtype))
     grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
     query_slots = num_slots(launch.queries, launch.batch, cu_seqlens_q, query_launch.tile.rows // launch.group)
     key_slots = num_slots(launch.keys, launch.batch, cu_seqlens_k, launch.tile.keys)
     heatmap = query_weights is not None
-    counts = (launch.batch, launch.queries, launch.keys, num_segments, scale, window)
+    counts = (launch.batch, launch.queries, launch.keys, num_segments, scale, *launch.window)
     with device_guard(q):
         wrap_triton(query_gradient_kernel)[(query_slots, launch.key_heads)](
             grad,

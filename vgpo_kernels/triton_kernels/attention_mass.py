@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vgpo_kernels import checks
 from vgpo_kernels.triton_kernels.attention_gradients import launch_gradients, launch_means
 from vgpo_kernels.triton_kernels.attention_tiles import (
     LABELS,
@@ -53,7 +54,7 @@ def forward_tile(size: int, dtype: torch.dtype) -> Tile:
     return Tile(128, 64, 8, 3) if size <= 128 else Tile(64, 64, 8, 2)
 
 
-@triton.jit(do_not_specialize=["batch", "queries", "keys", "num_segments", "window"])
+@triton.jit(do_not_specialize=["batch", "queries", "keys", "num_segments", "window", "longer"])
 def mass_kernel(
     q,  # [B, Hq, T, d] or [N, Hq, d]
     k,  # [B, Hk, S, d] or [M, Hk, d]
@@ -75,6 +76,7 @@ def mass_kernel(
     num_segments,  # G
     scale,
     window,  # 0: none
+    longer,  # by how much it is longer than all keys
     SEGMENTS: tl.constexpr,
     SIZE: tl.constexpr,  # d
     GROUP: tl.constexpr,
@@ -85,7 +87,8 @@ def mass_kernel(
 ):
     response, begin, _, key_count, token, member, inside, position, query, k, segments = query_tile(
         *(q, k, segments, positions, boundaries, key_boundaries, q_batch_stride, q_head_stride, q_token_stride),
-        *(k_batch_stride, k_head_stride, k_token_stride, batch, queries, keys, SIZE, GROUP, ROWS, COMPONENTS),
+        *(k_batch_stride, k_head_stride, k_token_stride, batch, queries, keys, window, longer),
+        *(SIZE, GROUP, ROWS, COMPONENTS),
     )
     head, heads = tl.program_id(1) * GROUP, tl.num_programs(1) * GROUP
     index = member.to(tl.int64) * queries + token
@@ -94,8 +97,8 @@ def mass_kernel(
     largest = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, SEGMENTS), tl.float32)
-    start_key, last_key = key_extent(position, window, key_count, KEYS)
-    for start in range(start_key, last_key, KEYS):
+    first_key, last_key = key_extent(position, window, key_count)
+    for start in range(first_key // KEYS * KEYS, last_key, KEYS):
         key = start + tl.arange(0, KEYS)
         segment = tl.load(segments + key, mask=key < last_key, other=-1)
         counted = (segment >= 0) & (segment < num_segments)
@@ -130,7 +133,7 @@ def mass_kernel(
         tl.store(lse + index, (largest + tl.log2(divisor)) * LN_2, mask=inside)
 
 
-@triton.jit(do_not_specialize=["batch", "queries", "keys", "window"])
+@triton.jit(do_not_specialize=["batch", "queries", "keys", "window", "longer"])
 def heat_kernel(
     q,  # [B, Hq, T, d] or [N, Hq, d]
     k,  # [B, Hk, S, d] or [M, Hk, d]
@@ -152,6 +155,7 @@ def heat_kernel(
     keys,  # S or M
     scale,
     window,  # 0: none
+    longer,  # by how much it is longer than all keys
     SIZE: tl.constexpr,  # d
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -176,7 +180,9 @@ def heat_kernel(
     received = tl.zeros((KEYS,), tl.float32)
     # A block without a key to show has nothing to compute.
     for start in range(0, tl.where(tl.max(shown.to(tl.int32)) > 0, query_count, 0), ROWS):
-        token, member, inside, position = query_rows(positions, start, begin, query_count, key_count, 1, ROWS)
+        token, member, inside, position = query_rows(
+            positions, start, begin, query_count, key_count, window, longer, 1, ROWS
+        )
         weight = tl.load(weights + begin + token, mask=inside, other=0.0)
         position = tl.where(weight == 0.0, -1, position)
         if tl.max(position) >= tl.min(key):
@@ -232,7 +238,8 @@ def attention_mass(
     per_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Masses ``[B, T, G]``, by head ``[B, Hq, T, G]``, and log-sum-exp ``[B, Hq, T]``, fp32; packed without B."""
-    launch = plan(q, k, cu_seqlens_q, forward_tile(q.shape[-1], q.dtype))
+    launch = plan(q, k, cu_seqlens_q, scale, window, forward_tile(q.shape[-1], q.dtype))
+    checks.positive_integer("num_segments", num_segments, checks.MOST_SEGMENTS)
     shape = by_head(q, q)
     mass = q.new_empty((*shape, num_segments), dtype=torch.float32)
     lse = q.new_empty(shape, dtype=torch.float32)
@@ -254,7 +261,7 @@ def attention_mass(
             launch.keys,
             num_segments,
             scale,
-            window,
+            *launch.window,
             SEGMENTS=segments,
             **launch.constants,
         )
@@ -278,7 +285,7 @@ def attention_heatmap(
     per_head: bool,
 ) -> Tensor:
     """Weighted sum over queries of the attention of each shown key, fp32 ``[B, S]`` or by head; packed without B."""
-    launch = plan(q, k, cu_seqlens_q, forward_tile(q.shape[-1], q.dtype))
+    launch = plan(q, k, cu_seqlens_q, scale, window, forward_tile(q.shape[-1], q.dtype))
     heat = q.new_empty(by_head(q, k), dtype=torch.float32)
     slots = num_slots(launch.keys, launch.batch, cu_seqlens_k, launch.tile.keys)
     with device_guard(q):
@@ -297,7 +304,7 @@ def attention_heatmap(
             launch.queries,
             launch.keys,
             scale,
-            window,
+            *launch.window,
             **launch.constants,
         )
         return heat if per_head else mean_of_heads(heat, -2)
@@ -306,7 +313,9 @@ def attention_heatmap(
 @operator
 def attention_mass_backward(grad_mass: Tensor, head_mass: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
     """Gradients w.r.t. q and k, in their dtype."""
-    means = (grad_mass * head_mass).sum(-1)
+    checks.positive_integer("num_segments", head_mass.shape[-1], checks.MOST_SEGMENTS)
+    # A mass of zero is a constant, whose gradient may be anything.
+    means = (grad_mass * head_mass).masked_fill(head_mass == 0, 0.0).sum(-1)
     return launch_gradients(grad_mass, means, head_mass.shape[-1], **given)
 
 

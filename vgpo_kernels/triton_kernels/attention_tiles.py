@@ -13,12 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vgpo_kernels import checks
 from vgpo_kernels.triton_kernels.common import INTERPRETED, slot_range, token_range
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 SHOWN = tl.constexpr(1)  # label of the keys that attention_heatmap returns
 LABELS = 2  # of keys that take part in it
+MOST_KEYS = 2**30  # of which twice as many positions differ in what they see
 
 # Triton's interpreter keeps bf16 as integers, and multiplies those.
 WIDEN_PRODUCTS = tl.constexpr(INTERPRETED)
@@ -40,6 +42,8 @@ def query_rows(
     begin,  # flat index of that one
     query_count,  # of the response
     key_count,
+    window,
+    longer,  # by how much the window is longer than all keys
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -54,7 +58,11 @@ def query_rows(
     if positions is None:
         position = token + (key_count - query_count)
     else:
-        position = tl.load(positions + begin + token, mask=inside, other=-1).to(tl.int32)
+        given = tl.maximum(tl.load(positions + begin + token, mask=inside, other=-1), -1)
+        # Behind the last key: the nearest position there that sees the same keys, which fits into 32 bits.
+        oldest = tl.minimum(tl.maximum(given - longer - tl.maximum(window, 1) + 1, 0), key_count)
+        behind = tl.where(window == 0, key_count, oldest + window) - 1
+        position = tl.where(given < key_count, given, behind).to(tl.int32)
     return token, row % GROUP, inside, tl.where(inside, position, -1)
 
 
@@ -75,6 +83,8 @@ def query_tile(
     batch,
     queries,  # T or N
     keys,  # S or M
+    window,  # 0: none
+    longer,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -94,7 +104,17 @@ def query_tile(
     key_begin, key_end = token_range(key_boundaries, response, keys)
     key_count = (key_end - key_begin).to(tl.int32)
     token, member, inside, position = query_rows(
-        positions, (first - begin).to(tl.int32), begin, (end - begin).to(tl.int32), key_count, GROUP, ROWS
+        *(
+            positions,
+            (first - begin).to(tl.int32),
+            begin,
+            (end - begin).to(tl.int32),
+            key_count,
+            window,
+            longer,
+            GROUP,
+            ROWS,
+        )
     )
     q = of_response(q, boundaries, response, begin, q_batch_stride, q_token_stride)
     q += (key_head * GROUP).to(tl.int64) * q_head_stride
@@ -154,12 +174,11 @@ def visible_keys(counted, key, position, window):
 
 
 @triton.jit
-def key_extent(position, window, key_count, KEYS: tl.constexpr):
-    """The keys [first, last) that some query of a tile may see, the first a multiple of KEYS."""
+def key_extent(position, window, key_count):
+    """The keys [first, last) that some query of a tile may see."""
     last = tl.minimum(tl.max(position) + 1, key_count)
     oldest = tl.min(tl.where(position >= 0, position, 2147483647)) - window + 1
-    first = tl.where(window == 0, 0, tl.maximum(oldest, 0)) // KEYS * KEYS
-    return first, last
+    return tl.where(window == 0, 0, tl.maximum(oldest, 0)), last
 
 
 class Tile(NamedTuple):
@@ -181,6 +200,7 @@ class Launch(NamedTuple):
         keys: S or M.
         heads: Hq.
         key_heads: Hk.
+        window: The window, at most as long as all keys, and by how much it is longer.
         strides: Of a response, a head and a token, of q and then of k.
         constants: Keyword arguments of every kernel.
 
@@ -192,6 +212,7 @@ class Launch(NamedTuple):
     keys: int
     heads: int
     key_heads: int
+    window: tuple[int, int]
     strides: tuple[int, ...]
     constants: dict[str, Any]
 
@@ -208,18 +229,24 @@ def strides_of(tensor: Tensor) -> tuple[int, int, int]:
     return 0, tensor.stride(1), tensor.stride(0)
 
 
-def plan(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, tile: Tile) -> Launch:
+def plan(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, scale: float, window: int, tile: Tile) -> Launch:
     """Describe a launch over q and k."""
     packed = cu_seqlens_q is not None
     heads, key_heads, size = q.shape[1], k.shape[1], q.shape[-1]
+    keys = k.shape[0 if packed else 2]
+    if keys > MOST_KEYS:
+        raise ValueError(f"k must have at most {MOST_KEYS} keys, got {keys}")
+    checks.attention_scale(scale, size)
+    narrow = min(window, max(keys, 1))
     rows = max(tile.rows, triton.next_power_of_2(heads // key_heads))
     return Launch(
         tile._replace(rows=rows),
         q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
         q.shape[0 if packed else 2],
-        k.shape[0 if packed else 2],
+        keys,
         heads,
         key_heads,
+        (narrow, window - narrow),
         (*strides_of(q), *strides_of(k)),
         {
             "SIZE": size,
