@@ -39,14 +39,9 @@ VGPO_HD inline F clamped(F value, F low, F high) {
     return minimum(maximum(value, low), high);
 }
 
+// e^x - 1 - x from x and e^x, by its series where the subtraction would cancel; infinite where x is.
 template <typename F>
-VGPO_HD inline F sigmoid(F value) {
-    return F(1.0f) / (F(1.0f) + exponential(F(0.0f) - value));
-}
-
-// e^x - 1 - x, by its series where the subtraction would cancel.
-template <typename F>
-VGPO_HD inline F exponential_excess(F x) {
+VGPO_HD inline F exponential_excess(F x, F power) {
     F series = F(1.0f / 5040.0f) + x * F(1.0f / 40320.0f);
     series = F(1.0f / 720.0f) + x * series;
     series = F(1.0f / 120.0f) + x * series;
@@ -54,7 +49,12 @@ VGPO_HD inline F exponential_excess(F x) {
     series = F(1.0f / 6.0f) + x * series;
     series = x * x * (F(0.5f) + x * series);
     const auto small = (x < F(0.5f)) & (x > F(-0.5f));
-    return select(small, series, exponential(x) - F(1.0f) - x);
+    // Beyond the bound e^x is infinite, from which an infinite x must not be subtracted.
+    return select(small, series, power - F(1.0f) - minimum(x, F(128.0f)));
+}
+template <typename F>
+VGPO_HD inline F exponential_excess(F x) {
+    return exponential_excess(x, exponential(x));
 }
 
 VGPO_HD inline bool is_finite(float value) { return value - value == 0.0f; }
@@ -301,6 +301,7 @@ enum class Aggregation {
 enum class KlEstimator { kK1, kK2, kK3, kK3Clamped, kCount };
 enum class ImportanceMode { kTruncate, kMask, kCount };
 
+constexpr float kLargestFloat = std::numeric_limits<float>::max();
 constexpr float kKlLogRatioLimit = 20.0f;  // k3_clamped: bound of the log-ratio
 constexpr float kKlLimit = 10.0f;          // k3_clamped: bound of the estimate
 constexpr float kVespoLimit = 20.0f;       // vespo: bound of a token's |log-ratio|, and of a response's log w
@@ -359,19 +360,23 @@ struct LossOptions {
     VGPO_HD bool sequence_level() const { return sequence_ratio() || vespo(); }
 };
 
-// An importance ratio and its derivative w.r.t. the log-ratio (zero where the clamp is active).
+// What a comparison of two F gives.
+template <typename F>
+using MaskOf = decltype(F() < F());
+
+// An importance ratio, which is also its derivative w.r.t. the log-ratio, and where the clamp makes it a constant. A
+// constant is told by this mask: a derivative of zero would make NaN of what is infinite.
 template <typename F>
 struct Ratio {
     F value;
-    F slope;
+    MaskOf<F> constant;
 };
 
 template <typename F>
 VGPO_HD inline Ratio<F> importance_ratio(F log_ratio, const LossOptions& options) {
-    const F limit(options.ratio_clamp), negative_limit(-options.ratio_clamp), zero(0.0f);
-    const F value = exponential(clamped(log_ratio, negative_limit, limit));
-    const auto outside = (log_ratio > limit) | (log_ratio < negative_limit);
-    return {value, select(outside, zero, value)};
+    const F limit(options.ratio_clamp), negative_limit(-options.ratio_clamp);
+    const MaskOf<F> constant = (log_ratio > limit) | (log_ratio < negative_limit);
+    return {exponential(clamped(log_ratio, negative_limit, limit)), constant};
 }
 
 // Importance-sampling correction of the sampler's mismatch: truncated at the cap, or zero beyond it.
@@ -421,24 +426,32 @@ struct Surrogate {
     F dual_clipped;
 };
 
-// `advantage` is A times the factor. `log_prob` enters the values of CISPO and VESPO alone.
+// `advantage` is A times the factor: where it is zero so is the surrogate, whatever the ratio and the log-prob are.
+// `log_prob` enters the values of CISPO and VESPO alone.
 template <typename F>
 VGPO_HD inline Surrogate<F> surrogate(Ratio<F> ratio, F log_prob, F advantage, const SequenceTerms& sequence,
                                       const LossOptions& options) {
     const F zero(0.0f), one(1.0f);
     const F negated = zero - advantage;
+    const auto nothing = advantage == zero;
     Surrogate<F> result;
     result.clipped_low = result.clipped_high = result.dual_clipped = zero;
     if (options.loss_type == LossType::kSapo) {
         const F tau = select(advantage > zero, F(options.tau_positive), F(options.tau_negative));
-        const F gate = sigmoid(tau * (ratio.value - one));
-        result.value = negated * gate * F(4.0f) / tau;
-        result.slope = negated * F(4.0f) * gate * (one - gate) * ratio.slope;
+        const F exponent = tau * (ratio.value - one);
+        const F falling = exponential(zero - exponent);
+        const F gate = one / (one + falling);
+        // 1 - gate, which cancels where the gate is wide open. There it vanishes faster than any ratio grows.
+        const F closing = select(exponent > zero, falling * gate, one - gate);
+        const F steepness = F(4.0f) * gate * closing * minimum(ratio.value, F(kLargestFloat));
+        result.value = select(nothing, zero, negated * (gate * F(4.0f) / tau));
+        result.slope = select(nothing | ratio.constant, zero, negated * steepness);
         return result;
     }
     if (options.vespo()) {
-        result.slope = negated * select(advantage >= zero, F(sequence.vespo_gains), F(sequence.vespo_losses));
-        result.value = result.slope * log_prob;
+        const F weight = select(advantage >= zero, F(sequence.vespo_gains), F(sequence.vespo_losses));
+        result.slope = select(nothing, zero, negated * weight);
+        result.value = select(result.slope == zero, zero, result.slope * log_prob);
         return result;
     }
     const bool capped = options.loss_type == LossType::kCispo && options.cispo_cap == options.cispo_cap;
@@ -449,21 +462,31 @@ VGPO_HD inline Surrogate<F> surrogate(Ratio<F> ratio, F log_prob, F advantage, c
     if (options.loss_type == LossType::kCispo) {
         result.clipped_low = select(below, one, zero);
         result.clipped_high = select(above, one, zero);
-        result.slope = negated * clipped_ratio;
-        result.value = result.slope * log_prob;
+        result.slope = select(nothing, zero, negated * clipped_ratio);
+        // A weight of zero makes nothing of any log-prob, also of one of minus infinity.
+        result.value = select(result.slope == zero, zero, result.slope * log_prob);
         return result;
     }
     const auto dual = (advantage < zero) & (ratio.value > F(options.dual_clip));
     const F unclipped = negated * select(dual, F(options.dual_clip), ratio.value);
     const F clipped = negated * clipped_ratio;
-    const F unclipped_slope = select(dual, zero, ratio.slope);
-    const F clipped_slope = select(below | above, zero, ratio.slope);
-    result.value = maximum(unclipped, clipped);
-    result.slope = negated * select(clipped > unclipped, clipped_slope, unclipped_slope);
+    const auto clips = clipped > unclipped;
+    const auto constant = nothing | ratio.constant | (clips & (below | above)) | (dual & !clips);
+    result.value = select(nothing, zero, maximum(unclipped, clipped));
+    result.slope = select(constant, zero, negated * ratio.value);
     result.clipped_low = select(below & (advantage < zero), one, zero);
     result.clipped_high = select(above & (advantage > zero), one, zero);
     result.dual_clipped = select(dual, one, zero);
     return result;
+}
+
+// Multiplies a surrogate by an importance weight, one of zero to zero.
+template <typename F>
+VGPO_HD inline void apply_importance(Surrogate<F>& term, F importance, F advantage) {
+    const F zero(0.0f);
+    const auto nothing = (importance == zero) | (advantage == zero);
+    term.value = select(nothing, zero, importance * term.value);
+    term.slope = select(nothing | (term.slope == zero), zero, importance * term.slope);
 }
 
 // A KL estimate and its derivative w.r.t. logp.
@@ -483,7 +506,8 @@ VGPO_HD inline Kl<F> kl_estimate(F log_prob, F ref_log_prob, const LossOptions& 
         case KlEstimator::kK2: return {F(0.5f) * difference * difference, zero - difference};
         case KlEstimator::kK3: {
             const F excess = exponential_excess(difference);
-            return {excess, zero - (excess + difference)};
+            // The slope is 1 - e^difference, which is 1 where minus infinity may stand.
+            return {excess, select(difference < F(-20.0f), F(1.0f), zero - (excess + difference))};
         }
         default: {
             const F limit(kKlLogRatioLimit), negative_limit(-kKlLogRatioLimit), cap(kKlLimit);
@@ -495,17 +519,71 @@ VGPO_HD inline Kl<F> kl_estimate(F log_prob, F ref_log_prob, const LossOptions& 
     }
 }
 
-// What one token of a response of `length` valid tokens counts in the loss. Zero denominators count as one.
-VGPO_HD inline float token_scale(int64_t length, float num_tokens, float num_sequences, const LossOptions& options) {
-    float denominator;
-    switch (options.aggregation) {
-        case Aggregation::kTokenMean: denominator = num_tokens; break;
-        case Aggregation::kSequenceMeanTokenMean: denominator = static_cast<float>(length) * num_sequences; break;
-        case Aggregation::kSequenceMeanTokenSum: denominator = num_sequences; break;
-        default: denominator = num_sequences * options.max_length; break;
+// A term of the loss whose coefficient is zero is off: it adds nothing, whatever it is.
+
+// Adds the KL term to a token's loss, and to its derivatives w.r.t. the log-ratio and, in `direct`, w.r.t. logp
+// otherwise. Returns the estimate.
+template <typename F>
+VGPO_HD inline F add_kl(Surrogate<F>& term, F& direct, Kl<F> kl, Ratio<F> ratio, const LossOptions& options) {
+    const F coefficient(options.kl_coef);
+    if (options.kl_bias_correction) {
+        // A slope of zero stays one beside an infinite ratio.
+        kl = {kl.value * ratio.value, select(kl.slope == F(0.0f), F(0.0f), kl.slope * ratio.value)};
     }
-    return 1.0f / (denominator == 0.0f ? 1.0f : denominator);
+    if (options.kl_coef == 0.0f) return kl.value;
+    const F weighted = coefficient * kl.value;
+    term.value = term.value + weighted;
+    direct = coefficient * kl.slope;
+    if (options.kl_bias_correction) term.slope = term.slope + select(ratio.constant, F(0.0f), weighted);
+    return kl.value;
 }
+
+template <typename F>
+VGPO_HD inline void subtract_bonus(Surrogate<F>& term, F entropy, const LossOptions& options) {
+    if (options.entropy_coef != 0.0f) term.value = term.value - F(options.entropy_coef) * entropy;
+}
+
+VGPO_HD inline float nonzero(float count) { return count == 0.0f ? 1.0f : count; }
+
+// What one token of a response of `length` valid tokens counts in the loss. Each denominator of zero counts as one.
+VGPO_HD inline float token_scale(int64_t length, float num_tokens, float num_sequences, const LossOptions& options) {
+    const float sequences = nonzero(num_sequences);
+    switch (options.aggregation) {
+        case Aggregation::kTokenMean: return 1.0f / nonzero(num_tokens);
+        case Aggregation::kSequenceMeanTokenMean: return 1.0f / (nonzero(static_cast<float>(length)) * sequences);
+        case Aggregation::kSequenceMeanTokenSum: return 1.0f / sequences;
+        default: return 1.0f / (sequences * options.max_length);
+    }
+}
+
+// Count, sum and sum of squares of factors, less an origin that is one of them: equal factors deviate by nothing, and
+// sums of deviations do not cancel.
+struct FactorMoments {
+    double count, sum, squares;
+
+    VGPO_HD inline void add(const FactorMoments& other) {
+        count += other.count;
+        sum += other.sum;
+        squares += other.squares;
+    }
+    // The same deviations from another origin.
+    VGPO_HD inline FactorMoments moved(double origin, double to) const {
+        if (origin == to) return *this;
+        const double shift = origin - to;
+        return {count, sum + count * shift, squares + 2.0 * shift * sum + count * shift * shift};
+    }
+    VGPO_HD inline double mean() const { return sum / count; }
+    VGPO_HD inline double deviation() const {
+        const double variance = squares / count - mean() * mean();
+        return sqrt(variance < 0.0 ? 0.0 : variance);
+    }
+};
+
+// A smallest or largest value, of which not every backend's comparisons see a NaN; the mean is NaN then.
+VGPO_HD inline float unless_nan(float mean, float extreme) { return mean != mean ? mean : extreme; }
+
+// Where a piece's factors are measured from: one of its own, if that is finite.
+VGPO_HD inline float factor_origin(float factor) { return is_finite(factor) ? factor : 1.0f; }
 
 // The order of policy_loss's metrics.
 enum PolicyMetric {

@@ -31,8 +31,9 @@ struct LossSums {
     double loss = 0.0;  // already scaled
     double clipped_low = 0.0, clipped_high = 0.0, dual_clipped = 0.0;
     double ratio = 0.0, old_kl = 0.0, ref_kl = 0.0, entropy = 0.0;
-    double factor = 0.0, factor_square = 0.0;  // of factor - 1, which keeps the variance exact near 1
-    double sequence_slope = 0.0;               // through_mean(): d loss / d mean log-ratio
+    FactorMoments factors = {0.0, 0.0, 0.0};
+    float factor_origin = 1.0f;   // what they are measured from
+    double sequence_slope = 0.0;  // through_mean(): d loss / d mean log-ratio
     float ratio_min = std::numeric_limits<float>::infinity(), ratio_max = -std::numeric_limits<float>::infinity();
     float factor_min = std::numeric_limits<float>::infinity(), factor_max = -std::numeric_limits<float>::infinity();
     int64_t tokens = 0, nonfinite_advantages = 0;
@@ -94,7 +95,7 @@ struct Kernels {
 
     // The sum of log-ratios, each bounded by +-limit.
     double (*log_ratio_sum)(const float* logp, const float* old_logp, int64_t length, float limit);
-    // Adds to `sums` and writes d loss / d logp; without the share that goes through the mean log-ratio.
+    // Writes the sums of a piece and d loss / d logp; without the share that goes through the mean log-ratio.
     void (*policy_loss)(const LossTokens& tokens, float* grad_logp, LossSums& sums);
 
     // A panel of up to kPanelKeys keys, transposed and widened: component i of key j is panel[i * kPanelKeys + j].

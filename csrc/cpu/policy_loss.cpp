@@ -141,8 +141,8 @@ LossSums total_of(const std::vector<LossSums>& pieces) {
         total.old_kl += piece.old_kl;
         total.ref_kl += piece.ref_kl;
         total.entropy += piece.entropy;
-        total.factor += piece.factor;
-        total.factor_square += piece.factor_square;
+        if (total.tokens == 0) total.factor_origin = piece.factor_origin;
+        total.factors.add(piece.factors.moved(piece.factor_origin, total.factor_origin));
         total.ratio_min = std::min(total.ratio_min, piece.ratio_min);
         total.ratio_max = std::max(total.ratio_max, piece.ratio_max);
         total.factor_min = std::min(total.factor_min, piece.factor_min);
@@ -158,24 +158,20 @@ void write_metrics(const LossSums& sums, float* metrics) {
     if (sums.tokens == 0) return;
     const double number = static_cast<double>(sums.tokens);
     const auto mean = [&](double sum) { return static_cast<float>(sum / number); };
-    const double deviation = sums.factor / number;
     metrics[kClipFraction] = mean(sums.clipped_low + sums.clipped_high);
     metrics[kClipFractionLow] = mean(sums.clipped_low);
     metrics[kClipFractionHigh] = mean(sums.clipped_high);
     metrics[kDualClipFraction] = mean(sums.dual_clipped);
     metrics[kRatioMean] = mean(sums.ratio);
-    // Vector minima and maxima drop a NaN; the mean has it.
-    const auto unless_nan = [](float average, float extreme) { return std::isnan(average) ? average : extreme; };
     metrics[kRatioMin] = unless_nan(metrics[kRatioMean], sums.ratio_min);
     metrics[kRatioMax] = unless_nan(metrics[kRatioMean], sums.ratio_max);
     metrics[kApproxKl] = mean(sums.old_kl);
     metrics[kRefKl] = mean(sums.ref_kl);
     metrics[kEntropy] = mean(sums.entropy);
-    metrics[kFactorMean] = static_cast<float>(1.0 + deviation);
+    metrics[kFactorMean] = static_cast<float>(sums.factor_origin + sums.factors.mean());
     metrics[kFactorMin] = unless_nan(metrics[kFactorMean], sums.factor_min);
     metrics[kFactorMax] = unless_nan(metrics[kFactorMean], sums.factor_max);
-    const double variance = sums.factor_square / number - deviation * deviation;
-    metrics[kFactorStd] = static_cast<float>(std::sqrt(std::max(variance, 0.0)));
+    metrics[kFactorStd] = static_cast<float>(sums.factors.deviation());
     metrics[kNumTokens] = static_cast<float>(sums.tokens);
     metrics[kNonfiniteAdvantages] = static_cast<float>(sums.nonfinite_advantages);
 }

@@ -14,23 +14,24 @@
 namespace vgpo {
 namespace cuda {
 
-// The loss cancels, so its sum is fp64; the metrics are sums of like terms, at most a few hundred of them per
-// thread and a tree from there.
+// The loss cancels, and so does the variance of factors, so their sums are fp64; the other metrics are sums of like
+// terms, at most a few hundred of them per thread and a tree from there.
 struct PolicySums {
     double loss;
+    double factor, factor_square;  // of factors less their origin, which is not summed
+    float factor_origin;           // of a piece
     float ratio;
     float approx_kl;
     float ref_kl;
     float entropy;
-    float factor;         // of factor - 1, as the next: factors are close to one
-    float factor_square;
     Extremes ratios;
-    Extremes factors;
+    Extremes factor_range;
     int32_t tokens, nonfinite_advantages;
     int32_t clipped_low, clipped_high, dual_clipped;
 
     __device__ static PolicySums identity() {
-        return {0.0, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, Extremes::identity(), Extremes::identity(), 0, 0, 0, 0, 0};
+        return {0.0,  0.0,  0.0, 1.0f, 0.0f, 0.0f, 0.0f, 0.0f, Extremes::identity(), Extremes::identity(),
+                0, 0, 0, 0, 0};
     }
     __device__ void merge(const PolicySums& other) {
         loss += other.loss;
@@ -43,11 +44,12 @@ struct PolicySums {
         tokens += other.tokens;
         nonfinite_advantages += other.nonfinite_advantages;
         ratios.merge(other.ratios);
-        factors.merge(other.factors);
+        factor_range.merge(other.factor_range);
         clipped_low += other.clipped_low;
         clipped_high += other.clipped_high;
         dual_clipped += other.dual_clipped;
     }
+    __device__ FactorMoments factors() const { return {static_cast<double>(tokens), factor, factor_square}; }
 };
 
 // ---- a token --------------------------------------------------------------------------------------------------
@@ -61,53 +63,44 @@ struct TokenLoss {
 };
 
 __device__ inline TokenLoss token_loss(const LossInput& input, int64_t response, int64_t token, float factor,
-                                       const SequenceTerms& sequence, Ratio<float> sequence_ratio,
-                                       PolicySums& sums) {
+                                       double factor_origin, const SequenceTerms& sequence,
+                                       Ratio<float> sequence_ratio, PolicySums& sums) {
     const LossOptions& options = input.options;
     const float logp = input.logp[token], log_ratio = logp - input.old_logp[token];
     const Ratio<float> token_ratio = importance_ratio(log_ratio, options);
     const bool of_sequence = options.sequence_ratio();
     const Ratio<float> ratio{of_sequence ? sequence_ratio.value : token_ratio.value,
-                             of_sequence ? sequence_ratio.slope : token_ratio.slope};
+                             of_sequence ? sequence_ratio.constant : token_ratio.constant};
     const float advantage = input.advantages.at(response, token) * factor;
-    const Surrogate<float> policy = surrogate(ratio, logp, advantage, sequence, options);
-    const float correction = input.importance.values == nullptr || options.vespo()
-                                 ? 1.0f
-                                 : importance_correction(input.importance.at(response, token), options);
-    TokenLoss result;
-    result.value = correction * policy.value;
-    float through_ratio = correction * policy.slope;
-    result.slope = 0.0f;
+    Surrogate<float> term = surrogate(ratio, logp, advantage, sequence, options);
+    if (input.importance.values != nullptr && !options.vespo()) {
+        apply_importance(term, importance_correction(input.importance.at(response, token), options), advantage);
+    }
+    float direct = 0.0f;  // derivative w.r.t. logp other than through the ratio
     if (input.ref_logp != nullptr) {
-        Kl<float> kl = kl_estimate(logp, input.ref_logp[token], options);
-        if (options.kl_bias_correction) {
-            through_ratio += options.kl_coef * kl.value * ratio.slope;
-            kl = {kl.value * ratio.value, kl.slope * ratio.value};
-        }
-        result.value += options.kl_coef * kl.value;
-        result.slope += options.kl_coef * kl.slope;
-        sums.ref_kl += kl.value;
+        const Kl<float> kl = kl_estimate(logp, input.ref_logp[token], options);
+        sums.ref_kl += add_kl(term, direct, kl, ratio, options);
     }
     if (input.entropy != nullptr) {
         const float entropy = input.entropy[token];
-        result.value -= options.entropy_coef * entropy;
+        subtract_bonus(term, entropy, options);
         sums.entropy += entropy;
     }
     const bool shared = options.through_mean();
-    result.slope += shared ? 0.0f : through_ratio;
-    result.sequence_slope = shared ? through_ratio : 0.0f;
+    const TokenLoss result{term.value, direct + (shared ? 0.0f : term.slope), shared ? term.slope : 0.0f};
 
     const float limited = clamped(log_ratio, -options.ratio_clamp, options.ratio_clamp);
     sums.ratio += ratio.value;
-    sums.approx_kl += token_ratio.value - 1.0f - limited;
-    sums.factor += factor - 1.0f;
-    sums.factor_square += (factor - 1.0f) * (factor - 1.0f);
+    const double deviation = factor - factor_origin;
+    sums.approx_kl += exponential_excess(limited, token_ratio.value);
+    sums.factor += deviation;
+    sums.factor_square += deviation * deviation;
     sums.ratios.merge(Extremes::of(ratio.value));
-    sums.factors.merge(Extremes::of(factor));
+    sums.factor_range.merge(Extremes::of(factor));
     sums.nonfinite_advantages += !is_finite(advantage);
-    sums.clipped_low += policy.clipped_low != 0.0f;
-    sums.clipped_high += policy.clipped_high != 0.0f;
-    sums.dual_clipped += policy.dual_clipped != 0.0f;
+    sums.clipped_low += term.clipped_low != 0.0f;
+    sums.clipped_high += term.clipped_high != 0.0f;
+    sums.dual_clipped += term.dual_clipped != 0.0f;
     return result;
 }
 
@@ -194,18 +187,20 @@ __device__ void piece_loss(const LossInput& input, const LossOutput& output, con
         sequence = sequence_terms(sum, piece.tokens.length, options);
     }
     const Ratio<float> sequence_ratio = importance_ratio(sequence.mean_log_ratio, options);
+    const float origin = factor_origin(factor(piece.first, piece.tokens.token(piece.first)));
     PolicySums sums = PolicySums::identity();
     double sequence_slope = 0.0;
     for (int ordinal = piece.first + static_cast<int>(threadIdx.x); ordinal < piece.last; ordinal += blockDim.x) {
         const int64_t token = piece.tokens.token(ordinal);
         const TokenLoss loss =
-            token_loss(input, piece.response, token, factor(ordinal, token), sequence, sequence_ratio, sums);
+            token_loss(input, piece.response, token, factor(ordinal, token), origin, sequence, sequence_ratio, sums);
         sums.loss += static_cast<double>(loss.value) * scale;
         sequence_slope += loss.sequence_slope;
         output.grad_logp[token] = loss.slope * scale;
         if (output.grad_entropy != nullptr) output.grad_entropy[token] = -options.entropy_coef * scale;
     }
     sums = block_reduce(sums);
+    sums.factor_origin = origin;
     sums.tokens = piece.last - piece.first;
     if (threadIdx.x == 0) workspace.sums[piece.index] = sums;
     if (options.through_mean()) {
@@ -263,29 +258,35 @@ __device__ inline void write_policy_metrics(const PolicySums* pieces, const int3
     for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) count += piece_count(token_count[i]);
     count = block_sum(count);
     PolicySums sums = PolicySums::identity();
-    for (int i = threadIdx.x; i < count; i += blockDim.x) sums.merge(pieces[i]);
+    const double origin = count > 0 ? pieces[0].factor_origin : 1.0;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        PolicySums piece = pieces[i];
+        const FactorMoments moved = piece.factors().moved(piece.factor_origin, origin);
+        piece.factor = moved.sum;
+        piece.factor_square = moved.squares;
+        sums.merge(piece);
+    }
     sums = block_reduce(sums);
     if (threadIdx.x != 0) return;
     *output.loss = static_cast<float>(sums.loss);
     const bool any = sums.tokens > 0;
     const double tokens = static_cast<double>(any ? sums.tokens : 1);
-    const double factor_offset = sums.factor / tokens;
-    const double variance = sums.factor_square / tokens - factor_offset * factor_offset;
+    const FactorMoments factors = sums.factors();
     float* metrics = output.metrics;
     metrics[kClipFraction] = static_cast<float>((sums.clipped_low + sums.clipped_high) / tokens);
     metrics[kClipFractionLow] = static_cast<float>(sums.clipped_low / tokens);
     metrics[kClipFractionHigh] = static_cast<float>(sums.clipped_high / tokens);
     metrics[kDualClipFraction] = static_cast<float>(sums.dual_clipped / tokens);
     metrics[kRatioMean] = static_cast<float>(sums.ratio / tokens);
-    metrics[kRatioMin] = any ? sums.ratios.low : 0.0f;
-    metrics[kRatioMax] = any ? sums.ratios.high : 0.0f;
+    metrics[kRatioMin] = any ? unless_nan(metrics[kRatioMean], sums.ratios.low) : 0.0f;
+    metrics[kRatioMax] = any ? unless_nan(metrics[kRatioMean], sums.ratios.high) : 0.0f;
     metrics[kApproxKl] = static_cast<float>(sums.approx_kl / tokens);
     metrics[kRefKl] = static_cast<float>(sums.ref_kl / tokens);
     metrics[kEntropy] = static_cast<float>(sums.entropy / tokens);
-    metrics[kFactorMean] = any ? static_cast<float>(1.0 + factor_offset) : 0.0f;
-    metrics[kFactorMin] = any ? sums.factors.low : 0.0f;
-    metrics[kFactorMax] = any ? sums.factors.high : 0.0f;
-    metrics[kFactorStd] = static_cast<float>(sqrt(variance < 0.0 ? 0.0 : variance));
+    metrics[kFactorMean] = any ? static_cast<float>(origin + factors.mean()) : 0.0f;
+    metrics[kFactorMin] = any ? unless_nan(metrics[kFactorMean], sums.factor_range.low) : 0.0f;
+    metrics[kFactorMax] = any ? unless_nan(metrics[kFactorMean], sums.factor_range.high) : 0.0f;
+    metrics[kFactorStd] = any ? static_cast<float>(factors.deviation()) : 0.0f;
     metrics[kNumTokens] = static_cast<float>(sums.tokens);
     metrics[kNonfiniteAdvantages] = static_cast<float>(sums.nonfinite_advantages);
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import test_luspo_vespo
 import test_policy_loss
+import test_policy_loss_edges
 import test_policy_loss_metrics
 import test_vgpo_loss
 import test_visibility
@@ -24,7 +25,7 @@ from vgpo_kernels.reference import visual_focus as reference
 from vgpo_kernels.reference import visual_weights as weights_reference
 
 adopt(globals(), test_visual_focus, test_visibility, test_visual_weights, test_policy_loss, test_vgpo_loss)
-adopt(globals(), test_luspo_vespo, test_policy_loss_metrics)
+adopt(globals(), test_luspo_vespo, test_policy_loss_metrics, test_policy_loss_edges)
 
 
 # ---- schedules ---------------------------------------------------------------------------------------------------

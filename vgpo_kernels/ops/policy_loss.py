@@ -46,7 +46,8 @@ class PolicyLoss(NamedTuple):
         metrics: 0-dimensional tensors on the loss's device; reading one is the only thing that synchronises. One that
             was not computed is absent: ``"ref_kl"`` without ``ref_logp``, ``"entropy"`` without entropies.
             ``"nonfinite_advantages"`` is the number of scored tokens whose advantage, times its factor, is NaN or
-            infinite.
+            infinite. ``"factor_std"`` of equal factors is exactly 0. A smallest and a largest value are NaN where the
+            mean is.
 
     """
 
@@ -73,6 +74,11 @@ def policy_loss(
 
     The token loss is ``importance * surrogate + kl_coef * KL - entropy_coef * entropy``, aggregated over the
     response tokens. Its gradient is computed in the same pass; backward only scales it.
+
+    What is multiplied by zero is off: where ``kl_coef``, ``entropy_coef``, an advantage (times its factor) or an
+    importance weight is 0, the KL term, the bonus or the surrogate adds nothing to loss or gradient, even if it is
+    infinite or NaN; metrics still say what it is. A token that is not finite makes the loss so, but the gradients of
+    other responses stay what they are. Ratios whose clamp or clip is active have no gradient, infinite ones included.
 
     Advantages per token work in every loss, also where a ratio is the whole response's: ``"gspo"`` and ``"luspo"``
     multiply it by each token's own advantage. Two losses are those of TRL:
@@ -102,9 +108,9 @@ def policy_loss(
         importance_weights: Off-policy correction of the surrogate, ``[B]`` or per token.
         num_tokens: Denominator of ``"token-mean"``, a number or a 0-dimensional tensor; default: the number of valid
             tokens in this call. With the number of the whole batch, the losses of its micro-batches or ranks add up to
-            the loss of the whole batch.
+            the loss of the whole batch. 0 counts as 1.
         num_sequences: Denominator of the other aggregations, a number or a 0-dimensional tensor; default: the number
-            of responses B in this call.
+            of responses B in this call. 0 counts as 1; a response's length or ``max_length`` still divides.
         **options: Fields of :class:`PolicyLossOptions`: ``loss_type="dapo"``, ``aggregation=None``,
             ``epsilon_low=0.2``, ``epsilon_high=0.28``, ``dual_clip=None``, ``kl_coef=0.0``, ``kl_estimator="k3"``,
             ``entropy_coef=0.0``, ``max_length=None`` (default: T of a padded batch), ...

@@ -62,35 +62,40 @@ def policy_loss(
     if factors is not None:
         advantage = advantage * per_token_values(factors, valid, dtype)
     log_ratio = current - per_token_values(given.old_logp, valid, dtype)
-    if settings.ratio_clamp is not None:
-        log_ratio_of_tokens = log_ratio.clamp(-settings.ratio_clamp, settings.ratio_clamp)
-    else:
-        log_ratio_of_tokens = log_ratio
-    ratio = _ratio(log_ratio, current, tokens, settings)
+    exponent = _exponent(log_ratio, current, tokens, settings)
+    ratio = _ratio(exponent, settings)
     importance = None if given.importance_weights is None else _importance(given.importance_weights.to(dtype), settings)
+    correction = None if importance is None or settings.loss_type == "vespo" else per_token(importance)
+    # A surrogate times zero is zero, whatever it is.
+    counts = advantage != 0 if correction is None else (advantage != 0) & (correction != 0)
     if settings.loss_type == "vespo":
-        weight = _vespo_weight(log_ratio.detach(), importance, advantage, tokens, settings)
+        largest = torch.finfo(torch.float64 if given.logp.dtype == torch.float64 else torch.float32).max
+        weight = _vespo_weight(log_ratio.detach(), importance, advantage, tokens, settings, largest)
         nowhere = torch.zeros_like(valid)
-        token_loss, clipped = -weight * advantage * current, (nowhere, nowhere, nowhere)
+        token_loss, clipped = _log_prob_loss(weight, current, advantage, counts), (nowhere, nowhere, nowhere)
     else:
-        token_loss, clipped = _surrogate(ratio, current, advantage, settings)
-        if importance is not None:
-            token_loss = token_loss * per_token(importance)
+        token_loss, clipped = _surrogate(exponent, current, advantage, counts, settings)
+    if correction is not None:
+        token_loss = torch.where(counts, correction * token_loss, torch.zeros_like(token_loss))
     kl = torch.zeros_like(current)
     if given.ref_logp is not None:
         kl = _kl(per_token_values(given.ref_logp, valid, dtype) - current, settings)
         if settings.kl_bias_correction:
             kl = kl * ratio
-        token_loss = token_loss + settings.kl_coef * kl
+        if settings.kl_coef != 0:
+            token_loss = token_loss + settings.kl_coef * kl
     bonus = torch.zeros_like(current)
     if given.entropy is not None:
         bonus = per_token_values(given.entropy, valid, dtype)
-        token_loss = token_loss - settings.entropy_coef * bonus
+        if settings.entropy_coef == 0:  # a gradient of zero, whatever the entropies are
+            token_loss = torch.where(valid, token_loss, bonus)
+        else:
+            token_loss = token_loss - settings.entropy_coef * bonus
 
     weight = _token_weight(tokens, settings, given, dtype)
     loss = torch.where(valid, token_loss * weight, torch.zeros_like(token_loss)).sum()
     scale = torch.ones_like(current) if factors is None else per_token_values(factors, valid, dtype)
-    old_kl = log_ratio_of_tokens.exp() - 1 - log_ratio_of_tokens
+    old_kl = _excess(_limited(log_ratio.detach(), settings.ratio_clamp))
     return loss, _metrics(valid, clipped, ratio, old_kl, kl, bonus, scale, advantage).detach()
 
 
@@ -100,42 +105,114 @@ def per_token_values(values: Tensor, valid: Tensor, dtype: torch.dtype) -> Tenso
     return torch.where(valid, flat, torch.zeros_like(flat))
 
 
-def _ratio(log_ratio: Tensor, current: Tensor, tokens: Tokens, settings: PolicyLossOptions) -> Tensor:
-    """Probability ratio of each token, or of its whole sequence."""
-    if settings.loss_type in SEQUENCE_RATIO:
-        mean = tokens.total(log_ratio) / tokens.length.clamp(min=1)
-        log_ratio = tokens.spread(mean)
-        if settings.loss_type == "gspo_token":
-            # The value is the sequence's ratio, the gradient each token's own.
-            log_ratio = log_ratio.detach() + current - current.detach()
-    if settings.ratio_clamp is not None:
-        log_ratio = log_ratio.clamp(-settings.ratio_clamp, settings.ratio_clamp)
-    return log_ratio.exp()
+def _limited(values: Tensor, limit: float | None) -> Tensor:
+    """Values clamped to +-limit. The gradient is 0 outside, and a NaN keeps its own, which torch.clamp would zero."""
+    if limit is None:
+        return values
+    return torch.where(values > limit, limit, torch.where(values < -limit, -limit, values))
+
+
+class _Excess(torch.autograd.Function):
+    """``exp(x) - 1 - x``, infinite where x is. Its derivative is one number, not a difference of infinite ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.where(x == math.inf, x, torch.expm1(x) - x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope = torch.expm1(x)
+        return torch.where(slope == 0, slope, gradients[0] * slope)
+
+
+def _excess(x: Tensor) -> Tensor:
+    found: Tensor = _Excess.apply(x)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _PassedThrough(torch.autograd.Function):
+    """Values whose gradient goes to another tensor, also where that is infinite and x - x.detach() is not zero."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, x: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
+
+
+def _exponent(log_ratio: Tensor, current: Tensor, tokens: Tokens, settings: PolicyLossOptions) -> Tensor:
+    """Logarithm of the ratio that multiplies each token's advantage: its own, or that of its whole response."""
+    if settings.loss_type not in SEQUENCE_RATIO:
+        return log_ratio
+    mean = tokens.spread(tokens.total(log_ratio) / tokens.length.clamp(min=1))
+    if settings.loss_type == "gspo_token":
+        # The value is the sequence's ratio, the gradient each token's own.
+        passed: Tensor = _PassedThrough.apply(mean.detach(), current)  # type: ignore[no-untyped-call]
+        return passed
+    return mean
+
+
+def _ratio(exponent: Tensor, settings: PolicyLossOptions) -> Tensor:
+    return _limited(exponent, settings.ratio_clamp).exp()
 
 
 def _surrogate(
-    ratio: Tensor, current: Tensor, advantage: Tensor, settings: PolicyLossOptions
+    exponent: Tensor, current: Tensor, advantage: Tensor, counts: Tensor, settings: PolicyLossOptions
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Surrogate loss of each token, and where it was clipped: below, above, and by the dual clip."""
+    """Surrogate loss of each token, and where it was clipped: below, above, and by the dual clip.
+
+    Where the loss does not depend on the ratio, the ratio is a constant: the zero that autograd would multiply an
+    infinite derivative by is NaN.
+    """
+    ratio = _ratio(exponent.detach(), settings)
     low, high = 1 - settings.epsilon_low, 1 + settings.epsilon_high
-    nowhere = torch.zeros_like(ratio, dtype=torch.bool)
+    nowhere = torch.zeros_like(counts)
+    zero = torch.zeros_like(advantage)
+
+    def ratio_where(depends: Tensor) -> Tensor:
+        return _ratio(torch.where(depends, exponent, exponent.detach()), settings)
+
     if settings.loss_type == "cispo":
         if settings.cispo_cap is not None:
             low, high = -math.inf, settings.cispo_cap
-        weight = ratio.clamp(low, high).detach()
-        return -advantage * weight * current, (ratio < low, ratio > high, nowhere)
+        clipped = ratio.clamp(low, high)
+        return _log_prob_loss(clipped, current, advantage, counts), (ratio < low, ratio > high, nowhere)
     if settings.loss_type == "sapo":
         temperature = _either(
-            advantage > 0, settings.sapo_temperature_positive, settings.sapo_temperature_negative, ratio.dtype
+            advantage > 0, settings.sapo_temperature_positive, settings.sapo_temperature_negative, advantage
         )
-        gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
-        return -advantage * gate, (nowhere, nowhere, nowhere)
-    bounded = ratio if settings.dual_clip is None else ratio.clamp(max=settings.dual_clip)
+        # The gate closes faster than any ratio grows, to the end.
+        depends = counts & ((ratio != math.inf) | ~advantage.isfinite())
+        gate = torch.sigmoid(temperature * (ratio_where(depends) - 1)) * 4 / temperature
+        return torch.where(counts, -advantage * gate, zero), (nowhere, nowhere, nowhere)
+    below, above, negative = ratio < low, ratio > high, advantage < 0
     # The dual clip is for negative advantages; for others the ordinary clip is tighter.
-    bounded = torch.where(advantage < 0, bounded, ratio)
-    loss = torch.maximum(-advantage * bounded, -advantage * ratio.clamp(low, high))
-    dual = nowhere if settings.dual_clip is None else (advantage < 0) & (ratio > settings.dual_clip)
-    return loss, ((ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0), dual)
+    dual = nowhere if settings.dual_clip is None else negative & (ratio > settings.dual_clip)
+    bound = math.inf if settings.dual_clip is None else settings.dual_clip
+    clips = -advantage * ratio.clamp(low, high) > -advantage * torch.where(dual, bound, ratio)
+    constant = torch.where(clips, below | above, dual)
+    # A ratio of 0 is one, too: e^x does not rise there.
+    constant = constant | ((ratio == 0) & advantage.isfinite())
+    ratio = ratio_where(counts & ~constant)
+    chosen = torch.where(clips, ratio.clamp(low, high), torch.where(dual, bound, ratio))
+    loss = torch.where(counts, -advantage * chosen, zero)
+    return loss, (below & negative, above & (advantage > 0), dual)
+
+
+def _log_prob_loss(weight: Tensor, current: Tensor, advantage: Tensor, counts: Tensor) -> Tensor:
+    """Loss that weights the log-prob: a weight of zero makes nothing of any log-prob, also of one of -infinity."""
+    zero = torch.zeros_like(advantage)
+    slope = torch.where(counts, -advantage * weight, zero)
+    return torch.where(slope == 0, zero, slope * current)
+
+
+def _either(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """Choose between two numbers; ``torch.where`` would round them to the default dtype."""
+    return torch.where(condition, torch.full_like(like, yes), torch.full_like(like, no))
 
 
 def _vespo_weight(
@@ -144,10 +221,11 @@ def _vespo_weight(
     advantage: Tensor,  # [N]
     tokens: Tokens,
     settings: PolicyLossOptions,
+    largest: float,
 ) -> Tensor:
     """Weight of each token's log-prob in vespo, ``w^k exp(lambda (1 - w))``; w is the product of a response's ratios.
 
-    It is computed as TRL does: bounded in log space, and 0 where it is not finite.
+    It is computed as TRL does: bounded in log space, and 0 where it is not finite, or above ``largest``.
     """
     log_weight = tokens.total(log_ratio.clamp(-VESPO_LIMIT, VESPO_LIMIT))
     if importance is not None:
@@ -157,16 +235,11 @@ def _vespo_weight(
         log_weight = log_weight + correction
     log_weight = tokens.spread(log_weight.clamp(VESPO_FLOOR, VESPO_LIMIT))
     gains = advantage >= 0
-    k = _either(gains, settings.vespo_k_pos, settings.vespo_k_neg, log_weight.dtype)
-    decay = _either(gains, settings.vespo_lambda_pos, settings.vespo_lambda_neg, log_weight.dtype)
+    k = _either(gains, settings.vespo_k_pos, settings.vespo_k_neg, log_weight)
+    decay = _either(gains, settings.vespo_lambda_pos, settings.vespo_lambda_neg, log_weight)
     decay = decay.clamp(min=VESPO_LEAST_LAMBDA)
     weight = (decay + k * log_weight - decay * log_weight.exp()).exp()
-    return weight.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _either(condition: Tensor, one: float, other: float, dtype: torch.dtype) -> Tensor:
-    """Choose between two numbers; ``torch.where`` would round them to the default dtype."""
-    return torch.full_like(condition, other, dtype=dtype).masked_fill(condition, one)
+    return torch.where(weight <= largest, weight, torch.zeros_like(weight))
 
 
 def _importance(weights: Tensor, settings: PolicyLossOptions) -> Tensor:
@@ -184,9 +257,8 @@ def _kl(log_ratio: Tensor, settings: PolicyLossOptions) -> Tensor:
     if settings.kl_estimator == "k2":
         return log_ratio.square() / 2
     if settings.kl_estimator == "k3":
-        return log_ratio.exp() - log_ratio - 1
-    log_ratio = log_ratio.clamp(-20, 20)
-    return (log_ratio.exp() - log_ratio - 1).clamp(-10, 10)
+        return _excess(log_ratio)
+    return _limited(_excess(_limited(log_ratio, 20.0)), 10.0)
 
 
 def _token_weight(
@@ -234,31 +306,34 @@ def _metrics(
         chosen = torch.where(valid, values.to(ratio.dtype), torch.zeros_like(ratio))
         return chosen.sum() / number.clamp(min=1)
 
-    def extreme(values: Tensor, largest: bool) -> Tensor:
+    def extreme(values: Tensor, largest: bool, average: Tensor) -> Tensor:
         empty = -math.inf if largest else math.inf
         chosen = torch.where(valid, values, torch.full_like(values, empty))
         chosen = torch.cat([chosen, chosen.new_full((1,), empty)])
         found = chosen.amax() if largest else chosen.amin()
-        return torch.where(any_valid, found, torch.zeros_like(found))
+        return torch.where(any_valid, torch.where(average.isnan(), average, found), torch.zeros_like(found))
 
     low, high, dual = clipped
-    factor_mean = mean(factors)
+    ratio_mean, factor_mean = mean(ratio), mean(factors)
+    least = extreme(factors, False, factor_mean)
+    # Measured from one of the factors, so that equal ones deviate by nothing at all.
+    deviation = factors - torch.where(least.isfinite(), least, torch.zeros_like(least))
     return torch.stack(
         [
             mean(low | high),
             mean(low),
             mean(high),
             mean(dual),
-            mean(ratio),
-            extreme(ratio, largest=False),
-            extreme(ratio, largest=True),
+            ratio_mean,
+            extreme(ratio, False, ratio_mean),
+            extreme(ratio, True, ratio_mean),
             mean(old_kl),
             mean(kl),
             mean(entropy),
             factor_mean,
-            extreme(factors, largest=False),
-            extreme(factors, largest=True),
-            mean((factors - factor_mean).square()).sqrt(),
+            least,
+            extreme(factors, True, factor_mean),
+            mean((deviation - mean(deviation)).square()).sqrt(),
             number,
             (valid & ~advantages.isfinite()).sum().to(ratio.dtype),
         ]

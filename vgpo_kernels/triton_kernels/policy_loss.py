@@ -20,13 +20,7 @@ from torch import Tensor
 from vgpo_kernels.config import PolicyLossOptions
 from vgpo_kernels.ops.policy_loss import POLICY_METRICS
 from vgpo_kernels.ops.visual_weights import FOCUS_METRICS
-from vgpo_kernels.reference.policy_loss import (
-    SEQUENCE_LEVEL,
-    VESPO_FLOOR,
-    VESPO_LEAST_LAMBDA,
-    VESPO_LIMIT,
-    LossArguments,
-)
+from vgpo_kernels.reference.policy_loss import SEQUENCE_LEVEL, VESPO_LEAST_LAMBDA, LossArguments
 from vgpo_kernels.triton_kernels.common import (
     clamp,
     device_guard,
@@ -41,107 +35,23 @@ from vgpo_kernels.triton_kernels.common import (
     token_range,
     wrap_triton,
 )
+from vgpo_kernels.triton_kernels.policy_sums import PARTIALS, reduce_kernel, store_partials
+from vgpo_kernels.triton_kernels.policy_terms import (
+    LARGEST_LOG_WEIGHT,
+    LEAST_LOG_WEIGHT,
+    apply_importance,
+    exponential_excess,
+    importance_correction,
+    kl_estimate,
+    log_importance,
+    surrogate,
+    vespo_weight,
+)
 from vgpo_kernels.triton_kernels.responses import SCORE, STATISTICS, WEIGHTED
-from vgpo_kernels.triton_kernels.visual_weights import field_of, group_weight, store_focus_metrics, token_factor
-
-# Columns of a block's partial results, fp32 [slots, PARTIALS]: the metrics in their order up to the number of tokens,
-# then the loss. The first metric is the sum of the next two, so that its place is free for the last one.
-PARTIALS = tl.constexpr(16)
-NONFINITE = tl.constexpr(0)
-CLIPPED_LOW = tl.constexpr(1)
-CLIPPED_HIGH = tl.constexpr(2)
-DUAL_CLIPPED = tl.constexpr(3)
-RATIO_SUM = tl.constexpr(4)
-RATIO_MIN = tl.constexpr(5)
-RATIO_MAX = tl.constexpr(6)
-OLD_KL_SUM = tl.constexpr(7)
-REF_KL_SUM = tl.constexpr(8)
-ENTROPY_SUM = tl.constexpr(9)
-FACTOR_MEAN = tl.constexpr(10)  # of the block
-FACTOR_MIN = tl.constexpr(11)
-FACTOR_MAX = tl.constexpr(12)
-FACTOR_SQUARES = tl.constexpr(13)  # squared deviations from the block's mean
-COUNT = tl.constexpr(14)
-LOSS = tl.constexpr(15)
-METRICS = tl.constexpr(len(POLICY_METRICS))
-
-LEAST_LOG_WEIGHT = tl.constexpr(VESPO_FLOOR)
-LARGEST_LOG_WEIGHT = tl.constexpr(VESPO_LIMIT)  # and of a token's log-ratio, on both sides
+from vgpo_kernels.triton_kernels.visual_weights import group_weight, token_factor
 
 TOKEN_BLOCK = 1024
 COUNT_BLOCK = 4096
-
-
-@triton.jit
-def surrogate(
-    ratio,
-    ratio_slope,  # derivative w.r.t. the log-ratio
-    logp,
-    advantage,
-    vespo,  # vespo's weight
-    clip_low,
-    clip_high,
-    dual_clip,  # infinity: none
-    tau_positive,
-    tau_negative,
-    LOSS_TYPE: tl.constexpr,
-):
-    """A token's surrogate loss, its derivative w.r.t. the log-ratio, and where it was clipped: low, high, dual."""
-    below = ratio < clip_low
-    above = ratio > clip_high
-    clipped_ratio = clamp(ratio, clip_low, clip_high)
-    dual = (advantage < 0.0) & (ratio > dual_clip)
-    if LOSS_TYPE == "sapo":
-        tau = tl.where(advantage > 0.0, tau_positive, tau_negative)
-        gate = tl.div_rn(1.0, 1.0 + exponential(-tau * (ratio - 1.0)))
-        value = -advantage * gate * tl.div_rn(4.0, tau)
-        slope = -advantage * 4.0 * gate * (1.0 - gate) * ratio_slope
-        below = below & False
-        above = above & False
-        dual = dual & False
-    elif LOSS_TYPE == "cispo":
-        slope = -advantage * clipped_ratio
-        value = slope * logp
-        dual = dual & False
-    elif LOSS_TYPE == "vespo":
-        slope = -advantage * vespo
-        value = slope * logp
-        below = below & False
-        above = above & False
-        dual = dual & False
-    else:
-        unclipped = -advantage * tl.where(dual, dual_clip, ratio)
-        clipped = -advantage * clipped_ratio
-        value = tl.maximum(unclipped, clipped)
-        unclipped_slope = tl.where(dual, 0.0, ratio_slope)
-        clipped_slope = tl.where(below | above, 0.0, ratio_slope)
-        slope = -advantage * tl.where(clipped > unclipped, clipped_slope, unclipped_slope)
-        below = below & (advantage < 0.0)
-        above = above & (advantage > 0.0)
-    return value, slope, below, above, dual
-
-
-@triton.jit
-def kl_estimate(difference, ESTIMATOR: tl.constexpr):
-    """KL to the reference policy from ``difference = ref_logp - logp``, and its derivative w.r.t. logp."""
-    if ESTIMATOR == "k1":
-        value = -difference
-        slope = tl.full(difference.shape, 1.0, tl.float32)
-    elif ESTIMATOR == "k2":
-        value = 0.5 * difference * difference
-        slope = -difference
-    elif ESTIMATOR == "k3":
-        ratio = exponential(difference)
-        value = ratio - difference - 1.0
-        slope = 1.0 - ratio
-    else:
-        bounded = clamp(difference, -20.0, 20.0)
-        ratio = exponential(bounded)
-        value = ratio - bounded - 1.0
-        flat = (difference > 20.0) | (difference < -20.0) | (value > 10.0)
-        slope = tl.where(flat, 0.0, 1.0 - ratio)
-        value = tl.where(value > 10.0, 10.0, value)
-    return value, slope
 
 
 @triton.jit
@@ -152,26 +62,6 @@ def per_response_or_token(values, response, token, valid, PER_RESPONSE: tl.const
     else:
         loaded = tl.load(values + token, mask=valid, other=0.0)
     return loaded
-
-
-@triton.jit
-def importance_correction(weight, importance_cap, IMPORTANCE_MODE: tl.constexpr):
-    capped = importance_cap if IMPORTANCE_MODE == "truncate" else 0.0
-    return tl.where(weight > importance_cap, capped, weight)
-
-
-@triton.jit
-def log_importance(weight, importance_cap, IMPORTANCE_MODE: tl.constexpr):
-    """What an importance weight adds to vespo's log w, as csrc/math.h defines it."""
-    logarithm = tl.log(importance_correction(weight, importance_cap, IMPORTANCE_MODE))
-    return clamp(logarithm, LEAST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
-
-
-@triton.jit
-def vespo_weight(log_weight, k, decay):
-    """phi(w), 0 where it is not finite."""
-    weight = exponential(decay + k * log_weight - decay * exponential(log_weight))
-    return tl.where(is_finite(weight), weight, 0.0)
 
 
 @triton.jit
@@ -278,7 +168,7 @@ def loss_kernel(
     vespo_losses = tl.zeros((), tl.float32)
     if SEQUENCE_LEVEL:
         counted = tl.zeros((BLOCK,), tl.int32)
-        summed = tl.zeros((BLOCK,), tl.float32)
+        summed = tl.zeros((BLOCK,), tl.float64)
         for slot in range(slot_end - slot_begin):
             token = first_token + slot * BLOCK + tl.arange(0, BLOCK)
             valid = tl.load(response_mask + token, mask=token < end, other=0) != 0
@@ -290,17 +180,17 @@ def loss_kernel(
                     weight_of_token = tl.load(importance_weights + token, mask=valid, other=1.0)
                     logarithm = log_importance(weight_of_token, importance_cap, IMPORTANCE_MODE)
                     term += tl.where(valid, logarithm, 0.0)
-            summed += term
+            summed += term.to(tl.float64)
         length = tl.sum(counted).to(tl.float32)
         if VESPO:
-            log_weight = tl.sum(summed)
+            log_weight = tl.sum(summed).to(tl.float32)
             if importance_weights is not None and IMPORTANCE_PER_RESPONSE:
                 log_weight += log_importance(tl.load(importance_weights + response), importance_cap, IMPORTANCE_MODE)
             log_weight = clamp(log_weight, LEAST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
             vespo_gains = vespo_weight(log_weight, vespo_k_pos, vespo_lambda_pos)
             vespo_losses = vespo_weight(log_weight, vespo_k_neg, vespo_lambda_neg)
         else:
-            mean_log_ratio = tl.div_rn(tl.sum(summed), tl.maximum(length, 1.0))
+            mean_log_ratio = (tl.sum(summed) / tl.maximum(length, 1.0)).to(tl.float32)
     elif AGGREGATION == "seq-mean-token-mean":
         length = tl.load(lengths + response).to(tl.float32)
 
@@ -340,7 +230,7 @@ def loss_kernel(
             if SEQUENCE_RATIO:
                 log_ratio = tl.zeros_like(current) + mean_log_ratio
             ratio = exponential(clamp(log_ratio, -ratio_clamp, ratio_clamp))
-            ratio_slope = tl.where((log_ratio > ratio_clamp) | (log_ratio < -ratio_clamp), 0.0, ratio)
+            constant = (log_ratio > ratio_clamp) | (log_ratio < -ratio_clamp)
 
             advantage = per_response_or_token(advantages, response, token, valid, ADVANTAGE_PER_RESPONSE)
             factor = tl.full((BLOCK,), 1.0, tl.float32)
@@ -355,7 +245,7 @@ def loss_kernel(
             advantage *= factor
             value, slope, below, above, dual = surrogate(
                 ratio,
-                ratio_slope,
+                constant,
                 current,
                 advantage,
                 tl.where(advantage >= 0.0, vespo_gains, vespo_losses),
@@ -369,23 +259,26 @@ def loss_kernel(
             if importance_weights is not None and not VESPO:
                 correction = per_response_or_token(importance_weights, response, token, valid, IMPORTANCE_PER_RESPONSE)
                 correction = importance_correction(correction, importance_cap, IMPORTANCE_MODE)
-                value *= correction
-                slope *= correction
+                value, slope = apply_importance(value, slope, correction, advantage)
             kl = tl.zeros((BLOCK,), tl.float32)
             own_slope = tl.zeros((BLOCK,), tl.float32)  # derivative w.r.t. logp other than through the ratio
             if ref_logp is not None:
                 difference = tl.load(ref_logp + token, mask=valid, other=0.0) - current
                 kl, own_slope = kl_estimate(difference, KL_ESTIMATOR)
                 if KL_BIAS_CORRECTION:
-                    slope += kl_coef * kl * ratio_slope
                     kl *= ratio
-                    own_slope *= ratio
-                value += kl_coef * kl
-                own_slope *= kl_coef
+                    # A slope of zero stays one beside an infinite ratio.
+                    own_slope = tl.where(own_slope == 0.0, 0.0, own_slope * ratio)
+                # With a coefficient of zero a term is off: it adds nothing, whatever it is.
+                weighted = tl.where(kl_coef == 0.0, 0.0, kl_coef * kl)
+                value += weighted
+                own_slope = tl.where(kl_coef == 0.0, 0.0, kl_coef * own_slope)
+                if KL_BIAS_CORRECTION:
+                    slope += tl.where(constant, 0.0, weighted)
             bonus = tl.zeros((BLOCK,), tl.float32)
             if entropy is not None:
                 bonus = tl.load(entropy + token, mask=valid, other=0.0)
-                value -= entropy_coef * bonus
+                value -= tl.where(entropy_coef == 0.0, 0.0, entropy_coef * bonus)
 
             if writes == 0:
                 slope_sum += tl.where(valid, slope, 0.0)
@@ -397,93 +290,13 @@ def loss_kernel(
                 if entropy is not None:
                     tl.store(grad_entropy + token, tl.where(valid, -entropy_coef * share, 0.0), mask=token < end)
                 bounded = clamp(token_log_ratio, -ratio_clamp, ratio_clamp)
-                old_kl = exponential(bounded) - 1.0 - bounded
+                old_kl = exponential_excess(bounded, exponential(bounded))
                 partial = partials + (slot_begin + slot) * PARTIALS
                 broken = ~is_finite(advantage)
                 value = share * value
                 store_partials(partial, valid, value, ratio, old_kl, kl, bonus, factor, below, above, dual, broken)
         if writes == 0:
             common_slope = tl.div_rn(tl.sum(slope_sum), tl.maximum(length, 1.0))
-
-
-@triton.jit
-def store_partials(partial, valid, value, ratio, old_kl, kl, bonus, factor, below, above, dual, broken):
-    """Reduce a block of tokens to its row of partial results."""
-    count = tl.sum(valid.to(tl.int32)).to(tl.float32)
-    mean = tl.div_rn(tl.sum(tl.where(valid, factor, 0.0)), tl.maximum(count, 1.0))
-    deviation = tl.where(valid, factor - mean, 0.0)
-    tl.store(partial + NONFINITE, tl.sum((valid & broken).to(tl.int32)).to(tl.float32))
-    tl.store(partial + CLIPPED_LOW, tl.sum((valid & below).to(tl.int32)).to(tl.float32))
-    tl.store(partial + CLIPPED_HIGH, tl.sum((valid & above).to(tl.int32)).to(tl.float32))
-    tl.store(partial + DUAL_CLIPPED, tl.sum((valid & dual).to(tl.int32)).to(tl.float32))
-    tl.store(partial + RATIO_SUM, tl.sum(tl.where(valid, ratio, 0.0)))
-    tl.store(partial + RATIO_MIN, tl.min(tl.where(valid, ratio, float("inf"))))
-    tl.store(partial + RATIO_MAX, tl.max(tl.where(valid, ratio, -float("inf"))))
-    tl.store(partial + OLD_KL_SUM, tl.sum(tl.where(valid, old_kl, 0.0)))
-    tl.store(partial + REF_KL_SUM, tl.sum(tl.where(valid, kl, 0.0)))
-    tl.store(partial + ENTROPY_SUM, tl.sum(tl.where(valid, bonus, 0.0)))
-    tl.store(partial + FACTOR_MEAN, mean)
-    tl.store(partial + FACTOR_MIN, tl.min(tl.where(valid, factor, float("inf"))))
-    tl.store(partial + FACTOR_MAX, tl.max(tl.where(valid, factor, -float("inf"))))
-    tl.store(partial + FACTOR_SQUARES, tl.sum(deviation * deviation))
-    tl.store(partial + COUNT, count)
-    tl.store(partial + LOSS, tl.sum(tl.where(valid, value, 0.0)))
-
-
-@triton.jit(do_not_specialize=["slots", "batch"])
-def reduce_kernel(
-    partials,  # [slots, PARTIALS]
-    statistics,  # [B, STATISTICS] or None
-    groups,  # [B] or None
-    loss,  # out: []
-    metrics,  # out: [METRICS] or, with statistics, the focus metrics behind them
-    slots,
-    batch,
-):
-    BLOCK: tl.constexpr = 64
-    field = tl.arange(0, PARTIALS)
-    sums = tl.zeros((BLOCK, PARTIALS), tl.float64)
-    least = tl.full((BLOCK, PARTIALS), float("inf"), tl.float32)
-    most = tl.full((BLOCK, PARTIALS), -float("inf"), tl.float32)
-    for start in range(0, slots, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        inside = slot < slots
-        row = partials + slot.to(tl.int64) * PARTIALS
-        present = inside[:, None] & (field >= 0)[None, :]
-        values = tl.load(row[:, None] + field[None, :], mask=present, other=0.0)
-        least = tl.where(present, tl.minimum(least, values), least)
-        most = tl.where(present, tl.maximum(most, values), most)
-        # Means and squared deviations of blocks are combined through moments about zero.
-        count = tl.load(row + COUNT, mask=inside, other=0.0).to(tl.float64)[:, None]
-        mean = tl.load(row + FACTOR_MEAN, mask=inside, other=0.0).to(tl.float64)[:, None]
-        moment = tl.where((field == FACTOR_MEAN)[None, :], count * mean, values.to(tl.float64))
-        sums += moment + tl.where((field == FACTOR_SQUARES)[None, :], count * mean * mean, 0.0)
-    total = tl.sum(sums, 0)
-    number = field_of(total, field, COUNT)
-    nonfinite = field_of(total, field, NONFINITE)
-    clipped = field_of(total, field, CLIPPED_LOW) + field_of(total, field, CLIPPED_HIGH)
-    result = tl.where(field == NONFINITE, clipped, total) / tl.maximum(number, 1.0)
-    mean = field_of(result, field, FACTOR_MEAN)
-    variance = field_of(result, field, FACTOR_SQUARES) - mean * mean
-    result = tl.where(field == FACTOR_SQUARES, tl.sqrt(tl.where(variance < 0.0, 0.0, variance)), result)
-    smallest, largest = (field == RATIO_MIN) | (field == FACTOR_MIN), (field == RATIO_MAX) | (field == FACTOR_MAX)
-    # A minimum drops NaN on GPUs; the mean has it.
-    of_ratio = (field == RATIO_MIN) | (field == RATIO_MAX)
-    mean_of_field = tl.where(of_ratio, field_of(result, field, RATIO_SUM), mean)
-    extreme = tl.where(smallest, tl.min(least, 0), tl.max(most, 0)).to(tl.float64)
-    extreme = tl.where(mean_of_field != mean_of_field, mean_of_field, extreme)
-    result = tl.where(smallest | largest, extreme, result)
-    # A smallest and a largest ratio among which is a NaN are NaN, which the hardware's comparisons drop.
-    mean_ratio = tl.zeros_like(result) + field_of(result, field, RATIO_SUM)
-    of_ratio = (field == RATIO_MIN) | (field == RATIO_MAX)
-    result = tl.where(of_ratio & (mean_ratio != mean_ratio), mean_ratio, result)
-    result = tl.where(field == COUNT, number, result)
-    result = tl.where(tl.zeros_like(result) + number > 0.0, result, 0.0).to(tl.float32)
-    tl.store(metrics + field, result, mask=field < LOSS)
-    tl.store(metrics + LOSS, nonfinite.to(tl.float32))
-    tl.store(loss, field_of(total, field, LOSS).to(tl.float32))
-    if statistics is not None:
-        store_focus_metrics(statistics, groups, metrics + METRICS, batch)
 
 
 def clip_range(options: PolicyLossOptions) -> tuple[float, float]:
