@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,3 +70,20 @@ def rows_of(response_mask: Tensor, hidden: Tensor) -> Tensor:
     if hidden.dim() == 3:
         hidden = hidden[:, hidden.shape[1] - response_mask.shape[1] :]
     return hidden.reshape(-1, hidden.shape[-1])
+
+
+def numbers_of(settings: Any, like: Tensor) -> dict[str, Any]:
+    """Return the numbers among settings as 0-dimensional tensors of ``like``'s dtype; ``None`` stays ``None``.
+
+    torch.compile keeps a tensor that is made of a changing float as an input of the graph. ``clamp``, ``**`` and
+    ``full_like`` make a constant of the float itself, and would be compiled anew for each value.
+    """
+    one = like.new_ones(())
+    found: dict[str, Any] = {}
+    for name in settings.kinds:
+        value = getattr(settings, name)
+        if isinstance(value, tuple):
+            found[name] = tuple(one * bound for bound in value)
+        elif isinstance(value, float) or value is None:
+            found[name] = None if value is None else one * value
+    return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels.config import PolicyLossOptions
-from vgpo_kernels.reference.layout import Tokens, tokens_of
+from vgpo_kernels.reference.layout import Tokens, numbers_of, tokens_of
 
 # Losses whose tokens need a number of their whole response: its mean log-ratio, or vespo's sum of log-ratios.
 SEQUENCE_RATIO = ("gspo", "gspo_token", "luspo")
@@ -62,19 +62,22 @@ def policy_loss(
     if factors is not None:
         advantage = advantage * per_token_values(factors, valid, dtype)
     log_ratio = current - per_token_values(given.old_logp, valid, dtype)
+    number_of = numbers_of(settings, current)
     exponent = _exponent(log_ratio, current, tokens, settings)
-    ratio = _ratio(exponent, settings)
-    importance = None if given.importance_weights is None else _importance(given.importance_weights.to(dtype), settings)
+    ratio = _limited(exponent, number_of["ratio_clamp"]).exp()
+    importance = None
+    if given.importance_weights is not None:
+        importance = _importance(given.importance_weights.to(dtype), number_of["importance_cap"], settings)
     correction = None if importance is None or settings.loss_type == "vespo" else per_token(importance)
     # A surrogate times zero is zero, whatever it is.
     counts = advantage != 0 if correction is None else (advantage != 0) & (correction != 0)
     if settings.loss_type == "vespo":
         largest = torch.finfo(torch.float64 if given.logp.dtype == torch.float64 else torch.float32).max
-        weight = _vespo_weight(log_ratio.detach(), importance, advantage, tokens, settings, largest)
+        weight = _vespo_weight(log_ratio.detach(), importance, advantage, tokens, number_of, largest)
         nowhere = torch.zeros_like(valid)
         token_loss, clipped = _log_prob_loss(weight, current, advantage, counts), (nowhere, nowhere, nowhere)
     else:
-        token_loss, clipped = _surrogate(exponent, current, advantage, counts, settings)
+        token_loss, clipped = _surrogate(exponent, current, advantage, counts, settings, number_of)
     if correction is not None:
         token_loss = torch.where(counts, correction * token_loss, torch.zeros_like(token_loss))
     kl = torch.zeros_like(current)
@@ -95,7 +98,7 @@ def policy_loss(
     weight = _token_weight(tokens, settings, given, dtype)
     loss = torch.where(valid, token_loss * weight, torch.zeros_like(token_loss)).sum()
     scale = torch.ones_like(current) if factors is None else per_token_values(factors, valid, dtype)
-    old_kl = _excess(_limited(log_ratio.detach(), settings.ratio_clamp))
+    old_kl = _excess(_limited(log_ratio.detach(), number_of["ratio_clamp"]))
     return loss, _metrics(valid, clipped, ratio, old_kl, kl, bonus, scale, advantage).detach()
 
 
@@ -105,43 +108,19 @@ def per_token_values(values: Tensor, valid: Tensor, dtype: torch.dtype) -> Tenso
     return torch.where(valid, flat, torch.zeros_like(flat))
 
 
-def _limited(values: Tensor, limit: float | None) -> Tensor:
+def _limited(values: Tensor, limit: Tensor | float | None) -> Tensor:
     """Values clamped to +-limit. The gradient is 0 outside, and a NaN keeps its own, which torch.clamp would zero."""
     if limit is None:
         return values
     return torch.where(values > limit, limit, torch.where(values < -limit, -limit, values))
 
 
-class _Excess(torch.autograd.Function):
-    """``exp(x) - 1 - x``, infinite where x is. Its derivative is one number, not a difference of infinite ones."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return torch.where(x == math.inf, x, torch.expm1(x) - x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        slope = torch.expm1(x)
-        return torch.where(slope == 0, slope, gradients[0] * slope)
-
-
 def _excess(x: Tensor) -> Tensor:
-    found: Tensor = _Excess.apply(x)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _PassedThrough(torch.autograd.Function):
-    """Values whose gradient goes to another tensor, also where that is infinite and x - x.detach() is not zero."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, x: Tensor) -> Tensor:
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        return None, gradients[0]
+    """``exp(x) - 1 - x``, infinite where x is, with an infinite derivative above."""
+    endless = x == math.inf
+    # Infinity minus infinity would be NaN. What is not chosen must be finite, or its gradient of zero is NaN.
+    finite = torch.where(endless, torch.zeros_like(x), x)
+    return torch.where(endless, (x - finite).exp(), torch.expm1(finite) - finite)
 
 
 def _exponent(log_ratio: Tensor, current: Tensor, tokens: Tokens, settings: PolicyLossOptions) -> Tensor:
@@ -150,49 +129,50 @@ def _exponent(log_ratio: Tensor, current: Tensor, tokens: Tokens, settings: Poli
         return log_ratio
     mean = tokens.spread(tokens.total(log_ratio) / tokens.length.clamp(min=1))
     if settings.loss_type == "gspo_token":
-        # The value is the sequence's ratio, the gradient each token's own.
-        passed: Tensor = _PassedThrough.apply(mean.detach(), current)  # type: ignore[no-untyped-call]
-        return passed
+        # The value is the sequence's ratio, the gradient each token's own. Infinity minus itself would be NaN.
+        rest = torch.where(mean == current, torch.zeros_like(mean), mean - current)
+        return current + rest.detach()
     return mean
 
 
-def _ratio(exponent: Tensor, settings: PolicyLossOptions) -> Tensor:
-    return _limited(exponent, settings.ratio_clamp).exp()
-
-
 def _surrogate(
-    exponent: Tensor, current: Tensor, advantage: Tensor, counts: Tensor, settings: PolicyLossOptions
+    exponent: Tensor,
+    current: Tensor,
+    advantage: Tensor,
+    counts: Tensor,
+    settings: PolicyLossOptions,
+    number_of: dict[str, Any],
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Surrogate loss of each token, and where it was clipped: below, above, and by the dual clip.
 
     Where the loss does not depend on the ratio, the ratio is a constant: the zero that autograd would multiply an
     infinite derivative by is NaN.
     """
-    ratio = _ratio(exponent.detach(), settings)
-    low, high = 1 - settings.epsilon_low, 1 + settings.epsilon_high
+    limit, dual_clip = number_of["ratio_clamp"], number_of["dual_clip"]
+    ratio = _limited(exponent.detach(), limit).exp()
+    low, high = 1 - number_of["epsilon_low"], 1 + number_of["epsilon_high"]
     nowhere = torch.zeros_like(counts)
     zero = torch.zeros_like(advantage)
 
     def ratio_where(depends: Tensor) -> Tensor:
-        return _ratio(torch.where(depends, exponent, exponent.detach()), settings)
+        return _limited(torch.where(depends, exponent, exponent.detach()), limit).exp()
 
     if settings.loss_type == "cispo":
         if settings.cispo_cap is not None:
-            low, high = -math.inf, settings.cispo_cap
+            low, high = torch.full_like(low, -math.inf), number_of["cispo_cap"]
         clipped = ratio.clamp(low, high)
         return _log_prob_loss(clipped, current, advantage, counts), (ratio < low, ratio > high, nowhere)
     if settings.loss_type == "sapo":
-        temperature = _either(
-            advantage > 0, settings.sapo_temperature_positive, settings.sapo_temperature_negative, advantage
-        )
+        positive, negative = number_of["sapo_temperature_positive"], number_of["sapo_temperature_negative"]
+        temperature = torch.where(advantage > 0, positive, negative)
         # The gate closes faster than any ratio grows, to the end.
         depends = counts & ((ratio != math.inf) | ~advantage.isfinite())
         gate = torch.sigmoid(temperature * (ratio_where(depends) - 1)) * 4 / temperature
         return torch.where(counts, -advantage * gate, zero), (nowhere, nowhere, nowhere)
     below, above, negative = ratio < low, ratio > high, advantage < 0
     # The dual clip is for negative advantages; for others the ordinary clip is tighter.
-    dual = nowhere if settings.dual_clip is None else negative & (ratio > settings.dual_clip)
-    bound = math.inf if settings.dual_clip is None else settings.dual_clip
+    dual = nowhere if dual_clip is None else negative & (ratio > dual_clip)
+    bound = math.inf if dual_clip is None else dual_clip
     clips = -advantage * ratio.clamp(low, high) > -advantage * torch.where(dual, bound, ratio)
     constant = torch.where(clips, below | above, dual)
     # A ratio of 0 is one, too: e^x does not rise there.
@@ -210,17 +190,12 @@ def _log_prob_loss(weight: Tensor, current: Tensor, advantage: Tensor, counts: T
     return torch.where(slope == 0, zero, slope * current)
 
 
-def _either(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
-    """Choose between two numbers; ``torch.where`` would round them to the default dtype."""
-    return torch.where(condition, torch.full_like(like, yes), torch.full_like(like, no))
-
-
 def _vespo_weight(
     log_ratio: Tensor,  # [N]
     importance: Tensor | None,  # [B] or per token
     advantage: Tensor,  # [N]
     tokens: Tokens,
-    settings: PolicyLossOptions,
+    number_of: dict[str, Any],
     largest: float,
 ) -> Tensor:
     """Weight of each token's log-prob in vespo, ``w^k exp(lambda (1 - w))``; w is the product of a response's ratios.
@@ -235,19 +210,19 @@ def _vespo_weight(
         log_weight = log_weight + correction
     log_weight = tokens.spread(log_weight.clamp(VESPO_FLOOR, VESPO_LIMIT))
     gains = advantage >= 0
-    k = _either(gains, settings.vespo_k_pos, settings.vespo_k_neg, log_weight)
-    decay = _either(gains, settings.vespo_lambda_pos, settings.vespo_lambda_neg, log_weight)
+    k = torch.where(gains, number_of["vespo_k_pos"], number_of["vespo_k_neg"])
+    decay = torch.where(gains, number_of["vespo_lambda_pos"], number_of["vespo_lambda_neg"])
     decay = decay.clamp(min=VESPO_LEAST_LAMBDA)
     weight = (decay + k * log_weight - decay * log_weight.exp()).exp()
     return torch.where(weight <= largest, weight, torch.zeros_like(weight))
 
 
-def _importance(weights: Tensor, settings: PolicyLossOptions) -> Tensor:
-    if settings.importance_cap is None:
+def _importance(weights: Tensor, cap: Tensor | None, settings: PolicyLossOptions) -> Tensor:
+    if cap is None:
         return weights
     if settings.importance_mode == "truncate":
-        return weights.clamp(max=settings.importance_cap)
-    return torch.where(weights > settings.importance_cap, torch.zeros_like(weights), weights)
+        return weights.clamp(max=cap)
+    return torch.where(weights > cap, torch.zeros_like(weights), weights)
 
 
 def _kl(log_ratio: Tensor, settings: PolicyLossOptions) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels.config import VGPOConfig
-from vgpo_kernels.reference.layout import Tokens, tokens_of
+from vgpo_kernels.reference.layout import Tokens, numbers_of, tokens_of
 
 EPSILON = 1e-8
 LARGEST_SIGNAL = 1024.0  # a cosine beyond it is broken, and spoils its response
@@ -65,7 +65,8 @@ def visual_weights(
     score = torch.where(weighted, score, torch.full_like(score, math.nan))
     phi = group_weights(score, group_ids, None, config, dtype=dtype)
 
-    factors = _clamp(1 + psi, settings.intra_clamp) * tokens.spread(_clamp(1 + phi, settings.inter_clamp))
+    number_of = numbers_of(settings, psi)
+    factors = _clamp(1 + psi, number_of["intra_clamp"]) * tokens.spread(_clamp(1 + phi, number_of["inter_clamp"]))
     metrics = _metrics(usable, rho, gate, counted, tokens, weighted)
     counts = [weighted.sum(), broken.sum(), *_group_counts(weighted, group_ids)]
     return (
@@ -138,7 +139,7 @@ def _schedule(tokens: Tokens, settings: VGPOConfig, dtype: torch.dtype) -> Tenso
     if settings.schedule == "linear":
         strength = ramp.clamp(min=0)
     elif settings.schedule == "exponential":
-        strength = ramp.clamp(0, 1) ** settings.exponent
+        strength = ramp.clamp(0, 1) ** numbers_of(settings, ramp)["exponent"]
     else:
         strength = (position >= settings.step_ratio - POSITION_SLACK).to(dtype)
     before = position < settings.start_ratio - POSITION_SLACK
@@ -165,7 +166,7 @@ def _gate(usable: Tensor, active: Tensor, tokens: Tokens, start: Tensor, setting
     return (tail & (usable >= tokens.spread(threshold))).to(usable.dtype)
 
 
-def _clamp(factor: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+def _clamp(factor: Tensor, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
     return factor if bounds is None else factor.clamp(*bounds)
 
 
