@@ -270,11 +270,11 @@ def loss_kernel(
                     # A slope of zero stays one beside an infinite ratio.
                     own_slope = tl.where(own_slope == 0.0, 0.0, own_slope * ratio)
                 # With a coefficient of zero a term is off: it adds nothing, whatever it is.
-                weighted = tl.where(kl_coef == 0.0, 0.0, kl_coef * kl)
-                value += weighted
+                kl_term = tl.where(kl_coef == 0.0, 0.0, kl_coef * kl)
+                value += kl_term
                 own_slope = tl.where(kl_coef == 0.0, 0.0, kl_coef * own_slope)
                 if KL_BIAS_CORRECTION:
-                    slope += tl.where(constant, 0.0, weighted)
+                    slope += tl.where(constant, 0.0, kl_term)
             bonus = tl.zeros((BLOCK,), tl.float32)
             if entropy is not None:
                 bonus = tl.load(entropy + token, mask=valid, other=0.0)
