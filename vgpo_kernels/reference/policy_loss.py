@@ -117,10 +117,10 @@ def _limited(values: Tensor, limit: Tensor | float | None) -> Tensor:
 
 def _excess(x: Tensor) -> Tensor:
     """``exp(x) - 1 - x``, infinite where x is, with an infinite derivative above."""
-    endless = x == math.inf
-    # Infinity minus infinity would be NaN. What is not chosen must be finite, or its gradient of zero is NaN.
-    finite = torch.where(endless, torch.zeros_like(x), x)
-    return torch.where(endless, (x - finite).exp(), torch.expm1(finite) - finite)
+    endless, zero = x == math.inf, torch.zeros_like(x)
+    # Infinity minus infinity would be NaN, and so would the gradient of zero of an infinite value that is not chosen.
+    above, rest = torch.where(endless, x, zero), torch.where(endless, zero, x)
+    return torch.where(endless, above.exp(), torch.expm1(rest) - rest)
 
 
 def _exponent(log_ratio: Tensor, current: Tensor, tokens: Tokens, settings: PolicyLossOptions) -> Tensor:
