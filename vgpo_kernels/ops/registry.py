@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import wraps
 from importlib import import_module
 from itertools import compress
@@ -195,11 +196,12 @@ def _backward(
 
     def in_order(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None] * len(names)
-        with torch.no_grad():
+        in_graph = torch.is_grad_enabled()
+        with torch.no_grad() if in_graph else nullcontext():
             by_argument = backward(ctx, {*compress(names, ctx.needs_input_grad)}, *gradients)
         for name, gradient in by_argument.items():
             found[place[name]] = gradient
-        return _differentiable_once(ctx, qualified, found) if torch.is_grad_enabled() else tuple(found)
+        return _differentiable_once(ctx, qualified, found) if in_graph else tuple(found)
 
     return in_order
 
@@ -260,34 +262,37 @@ def call(name: str, device: torch.device, dtype: torch.dtype, **arguments: Any) 
     values = [arguments[key] for key in names]
     if backend == "reference":
         return operator.reference(*values)
-    if operator.backward is not None and not torch.compiler.is_compiling():
-        _refuse_transforms(name, backend, values)
-    if any(_changes(arguments[key]) for key in operator.floats):
+    tracing = torch.compiler.is_compiling()
+    if not tracing and (forward_ad._current_level >= 0 or peek_interpreter_stack() is not None):
+        _refuse_transforms(operator, name, backend, values)
+    if any(_changes(arguments[key], tracing) for key in operator.floats):
         values = [_as_tensor(arguments[key]) if key in operator.floats else arguments[key] for key in names]
         return implementation(name, backend, dynamic=True)(*values)
     return implementation(name, backend)(*values)
 
 
-def _refuse_transforms(name: str, backend: str, values: list[Any]) -> None:
+def _refuse_transforms(operator: Operator, name: str, backend: str, values: list[Any]) -> None:
     """Raise RuntimeError for derivatives that kernels do not have: those of forward mode and of torch.func."""
-    missing = None
     tensors = [value for value in values if isinstance(value, Tensor)]
     unpack: Any = forward_ad.unpack_dual
+    if operator.backward is None:
+        return
     if forward_ad._current_level >= 0 and any(unpack(one).tangent is not None for one in tensors):
         missing = "forward-mode derivative"
-    elif peek_interpreter_stack() is not None and any(is_gradtrackingtensor(one) for one in tensors):
+    elif any(is_gradtrackingtensor(one) for one in tensors):
         missing = "derivative for torch.func"
-    if missing is not None:
-        raise RuntimeError(
-            f"{name} has no {missing} on backend '{backend}'; the slower vgpo_kernels.backend('reference') has one"
-        )
+    else:
+        return
+    raise RuntimeError(
+        f"{name} has no {missing} on backend '{backend}'; the slower vgpo_kernels.backend('reference') has one"
+    )
 
 
-def _changes(value: Any) -> bool:
+def _changes(value: Any, tracing: bool) -> bool:
     """Whether floats are inputs of the graph that torch.compile is tracing, or tensors that it made of such."""
     if isinstance(value, Tensor):
         return True
-    if not torch.compiler.is_compiling():
+    if not tracing:
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
