@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "layout.h"
-#include "math.h"
+#include "loss_math.h"
 
 namespace vgpo {
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-# Kernels know a choice by its place in these lists (csrc/math.h has enums of the same order: LossType, ...).
+# Kernels know a choice by its place in these lists (csrc/math.h and loss_math.h have enums of the same order).
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gspo_token", "cispo", "sapo", "luspo", "vespo"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 KLEstimator = Literal["k1", "k2", "k3", "k3_clamped"]
@@ -185,7 +185,7 @@ class _Settings:
                 self.kinds[name].check(name, value)
 
     def as_floats(self) -> list[float]:
-        """Flatten to the numbers that kernels take, field by field (``read`` in csrc/math.h)."""
+        """Flatten to the numbers that kernels take, field by field (``read`` in csrc/math.h and loss_math.h)."""
         numbers: list[float] = []
         for name, kind in self.kinds.items():
             value = getattr(self, name)

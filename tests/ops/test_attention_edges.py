@@ -14,7 +14,7 @@ from test_attention_mass import Attention, check, draw, mass
 from tolerance import assert_close, same_bits
 from torch import Tensor
 
-from vgpo_kernels import attention_heatmap, attention_mass, checks
+from vgpo_kernels import attention_checks, attention_heatmap, attention_mass
 from vgpo_kernels.ops import registry
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -285,14 +285,16 @@ def test_operators_refuse_scales_beyond_float32(exact_backend: str, device: torc
         operator(*operator_arguments(device, scale, 3))
 
 
-@pytest.mark.parametrize("number", [checks.MOST_SEGMENTS + 1, 10**6, 2**31 - 1, 2**31, 2**40, 2**63 - 1])
+@pytest.mark.parametrize("number", [attention_checks.MOST_SEGMENTS + 1, 10**6, 2**31 - 1, 2**31, 2**40, 2**63 - 1])
 def test_more_segments_than_a_grid_has_are_refused(exact_backend: str, device: torch.device, number: int) -> None:
     """At once: nothing of their size is allocated."""
     operator = registry.implementation("attention_mass", exact_backend if exact_backend == "triton" else "cpp")
     with pytest.raises(ValueError, match="num_segments"):
         operator(*operator_arguments(device, 0.5, number))
     q, k, labels, *_ = operator_arguments(device, 0.5, number)
-    with pytest.raises(ValueError, match=f"num_segments must be at most {checks.MOST_SEGMENTS}, got {number}"):
+    with pytest.raises(
+        ValueError, match=f"num_segments must be at most {attention_checks.MOST_SEGMENTS}, got {number}"
+    ):
         attention_mass(q, k, labels, num_segments=number)
 
 
@@ -307,9 +309,9 @@ def test_many_segments(backend_name: str, device: torch.device) -> None:
 
 def test_as_many_segments_as_are_allowed() -> None:
     q, k, labels, *_ = operator_arguments(torch.device("cpu"), 0.5, 3)
-    labels[0] = torch.tensor([0, checks.MOST_SEGMENTS - 1, 7, -1])
-    found = attention_mass(q, k, labels, num_segments=checks.MOST_SEGMENTS)
+    labels[0] = torch.tensor([0, attention_checks.MOST_SEGMENTS - 1, 7, -1])
+    found = attention_mass(q, k, labels, num_segments=attention_checks.MOST_SEGMENTS)
     exact = attention_mass(q, k, torch.tensor([[0, 2, 1, -1]]), num_segments=3)
     # The default position of the query is the last key, so it sees all three.
-    assert same_bits(found[..., [0, 7, checks.MOST_SEGMENTS - 1]], exact)
+    assert same_bits(found[..., [0, 7, attention_checks.MOST_SEGMENTS - 1]], exact)
     assert_close(found.sum(-1), torch.ones(1, 1, dtype=torch.float64))

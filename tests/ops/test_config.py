@@ -13,7 +13,8 @@ import pytest
 from vgpo_kernels import PolicyLossOptions, VGPOConfig
 from vgpo_kernels.config import CHOICES, DEFAULT_AGGREGATION, Choice
 
-MATH = (Path(__file__).resolve().parents[2] / "csrc" / "math.h").read_text()
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+MATH = "".join((CSRC / name).read_text() for name in ("math.h", "loss_math.h"))
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -180,7 +181,7 @@ def test_every_loss_type_has_a_default_aggregation() -> None:
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_kernels_name_choices_alike(name: str) -> None:
-    """Choices travel as numbers: an enum of csrc/math.h has the same names in the same order."""
+    """Choices travel as numbers: an enum of csrc/math.h or csrc/loss_math.h has the same names in the same order."""
     kind = name.title().replace("_", "")
     (listed,) = re.findall(rf"enum class {kind} {{(.*?)}}", MATH, re.DOTALL)
     *enumerators, count = re.findall(r"\bk(\w+)", listed)

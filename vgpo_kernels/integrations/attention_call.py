@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vgpo_kernels import checks
+from vgpo_kernels import attention_checks
 from vgpo_kernels.ops.attention_mass import attention_heatmap, attention_mass
 
 CHUNK_BYTES = 64 * 2**20  # of scores that exist at a time where a mask has to be followed
@@ -99,7 +99,7 @@ class AttentionCall(NamedTuple):
             return attention_mass(
                 self.q, self.k, labels, num_segments=num_segments, per_head=per_head, **self._options()
             )
-        labels = checks.key_segments(labels, self.k, num_segments)
+        labels = attention_checks.key_segments(labels, self.k, num_segments)
         members = torch.stack([labels == segment for segment in range(num_segments)], dim=-1).float()[:, None]
         by_head = torch.cat(self._reduced(labels >= 0, lambda weights: weights @ members), dim=2)
         return by_head if per_head else by_head.mean(1)

@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from vgpo_kernels import checks
+from vgpo_kernels import attention_checks, checks
 from vgpo_kernels.integrations.attention_call import AttentionCall, MaskReader, read_call
 from vgpo_kernels.integrations.attention_passes import Follower, Pass, looked_up_by, plain_function
 from vgpo_kernels.integrations.model_surface import (
@@ -338,7 +338,7 @@ def capture_attention_mass(
     chosen = tuple(_chosen_layers(decoder, _attention_modules(decoder), layers))
     if checks.integers("segments", segments).dim() != 2:
         raise ValueError(f"segments must have shape [B, S], got {checks.describe(segments)}")
-    checks.positive_integer("num_segments", num_segments, checks.MOST_SEGMENTS)
+    attention_checks.segment_count(num_segments)
     if last is not None:
         checks.positive_integer("last", last)
     if not isinstance(later_segment, int) or later_segment >= num_segments:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels import checks
+from vgpo_kernels import attention_checks, checks
 from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import attention_mass as reference
 from vgpo_kernels.reference.layout import responses_of
@@ -64,10 +64,10 @@ def attention_mass(
         ValueError: Shapes, devices, boundaries or settings do not fit together.
 
     """
-    q, k, boundaries = checks.queries_and_keys(q, k, cu_seqlens_q, cu_seqlens_k)
-    number = checks.positive_integer("num_segments", num_segments, checks.MOST_SEGMENTS)
-    segments = checks.key_segments(key_segments, k, number)
-    positions = checks.query_positions(query_positions, q, k, boundaries)
+    q, k, boundaries = attention_checks.queries_and_keys(q, k, cu_seqlens_q, cu_seqlens_k)
+    number = attention_checks.segment_count(num_segments)
+    segments = attention_checks.key_segments(key_segments, k, number)
+    positions = attention_checks.query_positions(query_positions, q, k, boundaries)
     by_head = checks.flag("per_head", per_head)
     dtype = checks.compute_dtype(q)
     mass, _, _ = registry.call(
@@ -81,8 +81,8 @@ def attention_mass(
         cu_seqlens_q=boundaries[0],
         cu_seqlens_k=boundaries[1],
         num_segments=number,
-        scale=checks.attention_scale(scale, q.shape[-1]),
-        window=checks.window(window),
+        scale=attention_checks.attention_scale(scale, q.shape[-1]),
+        window=attention_checks.window(window),
         per_head=by_head,
     )
     return mass.to(dtype)  # type: ignore[no-any-return]
@@ -132,15 +132,17 @@ def attention_heatmap(
         ValueError: Shapes, devices, boundaries or settings do not fit together.
 
     """
-    q, k, boundaries = checks.queries_and_keys(q, k, cu_seqlens_q, cu_seqlens_k)
-    shown = checks.mask("key_mask", key_mask, checks.token_shape(k), "one entry per key of k", q.device, "q")
+    q, k, boundaries = attention_checks.queries_and_keys(q, k, cu_seqlens_q, cu_seqlens_k)
+    shown = checks.mask("key_mask", key_mask, attention_checks.token_shape(k), "one entry per key of k", q.device, "q")
     labels = torch.where(shown, SHOWN, SEEN).to(torch.int32)
     if attention_mask is not None:
         seen = checks.mask("attention_mask", attention_mask, shown.shape, "one entry per key of k", q.device, "q")
         labels = labels.masked_fill(~seen, IGNORED)
-    positions = checks.query_positions(query_positions, q, k, boundaries)
+    positions = attention_checks.query_positions(query_positions, q, k, boundaries)
     if query_mask is not None:
-        chosen = checks.mask("query_mask", query_mask, checks.token_shape(q), "one entry per query of q", q.device, "q")
+        chosen = checks.mask(
+            "query_mask", query_mask, attention_checks.token_shape(q), "one entry per query of q", q.device, "q"
+        )
         if positions is None:
             positions = reference.default_positions(chosen.shape[-1], shown.shape[-1], *boundaries, q.device)
         # A query at a negative position sees nothing, so kernels skip it.
@@ -154,8 +156,8 @@ def attention_heatmap(
         "query_positions": positions,
         "cu_seqlens_q": boundaries[0],
         "cu_seqlens_k": boundaries[1],
-        "scale": checks.attention_scale(scale, q.shape[-1]),
-        "window": checks.window(window),
+        "scale": attention_checks.attention_scale(scale, q.shape[-1]),
+        "window": attention_checks.window(window),
     }
     _, _, lse = registry.call("attention_mass", q.device, dtype, **arguments, num_segments=LABELS, per_head=True)
     weights = _query_weights(lse, boundaries[0])

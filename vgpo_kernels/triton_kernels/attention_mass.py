@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vgpo_kernels import checks
+from vgpo_kernels import attention_checks
 from vgpo_kernels.triton_kernels.attention_gradients import launch_gradients, launch_means
 from vgpo_kernels.triton_kernels.attention_tiles import (
     LABELS,
@@ -239,7 +239,7 @@ def attention_mass(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Masses ``[B, T, G]``, by head ``[B, Hq, T, G]``, and log-sum-exp ``[B, Hq, T]``, fp32; packed without B."""
     launch = plan(q, k, cu_seqlens_q, scale, window, forward_tile(q.shape[-1], q.dtype))
-    checks.positive_integer("num_segments", num_segments, checks.MOST_SEGMENTS)
+    attention_checks.segment_count(num_segments)
     shape = by_head(q, q)
     mass = q.new_empty((*shape, num_segments), dtype=torch.float32)
     lse = q.new_empty(shape, dtype=torch.float32)
@@ -313,7 +313,7 @@ def attention_heatmap(
 @operator
 def attention_mass_backward(grad_mass: Tensor, head_mass: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
     """Gradients w.r.t. q and k, in their dtype."""
-    checks.positive_integer("num_segments", head_mass.shape[-1], checks.MOST_SEGMENTS)
+    attention_checks.segment_count(head_mass.shape[-1])
     # A mass of zero is a constant, whose gradient may be anything.
     means = (grad_mass * head_mass).masked_fill(head_mass == 0, 0.0).sum(-1)
     return launch_gradients(grad_mass, means, head_mass.shape[-1], **given)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vgpo_kernels import checks
+from vgpo_kernels import attention_checks
 from vgpo_kernels.triton_kernels.common import INTERPRETED, slot_range, token_range
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -236,7 +236,7 @@ def plan(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, scale: float, window
     keys = k.shape[0 if packed else 2]
     if keys > MOST_KEYS:
         raise ValueError(f"k must have at most {MOST_KEYS} keys, got {keys}")
-    checks.attention_scale(scale, size)
+    attention_checks.attention_scale(scale, size)
     narrow = min(window, max(keys, 1))
     rows = max(tile.rows, triton.next_power_of_2(heads // key_heads))
     return Launch(

@@ -1,4 +1,4 @@
-"""The scalar formulas of the policy losses in Triton, as csrc/math.h defines them."""
+"""The scalar formulas of the policy losses in Triton, as csrc/loss_math.h defines them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def surrogate(
 ):
     """A token's surrogate loss, its derivative w.r.t. the log-ratio, and where it was clipped: low, high, dual.
 
-    As csrc/math.h defines it. A constant is told by a mask: a derivative of zero would make NaN of what is infinite.
+    A constant is told by a mask: a derivative of zero would make NaN of what is infinite.
     """
     below = ratio < clip_low
     above = ratio > clip_high
@@ -116,7 +116,7 @@ def importance_correction(weight, importance_cap, IMPORTANCE_MODE: tl.constexpr)
 
 @triton.jit
 def log_importance(weight, importance_cap, IMPORTANCE_MODE: tl.constexpr):
-    """What an importance weight adds to vespo's log w, as csrc/math.h defines it."""
+    """What an importance weight adds to vespo's log w."""
     logarithm = tl.log(importance_correction(weight, importance_cap, IMPORTANCE_MODE))
     return clamp(logarithm, LEAST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
 
