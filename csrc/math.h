@@ -73,6 +73,11 @@ VGPO_HD inline float order_key_value(int32_t key) {
     return value;
 }
 
+// The place of a target among entries first .. first + length of the vocabulary, or -1. No difference overflows.
+VGPO_HD inline int64_t column_of(int64_t target, int64_t first, int64_t length) {
+    return target >= first && target - first < length ? target - first : -1;
+}
+
 // ---- order-free sums ------------------------------------------------------------------------------------------
 //
 // Sums that a response's factors depend on are taken over 64-bit fixed-point numbers. Integer addition is

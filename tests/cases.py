@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -180,3 +182,14 @@ def _padded(rows: list[dict[str, Tensor]], responses: tuple[Response, ...], feat
         advantages=torch.tensor([float(row["advantage"]) for row in rows]),
         **fields,
     )
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Change torch's default dtype inside a block."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)

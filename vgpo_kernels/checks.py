@@ -59,6 +59,16 @@ def require_device(name: str, tensor: Tensor, device: torch.device, other: str) 
         raise ValueError(f"{name} must be on {device} like {other}, got {describe(tensor)}")
 
 
+def require_separate_rows(name: str, matrix: Tensor) -> None:
+    """Raise ValueError unless the rows of a matrix that is written to are contiguous and share no memory."""
+    rows, columns = matrix.shape
+    if (columns > 1 and matrix.stride(1) != 1) or (rows > 1 and matrix.stride(0) < columns):
+        raise ValueError(
+            f"{name} is written to, so its rows must be contiguous and apart, got strides {list(matrix.stride())} of "
+            f"{describe(matrix)}"
+        )
+
+
 def rows_apart(tensor: Tensor) -> Tensor:
     """Return ``tensor`` if the step along its last dimension is 1, else a copy."""
     # contiguous() would not change a tensor with no elements, or with one.

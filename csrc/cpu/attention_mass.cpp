@@ -156,7 +156,7 @@ at::Tensor finite_part(const at::Tensor& rows) { return at::nan_to_num(rows, 0.0
 
 // Gradients of attention by recomputation, a tile of queries after the other: the scores' gradient is
 // p (g - <p, g>), where g is the gradient of the probabilities p. slopes(order, head, token, seen, row) turns the
-// probabilities of the keys that a query sees, of each run seen[run] = [begin, end) of the row, into that.
+// probabilities of a row into that, in the runs of keys that the query sees.
 template <typename Slopes>
 void backward_of_head(const AttentionTensors& input, int64_t b, int64_t key_head, const at::Tensor& q,
                       const at::Tensor& k, const float* lse, const Slopes& slopes, at::Tensor& grad_q,
@@ -343,7 +343,9 @@ Tensors attention_heatmap_backward(const ArgumentReader& reader) {
             double mean = 0.0;
             for (const Run& run : seen) {
                 if (run.segment != kShown) continue;
-                for (int64_t i = run.begin; i < run.end; ++i) mean += static_cast<double>(row[i]) * grad[order.keys()[i]];
+                for (int64_t i = run.begin; i < run.end; ++i) {
+                    mean += static_cast<double>(row[i]) * grad[order.keys()[i]];
+                }
             }
             for (const Run& run : seen) {
                 for (int64_t i = run.begin; i < run.end; ++i) {

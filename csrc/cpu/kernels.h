@@ -87,8 +87,8 @@ struct Kernels {
     // Whether all cosines can be weighted.
     bool (*all_signals)(const float* cos, int64_t length);
     // Compensation and intra-trajectory re-weighting of one response of `length` tokens, from the cosines of those from
-    // the ordinal `first` on, which all are signals; the others are not touched. `keys` has room for `length` values rounded
-    // up to kKeyPadding.
+    // the ordinal `first` on, which all are signals; the others are not touched. `keys` has room for `length` values
+    // rounded up to kKeyPadding.
     ResponseWeights (*response_weights)(const float* cos, int64_t first, int64_t length, float offset,
                                         const WeightsConfig& config, int32_t* keys, float* w, float* psi);
     void (*factors)(const float* psi, int64_t length, float phi, const WeightsConfig& config, float* factors);

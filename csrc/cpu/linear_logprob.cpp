@@ -29,11 +29,8 @@ struct Chunk {
 
     int64_t rows() const { return hidden.size(0); }
     int64_t columns() const { return weight.size(0); }
-    // The column of a row's target, or -1. No difference overflows, whatever the target is.
-    int64_t target(int64_t row) const {
-        const int64_t id = targets[row];
-        return id >= first && id - first < columns() ? id - first : -1;
-    }
+    // The column of a row's target, or -1.
+    int64_t target(int64_t row) const { return column_of(targets[row], first, columns()); }
 };
 
 // Rows of fp32, each contiguous.

@@ -212,8 +212,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kQueryGradientBlocks<T>)
         if (finite_keys) clear_not_finite<T>(tile, shape);
         add_gradients<T>(slopes, tile, shape, component, components, sums);
     };
-    // A slope of zero times NaN is NaN: a key that is not finite shows in queries of the block that do not see it. It is
-    // rare, so only then the keys are looked at.
+    // A slope of zero times NaN is NaN: a key that is not finite shows in queries of the block that do not see it. That
+    // is rare, so keys are looked at only then.
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
         stream_rows(keys.data, input.aligned, shape, shared, first, end, describe, add);

@@ -22,8 +22,7 @@ HeadTensor<T> gradient_of(at::Tensor& gradient) {
             gradient.stride(packed ? 0 : 2)};
 }
 
-// Of a grid's third dimension.
-constexpr int64_t kMostBlocksAlongZ = 65535;
+static_assert(kMostSegments == int64_t{65535} * kBlockSegments, "as many blocks as a grid's third dimension has");
 
 // Queries and keys for kernels of element type T, which count in 32 bits.
 template <typename T>
@@ -33,7 +32,6 @@ AttentionInput<T> attention_input(const AttentionTensors& given) {
     constexpr int64_t kMostKeys = int64_t{1} << 30;
     TORCH_CHECK_VALUE(rows <= kMostRows && given.k.length <= kMostKeys, "more than ", kMostRows,
                       " queries times heads of a group or ", kMostKeys, " keys: ", rows, " and ", given.k.length);
-    static_assert(kMostSegments / kBlockSegments == kMostBlocksAlongZ);
     AttentionInput<T> input = {};
     input.q = head_tensor<T>(given.q);
     input.k = head_tensor<T>(given.k);

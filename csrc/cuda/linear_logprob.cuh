@@ -31,11 +31,8 @@ struct HeadRows {
     __device__ float logit(const float* row, int column) const {
         return (row[column] + (bias == nullptr ? 0.0f : bias[column])) * factor;
     }
-    // The column of a row's target, or -1. No difference overflows, whatever the target is.
-    __device__ int target(int64_t row) const {
-        const int64_t id = targets[row];
-        return id >= first && id - first < columns ? static_cast<int>(id - first) : -1;
-    }
+    // The column of a row's target, or -1.
+    __device__ int target(int64_t row) const { return static_cast<int>(column_of(targets[row], first, columns)); }
 };
 
 // Elements by which a row lies behind a 16-byte boundary: its vectors begin so many elements before it.

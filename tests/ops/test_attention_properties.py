@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from cases import default_dtype
 from drawn import FEW, ON_THE_CPU, POISONS, same, seeds
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,12 +111,8 @@ def test_the_default_dtype_of_torch_does_not_show_in_attention(
         return [*parts, *grads[0], *grads[1]]
 
     expected = everything()
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         found = everything()
-    finally:
-        torch.set_default_dtype(previous)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
 

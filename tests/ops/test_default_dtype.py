@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import isfunction
 from typing import Any
 
 import pytest
 import torch
 from bad_input import Subject, subjects
+from cases import default_dtype
 from tolerance import same_bits
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -55,16 +54,6 @@ def variants(made: Subject, name: str) -> list[dict[str, Any]]:
     if "config" in known:
         return [numbers | {"config": config} for config in CONFIGS]
     return [numbers]
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)
 
 
 def results_of(made: Subject, given: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:

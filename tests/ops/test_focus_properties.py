@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import torch
-from cases import Batch, Response, make_batch
+from cases import Batch, Response, default_dtype, make_batch
 from drawn import CASES, EXACT, FEW, MANY, ON_THE_CPU, POISONS, configs, responses, same, seeds, visibilities
 from equations import factors as factors_by_equations
 from equations import focus as focus_by_equations
@@ -205,11 +205,8 @@ def test_weights_at_their_limits_are_the_equations(
     assert found.metrics["weighted_responses"] == weighted.sum() == sum(not math.isnan(one.score) for one in wanted)
     assert found.metrics["focus_mean"].isnan() == found.metrics["gate_rate"].isnan() == ~weighted.any()
     assert (found.factors[~weighted] == 1).all() and found.factors.isfinite().all()
-    torch.set_default_dtype(default)
-    try:
+    with default_dtype(default):
         again = visual_weights(cos, mask, ids, config, has_visual=images)
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert all(same_bits(*pair) for pair in zip(again[:5], found[:5], strict=True))
 
 

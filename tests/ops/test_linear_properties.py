@@ -7,12 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from cases import Response, make_batch
+from cases import Response, default_dtype, make_batch
 from drawn import CASES, FEW, MANY, ON_THE_CPU, POISONS, part_of, responses, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from linear_cases import Head, gradients, logprob, make_head, with_predicting_rows
-from test_default_dtype import default_dtype
 from test_linear_arguments import LARGEST, LAYOUTS
 from test_linear_minus_infinity import by_log_softmax
 from tolerance import assert_close, floor_of, same_bits

@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 
 import torch
-from cases import Batch, Response, make_batch
+from cases import Batch, Response, default_dtype, make_batch
 from drawn import CASES, EXACT, MANY, ON_THE_CPU, part_of, responses, same, seeds
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,11 +80,8 @@ def test_neither_layout_nor_strides_nor_the_default_dtype_matter(random: Random,
     for other in (packed(case), strided):
         for found, wanted in zip(all_results(other), expected, strict=True):
             assert same_bits(found, wanted)
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         again = all_results(case)
-    finally:
-        torch.set_default_dtype(torch.float32)
     for found, wanted in zip(again, expected, strict=True):
         assert found.dtype == wanted.dtype and same_bits(found, wanted)
 

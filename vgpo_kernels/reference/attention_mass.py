@@ -68,8 +68,8 @@ def attention_heatmap(
 
     A query of weight 0 is not read.
     """
-    layout = (_weighted_positions(q, k, query_positions, query_weights, cu_seqlens_q, cu_seqlens_k), cu_seqlens_q)
-    scores, visible = _scores(q, k, key_segments, *layout, cu_seqlens_k, 2, scale, window, dtype)
+    positions = _weighted_positions(q, k, query_positions, query_weights, cu_seqlens_q, cu_seqlens_k)
+    scores, visible = _scores(q, k, key_segments, positions, cu_seqlens_q, cu_seqlens_k, 2, scale, window, dtype)
     shown = visible & (_batch(key_segments, cu_seqlens_k)[:, None, None] == 1)
     lse, query_weights = (_batch(tensor, cu_seqlens_q).to(dtype) for tensor in (lse, query_weights))
     exponent = torch.where(shown, scores - lse[..., None], -torch.inf)
@@ -122,9 +122,9 @@ def attention_heatmap_backward(
     query_positions = _weighted_positions(q, k, query_positions, query_weights, *boundaries)
     with torch.enable_grad():
         q, k = (tensor.detach().to(dtype).requires_grad_() for tensor in (q, k))
-        keys = (q, k, key_segments, query_positions)
-        _, _, lse = attention_mass(*keys, *boundaries, 2, scale, window, True, dtype=dtype)
-        result = attention_heatmap(*keys, query_weights, lse, *boundaries, scale, window, True, dtype=dtype)
+        inputs = (q, k, key_segments, query_positions)
+        _, _, lse = attention_mass(*inputs, *boundaries, 2, scale, window, True, dtype=dtype)
+        result = attention_heatmap(*inputs, query_weights, lse, *boundaries, scale, window, True, dtype=dtype)
         grad_q, grad_k = torch.autograd.grad(result, (q, k), grad_heat.to(dtype))
     return grad_q, grad_k
 
@@ -196,11 +196,11 @@ def _scores(
     batch, heads, queries, size = q.shape
     group = heads // k.shape[1]
     broken = ~q.isfinite().all(-1)[..., None] | ~k.isfinite().all(-1).repeat_interleave(group, 1)[..., None, :]
-    nothing = (q * 0).sum(-1)[..., None] + (k * 0).sum(-1).repeat_interleave(group, 1)[..., None, :]
+    zero_or_nan = (q * 0).sum(-1)[..., None] + (k * 0).sum(-1).repeat_interleave(group, 1)[..., None, :]
     q, k = (torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor)).to(dtype) for tensor in (q, k))
     grouped = q.reshape(batch, k.shape[1], group, queries, size)
     scores = (grouped @ k[:, :, None].mT).flatten(1, 2) * scale
-    return scores + torch.where(broken & visible[:, None], nothing, 0.0), visible[:, None]
+    return scores + torch.where(broken & visible[:, None], zero_or_nan, 0.0), visible[:, None]
 
 
 def _batch(tensor: Tensor, cu_seqlens: Tensor | None) -> Tensor:

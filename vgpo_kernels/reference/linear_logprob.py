@@ -97,16 +97,6 @@ def linear_logprob_backward(
     return by_hidden, by_weight, by_bias
 
 
-def separate_rows(name: str, matrix: Tensor) -> None:
-    """Raise ValueError unless the rows of a matrix that is written to are contiguous and share no memory."""
-    rows, columns = matrix.shape
-    if (columns > 1 and matrix.stride(1) != 1) or (rows > 1 and matrix.stride(0) < columns):
-        raise ValueError(
-            f"{name} is written to, so its rows must be contiguous and apart, got strides {list(matrix.stride())} of "
-            f"{checks.describe(matrix)}"
-        )
-
-
 def head_statistics(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -125,8 +115,8 @@ def head_statistics(
     They are the largest logit m so far, the sums of e and of e (z - m) with e = exp(z - m), and the target's logit.
     They start as minus infinity, 0, 0 and minus infinity. With ``keep``, ``logits`` is hidden @ weight.T afterwards.
     """
-    separate_rows("statistics", statistics)
-    separate_rows("logits", logits)
+    checks.require_separate_rows("statistics", statistics)
+    checks.require_separate_rows("logits", logits)
     products = hidden.to(dtype) @ weight.to(dtype).T
     if keep:
         logits.copy_(products)
@@ -165,7 +155,7 @@ def head_gradient(
     x is the log-probability of vocabulary entry v. Without ``recompute``, ``logits`` holds hidden @ weight.T. The
     gradient has hidden's dtype and is written to the first V elements of each row.
     """
-    separate_rows("logits", logits)
+    checks.require_separate_rows("logits", logits)
     products = hidden.to(dtype) @ weight.to(dtype).T if recompute else logits.to(dtype)
     scaled = (products if bias is None else products + bias.to(dtype)) / temperature
     maximum, log_sum, scale, slope, at_target = (row.to(dtype)[:, None] for row in coefficients)
@@ -191,7 +181,7 @@ def head_product(
     dtype: torch.dtype = torch.float64,
 ) -> None:
     """Write ``left @ right`` to ``result``, or add it."""
-    separate_rows("result", result)
+    checks.require_separate_rows("result", result)
     product = left.to(dtype) @ right.to(dtype)
     result.copy_(result.to(dtype) + product if accumulate else product)
 

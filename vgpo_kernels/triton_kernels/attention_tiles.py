@@ -104,17 +104,15 @@ def query_tile(
     key_begin, key_end = token_range(key_boundaries, response, keys)
     key_count = (key_end - key_begin).to(tl.int32)
     token, member, inside, position = query_rows(
-        *(
-            positions,
-            (first - begin).to(tl.int32),
-            begin,
-            (end - begin).to(tl.int32),
-            key_count,
-            window,
-            longer,
-            GROUP,
-            ROWS,
-        )
+        positions,
+        (first - begin).to(tl.int32),
+        begin,
+        (end - begin).to(tl.int32),
+        key_count,
+        window,
+        longer,
+        GROUP,
+        ROWS,
     )
     q = of_response(q, boundaries, response, begin, q_batch_stride, q_token_stride)
     q += (key_head * GROUP).to(tl.int64) * q_head_stride

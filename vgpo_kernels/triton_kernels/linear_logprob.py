@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vgpo_kernels import checks
 from vgpo_kernels.ops import linear_logprob as head_ops
 from vgpo_kernels.ops import linear_vgpo_loss as loss_ops
 from vgpo_kernels.ops.lm_head import HeadKernels
-from vgpo_kernels.reference.linear_logprob import gradient_of, separate_rows
+from vgpo_kernels.reference.linear_logprob import gradient_of
 from vgpo_kernels.triton_kernels.common import device_guard, opaque_operator
 from vgpo_kernels.triton_kernels.policy_loss import policy_loss
 
@@ -135,8 +136,8 @@ def head_statistics(
     keep: bool,
 ) -> None:
     """Launch the product of a chunk and the statistics of its logits, which are kept whether ``keep`` is set or not."""
-    separate_rows("statistics", statistics)
-    separate_rows("logits", logits)
+    checks.require_separate_rows("statistics", statistics)
+    checks.require_separate_rows("logits", logits)
     head_product(hidden, weight.T, logits, False)
     rows, columns = logits.shape
     with device_guard(logits):
@@ -167,7 +168,7 @@ def head_gradient(
     recompute: bool,
 ) -> None:
     """Launch the product of a chunk, unless it is there, and its gradient, which overwrites it."""
-    separate_rows("logits", logits)
+    checks.require_separate_rows("logits", logits)
     if recompute:
         head_product(hidden, weight.T, logits, False)
     gradient = gradient_of(logits, hidden.dtype)
@@ -192,7 +193,7 @@ def head_gradient(
 
 def head_product(left: Tensor, right: Tensor, result: Tensor, accumulate: bool) -> None:
     """Write ``left @ right`` to ``result`` in fp32, or add it."""
-    separate_rows("result", result)
+    checks.require_separate_rows("result", result)
     if left.device.type == "cpu":  # interpreted: torch multiplies 16-bit numbers into 16 bits there
         left, right = left.float(), right.float()
     if left.dtype == torch.float32:

@@ -250,7 +250,7 @@ def response_kernel(
     lane = tl.arange(0, BLOCK)
 
     pictured = is_pictured(images, response)
-    length, signal, unseen, finite, weighted = inspect_response(cos, mask, pictured, size, BLOCK)
+    length, signal, unseen, usable, weighted = inspect_response(cos, mask, pictured, size, BLOCK)
     seen_half = tl.maximum((length + 1) // 2, unseen)
     # A response that takes no part has no active tokens; its NaN must not reach arithmetic.
     active_size = tl.where(weighted, size, 0)
@@ -337,7 +337,7 @@ def response_kernel(
     tl.store(row + LATE_EARLY, tl.where(has_ratio, tl.div_rn(late, tl.where(has_ratio, early, 1.0)), 0.0))
     tl.store(row + HAS_RATIO, tl.where(has_ratio, 1.0, 0.0))
     tl.store(row + TOKENS, tl.where(weighted, seeing, 0).to(tl.float32))
-    tl.store(row + NONFINITE, tl.where(finite, 0.0, tl.where(pictured, 1.0, 0.0)))
+    tl.store(row + NONFINITE, tl.where(usable, 0.0, tl.where(pictured, 1.0, 0.0)))
     tl.store(row + SIGNAL, signal.to(tl.float32, bitcast=True))
     tl.store(lengths + response, length)
 
@@ -349,7 +349,6 @@ def double_bits(value: float) -> int:
 
 def response_settings(config: VGPOConfig) -> dict[str, Any]:
     """Return a configuration as keyword arguments of ``response_kernel``."""
-    lowest = config.score == "offset" and config.score_offset is None
     return {
         "head_bits": double_bits(1.0 - config.tail_ratio),
         "top_bits": double_bits(config.top_ratio),
@@ -359,7 +358,7 @@ def response_settings(config: VGPOConfig) -> dict[str, Any]:
         "exponent": config.exponent,
         "score_offset": config.score_offset or 0.0,
         "weight_scale": weight_scale(config),
-        "SCORE_KIND": "lowest" if lowest else config.score,
+        "SCORE_KIND": "lowest" if needs_minima(config) else config.score,
         "SCHEDULE": config.schedule,
         "POSITION": config.position,
         "ACCUMULATION": config.accumulation,
