@@ -276,22 +276,24 @@ VGPO_HD inline float token_scale(int64_t length, float num_tokens, float num_seq
 // Count, sum and sum of squares of factors, less an origin that is one of them: equal factors deviate by nothing, and
 // sums of deviations do not cancel.
 struct FactorMoments {
-    double count, sum, squares;
+    double origin, count, sum, squares;
 
-    VGPO_HD inline void add(const FactorMoments& other) {
+    VGPO_HD inline void add(FactorMoments other) {
+        if (count == 0.0) origin = other.origin;
+        other = other.moved_to(origin);
         count += other.count;
         sum += other.sum;
         squares += other.squares;
     }
     // The same deviations from another origin.
-    VGPO_HD inline FactorMoments moved(double origin, double to) const {
-        if (origin == to) return *this;
-        const double shift = origin - to;
-        return {count, sum + count * shift, squares + 2.0 * shift * sum + count * shift * shift};
+    VGPO_HD inline FactorMoments moved_to(double other) const {
+        if (other == origin) return *this;
+        const double shift = origin - other;
+        return {other, count, sum + count * shift, squares + 2.0 * shift * sum + count * shift * shift};
     }
-    VGPO_HD inline double mean() const { return sum / count; }
+    VGPO_HD inline double mean() const { return origin + sum / count; }
     VGPO_HD inline double deviation() const {
-        const double variance = squares / count - mean() * mean();
+        const double offset = sum / count, variance = squares / count - offset * offset;
         return sqrt(variance < 0.0 ? 0.0 : variance);
     }
 };

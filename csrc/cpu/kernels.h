@@ -31,8 +31,7 @@ struct LossSums {
     double loss = 0.0;  // already scaled
     double clipped_low = 0.0, clipped_high = 0.0, dual_clipped = 0.0;
     double ratio = 0.0, old_kl = 0.0, ref_kl = 0.0, entropy = 0.0;
-    FactorMoments factors = {0.0, 0.0, 0.0};
-    float factor_origin = 1.0f;   // what they are measured from
+    FactorMoments factors = {1.0, 0.0, 0.0, 0.0};
     double sequence_slope = 0.0;  // through_mean(): d loss / d mean log-ratio
     float ratio_min = std::numeric_limits<float>::infinity(), ratio_max = -std::numeric_limits<float>::infinity();
     float factor_min = std::numeric_limits<float>::infinity(), factor_max = -std::numeric_limits<float>::infinity();

@@ -141,8 +141,7 @@ LossSums total_of(const std::vector<LossSums>& pieces) {
         total.old_kl += piece.old_kl;
         total.ref_kl += piece.ref_kl;
         total.entropy += piece.entropy;
-        if (total.tokens == 0) total.factor_origin = piece.factor_origin;
-        total.factors.add(piece.factors.moved(piece.factor_origin, total.factor_origin));
+        total.factors.add(piece.factors);
         total.ratio_min = std::min(total.ratio_min, piece.ratio_min);
         total.ratio_max = std::max(total.ratio_max, piece.ratio_max);
         total.factor_min = std::min(total.factor_min, piece.factor_min);
@@ -168,7 +167,7 @@ void write_metrics(const LossSums& sums, float* metrics) {
     metrics[kApproxKl] = mean(sums.old_kl);
     metrics[kRefKl] = mean(sums.ref_kl);
     metrics[kEntropy] = mean(sums.entropy);
-    metrics[kFactorMean] = static_cast<float>(sums.factor_origin + sums.factors.mean());
+    metrics[kFactorMean] = static_cast<float>(sums.factors.mean());
     metrics[kFactorMin] = unless_nan(metrics[kFactorMean], sums.factor_min);
     metrics[kFactorMax] = unless_nan(metrics[kFactorMean], sums.factor_max);
     metrics[kFactorStd] = static_cast<float>(sums.factors.deviation());

@@ -49,7 +49,9 @@ struct PolicySums {
         clipped_high += other.clipped_high;
         dual_clipped += other.dual_clipped;
     }
-    __device__ FactorMoments factors() const { return {static_cast<double>(tokens), factor, factor_square}; }
+    __device__ FactorMoments factors() const {
+        return {factor_origin, static_cast<double>(tokens), factor, factor_square};
+    }
 };
 
 // ---- a token --------------------------------------------------------------------------------------------------
@@ -258,15 +260,16 @@ __device__ inline void write_policy_metrics(const PolicySums* pieces, const int3
     for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) count += piece_count(token_count[i]);
     count = block_sum(count);
     PolicySums sums = PolicySums::identity();
-    const double origin = count > 0 ? pieces[0].factor_origin : 1.0;
+    const float origin = count > 0 ? pieces[0].factor_origin : 1.0f;
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
         PolicySums piece = pieces[i];
-        const FactorMoments moved = piece.factors().moved(piece.factor_origin, origin);
+        const FactorMoments moved = piece.factors().moved_to(origin);
         piece.factor = moved.sum;
         piece.factor_square = moved.squares;
         sums.merge(piece);
     }
     sums = block_reduce(sums);
+    sums.factor_origin = origin;
     if (threadIdx.x != 0) return;
     *output.loss = static_cast<float>(sums.loss);
     const bool any = sums.tokens > 0;
@@ -283,7 +286,7 @@ __device__ inline void write_policy_metrics(const PolicySums* pieces, const int3
     metrics[kApproxKl] = static_cast<float>(sums.approx_kl / tokens);
     metrics[kRefKl] = static_cast<float>(sums.ref_kl / tokens);
     metrics[kEntropy] = static_cast<float>(sums.entropy / tokens);
-    metrics[kFactorMean] = any ? static_cast<float>(origin + factors.mean()) : 0.0f;
+    metrics[kFactorMean] = any ? static_cast<float>(factors.mean()) : 0.0f;
     metrics[kFactorMin] = any ? unless_nan(metrics[kFactorMean], sums.factor_range.low) : 0.0f;
     metrics[kFactorMax] = any ? unless_nan(metrics[kFactorMean], sums.factor_range.high) : 0.0f;
     metrics[kFactorStd] = any ? static_cast<float>(factors.deviation()) : 0.0f;

@@ -39,11 +39,11 @@ inline int64_t nonfinite_advantages(const LossTokens& tokens, int64_t begin, int
 }
 
 // Moments of factors whose squares are too large for fp32.
-inline FactorMoments wide_moments(const float* factors, int64_t begin, int64_t end, float origin) {
-    FactorMoments moments = {0.0, 0.0, 0.0};
+inline FactorMoments wide_moments(const float* factors, int64_t begin, int64_t end, double origin) {
+    FactorMoments moments = {origin, 0.0, 0.0, 0.0};
     for (int64_t i = begin; i < end; ++i) {
-        const double deviation = static_cast<double>(factors[i]) - origin;
-        moments.add({1.0, deviation, deviation * deviation});
+        const double deviation = factors[i] - origin;
+        moments.add({origin, 1.0, deviation, deviation * deviation});
     }
     return moments;
 }
@@ -54,7 +54,7 @@ inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t e
     const LossOptions& options = tokens.options;
     const bool through_mean = options.through_mean();
     const bool corrected = tokens.importance.values != nullptr && !options.vespo();
-    const Vector zero(0.0f), scale(tokens.scale), origin(sums.factor_origin);
+    const Vector zero(0.0f), scale(tokens.scale), origin(static_cast<float>(sums.factors.origin));
     Vector witness(0.0f);  // NaN beside an advantage that is not finite
     Vector loss(0.0f), clipped_low(0.0f), clipped_high(0.0f), dual_clipped(0.0f), ratio_sum(0.0f), old_kl(0.0f);
     Vector ref_kl(0.0f), entropy_sum(0.0f), factor_sum(0.0f), factor_square(0.0f), sequence_slope(0.0f);
@@ -117,8 +117,9 @@ inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t e
     sums.old_kl += sum(old_kl);
     sums.ref_kl += sum(ref_kl);
     sums.entropy += sum(entropy_sum);
-    FactorMoments factors = {static_cast<double>(end - begin), sum(factor_sum), sum(factor_square)};
-    if (!vgpo::is_finite(factors.squares)) factors = wide_moments(tokens.factors, begin, end, sums.factor_origin);
+    const double count = static_cast<double>(end - begin);
+    FactorMoments factors = {sums.factors.origin, count, sum(factor_sum), sum(factor_square)};
+    if (!vgpo::is_finite(factors.squares)) factors = wide_moments(tokens.factors, begin, end, factors.origin);
     sums.factors.add(factors);
     sums.sequence_slope += sum(sequence_slope);
     sums.ratio_min = minimum(sums.ratio_min, lowest(ratio_min));
@@ -129,7 +130,7 @@ inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t e
 }
 
 inline void policy_loss(const LossTokens& tokens, float* grad_logp, LossSums& sums) {
-    if (tokens.factors != nullptr && tokens.length > 0) sums.factor_origin = factor_origin(tokens.factors[0]);
+    if (tokens.factors != nullptr && tokens.length > 0) sums.factors.origin = factor_origin(tokens.factors[0]);
     for (int64_t begin = 0; begin < tokens.length; begin += kSumBlock) {
         const int64_t end = begin + kSumBlock < tokens.length ? begin + kSumBlock : tokens.length;
         policy_loss_block(tokens, begin, end, grad_logp, sums);
