@@ -217,7 +217,7 @@ class _Settings:
 class VGPOConfig(_Settings):
     """How cosines become token and trajectory factors. The defaults are the paper's.
 
-    Numbers must be float32 numbers in their size: at most 3.4e38, and where they must be above 0, at least 1.2e-38.
+    Numbers must fit float32: at most 3.4e38 in magnitude, and at least 1.2e-38 where they must be above 0.
 
     Args:
         beta: Strength of the visual attention compensation, in [0, 1e4] (Eq. 5).
@@ -293,7 +293,7 @@ class VGPOConfig(_Settings):
 class PolicyLossOptions(_Settings):
     """How log-probs and advantages become a loss. ``policy_loss`` takes these fields as keyword arguments.
 
-    Numbers must be float32 numbers in their size: at most 3.4e38, and where they must be above 0, at least 1.2e-38.
+    Numbers must fit float32: at most 3.4e38 in magnitude, and at least 1.2e-38 where they must be above 0.
 
     Args:
         loss_type: Surrogate: ``"grpo"``, ``"bnpo"``, ``"dapo"`` and ``"dr_grpo"`` clip the token ratio and differ in

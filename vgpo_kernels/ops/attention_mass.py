@@ -44,8 +44,7 @@ def attention_mass(
             order; do not repeat keys.
         key_segments: Segment of each key, integer ``[B, S]`` or ``[M]``, below ``num_segments``. Keys with a negative
             segment are ignored and not read; padding needs one.
-        num_segments: Number of segments G, at most 524,280: a GPU goes over the keys again for every eight, in blocks
-            of their own, and a grid has no more.
+        num_segments: Number of segments G, at most 524,280. A GPU goes over the keys again for every eight.
         query_positions: Position of each query among the keys of its response, any integer, ``[B, T]`` or ``[N]``. A
             query sees the keys up to its position; with a negative one, none. It may lie behind the last key. Default:
             queries are the last T positions.

@@ -43,7 +43,7 @@ def linear_logprob(
         weight: The LM head, ``[V, D]``, in any of these dtypes.
         targets: Token ids, integer ``[N]`` or ``[...]``.
         bias: The head's bias ``[V]``.
-        temperature: What logits are divided by, > 0.
+        temperature: What logits are divided by, from 2**-126 to 2**126.
         return_entropy: Return the entropies as well.
         ignore_index: Targets of this value are skipped: their rows are not read, and give zeros without a gradient. On
             a GPU the host waits for their number. ``None``: no row is skipped, and the host does not wait.
@@ -90,7 +90,7 @@ def linear_logprob_slice(
         targets: Token ids in the whole vocabulary, integer ``[...]``.
         first: Where the slice begins in the vocabulary.
         bias: The bias of these rows, ``[v]``.
-        temperature: What logits are divided by, > 0.
+        temperature: As in :func:`linear_logprob`.
         ignore_index: As in :func:`linear_logprob`.
         chunk_bytes: As in :func:`linear_logprob`.
 

@@ -83,7 +83,7 @@ def linear_vgpo_loss(
         group_ids: Responses to one prompt share an id, integer ``[B]``.
         config: The settings of the factors.
         bias: The head's bias ``[V]``.
-        temperature: What logits are divided by, > 0.
+        temperature: What logits are divided by, from 2**-126 to 2**126.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         prototype: As in :func:`visual_focus`: ``[P, D]``, or one for each position.
         prototype_index: As in :func:`visual_focus`: a row for each response ``[B]``, or for each token.
@@ -167,7 +167,7 @@ def linear_policy_loss(
             token of a sequence.
         factors: Factor of each token's advantage, in response_mask's shape, from :func:`visual_weights`.
         bias: The head's bias ``[V]``; differentiable.
-        temperature: What logits are divided by, > 0.
+        temperature: What logits are divided by, from 2**-126 to 2**126.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where the
             gradients take one sweep over the logits.

@@ -108,7 +108,7 @@ def policy_loss(
         importance_weights: Off-policy correction of the surrogate, ``[B]`` or per token.
         num_tokens: Denominator of ``"token-mean"``, a number or a 0-dimensional tensor; default: the number of valid
             tokens in this call. With the number of the whole batch, the losses of its micro-batches or ranks add up to
-            the loss of the whole batch. 0 counts as 1.
+            the loss of the whole batch. In float32's range; 0 counts as 1.
         num_sequences: Denominator of the other aggregations, a number or a 0-dimensional tensor; default: the number
             of responses B in this call. 0 counts as 1; a response's length or ``max_length`` still divides.
         **options: Fields of :class:`PolicyLossOptions`: ``loss_type="dapo"``, ``aggregation=None``,
