@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import EDGES, make_batch
+from test_vgpo_loss import in_one_call
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -17,7 +18,6 @@ from vgpo_kernels import (
     attention_mass,
     linear_logprob,
     policy_loss,
-    vgpo_loss,
     visual_weights,
 )
 from vgpo_kernels.config import CHOICES, Bounds, Number
@@ -100,18 +100,7 @@ def test_a_coefficient_changes_with_its_gradient(backend_name: str, device: torc
     batch = make_batch(EDGES["plain"]).to(device)
 
     def loss(logp: Tensor, coefficient: float, beta: float) -> Tensor:
-        return vgpo_loss(
-            batch.hidden,
-            logp,
-            batch.old_logp,
-            batch.advantages,
-            batch.visual_mask,
-            batch.response_mask,
-            batch.group_ids,
-            VGPOConfig(beta=beta),
-            ref_logp=batch.ref_logp,
-            kl_coef=coefficient,
-        ).loss
+        return in_one_call(batch, logp, VGPOConfig(beta=beta), ref_logp=batch.ref_logp, kl_coef=coefficient).loss
 
     def gradient(function: Callable[..., Tensor], step: int) -> Tensor:
         leaf = batch.logp.nan_to_num().requires_grad_()

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import EDGES, Batch, make_batch
+from cases import EDGES, make_batch
+from test_vgpo_loss import in_one_call
 from tolerance import assert_close
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -19,7 +20,6 @@ from vgpo_kernels import (
     linear_logprob,
     linear_policy_loss,
     policy_loss,
-    vgpo_loss,
 )
 
 GENERATOR = torch.Generator().manual_seed(5)
@@ -39,19 +39,8 @@ def of_policy(logp: Tensor) -> Tensor:
 
 
 def of_vgpo(logp: Tensor) -> Tensor:
-    batch: Batch = BATCH.to(logp.device)
-    return vgpo_loss(
-        batch.hidden,
-        logp,
-        batch.old_logp,
-        batch.advantages,
-        batch.visual_mask,
-        batch.response_mask,
-        batch.group_ids,
-        VGPOConfig(),
-        ref_logp=batch.ref_logp,
-        kl_coef=0.5,
-    ).loss
+    batch = BATCH.to(logp.device)
+    return in_one_call(batch, logp, VGPOConfig(), ref_logp=batch.ref_logp, kl_coef=0.5).loss
 
 
 def of_logprob(states: Tensor) -> Tensor:
