@@ -248,6 +248,23 @@ def test_far_positions_of_a_packed_batch(backend_name: str, device: torch.device
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_below_float32_get_nothing(backend_name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Scores of -infinity take nothing, also where a whole block of them comes before the first finite one."""
+    q = torch.full((1, 1, 1, 1), 2.0**70, device=device, dtype=dtype)
+    for far in (1, 150):
+        k = torch.cat([torch.full((far,), -(2.0**70)), torch.zeros(2)]).to(q).view(1, 1, -1, 1)
+        labels = torch.tensor([[0] * far + [1, 2]], device=device)
+        leaves = q.clone().requires_grad_(), k.clone().requires_grad_()
+        masses = attention_mass(*leaves, labels, scale=1.0)
+        assert masses.tolist() == [[[0.0, 0.5, 0.5]]]
+        heat = attention_heatmap(*leaves, labels > 0, scale=1.0)
+        assert heat.tolist() == [[0.0] * far + [0.5, 0.5]]
+        by_q, by_k = torch.autograd.grad(masses[..., 1].sum(), leaves)
+        assert not by_q.any()
+        assert by_k.flatten().tolist() == [0.0] * far + [2.0**68, -(2.0**68)]
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.3, -0.0, 1e-3, 1e-30, 1e-45, -1e-300, 5.0])
 def test_scales_of_either_sign_and_none(backend_name: str, device: torch.device, scale: float) -> None:
     check(mass, draw(((5, 30), (5, 30)), mixed=True).to(device), scale=scale)

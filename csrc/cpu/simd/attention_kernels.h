@@ -92,9 +92,11 @@ inline void softmax_update(float* scores, int64_t begin, int64_t end, float* lar
         for (int64_t g = 0; g < segments; ++g) sums[g] *= shrink[0];
         *largest = raised;
     }
+    // Scores may be -infinity, where products leave the range of floats. Then any origin will do.
+    const Vector origin(*largest == -INFINITY ? 0.0f : *largest);
     Vector total(0.0f);
     for (int64_t key = first; key < end; key += Vector::kWidth) {
-        total = total + exponential(load(scores + key) - Vector(*largest));
+        total = total + exponential(load(scores + key) - origin);
     }
     sums[segment] += sum(total);
 }
