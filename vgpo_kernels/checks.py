@@ -418,12 +418,13 @@ def target_values(ids: Tensor, read: Tensor, vocabulary: int | None) -> None:
 
 
 def vocabulary_slices(value: object, ids: object) -> tuple[Tensor, Tensor]:
-    """Check the results ``[R, 4, ...]`` of slices of the vocabulary, and their targets ``[...]``."""
+    """Return the results ``[R, 4, ...]`` of slices of the vocabulary, fp32 (or fp64), and their targets ``[...]``."""
     slices = require_floating("slices", value)
     if slices.dim() < 2 or slices.shape[0] == 0 or slices.shape[1] != 4:
         raise ValueError(f"slices must have shape [R, 4, ...] with R > 0, got {describe(slices)}")
     meaning = f"what follows [R, 4] in the shape of slices {describe(slices)}"
-    return slices, targets(ids, slices.shape[2:], meaning, slices.device, "slices")
+    ids = targets(ids, slices.shape[2:], meaning, slices.device, "slices")
+    return _computable(slices, detach=False), ids
 
 
 def ignore_index(value: object) -> int | None:

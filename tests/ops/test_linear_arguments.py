@@ -85,6 +85,17 @@ def test_slices_of_any_strides(backend_name: str, device: torch.device, layout: 
         assert_close(one, other.double())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_slices_of_16_bits_are_combined_in_float32(backend_name: str, device: torch.device, dtype: torch.dtype) -> None:
+    targets = torch.arange(5, device=device)
+    parts = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    found, wanted = (results_of(lambda one: combine_slices(one, targets), [one]) for one in (parts, parts.float()))
+    for one, other in zip(found[:2], wanted[:2], strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
+    assert torch.equal(found[2], wanted[2].to(dtype))
+
+
 FEW = (Response(length=9, holes=True), Response(length=12), Response(length=0))
 
 
