@@ -302,6 +302,13 @@ struct SharedTiles {
     }
 };
 
+// Whether products take a number as finite. Of a float they take TF32, to which the largest floats are infinite.
+template <typename T>
+__device__ bool finite_in_products(float value) {
+    if constexpr (sizeof(T) == sizeof(float)) value = __uint_as_float(round_to_tf32(value));
+    return is_finite(value);
+}
+
 // Puts zeros in place of what is not finite in a streamed tile. All threads of the block call this together.
 template <typename T>
 __device__ void clear_not_finite(unsigned char* tile, const TileShape<T>& shape) {
@@ -312,7 +319,7 @@ __device__ void clear_not_finite(unsigned char* tile, const TileShape<T>& shape)
         float values[kVectorWidth<T>];
         unpack(*reinterpret_cast<const uint4*>(numbers), numbers, values);
         for (int j = 0; j < kVectorWidth<T>; ++j) {
-            if (!is_finite(values[j])) store_float(numbers + j, 0.0f);
+            if (!finite_in_products<T>(values[j])) store_float(numbers + j, 0.0f);
         }
     }
     __syncthreads();

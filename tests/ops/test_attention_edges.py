@@ -93,7 +93,7 @@ BLIND: dict[str, tuple[Attention, int | None]] = {
 HEATMAP = pytest.mark.parametrize("heatmap", [False, True], ids=["mass", "heatmap"])
 
 
-@pytest.mark.parametrize("poison", [NAN, INFINITY, -INFINITY])
+@pytest.mark.parametrize("poison", [NAN, INFINITY, -INFINITY, torch.finfo(torch.float32).max])
 @pytest.mark.parametrize("name", BLIND)
 @HEATMAP
 def test_rows_that_take_no_part_change_no_bit(
