@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from vgpo_kernels.config import FLOAT32_LEAST, FLOAT32_MOST, Visibility
+from vgpo_kernels.config import FLOAT32_LEAST, FLOAT32_MOST, Visibility, spell, type_name
 
 T = TypeVar("T")
 
@@ -199,8 +199,8 @@ def response_rows(response_mask: Tensor, hidden: Tensor) -> None:
 
 def visibility(value: object) -> bool:
     """Return whether ``visibility`` is ``"causal"``."""
-    if value not in VISIBILITIES:
-        raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {value!r}")
+    if not isinstance(value, str) or value not in VISIBILITIES:
+        raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {spell(value)}")
     return value == "causal"
 
 
@@ -354,7 +354,7 @@ def count(name: str, value: object, device: torch.device) -> Tensor | None:
             _denominator(name, value.item())
         return value.detach().reshape(()).to(torch.float32)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, a tensor of one number or None, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a number (int or float), a tensor of one, or None, got {type_name(value)}")
     _denominator(name, value)
     if torch.compiler.is_compiling():  # a product keeps a number that changes an input of the graph
         return torch.ones((), dtype=torch.float32, device=device) * value
@@ -363,10 +363,10 @@ def count(name: str, value: object, device: torch.device) -> Tensor | None:
 
 def _denominator(name: str, value: float) -> None:
     if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
+        raise ValueError(f"{name} must be finite and not negative, got {spell(value)}")
     # One that fp32 rounds to infinity would make the loss zero, and one that it rounds to zero would count as one.
     if value > FLOAT32_MOST or 0 < value < FLOAT32_LEAST:
-        raise ValueError(f"{name} must be 0 or in [{FLOAT32_LEAST:.4g}, {FLOAT32_MOST:.4g}], got {value}")
+        raise ValueError(f"{name} must be 0 or in [{FLOAT32_LEAST:.4g}, {FLOAT32_MOST:.4g}], got {spell(value)}")
 
 
 def head(hidden: object, weight: object, bias: object) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -432,16 +432,16 @@ def ignore_index(value: object) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"ignore_index must be an integer or None, got {type(value).__name__}")
+        raise TypeError(f"ignore_index must be an integer or None, got {type_name(value)}")
     return _bounded_integer("ignore_index", value, -_LARGEST, _LARGEST)
 
 
 def temperature(value: object) -> float:
     """Return ``value`` as a float if it and one over it are normal fp32 numbers above zero: kernels multiply."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"temperature must be a number, got {type(value).__name__}")
+        raise TypeError(f"temperature must be a number, got {type_name(value)}")
     if not 2.0**-126 <= value <= 2.0**126:
-        raise ValueError(f"temperature must be finite and above 0, from 2^-126 to 2^126, got {value}")
+        raise ValueError(f"temperature must be finite and above 0, from 2^-126 to 2^126, got {spell(value)}")
     return float(value)
 
 
@@ -475,7 +475,7 @@ def positive_integer(name: str, value: object, most: int = _LARGEST) -> int:
 def flag(name: str, value: object) -> bool:
     """Return ``value`` if it is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+        raise TypeError(f"{name} must be True or False, got {type_name(value)}")
     return value
 
 
@@ -502,12 +502,12 @@ def compute_dtype(*arguments: object) -> torch.dtype:
 
 def _bounded_integer(name: str, value: object, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+        raise TypeError(f"{name} must be an integer, got {type_name(value)}")
     if value < least:
         bound = "must not be negative" if least == 0 else f"must be at least {least}"
-        raise ValueError(f"{name} {bound}, got {value}")
+        raise ValueError(f"{name} {bound}, got {spell(value)}")
     if value > most:
-        raise ValueError(f"{name} must be at most {most}, got {value}")
+        raise ValueError(f"{name} must be at most {most}, got {spell(value)}")
     return value
 
 

@@ -34,6 +34,19 @@ DEFAULT_AGGREGATION: dict[LossType, Aggregation] = {
 }
 
 
+def spell(value: object) -> str:
+    """Spell a value for an error message, also an integer of more digits than Python writes."""
+    if isinstance(value, int) and not -(2**128) < value < 2**128:
+        return f"an integer of {value.bit_length()} bits"
+    return f"{value!r}"
+
+
+def type_name(value: object) -> str:
+    """Spell the type of a value, with its module where it is none of Python's own: NumPy's ``bool`` is another."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
 # ---- kinds of fields: what a value may be, and how it travels to kernels, which take numbers -----------------------
 
 # Kernels compute in fp32: its largest number, and the smallest that has all its bits.
@@ -67,13 +80,13 @@ class Number:
         if value is None and self.none is not None:
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+            raise TypeError(f"{name} must be a number, an int or a float, got {value!r}")
         if not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be finite, got {value}")
         if not _RANGES[self.expected](value):
-            raise ValueError(f"{name} must be {self.expected}, got {value}")
+            raise ValueError(f"{name} must be {self.expected}, got {spell(value)}")
         if not -self.most <= value <= self.most:
-            raise ValueError(f"{name} must be at most {self.most:.4g} in absolute value, got {value}")
+            raise ValueError(f"{name} must be at most {self.most:.4g} in absolute value, got {spell(value)}")
         if self.expected == "> 0" and value < FLOAT32_LEAST:
             raise ValueError(f"{name} must be at least {FLOAT32_LEAST:.4g}, got {value}")
 
@@ -95,7 +108,7 @@ class Flag:
 
     def check(self, name: str, value: Any) -> None:
         if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool, got {value!r}")
+            raise TypeError(f"{name} must be a bool, got {spell(value)}")
 
     def encode(self, value: bool) -> list[float]:
         return [float(value)]
@@ -112,8 +125,8 @@ class Choice:
     choices: tuple[str, ...]
 
     def check(self, name: str, value: Any) -> None:
-        if value not in self.choices:
-            raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
+        if not isinstance(value, str) or value not in self.choices:  # an array would compare element by element
+            raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {spell(value)}")
 
     def encode(self, value: str) -> list[float]:
         return [float(self.choices.index(value))]
@@ -135,7 +148,7 @@ class Bounds:
         if value is None:
             return
         if not isinstance(value, tuple) or len(value) != 2:
-            raise TypeError(f"{name} must be a pair (low, high) or None, got {value!r}")
+            raise TypeError(f"{name} must be a pair (low, high) or None, got {spell(value)}")
         for bound in value:
             Number().check(name, bound)
         if value[0] > value[1]:
@@ -351,7 +364,7 @@ class PolicyLossOptions(_Settings):
     importance_mode: ImportanceMode = "truncate"
 
     def __post_init__(self) -> None:
-        if self.aggregation is None and self.loss_type in CHOICES["loss_type"]:
+        if self.aggregation is None and isinstance(self.loss_type, str) and self.loss_type in CHOICES["loss_type"]:
             object.__setattr__(self, "aggregation", DEFAULT_AGGREGATION[self.loss_type])
         super().__post_init__()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -78,6 +79,8 @@ def bad(function: str, name: str, value: Any, error: type[Exception], says: str,
         bad("policy_loss", "num_tokens", -1, ValueError, "num_tokens must be finite and not negative, got -1"),
         bad("policy_loss", "num_tokens", float("nan"), ValueError, "num_tokens"),
         bad("policy_loss", "num_tokens", "many", TypeError, "num_tokens must be a number"),
+        bad("policy_loss", "num_tokens", 10**5000, ValueError, "num_tokens must be .* got an integer of 16610 bits"),
+        bad("policy_loss", "num_tokens", Fraction(1, 2), TypeError, "num_tokens must be .* got fractions.Fraction"),
         bad("policy_loss", "num_tokens", PADDED.advantages, ValueError, "a tensor of one number"),
         bad("policy_loss", "num_sequences", True, TypeError, "num_sequences"),
         bad("policy_loss", "loss_type", "ppo", ValueError, "loss_type must be one of grpo"),

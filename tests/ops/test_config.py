@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 
 from vgpo_kernels import PolicyLossOptions, VGPOConfig
@@ -110,6 +113,22 @@ def test_a_bad_setting_is_named(field: str, value: object, error: type[Exception
 def test_a_bad_loss_option_is_named(field: str, value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=field):
         PolicyLossOptions(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [VGPOConfig, PolicyLossOptions])
+def test_what_python_cannot_compare_or_spell_is_named(settings: type[VGPOConfig | PolicyLossOptions]) -> None:
+    """Integers of more digits than Python writes, arrays, and numbers of other libraries."""
+    others = (Fraction(1, 2), Decimal("0.5"), np.float32(0.5), np.int64(1), np.bool_(True))
+    for name in settings.kinds:
+        for value in (10**5000, -(10**5000), np.array(["grpo", "bnpo"]), np.array([0.5, 1]), *others):
+            with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
+                settings(**{name: value})
+
+
+def test_a_float_of_numpy_is_one_of_python() -> None:
+    config = VGPOConfig(beta=np.float64(0.25), intra_clamp=(np.float64(0.5), 2))
+    assert config == VGPOConfig(beta=0.25, intra_clamp=(0.5, 2.0))
+    assert all(type(number) is float for number in config.as_floats())
 
 
 @pytest.mark.parametrize(
