@@ -104,6 +104,16 @@ def test_second_derivatives_are_refused(exact_backend: str, device: torch.device
 
 
 @each
+def test_the_derivative_by_a_factor_of_the_loss_is_refused(exact_backend: str, device: torch.device, name: str) -> None:
+    """A learned weight of a loss is not among the operator's arguments: it comes with the gradient of its result."""
+    function, at = FUNCTIONS[name]
+    factor = torch.tensor(2.0, device=device, requires_grad=True)
+    _, gradient = gradient_of(lambda leaf: factor * function(leaf), at.to(device), create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"vgpo_kernels::{name} has first derivatives only.*'reference'"):
+        torch.autograd.grad(gradient.sum(), factor, allow_unused=True)
+
+
+@each
 def test_forward_mode_is_refused(exact_backend: str, device: torch.device, name: str) -> None:
     function, at = FUNCTIONS[name]
     at = at.to(device)

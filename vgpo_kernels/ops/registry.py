@@ -201,12 +201,14 @@ def _backward(
             by_argument = backward(ctx, {*compress(names, ctx.needs_input_grad)}, *gradients)
         for name, gradient in by_argument.items():
             found[place[name]] = gradient
-        return _differentiable_once(ctx, qualified, found) if in_graph else tuple(found)
+        return _differentiable_once(ctx, qualified, gradients, found) if in_graph else tuple(found)
 
     return in_order
 
 
-def _differentiable_once(ctx: Any, qualified: str, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _differentiable_once(
+    ctx: Any, qualified: str, incoming: tuple[Tensor | None, ...], gradients: list[Tensor | None]
+) -> tuple[Tensor | None, ...]:
     """Make gradients part of a graph (``create_graph=True``), which raises where it is differentiated.
 
     Kernels have no second derivatives, and gradients outside of the graph would count as constants.
@@ -215,8 +217,10 @@ def _differentiable_once(ctx: Any, qualified: str, gradients: list[Tensor | None
         f"{qualified} has first derivatives only; vgpo_kernels.backend('reference') has higher ones, and is slower"
     )
     given = [gradient.detach().requires_grad_() for gradient in gradients if gradient is not None]
-    # With the arguments that were kept, the graph leads back to where a caller may ask for a derivative.
-    anchors = [tensor for tensor in ctx.saved_tensors if tensor is not None and tensor.requires_grad]
+    # With the arguments that were kept, and the results' own gradients (which hold the loss's factor), the graph leads
+    # back to where a caller may ask for a derivative.
+    leading = (*ctx.saved_tensors, *incoming)
+    anchors = [tensor for tensor in leading if tensor is not None and tensor.requires_grad]
     refusal: Any = torch._C._functions.DelayedError(message.encode(), len(given) + len(anchors))
     refused = refusal(*given, *anchors)  # of one tensor, a tensor
     refusing = iter((refused,) if isinstance(refused, Tensor) else refused)
