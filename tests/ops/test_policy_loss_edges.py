@@ -45,6 +45,13 @@ def test_whatever_stands_at_single_tokens(backend_name: str, device: torch.devic
         check_loss(case, device, bits=64 if backend_name == "reference" else 32)
 
 
+def test_the_least_temperature_of_sapo(backend_name: str, device: torch.device) -> None:
+    """Four over it is no float32 number, but a gate of a half times that is one."""
+    least = {"loss_type": "sapo", "sapo_temperature_positive": 2.0**-126, "sapo_temperature_negative": 2.0**-126}
+    loss, gradient, _ = loss_of([-1.0, -2.0], [-1.0, -2.0], 0.5, device=device, **least)
+    assert loss == -(2.0**126) and gradient.tolist() == [-0.25, -0.25]
+
+
 # ---- what is off ---------------------------------------------------------------------------------------------------
 
 

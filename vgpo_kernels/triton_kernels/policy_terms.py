@@ -57,7 +57,7 @@ def surrogate(
         gate = tl.div_rn(1.0, 1.0 + falling)
         # 1 - gate, which cancels where the gate is wide open. There it vanishes faster than any ratio grows.
         closing = tl.where(exponent > 0.0, falling * gate, 1.0 - gate)
-        value = tl.where(nothing, 0.0, -advantage * (gate * tl.div_rn(4.0, tau)))
+        value = tl.where(nothing, 0.0, -advantage * tl.div_rn(gate * 4.0, tau))
         steepness = 4.0 * gate * closing * tl.where(ratio > LARGEST, LARGEST, ratio)
         slope = tl.where(nothing | constant, 0.0, -advantage * steepness)
         below = below & False
