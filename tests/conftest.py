@@ -61,6 +61,29 @@ def available_backends() -> list[str]:
     return names if chosen is None else [name for name in names if name in chosen.split(",")]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out most cases of a test with many where Triton is interpreted, which takes a hundred times as long.
+
+    The first two stay, and every third. Continuous integration runs all of them (VGPO_TEST_EVERYTHING).
+    """
+    if not backends.triton_interpreted() or os.environ.get("VGPO_TEST_EVERYTHING"):
+        return
+    counts: dict[str, int] = {}
+    kept, left_out = [], []
+    for item in items:
+        chosen = getattr(item, "callspec", None)
+        interpreted = chosen is not None and "triton" in (
+            chosen.params.get("backend_name"),
+            chosen.params.get("exact_backend"),
+        )
+        name = item.nodeid.partition("[")[0]
+        index = counts.get(name, 0)
+        counts[name] = index + interpreted
+        (left_out if interpreted and index >= 2 and index % 3 else kept).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
 @pytest.fixture(params=available_backends())
 def backend_name(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once per backend, with every call inside on that backend."""
