@@ -64,22 +64,19 @@ def available_backends() -> list[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out most cases of a test with many where Triton is interpreted, which takes a hundred times as long.
 
-    The first two stay, and every third. Continuous integration runs all of them (VGPO_TEST_EVERYTHING).
+    The first two stay, and every fifth. Continuous integration runs all of them (VGPO_TEST_EVERYTHING).
     """
     if not backends.triton_interpreted() or os.environ.get("VGPO_TEST_EVERYTHING"):
         return
     counts: dict[str, int] = {}
     kept, left_out = [], []
     for item in items:
-        chosen = getattr(item, "callspec", None)
-        interpreted = chosen is not None and "triton" in (
-            chosen.params.get("backend_name"),
-            chosen.params.get("exact_backend"),
-        )
+        case = getattr(item, "callspec", None)
+        interpreted = case is not None and "triton" in map(case.params.get, ("backend_name", "exact_backend"))
         name = item.nodeid.partition("[")[0]
         index = counts.get(name, 0)
         counts[name] = index + interpreted
-        (left_out if interpreted and index >= 2 and index % 3 else kept).append(item)
+        (left_out if interpreted and index >= 2 and index % 5 else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
 

@@ -62,7 +62,7 @@ def test_fields_of_the_config_change(backend_name: str, device: torch.device, sc
     assert_one_graph(factors, cos, values=VALUES)
 
 
-@pytest.mark.parametrize("loss_type", ["dr_grpo", "cispo", "sapo", "vespo"])
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "sapo", "vespo"])
 def test_options_of_the_loss_change(backend_name: str, device: torch.device, loss_type: str) -> None:
     batch = make_batch(EDGES["plain"]).to(device)
 

@@ -88,6 +88,7 @@ def project() -> Iterator[Path]:
 
 def run(project: Path, *command: str) -> str:
     environment = os.environ | {
+        "VGPO_TEST_EVERYTHING": "1",
         "PYTHONPATH": f"{project}:{project}/tests",
         "TRITON_INTERPRET": "1",
         "VGPO_TEST_BACKENDS": "reference,triton",
