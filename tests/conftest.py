@@ -62,9 +62,9 @@ def available_backends() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out most cases of a test with many where Triton is interpreted, which takes a hundred times as long.
+    """Without a GPU, leave out slow tests, and most cases of a test with many that Triton's interpreter runs.
 
-    The first two stay, and every fifth. Continuous integration runs all of them (VGPO_TEST_EVERYTHING).
+    Of such cases the first two stay, and every fifth. Continuous integration runs everything (VGPO_TEST_EVERYTHING).
     """
     if not backends.triton_interpreted() or os.environ.get("VGPO_TEST_EVERYTHING"):
         return
@@ -76,7 +76,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name = item.nodeid.partition("[")[0]
         index = counts.get(name, 0)
         counts[name] = index + interpreted
-        (left_out if interpreted and index >= 2 and index % 5 else kept).append(item)
+        repeats = interpreted and index >= 2 and index % 5
+        (left_out if repeats or item.get_closest_marker("slow") else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
 

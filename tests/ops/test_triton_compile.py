@@ -62,16 +62,19 @@ def defined_kernels() -> set[str]:
     return {name for path in sources for name in re.findall(r"^def (\w+)_kernel\(", path.read_text(), re.MULTILINE)}
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_every_architecture(resources: list[dict[str, str]]) -> None:
     compiled = {(row["architecture"], row["kernel"]) for row in resources}
     assert compiled == {(architecture, kernel) for architecture in ARCHITECTURES for kernel in defined_kernels()}
 
 
+@pytest.mark.slow
 def test_no_kernel_spills(resources: list[dict[str, str]]) -> None:
     allowed = SPILLS.get(version("triton"), FEW_SPILLS)
     assert [row for row in resources if int(row["spills"]) > allowed] == []
 
 
+@pytest.mark.slow
 def test_no_kernel_exceeds_a_multiprocessor(resources: list[dict[str, str]]) -> None:
     for row in resources:
         # 64 KiB of shared memory is what every block gets on the smallest of them, AMD's.
@@ -79,6 +82,7 @@ def test_no_kernel_exceeds_a_multiprocessor(resources: list[dict[str, str]]) -> 
         assert int(row["registers"]) * int(row["warps"]) * (64 if row["architecture"] == "gfx942" else 32) <= 2**17, row
 
 
+@pytest.mark.slow
 def test_the_recorded_table_is_of_these_kernels(resources: list[dict[str, str]]) -> None:
     def kernels(rows: list[dict[str, str]]) -> set[tuple[str, ...]]:
         return {(row["architecture"], row["kernel"], row["variant"]) for row in rows}
