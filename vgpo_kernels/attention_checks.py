@@ -16,7 +16,7 @@ from vgpo_kernels.checks import (
     rows_apart,
     values_are_free,
 )
-from vgpo_kernels.config import spell, type_name
+from vgpo_kernels.config import is_number, spell, type_name
 
 MOST_SEGMENTS = 65535 * 8  # a GPU starts no more blocks than 65,535 along this dimension, and each sums up 8 segments
 LARGEST_SCALE = 2.0**127  # kernels multiply it by log2(e) in float32
@@ -111,7 +111,7 @@ def attention_scale(value: object, head_size: int) -> float:
     """Return the factor of attention scores, ``1 / sqrt(head_size)`` for ``None``."""
     if value is None:
         return float(head_size**-0.5)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"scale must be a number or None, got {type_name(value)}")
     if not abs(value) <= LARGEST_SCALE:
         raise ValueError(f"scale must be finite and within +-2**127, got {spell(value)}")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from vgpo_kernels.config import FLOAT32_LEAST, FLOAT32_MOST, Visibility, spell, type_name
+from vgpo_kernels.config import FLOAT32_LEAST, FLOAT32_MOST, Visibility, is_number, spell, type_name
 
 T = TypeVar("T")
 
@@ -353,7 +353,7 @@ def count(name: str, value: object, device: torch.device) -> Tensor | None:
         if values_are_free(value):
             _denominator(name, value.item())
         return value.detach().reshape(()).to(torch.float32)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number (int or float), a tensor of one, or None, got {type_name(value)}")
     _denominator(name, value)
     if torch.compiler.is_compiling():  # a product keeps a number that changes an input of the graph
@@ -438,7 +438,7 @@ def ignore_index(value: object) -> int | None:
 
 def temperature(value: object) -> float:
     """Return ``value`` as a float if it and one over it are normal fp32 numbers above zero: kernels multiply."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"temperature must be a number, got {type_name(value)}")
     if not 2.0**-126 <= value <= 2.0**126:
         raise ValueError(f"temperature must be finite and above 0, from 2^-126 to 2^126, got {spell(value)}")

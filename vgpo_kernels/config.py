@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
 # Kernels know a choice by its place in these lists (csrc/math.h and loss_math.h have enums of the same order).
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gspo_token", "cispo", "sapo", "luspo", "vespo"]
@@ -32,6 +32,11 @@ DEFAULT_AGGREGATION: dict[LossType, Aggregation] = {
     "luspo": "seq-mean-token-sum",
     "vespo": "token-mean",
 }
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is an int or a float; a bool, though an int to Python, is no number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def spell(value: object) -> str:
@@ -79,7 +84,7 @@ class Number:
     def check(self, name: str, value: Any) -> None:
         if value is None and self.none is not None:
             return
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_number(value):
             raise TypeError(f"{name} must be a number, an int or a float, got {value!r}")
         if not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be finite, got {value}")

@@ -113,7 +113,8 @@ def _register_formulas(library: torch.library.Library, qualified: str, operator:
         torch.library.register_autograd(qualified, operator.backward, setup_context=operator.setup_context, lib=library)
 
 
-_twins: list[torch.library.Library] = []
+# Definitions live as long as their library is referred to.
+_libraries = {NAMESPACE: _library}
 # A float or a list of floats in a signature, and its name.
 _FLOATS = re.compile(r"\bfloat(?:\[\])? (\w+)")
 
@@ -125,7 +126,9 @@ def define_dynamic(operator: Operator, implementation: Any) -> None:
     of floats stay inputs of the graph, so a coefficient may change from step to step.
     """
     namespace, _, name = implementation.name().partition("::")
-    library = _library if namespace == NAMESPACE else torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+    if namespace not in _libraries:
+        _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+    library = _libraries[namespace]
     arguments, arrow, result = operator.signature.partition("->")
     schema = _FLOATS.sub(r"Tensor \1", arguments) + arrow + result
     library.define(f"{name}_dynamic{schema}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
@@ -139,7 +142,6 @@ def define_dynamic(operator: Operator, implementation: Any) -> None:
 
     library.impl(f"{name}_dynamic", twin, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     _register_formulas(library, f"{namespace}::{name}_dynamic", operator)
-    _twins.append(library)  # which lives as long as it is referred to
 
 
 def by_name(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
@@ -277,10 +279,10 @@ def call(name: str, device: torch.device, dtype: torch.dtype, **arguments: Any) 
 
 def _refuse_transforms(operator: Operator, name: str, backend: str, values: list[Any]) -> None:
     """Raise RuntimeError for derivatives that kernels do not have: those of forward mode and of torch.func."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    unpack: Any = forward_ad.unpack_dual
     if operator.backward is None:
         return
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    unpack: Any = forward_ad.unpack_dual
     if forward_ad._current_level >= 0 and any(unpack(one).tangent is not None for one in tensors):
         missing = "forward-mode derivative"
     elif any(is_gradtrackingtensor(one) for one in tensors):
