@@ -95,7 +95,7 @@ asan: $(VENV)/.installed
 	PYTHON=$(BIN)/python bash scripts/asan.sh $(ARGS)
 
 gpu-check:
-	PYTHON=$(PYTHON) bash scripts/gpu_check.sh $(ARGS)
+	$(PYTHON) scripts/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info vgpo_kernels/_C*.so $(VENV)/.built

@@ -131,7 +131,7 @@ def focus_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device, se
             "torch.compile(bmm + vector_norm)": Peer(lambda: compiled(*rollout.focus)),
             "PyTorch in fp32": Peer(lambda: peers.focus(*rollout.focus), gpu_only=True),
             "torch.compile in fp32": Peer(lambda: compiled_wide(*rollout.focus), gpu_only=True),
-            "token loop": Peer(lambda: peers.token_loop(*rollout.focus), gpu_only=True),
+            "token loop": Peer(lambda: peers.token_loop(*rollout.focus), gpu_only=True, captured=False),
         },
     )
 

@@ -1,16 +1,18 @@
 """Measure every op on every backend of a GPU, at shapes of a 7B model, and append rows to benchmarks/results/gpu.csv.
 
-    python benchmarks/gpu.py [--ops NAME ...] [--shapes TEXT ...] [--backends NAME ...] [--no-peers] [--table FILE]
+    python benchmarks/gpu.py [--ops NAME ...] [--sizes first|others] [--shapes TEXT ...] [--backends NAME ...]
+                             [--no-peers | --only-peers] [--seconds NUMBER] [--table FILE]
     python benchmarks/gpu.py --list              # the ops, their shapes, and which peers are installed
     python benchmarks/gpu.py --quick             # small shapes
+    python benchmarks/gpu.py --once              # one call an op, for a profiler to watch
     python benchmarks/gpu.py --dry-run           # small shapes on a CPU, to try the command itself
 
 Every result is compared with the reference implementation before it is timed; one that is wrong gets no row. Rows are
 written as they are measured, by a second process: where an op takes it down, the next op gets a new one. A time is the
-median on the device, between events. Ops that never wait for the device are replayed from a CUDA graph with one call
-for each of several input sets, which together are larger than the cache; their ``host`` rows are calls from Python, one
-after the other. Peers are called one after the other. Shares are of a large copy, or of a large product of bf16
-matrices, measured in the same process.
+median on the device, between events. Ops that never wait for the device, and their peers where these do not either, are
+replayed from a CUDA graph of some twenty calls that go through several input sets, which at the larger shapes exceed
+the cache together; ``host`` rows are calls from Python, one after the other. Shares are of a large copy, or of a large
+product of bf16 matrices, measured in the same process.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
-from itertools import cycle
+from itertools import cycle, islice, pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -39,32 +42,34 @@ from benchmarks.measure import Case, Op, Run, Setting, Speed  # noqa: E402
 from vgpo_kernels import backend, backends  # noqa: E402
 
 INPUT_SETS = 3
+CALLS = 21  # in a graph: launching it must not show
 SLOW = 0.2  # seconds: such a call is timed once more, and its launches are not counted
 LIMIT = 300  # seconds that an op may take on all its sizes and backends
 
 
 def seconds_on_device(run: Run, device: torch.device, repeats: int) -> list[float]:
-    """Times of single calls on the device, after warming up."""
-    if min(measure.seconds_of(run, device) for _ in range(3)) > SLOW:
-        repeats = 1
+    """Times of single calls on the device, after warming up; of a slow call one, as it is when called again."""
+    if measure.seconds_of(run, device) > SLOW:
+        return [measure.seconds_of(run, device)]
     if device.type == "cpu":
         return [measure.seconds_of(run, device) for _ in range(repeats)]
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+    run()
+    # The host runs ahead: waiting after each call would add to the next what it takes to launch.
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
         run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return times
+        event.record()
+    torch.cuda.synchronize(device)
+    return [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(events)]
 
 
 def seconds_in_graph(runs: Sequence[Run], device: torch.device, repeats: int) -> list[float]:
-    """Times of one call on the device: replays of a graph with all of them."""
+    """Times of one call on the device: replays of a graph of ``CALLS`` of them in turn."""
+    calls = CALLS if device.type == "cuda" else len(runs)
 
     def all_of_them() -> None:
-        for run in runs:
+        for run in islice(cycle(runs), calls):
             run()
 
     replay = all_of_them
@@ -72,13 +77,14 @@ def seconds_in_graph(runs: Sequence[Run], device: torch.device, repeats: int) ->
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            runs[0]()
+            for run in runs:
+                run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             all_of_them()
         replay = graph.replay
-    return [seconds / len(runs) for seconds in seconds_on_device(replay, device, repeats)]
+    return [seconds / calls for seconds in seconds_on_device(replay, device, repeats)]
 
 
 def count_launches(run: Run, device: torch.device) -> int | None:
@@ -137,23 +143,40 @@ class Bench:
         # In a trial on a CPU compiling would take most of the time.
         with torch.compiler.set_stance("force_eager") if self.options.dry_run else nullcontext():
             for size in sizes_of(op, self.options):
-                self.measure_at(Setting(op, size, op.dtypes[-1], self.device), peers=size in (op.gpu[0], op.small))
+                if time.monotonic() > self.options.deadline:
+                    self.failures.append(f"{op.name}, {size}: not measured, the time is up")
+                    break
+                setting = Setting(op, size, op.dtypes[-1], self.device)
+                self.call_once(setting) if self.options.once else self.measure_at(
+                    setting, size in (op.gpu[0], op.small)
+                )
         return self.failures
+
+    def call_once(self, setting: Setting) -> None:
+        """Call an op on every backend, after a call that warms up."""
+        case = setting.case()
+        for name in self.options.backends:
+            with backend(name):
+                for _ in range(2):
+                    case.run()
+        measure.synchronize(self.device)
 
     def measure_at(self, setting: Setting, peers: bool) -> None:
         # Drawn with different seeds: a replay finds nothing of the one before in the cache.
-        cases = [setting.case(seed) for seed in range(INPUT_SETS if setting.op.captured else 1)]
-        case, runs = cases[0], [case.run for case in cases]
+        captured = setting.op.captured
+        cases = [setting.case(seed) for seed in range(INPUT_SETS if captured else 1)]
+        runs = [case.run for case in cases]
         in_turn = cycle(runs)
         from_host = partial(seconds_on_device, lambda: next(in_turn)())
-        in_graph = partial(seconds_in_graph, runs) if setting.op.captured else None
         for name in self.options.backends:
             with backend(name):
-                if self.attempt(setting, case, name, case.run, measure.TIGHT, in_graph) and setting.op.captured:
-                    self.attempt(setting, case, f"{name}, host", case.run, None, from_host)
-        if peers and not self.options.no_peers:
-            for name, peer in case.peers.items():
-                self.attempt(setting, case, name, peer.run, measure.LOOSE if peer.same else None)
+                in_graph = partial(seconds_in_graph, runs) if captured else None
+                if self.attempt(setting, cases[0], name, runs[0], measure.TIGHT, in_graph) and captured:
+                    self.attempt(setting, cases[0], f"{name}, host", runs[0], None, from_host)
+        for name, peer in cases[0].peers.items() if peers and not self.options.no_peers else ():
+            same = [case.peers[name].run for case in cases]
+            in_graph = partial(seconds_in_graph, same) if captured and peer.captured else None
+            self.attempt(setting, cases[0], name, peer.run, measure.LOOSE if peer.same else None, in_graph)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -227,23 +250,39 @@ def _serve(sender: Connection, target: Callable[[Any], Any], items: Sequence[Any
 def sizes_of(op: Op, options: argparse.Namespace) -> list[Any]:
     if options.quick or options.dry_run:
         return [op.small]
-    return [size for size in op.gpu if not options.shapes or any(text in str(size) for text in options.shapes)]
+    sizes = {None: op.gpu, "first": op.gpu[:1], "others": op.gpu[1:]}[options.sizes]
+    return [size for size in sizes if not options.shapes or any(text in str(size) for text in options.shapes)]
 
 
-def main() -> None:
-    ops = {op.name: op for op in measure.all_ops()}
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    ops = [op.name for op in measure.all_ops()]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", nargs="+", choices=ops, default=list(ops), metavar="NAME")
+    parser.add_argument("--ops", nargs="+", choices=ops, default=ops, metavar="NAME")
+    parser.add_argument("--sizes", choices=("first", "others"), help="the first shape of each op, or the others")
     parser.add_argument("--shapes", nargs="+", metavar="TEXT", help="only shapes with one of these texts in them")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: all that are built")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--only-peers", action="store_true")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no shape after so many")
     parser.add_argument("--list", action="store_true", help="print ops, shapes and peers' libraries, and stop")
     parser.add_argument("--quick", action="store_true", help="small shapes; no rows are written but to --table")
-    parser.add_argument("--dry-run", action="store_true", help="the same on a CPU, by the backend cpp")
+    parser.add_argument("--once", action="store_true", help="one call an op, after one that warms up; no times")
+    parser.add_argument("--dry-run", action="store_true", help="small shapes on a CPU, by the backend cpp")
     parser.add_argument("--table", type=Path, metavar="FILE", help="default: benchmarks/results/gpu.csv")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.table is None and not (options.quick or options.dry_run):
         options.table = measure.RESULTS / "gpu.csv"
+    options.deadline = time.monotonic() + options.seconds  # one clock for all processes
+    wanted = ("cpp",) if options.dry_run else ("cuda", "triton")
+    built = backends.describe()["built"]
+    options.backends = [] if options.only_peers else options.backends or [name for name in wanted if built[name]]
+    return options
+
+
+def main() -> None:
+    options = parse()
+    ops = {op.name: op for op in measure.all_ops()}
     absent = [library for library in measure.LIBRARIES if not measure.installed(library)]
     if options.list:
         for op in ops.values():
@@ -251,8 +290,6 @@ def main() -> None:
     print(f"not installed, and not measured: {', '.join(absent)}" if absent else "all peers are installed", flush=True)
     if options.list:
         return
-    wanted = ("cpp",) if options.dry_run else ("cuda", "triton")
-    options.backends = options.backends or [name for name in wanted if backends.describe()["built"][name]]
     failures = []
     for op, result in each(Bench(options).measure_op, [ops[name] for name in options.ops], LIMIT):
         failures += [f"{op.name}: {result}"] if isinstance(result, Exception) else result

@@ -67,6 +67,7 @@ class Peer:
     run: Run
     same: bool = True  # gives the op's result, so it is checked before it is timed
     gpu_only: bool = False
+    captured: bool = True  # fits a CUDA graph, where the op does
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,12 @@ class Case:
         return self.op, self.shape, self.dtype, self.device
 
     @property
+    def ours_name(self) -> str | None:
+        return next((name for name in OURS if name in self.ms), None)
+
+    @property
     def ours(self) -> float:
-        return next(ms for name, ms in self.ms.items() if name in OURS)
+        return self.ms[self.ours_name or ""]
 
     @property
     def height(self) -> int:
@@ -65,23 +69,35 @@ class Case:
 
 
 def read_cases(table: Path) -> list[Case]:
-    """Return the cases that were measured on the last row's device, of each the latest run."""
-    runs: list[Case] = []
+    """Return the cases that were measured on the last row's device.
+
+    Of a CPU each shows its latest run, since the machine may have been busy in another. A GPU is steady: of it each
+    shows the latest row of every implementation, so that ours can be measured again without all peers.
+    """
+    steady = table.stem == "gpu"
+    cases: dict[tuple[str, ...], Case] = {}
+    last = None
     with table.open(newline="") as file:
         for row in csv.DictReader(file):
             name, ms = row["implementation"], float(row["ms"])
             if name.startswith(CEILING):
                 continue
-            case = Case(row["op"], row["shape"], row["dtype"], row["device"], f"torch {row['torch']}, {row['date']}")
-            if not runs or runs[-1].key != case.key or name in runs[-1].ms:
-                runs.append(case)
-            case = runs[-1]
+            new = Case(row["op"], row["shape"], row["dtype"], row["device"], f"torch {row['torch']}, {row['date']}")
+            case = cases.get(new.key)
+            if case is None or (not steady and (last is not case or name in case.ms)):
+                case = cases[new.key] = new
+            last = case
             case.ms[name] = ms
-            if name in OURS and case.ceiling is None:
+            case.software = new.software
+            if name == case.ours_name:
                 case.ceiling = (row["ceiling"], ms * float(row["percent_of_ceiling"]) / 100)
                 case.work = ms * float(row["gb_per_s"])
-    latest = {case.key: case for case in runs if any(name in OURS for name in case.ms)}
-    return [case for case in latest.values() if case.device == runs[-1].device]
+    if last is None:
+        return []
+    drawn = [case for case in cases.values() if case.ours_name is not None and case.device == last.device]
+    for case in drawn:  # ours first, whichever was measured first
+        case.ms = dict(sorted(case.ms.items(), key=lambda item: item[0].split(",")[0] not in OURS))
+    return drawn
 
 
 def names_width(cases: Iterable[Case]) -> int:

@@ -1,11 +1,16 @@
 """Call every CUDA operator on small batches and compare with the reference: what compute-sanitizer watches.
 
-Needs a GPU and an extension built with CUDA. Exits with an error if a result is wrong.
+    python scripts/gpu_small_cases.py [--dry-run]
+
+Needs a GPU and an extension built with CUDA; a dry run takes the CPU's kernels. Says which of the cases went wrong, and
+then exits with an error.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -33,6 +38,7 @@ MIXED = (
 
 
 VISIBILITIES = ("all", "causal")
+DEVICE, BACKEND = ("cpu", "cpp") if "--dry-run" in sys.argv[1:] else ("cuda", "cuda")
 
 
 def focus(batch: Batch, visibility: str) -> dict[str, Tensor]:
@@ -56,8 +62,8 @@ def weigh(batch: Batch, cos: Tensor, config: VGPOConfig) -> vgpo_kernels.VisualW
 
 def check(batch: Batch, config: VGPOConfig, loss_type: str, visibility: str) -> None:
     """Run all operators on one batch; the reference runs on the CPU, where no sanitizer slows it down."""
-    gpu = batch.to("cuda")
-    with backend("cuda"):
+    gpu = batch.to(DEVICE)
+    with backend(BACKEND):
         found = focus(gpu, visibility)
         weights = weigh(gpu, found["cos"], config)
         phi = vgpo_kernels.group_weights(weights.score, gpu.group_ids, config)
@@ -114,8 +120,8 @@ def check_attention(dtype: torch.dtype, packed: bool, size: int) -> None:
         loss = (masses * masses.detach().cos()).sum() + (heat * heat.detach().cos()).sum()
         return [masses.detach(), heat.detach(), *torch.autograd.grad(loss, leaves)]
 
-    with backend("cuda"):
-        found = results("cuda", dtype)
+    with backend(BACKEND):
+        found = results(DEVICE, dtype)
     with backend("reference"):
         exact = results("cpu", torch.float64)
     for name, one, wide in zip(("masses", "heat map", "gradient by q", "gradient by k"), found, exact, strict=True):
@@ -137,8 +143,8 @@ def check_head(dtype: torch.dtype) -> None:
         loss = values[0].sum() + (values[1] * values[1].detach().cos()).sum()
         return [*(value.detach() for value in values), *torch.autograd.grad(loss, (hidden, weight, bias))]
 
-    with backend("cuda"):
-        found = results(head.to(torch.device("cuda")).tensors(), head.targets.cuda())
+    with backend(BACKEND):
+        found = results(head.to(torch.device(DEVICE)).tensors(), head.targets.to(DEVICE))
     with backend("reference"):
         exact = results(head.double().tensors(), head.targets)
     names = ("logp", "entropy", "gradient by hidden", "gradient by weight", "gradient by bias")
@@ -149,20 +155,38 @@ def check_head(dtype: torch.dtype) -> None:
         assert_close(one.cpu() / unit, wide / unit, name=f"{name}, {dtype}", floor=floor)
 
 
-def main() -> None:
-    """Run every element type in both layouts, aligned and unaligned."""
+def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every element type in both layouts, aligned and unaligned, with a name each."""
     configs = (VGPOConfig.paper(), VGPOConfig.released())
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for index, (dtype, packed) in enumerate(product(dtypes, (False, True))):
+        about = f"{dtype}, {'packed' if packed else 'padded'}"
         batch = make_batch(MIXED, dtype=dtype, packed=packed, features=67 if packed else 264)
         for visibility in VISIBILITIES:
-            check(batch, configs[index % 2], ("dapo", "gspo", "cispo")[index % 3], visibility)
-        check_attention(dtype, packed, size=19 if packed else 136)
+            choices = (configs[index % 2], ("dapo", "gspo", "cispo")[index % 3], visibility)
+            yield f"factors and losses, {about}, {visibility}", partial(check, batch, *choices)
+        yield f"attention, {about}", partial(check_attention, dtype, packed, 19 if packed else 136)
+        for size in (64, 128):
+            yield f"attention, {about}, heads of {size}", partial(check_attention, dtype, packed, size)
     for dtype in dtypes:
-        check_head(dtype)
-    torch.cuda.synchronize()
-    print("every operator is right on small batches")
+        yield f"LM head, {dtype}", partial(check_head, dtype)
+
+
+def main() -> int:
+    """Run every case; a wrong one does not stop the others, an error of the device does."""
+    failed = 0
+    for name, run in cases():
+        try:
+            run()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            print(f"right: {name}", flush=True)
+        except AssertionError as error:
+            failed += 1
+            print(f"WRONG: {name}: {error}", flush=True)
+    print(f"{failed} cases are wrong" if failed else "every operator is right on small batches")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

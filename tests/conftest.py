@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (left_out if repeats or item.get_closest_marker("slow") else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """End a process of pytest-xdist whose GPU has been taken down: a new one takes the remaining tests."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"after {nodeid}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 @pytest.fixture(params=available_backends())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import os
@@ -220,7 +219,7 @@ def test_what_goes_wrong_with_one_op_leaves_the_others(tmp_path: Path) -> None:
 
 def test_a_wrong_result_gets_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tmp_path / "gpu.csv"
-    options = argparse.Namespace(dry_run=True, quick=False, no_peers=False, shapes=None, backends=["cpp"], table=table)
+    options = gpu.parse(["--dry-run", "--backends", "cpp", "--table", str(table)])
     tensor = torch.ones(1024)
 
     def make(size: int, dtype: torch.dtype, device: torch.device, seed: int) -> measure.Case:
