@@ -7,8 +7,11 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
-#include <atomic>
+#include <cstdlib>
 #include <limits>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "../arguments.h"
 #include "policy_loss.cuh"
@@ -35,7 +38,7 @@ FocusInput<T> focus_input(const FocusTensors& given) {
     input.hidden = static_cast<const T*>(given.hidden);
     input.strides = given.strides;
     input.dim = static_cast<int>(given.columns);
-    input.aligned = rows_are_aligned(input.hidden, input.strides, input.dim, given.prototype);
+    input.aligned = rows_are_aligned(input.hidden, input.strides, given.layout, input.dim, given.prototype);
     input.layout = given.layout;
     input.visual_mask = given.visual_mask;
     input.given_prototypes = given.prototype;
@@ -58,22 +61,36 @@ auto by_type(HiddenType type, Body body) {
 
 // ---- launches -------------------------------------------------------------------------------------------------
 
-// Blocks of a kernel that the current device holds at once. Asked of the driver once per device; neither question
-// synchronises, and both are allowed while a stream is captured.
+// The most blocks of a cooperative launch: VGPO_CUDA_BLOCKS, read once, or no limit. Such a launch starts when all of
+// its blocks fit at once, so one that fills the device waits until kernels beside it (NCCL's, for one) have ended.
+inline int most_blocks() {
+    static const int limit = [] {
+        const char* given = std::getenv("VGPO_CUDA_BLOCKS");
+        if (given == nullptr || *given == '\0') return std::numeric_limits<int>::max();
+        char* end = nullptr;
+        const long blocks = std::strtol(given, &end, 10);
+        TORCH_CHECK_VALUE(*end == '\0' && 1 <= blocks && blocks <= std::numeric_limits<int>::max(),
+                          "VGPO_CUDA_BLOCKS must be a number of blocks, 1 or more, got '", given, "'");
+        return static_cast<int>(blocks);
+    }();
+    return limit;
+}
+
+// Blocks of a kernel that the current device holds at once. Asked of the driver once per kernel and device; neither
+// question synchronises, and both are allowed while a stream is captured.
 template <typename Arguments>
 int resident_blocks(void (*kernel)(Arguments)) {
-    constexpr int kMostDevices = 64;
-    static std::atomic<int> known[kMostDevices] = {};
+    static std::mutex mutex;
+    static std::map<std::pair<void (*)(Arguments), int>, int> known;
     int device = 0;
     C10_CUDA_CHECK(cudaGetDevice(&device));
-    TORCH_CHECK(device < kMostDevices, "more than ", kMostDevices, " devices");
-    int blocks = known[device].load(std::memory_order_relaxed);
+    const std::lock_guard<std::mutex> lock(mutex);
+    int& blocks = known[{kernel, device}];
     if (blocks == 0) {
         int per_multiprocessor = 0, multiprocessors = 0;
         C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, 0));
         C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
         blocks = per_multiprocessor * multiprocessors;
-        known[device].store(blocks, std::memory_order_relaxed);
     }
     return blocks;
 }
@@ -82,8 +99,8 @@ int resident_blocks(void (*kernel)(Arguments)) {
 template <typename Arguments>
 void launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t useful_blocks, c10::Device device) {
     const c10::cuda::CUDAGuard guard(device);
-    const int64_t resident = resident_blocks(kernel);
-    const auto blocks = static_cast<unsigned>(std::max<int64_t>(1, std::min(useful_blocks, resident)));
+    const int64_t most = std::min(resident_blocks(kernel), most_blocks());
+    const auto blocks = static_cast<unsigned>(std::max<int64_t>(1, std::min(useful_blocks, most)));
     void* parameters[] = {const_cast<Arguments*>(&arguments)};
     C10_CUDA_CHECK(cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kThreads), parameters, 0,
                                                c10::cuda::getCurrentCUDAStream(device.index())));
@@ -107,6 +124,11 @@ void launch_with_workspace(void (*kernel)(Arguments), Arguments& arguments, c10:
     // Freed when this function returns, and reused by later work of the same stream at the earliest.
     const at::Tensor memory = allocate_workspace(arguments, device);
     launch(kernel, arguments, useful_blocks(arguments), device);
+}
+
+// A number of blocks as a grid takes it; kernels go over what is left in further rounds.
+inline unsigned grid_blocks(int64_t useful_blocks) {
+    return static_cast<unsigned>(std::min<int64_t>(useful_blocks, std::numeric_limits<int32_t>::max()));
 }
 
 // Launches a kernel of independent blocks on the current stream; none if the grid is empty.

@@ -20,7 +20,7 @@ constexpr int kWarpSize = 32;
 constexpr int kMaxWarps = 32;  // of a block
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The shape of every launch. One block of 512 threads per multiprocessor leaves a thread 128 registers: enough to keep
+// The shape of every cooperative launch. One block of 512 threads per multiprocessor leaves a thread 128 registers: enough to keep
 // eight 16-byte loads on their way, and few blocks make the grid's barriers quick. Kernels without a type to be
 // templates over are templates over it: a header may not define an ordinary kernel.
 constexpr int kThreads = 512;

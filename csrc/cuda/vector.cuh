@@ -124,12 +124,15 @@ __device__ __forceinline__ void store_floats(float* row, int column, int dim, co
     }
 }
 
-// Whether every row, and every given prototype, consists of whole 16-byte vectors at aligned addresses.
+// Whether every row, and every given prototype, consists of whole 16-byte vectors at aligned addresses. The stride of a
+// dimension of size 1 may be any number and takes nobody anywhere.
 template <typename T>
-bool rows_are_aligned(const T* hidden, const HiddenStrides& strides, int64_t dim, const float* prototypes) {
+bool rows_are_aligned(const T* hidden, const HiddenStrides& strides, const Layout& layout, int64_t dim,
+                      const float* prototypes) {
     const auto whole = [](int64_t elements) { return elements % kVectorWidth<T> == 0; };
     const auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % sizeof(uint4) == 0; };
-    return whole(dim) && whole(strides.row) && whole(strides.batch) && aligned(hidden) && aligned(prototypes);
+    const bool batches = layout.cu_seqlens != nullptr || layout.batch <= 1 || whole(strides.batch);
+    return batches && (layout.rows <= 1 || whole(strides.row)) && whole(dim) && aligned(hidden) && aligned(prototypes);
 }
 
 // Asks for a row ahead of its use, so that the memory stays busy while the grid waits for its slowest block.

@@ -22,7 +22,8 @@ Tensors visual_prototype(const ArgumentReader& reader) {
         float* results = prototypes.mutable_data_ptr<float>();
         if (causal) {
             const CausalPrototypeArguments<T> arguments{focus_input<T>(input), results};
-            launch(causal_prototype_kernel<T>, arguments, useful_blocks(arguments), reader.device());
+            launch_blocks(causal_prototype_kernel<T>, arguments, dim3(grid_blocks(useful_blocks(arguments))), kThreads,
+                          0, reader.device());
             return;
         }
         VisualPrototypeArguments<T> arguments{focus_input<T>(input), {}};

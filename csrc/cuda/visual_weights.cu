@@ -43,7 +43,8 @@ Tensors group_weights(const ArgumentReader& reader) {
                                           each[0],
                                           reader.config(),
                                           phi.mutable_data_ptr<float>()};
-    launch(group_weights_kernel<kThreads>, arguments, arguments.batch, reader.device());
+    launch_blocks(group_weights_kernel<kGroupThreads>, arguments, dim3(grid_blocks(arguments.batch)), kGroupThreads, 0,
+                  reader.device());
     return {phi};
 }
 

@@ -433,6 +433,9 @@ __global__ void __launch_bounds__(kBlock, 1)
     if (blockIdx.x == 0) write_focus_metrics(arguments.workspace.responses, layout.batch, arguments.metrics);
 }
 
+// Blocks are independent of each other: an ordinary launch. A group has rarely more members than this.
+constexpr int kGroupThreads = 128;
+
 struct GroupWeightsArguments {
     const float* scores;       // [B]
     const int64_t* group_ids;  // [B]

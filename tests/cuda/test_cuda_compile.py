@@ -19,9 +19,9 @@ CACHE = ROOT / "build" / "nvcc"
 
 # Every kernel, and the threads of its block.
 THREADS = {
-    **dict.fromkeys(("visual_prototype", "visual_focus", "visual_weights", "group_weights"), 512),
+    **dict.fromkeys(("visual_prototype", "visual_focus", "visual_weights"), 512),
     **dict.fromkeys(("causal_prototype", "policy_loss", "vgpo_loss"), 512),
-    **dict.fromkeys(("attention_mass", "attention_heatmap", "head_mean"), 128),
+    **dict.fromkeys(("attention_mass", "attention_heatmap", "head_mean", "group_weights"), 128),
     **dict.fromkeys(("attention_query_gradient", "attention_key_gradient"), 128),
     **dict.fromkeys(("head_statistics", "head_gradient"), 256),
 }

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import test_luspo_vespo
 import test_policy_loss
@@ -23,6 +28,8 @@ from vgpo_kernels.config import PolicyLossOptions
 from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import visual_focus as reference
 from vgpo_kernels.reference import visual_weights as weights_reference
+
+ROOT = Path(__file__).resolve().parents[2]
 
 adopt(globals(), test_visual_focus, test_visibility, test_visual_weights, test_policy_loss, test_vgpo_loss)
 adopt(globals(), test_luspo_vespo, test_policy_loss_metrics, test_policy_loss_edges)
@@ -121,6 +128,16 @@ def test_any_block_size_is_right(emulator: Emulator, threads: int) -> None:
     assert_matches(weights, weights_reference.visual_weights, weigh, names)
 
 
+def test_a_limit_of_blocks_is_checked() -> None:
+    """VGPO_CUDA_BLOCKS is read at the first cooperative launch of a process."""
+    call = "operators['visual_prototype'](torch.ones(1, 2, 8), torch.ones(1, 2, dtype=torch.bool), None, False)"
+    script = f"import torch; from emulation.harness import emulated_operators; operators = emulated_operators(); {call}"
+    folders = [str(ROOT), str(ROOT / "python"), str(ROOT / "tests")]
+    environment = {**os.environ, "VGPO_CUDA_BLOCKS": "0", "PYTHONPATH": os.pathsep.join(folders)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert "VGPO_CUDA_BLOCKS must be a number of blocks, 1 or more, got '0'" in result.stderr
+
+
 # ---- long responses ----------------------------------------------------------------------------------------------
 
 
@@ -167,6 +184,15 @@ def test_unaligned_rows_give_the_same_bits(emulator: Emulator, features: int, dt
     for guard in ("after", "before"):
         with emulator.launched_as(Shape(guard=guard)):
             assert torch.equal(emulator.visual_focus(wide[..., 1:-2], *rest), expected)
+
+
+def test_strides_of_single_rows_do_not_matter(emulator: Emulator) -> None:
+    """A dimension of size 1 may have any stride, and rows are read as whole vectors all the same."""
+    hidden = torch.randn(64, dtype=torch.bfloat16)
+    yes = torch.ones(1, 1, dtype=torch.bool)
+    expected = emulator.visual_focus(hidden.view(1, 1, 64), yes, yes, None, None, None, False)
+    odd = hidden.as_strided((1, 1, 64), (3, 5, 1))
+    assert torch.equal(emulator.visual_focus(odd, yes, yes, None, None, None, False), expected)
 
 
 def test_many_visual_rows_make_longer_runs(emulator: Emulator) -> None:

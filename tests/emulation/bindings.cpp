@@ -9,9 +9,16 @@
 
 namespace vgpo::cuda {
 struct HeadMeanArguments;
-}
+struct GroupWeightsArguments;
+template <typename T>
+struct CausalPrototypeArguments;
+}  // namespace vgpo::cuda
 template <>
 constexpr bool emulation::kFollowsGrid<vgpo::cuda::HeadMeanArguments> = true;
+template <>
+constexpr bool emulation::kFollowsGrid<vgpo::cuda::GroupWeightsArguments> = true;
+template <typename T>
+constexpr bool emulation::kFollowsGrid<vgpo::cuda::CausalPrototypeArguments<T>> = true;
 
 #include "../../csrc/arguments.cpp"
 #include "../../csrc/cuda/attention_mass.cu"

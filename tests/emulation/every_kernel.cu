@@ -24,7 +24,7 @@ EVERY_ELEMENT_TYPE(__half)
 EVERY_ELEMENT_TYPE(__nv_bfloat16)
 
 template __global__ void visual_weights_kernel<kThreads>(const __grid_constant__ VisualWeightsArguments);
-template __global__ void group_weights_kernel<kThreads>(const __grid_constant__ GroupWeightsArguments);
+template __global__ void group_weights_kernel<kGroupThreads>(const __grid_constant__ GroupWeightsArguments);
 template __global__ void policy_loss_kernel<kThreads>(const __grid_constant__ PolicyLossArguments);
 template __global__ void head_mean_kernel<kAttentionThreads>(const __grid_constant__ HeadMeanArguments);
 template __global__ void head_statistics_kernel<kHeadThreads>(const __grid_constant__ HeadStatisticsArguments);
