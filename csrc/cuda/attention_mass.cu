@@ -35,7 +35,8 @@ AttentionInput<T> attention_input(const AttentionTensors& given) {
     AttentionInput<T> input = {};
     input.q = head_tensor<T>(given.q);
     input.k = head_tensor<T>(given.k);
-    input.aligned = heads_are_aligned(input.q, given.size) && heads_are_aligned(input.k, given.size);
+    input.aligned = heads_are_aligned(input.q, given.size, given.batch, given.q.heads, given.q.length) &&
+                    heads_are_aligned(input.k, given.size, given.batch, given.k.heads, given.k.length);
     input.size = static_cast<int>(given.size);
     input.heads = static_cast<int>(given.q.heads);
     input.key_heads = static_cast<int>(given.k.heads);
@@ -58,8 +59,10 @@ void launch(void (*kernel)(Arguments), const Arguments& arguments, const LaunchS
     const c10::Device device = q.device();
     int most = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index()));
-    TORCH_CHECK_VALUE(shape.shared_bytes <= most, "heads of ", q.size(-1), " components in ", q.scalar_type(),
-                      " need ", shape.shared_bytes, " bytes of shared memory, and this GPU has ", most,
+    // What a kernel declares itself comes on top of the tiles: block_reduce's partial results.
+    const int bytes = shape.shared_bytes + static_cast<int>(kMaxWarps * sizeof(Positions));
+    TORCH_CHECK_VALUE(bytes <= most, "heads of ", q.size(-1), " components in ", q.scalar_type(), " need ", bytes,
+                      " bytes of shared memory, and this GPU has ", most,
                       " for a block: vgpo_kernels.backend('triton') serves them");
     const dim3 grid(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.heads),
                     static_cast<unsigned>(shape.parts));

@@ -71,12 +71,13 @@ struct AttentionInput {
     }
 };
 
-// Whether every row consists of whole 16-byte vectors at aligned addresses.
+// Whether every row consists of whole 16-byte vectors at aligned addresses. The stride of a dimension with one entry
+// leads nowhere, and may be anything.
 template <typename T>
-bool heads_are_aligned(const HeadTensor<const T>& tensor, int64_t size) {
+bool heads_are_aligned(const HeadTensor<const T>& tensor, int64_t size, int64_t batch, int64_t heads, int64_t tokens) {
     const auto whole = [](int64_t elements) { return elements % kVectorWidth<T> == 0; };
-    return whole(size) && whole(tensor.batch_stride) && whole(tensor.head_stride) && whole(tensor.token_stride) &&
-           reinterpret_cast<uintptr_t>(tensor.data) % sizeof(uint4) == 0;
+    return whole(size) && (batch <= 1 || whole(tensor.batch_stride)) && (heads <= 1 || whole(tensor.head_stride)) &&
+           (tokens <= 1 || whole(tensor.token_stride)) && reinterpret_cast<uintptr_t>(tensor.data) % sizeof(uint4) == 0;
 }
 
 // The tokens of a response; boundaries that lie do not lead outside.
@@ -333,7 +334,10 @@ __device__ __forceinline__ void stream_rows(const T* source, bool aligned, const
                                             const SharedTiles<T, Info>& shared, int first, int end, Describe describe,
                                             Use use) {
     constexpr int kRows = kStreamRows<T>;
-    if (first >= end) return;
+    if (first >= end) {
+        wait_for_copies();  // of the block's own rows
+        return;
+    }
     const int thread = static_cast<int>(threadIdx.x);
     const auto copy = [&](int tile, const Info* infos) {
         copy_rows<T>(

@@ -81,6 +81,20 @@ def test_unaligned_rows_give_the_same_bits(emulator: Emulator, dtype: torch.dtyp
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_strides_of_dimensions_of_one_entry_lead_nowhere(emulator: Emulator, packed: bool) -> None:
+    """Rows are copied as whole vectors whatever the stride of a batch, head or token that is alone."""
+    case = draw(((1, 40),), heads=1, key_heads=1, size=64, packed=packed, dtype=torch.bfloat16)
+    expected = call_everything(emulator, case)
+    odd = [
+        tensor.as_strided(tensor.shape, [3 if size == 1 else stride for size, stride in zip(*layout, strict=True)])
+        for tensor in (case.q, case.k)
+        for layout in [(tensor.shape, tensor.stride())]
+    ]
+    found = call_everything(emulator, replace(case, q=odd[0], k=odd[1]))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("size", [128, 136, 256])
 def test_long_heads_take_several_blocks_for_their_gradients(emulator: Emulator, size: int) -> None:
     case = draw(((3, 70),), heads=2, key_heads=1, size=size, dtype=torch.bfloat16)
