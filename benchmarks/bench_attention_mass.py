@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from tolerance import assert_close
 from torch import Tensor
 
+from benchmarks import gpu_peers
 from benchmarks.measure import Case, Ceiling, Op, Peer, by_reference, compare, normals
 from vgpo_kernels import attention_heatmap, attention_mass
 
@@ -94,6 +95,12 @@ def attention_case(
         weights = softmax_attention(q, k, visible)
         return weights.mean((1, 2)) * (segments == 0) if heatmap else (weights @ members).mean(1)
 
+    def flash_masses(q: Tensor, k: Tensor) -> Tensor:
+        return gpu_peers.flash_masses(q, k, members)
+
+    def flash_heatmap(q: Tensor, k: Tensor) -> Tensor:
+        return gpu_peers.flash_column_means(q, k) * (segments == 0)
+
     def run(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         def both() -> tuple[Tensor, ...]:
             return torch.autograd.grad((function(*leaves) * direction).sum(), leaves)
@@ -140,11 +147,25 @@ def attention_case(
         peers["scaled_dot_product_attention"] = Peer(
             lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True), same=False
         )
+    if heatmap:
+        by_flash = {"flash attention's gradient w.r.t. values": Peer(run(flash_heatmap), gpu_only=True)}
+    else:
+        by_flash = {"flash attention to segments": Peer(run(flash_masses), gpu_only=True)}
+    peers |= by_flash
     if not gradient and not heatmap:
-        # All keys as queries, which lets it take its fastest kernel: more work than for the last ones alone.
+        # All keys as queries, as kernels without another alignment need it: more work than for the last ones alone.
         every = draw(shape.heads, shape.keys)
-        peers["scaled_dot_product_attention, all keys causal"] = Peer(
-            lambda: F.scaled_dot_product_attention(every, k, v, is_causal=True, enable_gqa=True),
+        whole = {
+            "flash attention": lambda: gpu_peers.flash_attention(q, k, v),
+            "flash attention, all keys": lambda: gpu_peers.flash_attention(every, k, v),
+            "cuDNN attention, all keys": gpu_peers.cudnn_attention(every, k, v),
+        }
+        peers |= {name: Peer(attend, same=False, gpu_only=True) for name, attend in whole.items()}
+    if gradient:
+        inputs = (*leaves, v.clone().requires_grad_())
+        upstream = draw(shape.heads, shape.queries)
+        peers["flash attention and its gradient"] = Peer(
+            lambda: torch.autograd.grad(gpu_peers.flash_attention(*inputs), inputs, upstream),
             same=False,
             gpu_only=True,
         )

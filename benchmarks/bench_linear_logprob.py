@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_peers
 from benchmarks.measure import Case, Ceiling, Op, Peer, Run, by_reference, compare, installed, normals
 from vgpo_kernels import linear_logprob, linear_policy_loss, policy_loss
 
@@ -59,14 +60,6 @@ def materialised(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool 
     log_probabilities = (hidden @ weight.T).float().log_softmax(-1)
     logp = log_probabilities.gather(-1, targets[:, None]).squeeze(-1)
     return (logp, -(log_probabilities.exp() * log_probabilities).sum(-1)) if entropy else (logp,)
-
-
-def chunked_by_trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """The head of TRL's trainers, in its chunks."""
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
-
-    settings = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",))
-    return (_ChunkedLogProbFunction.apply(hidden, weight, None, targets, *settings)[0],)
 
 
 class Head:
@@ -173,36 +166,15 @@ def logprob_case(
         "PyTorch": Peer(run(in_torch)),
         "torch.compile": Peer(run(torch.compile(in_torch, dynamic=False))),
     }
-    if not entropy and installed("trl"):
-        peers["TRL, chunked"] = Peer(run(chunked_by_trl))
+    peers |= {name: Peer(run(function)) for name, function in gpu_peers.logprobs(entropy, device).items()}
     if not entropy and backward and device.type == "cuda":
-        peers |= cross_entropies(head)
+        peers |= {name: summed(head, loss) for name, loss in gpu_peers.losses().items()}
     return head.case(run(ours), check, 1 + backward, backward, peers)
 
 
-def cross_entropies(head: Head) -> dict[str, Peer]:
-    """Fused kernels of other libraries: the gradients of the summed negative log-likelihood."""
-
-    def liger() -> Tensor:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        return liger_fused_linear_cross_entropy(*head.leaves, head.targets, reduction="sum")
-
-    def cut() -> Tensor:
-        from cut_cross_entropy import linear_cross_entropy
-
-        return linear_cross_entropy(*head.leaves, head.targets, reduction="sum")
-
-    def quack() -> Tensor:
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-        return chunked_linear_cross_entropy(*head.leaves, head.targets, reduction="sum")
-
-    def peer(loss: Callable[[], Tensor]) -> Peer:
-        return Peer(lambda: torch.autograd.grad(loss(), head.leaves), same=False)
-
-    libraries = {"Liger": ("liger_kernel", liger), "CCE": ("cut_cross_entropy", cut), "quack": ("quack", quack)}
-    return {name: peer(loss) for name, (library, loss) in libraries.items() if installed(library)}
+def summed(head: Head, loss: gpu_peers.Loss) -> Peer:
+    """Gradients of the summed negative log-likelihood."""
+    return Peer(lambda: torch.autograd.grad(loss(*head.leaves, head.targets), head.leaves), same=False)
 
 
 def loss_case(shape: HeadShape, dtype: torch.dtype, device: torch.device, seed: int) -> Case:
