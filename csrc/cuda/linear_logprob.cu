@@ -2,7 +2,8 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
-#include <torch/version.h>
+
+#include <atomic>
 
 #include "binding.cuh"
 #include "linear_logprob.cuh"
@@ -10,10 +11,6 @@
 namespace vgpo {
 namespace cuda {
 namespace {
-
-// The overloads of mm and addmm with a dtype of the result are as old as the oldest torch supported. Until 2.9 that of
-// addmm wants self in the dtype of the matrices; since 2.10 self may have the dtype of the result, and so be the result.
-constexpr bool kAccumulates = TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10;
 
 HeadRows head_rows(const ArgumentReader& reader) {
     const at::Tensor &hidden = reader.tensor("hidden"), &weight = reader.tensor("weight");
@@ -39,14 +36,31 @@ void launch_rows(void (*kernel)(Arguments), const Arguments& arguments, const at
     launch_blocks(kernel, arguments, dim3(static_cast<unsigned>(logits.size(0))), kHeadThreads, 0, logits.device());
 }
 
+// Adds the product of 16-bit matrices to an fp32 matrix where it lies, or returns false with nothing done.
+//
+// Torch 2.8 has the overload with a dtype of the result, but its releases differ in whether what is added to may have
+// that dtype or must have that of the matrices. They check before they compute, so the first call finds out.
+bool add_product(const at::Tensor& left, const at::Tensor& right, at::Tensor result) {
+    static std::atomic<bool> refused{false};
+    // A single row may be taken for a bias, which a kernel would read while it writes the row.
+    if (result.size(0) == 1 || refused.load(std::memory_order_relaxed)) return false;
+    try {
+        at::addmm_out(result, result, left, right, at::kFloat);
+        return true;
+    } catch (const c10::OutOfMemoryError&) {
+        throw;
+    } catch (const c10::Error&) {  // where the product itself fails, its next call says why
+        refused.store(true, std::memory_order_relaxed);
+        return false;
+    }
+}
+
 void multiply(const at::Tensor& left, const at::Tensor& right, at::Tensor result, bool accumulate) {
     if (left.scalar_type() == at::kFloat) {
         at::addmm_out(result, result, left, right, accumulate ? 1.0 : 0.0);
     } else if (!accumulate) {
         at::mm_out(result, left, right, at::kFloat);
-    } else if (kAccumulates) {
-        at::addmm_out(result, result, left, right, at::kFloat);
-    } else {
+    } else if (!add_product(left, right, result)) {
         result.add_(at::mm(left, right, at::kFloat));
     }
 }
