@@ -34,6 +34,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from benchmarks import measure  # noqa: E402
+
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 COUNTED = ("visual_focus", "vgpo_loss", "attention_mass", "attention_mass and its gradient", "linear_logprob")
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis")
@@ -87,11 +91,14 @@ def stages(options: argparse.Namespace) -> Iterator[Stage]:
     small = [python, ROOT / "scripts" / "gpu_small_cases.py", *trial]
     few = ["--ops", "visual_focus", "visual_weights", "attention_mass"] if dry else []
 
-    def timed(
-        name: str, seconds: float, *arguments: str | Path, alone: bool = True, needs: str = "small cases"
-    ) -> Stage:
+    def timed(name: str, seconds: float, *arguments: str) -> Stage:
         command = [*bench, "--seconds", str(seconds - 5), *few, *arguments]
-        return Stage(name, command, seconds, after=("small cases",), needs=(needs,) if needs else (), alone=alone)
+        return Stage(name, command, seconds, 20, after=("small cases",), alone=True)
+
+    def peers(name: str, seconds: float, of_heads: bool) -> Stage:
+        chosen = [op.name for op in measure.all_ops() if op.name.startswith("linear") == of_heads]
+        command = [*bench, "--seconds", str(seconds - 20), "--only-peers", "--sizes", "first"]
+        return Stage(name, [*command, *(few or ["--ops", *chosen])], seconds, 20, alone=of_heads)
 
     def tests(name: str, backend: str, seconds: float, *chosen: str | Path) -> Stage:
         workers = 2 if dry else min(12, os.cpu_count() or 1)
@@ -111,15 +118,15 @@ def stages(options: argparse.Namespace) -> Iterator[Stage]:
         command = [program or "", "--tool", name, "--error-exitcode", "1", choice, "kernel_substring=vgpo", *small]
         # Without torch's cache every tensor is an allocation of its own: an overrun cannot land in another.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Stage(name, command, seconds, 20, ("small cases",), ("small cases",), False, environment, missing)
+        return Stage(name, command, seconds, 20, ("small cases",), environment=environment, missing=missing)
 
     if not dry:
         environment = {"VGPO_BUILD": "cuda", "MAX_JOBS": str(os.cpu_count() or 1)}
         build = [python, ROOT / "setup.py", "build_ext", "--inplace"]
         yield Stage("build", [python, "-c", ""] if is_built() else build, 240, environment=environment)
+    yield peers("peers", 120, of_heads=False)  # while the compilers leave the GPU idle
     yield Stage("small cases", small, 60, needs=() if dry else ("build",))
     yield timed("timings", 100, "--backends", ours, "--no-peers", "--sizes", "first")
-    yield timed("peers", 130, "--only-peers", "--sizes", "first")
     yield timed("long timings", 60, "--backends", ours, "--no-peers", "--sizes", "others")
     weights = "tests/ops/test_visual_weights.py"
     yield tests(
@@ -129,6 +136,8 @@ def stages(options: argparse.Namespace) -> Iterator[Stage]:
     yield sanitized("racecheck", 150)
     yield timed("triton timings", 70, "--backends", "cpp" if dry else "triton", "--no-peers", "--sizes", "first")
     yield counters(ours, out, dry)
+    if not dry:
+        yield peers("head peers", 150, of_heads=True)
     few_tests = [weights] if dry else ["tests/ops/test_conformance.py", "tests/ops/test_visibility.py"]
     yield tests("triton tests", "cpp" if dry else "triton", 120, *few_tests)
 
@@ -142,7 +151,7 @@ def counters(ours: str, out: Path, dry: bool) -> Stage:
     command += [sys.executable, ROOT / "benchmarks" / "gpu.py", "--once", "--ops", *COUNTED]
     command += ["--sizes", "first", "--backends", ours]
     missing = "" if program and not dry else "there is no ncu"
-    return Stage("counters", command, 60, 20, ("small cases",), ("small cases",), True, missing=missing)
+    return Stage("counters", command, 60, 20, ("small cases",), alone=True, missing=missing)
 
 
 class Runner:
