@@ -10,7 +10,8 @@ reports are in the folder as soon as they exist, so a run that is killed has los
     check.log     what every stage printed, line by line, with the stage's name in front
     rows.csv      measured rows, as in benchmarks/results/gpu.csv
     counters.csv  hardware counters of a call of each of five ops
-    cuda.xml, triton.xml   results of the tests
+    failures.txt  tests that failed, and how
+    cuda_tests.xml, triton_tests.xml   results of all tests that ended
     summary.txt   a line a stage
 
 A stage is a process of its own with its seconds: a kernel that hangs or takes the context down costs that stage. Stages
@@ -107,6 +108,7 @@ def stages(options: argparse.Namespace) -> Iterator[Stage]:
         command += ["-n", str(workers), "--dist", "worksteal"] if has("xdist") else []
         command += ["--timeout=90", "--timeout-method=thread"] if has("pytest_timeout") else []
         environment = {"VGPO_TEST_BACKENDS": backend, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+        environment["VGPO_TEST_FAILURES"] = str(out / "failures.txt")
         missing = "" if has("pytest") else "there is no pytest"
         return Stage(name, [*command, *chosen], seconds, 10, ("small cases",), environment=environment, missing=missing)
 

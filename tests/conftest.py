@@ -83,6 +83,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Append a failure to the file VGPO_TEST_FAILURES the moment it is known: a run that is killed has told it."""
+    path = os.environ.get("VGPO_TEST_FAILURES")
+    if path and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(path, "a") as file:
+            file.write(f"{report.nodeid} ({report.when})\n{report.longreprtext}\n\n")
+
+
 def pytest_runtest_logfinish(nodeid: str) -> None:
     """End a process of pytest-xdist whose GPU has been taken down: a new one takes the remaining tests."""
     if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
