@@ -56,7 +56,8 @@ VGPO_HD inline F exponential_excess(F x) {
     return exponential_excess(x, exponential(x));
 }
 
-VGPO_HD inline bool is_finite(float value) { return value - value == 0.0f; }
+// Not by value - value: of a product a compiler may make a product and a difference of one rounding, which is not 0.
+VGPO_HD inline bool is_finite(float value) { return fabsf(value) < INFINITY; }
 
 // An integer that orders as the float does. -0.0 and +0.0 share a key; NaN must have been sorted out before.
 VGPO_HD inline int32_t order_key(float value) {

@@ -64,7 +64,7 @@ def results_of(made: Subject, given: dict[str, Any], dtype: torch.dtype) -> list
         found = [value for value in tree_leaves(returned) if isinstance(value, Tensor)]
         roots = [value for value in found if value.requires_grad]
         if roots:
-            weights = [torch.arange(1, root.numel() + 1).view_as(root).to(root.dtype) / 7 for root in roots]
+            weights = [torch.arange(1, root.numel() + 1).view_as(root).to(root) / 7 for root in roots]
             by_leaf = torch.autograd.grad(roots, leaves, weights, allow_unused=True)
             found += [gradient for gradient in by_leaf if gradient is not None]
     return [value.detach() for value in found]

@@ -232,7 +232,7 @@ def test_products_match_their_definition(
             kernels.product(one.to(device), other.to(device), result, False)
             if accumulate:
                 kernels.product(one.to(device), other.to(device), result, True)
-            assert_close(result, expected, name="product", floor=floor_of(terms=depth))
+            assert_close(result, expected, name="product", floor=floor_of(terms=depth, device=device))
 
 
 def test_processors_without_matrix_units_agree(tmp_path: Path) -> None:

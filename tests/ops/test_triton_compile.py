@@ -103,3 +103,9 @@ def test_torch_compile_sees_every_launch(uninterpreted: dict[str, Any]) -> None:
     given = ["focus_kernel", "lowest_cosine_kernel", "response_kernel", "loss_kernel", "reduce_kernel"]
     own = ["visual_index_kernel", "prototype_kernel", *given]
     assert uninterpreted["traced"] == {"own": own, "causal": own, "given": given}
+
+
+def test_no_product_is_fused_into_the_question_whether_it_is_finite(uninterpreted: dict[str, Any]) -> None:
+    """Else every product that was rounded would count as infinite, on a GPU only."""
+    instructions = re.findall(r"^\s*(?:@%\w+ )?(mul|fma|sub|abs)\S*", uninterpreted["finite_product"], re.MULTILINE)
+    assert "mul" in instructions and not {"fma", "sub"} & set(instructions), instructions

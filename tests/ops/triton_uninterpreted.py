@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 ROOT = Path(__file__).resolve().parents[2]
 # Other packages install a top-level `scripts`, so ours is searched as a folder.
@@ -27,6 +31,7 @@ from triton_resources import TARGETS, recording  # noqa: E402
 
 import vgpo_kernels  # noqa: E402
 from vgpo_kernels import VGPOConfig, backends  # noqa: E402
+from vgpo_kernels.triton_kernels.common import is_finite  # noqa: E402
 
 # (responses, visual tokens, response tokens) of ten rollouts, with the sizes that Triton likes to specialise on.
 ROLLOUTS = (
@@ -122,11 +127,23 @@ def kernels_of(graph: torch.fx.GraphModule) -> list[str]:
     return [kernel_side_table.get_kernel(call.kwargs["kernel_idx"]).fn.__name__ for call in calls]
 
 
+@triton.jit
+def finite_product_kernel(given, found):
+    tl.store(found, is_finite(tl.load(given) * 1.4426950408889634))
+
+
+def finite_product() -> str:
+    """Return the instructions that say whether a product is finite."""
+    source = ASTSource(finite_product_kernel, signature={"given": "*fp32", "found": "*i1"})
+    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+
+
 def main() -> None:
     # There is no GPU here, and kernels are compiled and traced, not run: CPU tensors stand for a GPU's.
     backends.select = lambda *_: "triton"  # type: ignore[assignment]
     torch.set_num_threads(1)
-    print(json.dumps({"compilations": compilations(), "traced": traced_launches()}))
+    found = {"compilations": compilations(), "traced": traced_launches(), "finite_product": finite_product()}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -355,10 +355,11 @@ def _backward(ctx: Any, needed: set[str], grad_loss: Tensor | None, *_: Tensor |
     keeps = torch._C._autograd._get_current_graph_task_keep_graph()
     in_place = type(grad_loss) is Tensor and not keeps and not batched
 
+    # Of one dimension: on a GPU, and under vmap, a factor of none would be rounded to the gradient's dtype.
+    factor = grad_loss.reshape(1)
+
     def scaled(gradient: Tensor) -> Tensor:
-        # vmap would round the factor to the gradient's dtype.
-        wide = gradient.to(torch.promote_types(gradient.dtype, grad_loss.dtype)) if batched else gradient
-        return wide.mul_(grad_loss) if in_place else wide * grad_loss
+        return gradient.mul_(factor) if in_place else gradient * factor
 
     return {name: scaled(kept).to(ctx.dtypes[name]) for name, kept in registry.kept(ctx).items() if name in needed}
 

@@ -53,7 +53,9 @@ def clamp(value, low, high):
 
 @triton.jit
 def is_finite(value):
-    return value - value == 0.0
+    # Not by value - value: where value is a product, the compiler makes both one instruction, whose result is what the
+    # product's rounding lost, and not 0.
+    return tl.abs(value) < float("inf")
 
 
 @triton.jit

@@ -38,7 +38,7 @@ inline Vector ordinals_from(float first) {
     return Vector(first) + load(lanes);
 }
 
-inline Mask is_finite(Vector v) { return v - v == Vector(0.0f); }
+inline Mask is_finite(Vector v) { return v - v == Vector(0.0f); }  // no product is fused here, see setup.py
 
 // How many of the vector's lanes, beginning at `index`, lie before `end`.
 inline int lanes_of(int64_t index, int64_t end) {
