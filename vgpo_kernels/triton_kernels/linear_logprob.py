@@ -28,9 +28,6 @@ WARPS = 8
 # Below this, exp() is zero. With a finite bound, zero times the distance is zero, not NaN.
 FARTHEST = tl.constexpr(-128.0)
 
-# Releases from which addmm takes an fp32 accumulator with 16-bit matrices.
-ACCUMULATES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
-
 
 @triton.jit
 def logits_of(products, bias, columns, inside, factor):
@@ -200,10 +197,29 @@ def head_product(left: Tensor, right: Tensor, result: Tensor, accumulate: bool) 
         result.addmm_(left, right, beta=float(accumulate))
     elif not accumulate:
         torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=result)
-    elif ACCUMULATES:
-        torch.ops.aten.addmm.dtype_out(result, left, right, torch.float32, out=result)
-    else:
+    elif not _add_product(left, right, result):
         result += torch.mm(left, right, out_dtype=torch.float32)
+
+
+# Whether addmm has refused an fp32 matrix to add the product of 16-bit ones to. Torch's releases differ in that; they
+# check before they compute, so the first call finds out.
+_refused = False
+
+
+def _add_product(left: Tensor, right: Tensor, result: Tensor) -> bool:
+    """Add ``left @ right``, of 16-bit matrices, to an fp32 matrix where it lies; return whether that is done."""
+    global _refused
+    # A single row may be taken for a bias, which a kernel would read while it writes the row.
+    if result.shape[0] == 1 or _refused:
+        return False
+    try:
+        torch.ops.aten.addmm.dtype_out(result, left, right, torch.float32, out=result)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # where the product itself fails, its next call says why
+        _refused = True
+        return False
+    return True
 
 
 KERNELS = HeadKernels(head_statistics, head_gradient, head_product, policy_loss, half=True, packs=False)
