@@ -12,7 +12,6 @@ namespace cuda {
 
 constexpr int kHeadThreads = 256;
 constexpr int kHeadVectors = 4;  // of four logits, on their way at a time
-constexpr int kHeadColumns = kHeadThreads * kHeadVectors * 4;  // of a pass of the block
 
 // Behind this, exp() is zero. A finite bound keeps zero times the distance from being NaN.
 constexpr float kFarthestLogit = -128.0f;
@@ -40,31 +39,65 @@ __device__ inline int misalignment(const float* row) {
     return static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(float) % 4);
 }
 
-// Columns [column, column + 4) of a row as logits, -infinity outside it; `column` lies on a 16-byte boundary.
-__device__ __forceinline__ float4 load_logits(const HeadRows& rows, const float* row, int column) {
-    float4 four;
-    if (column >= 0 && column + 4 <= rows.columns) {
-        four = __ldcs(reinterpret_cast<const float4*>(row + column));
-    } else {
-        const auto one = [&](int i) { return i >= 0 && i < rows.columns ? row[i] : -INFINITY; };
-        four = make_float4(one(column), one(column + 1), one(column + 2), one(column + 3));
-    }
-    if (rows.bias != nullptr) {
-        const auto offset = [&](int i) { return i >= 0 && i < rows.columns ? rows.bias[i] : 0.0f; };
-        four.x += offset(column);
-        four.y += offset(column + 1);
-        four.z += offset(column + 2);
-        four.w += offset(column + 3);
-    }
-    return make_float4(four.x * rows.factor, four.y * rows.factor, four.z * rows.factor, four.w * rows.factor);
+// Products [column, column + 4) of a row, -infinity outside it; `column` lies on a 16-byte boundary.
+__device__ __forceinline__ float4 load_guarded(const HeadRows& rows, const float* row, int64_t column) {
+    if (column >= 0 && column + 4 <= rows.columns) return __ldcs(reinterpret_cast<const float4*>(row + column));
+    const auto one = [&](int64_t i) { return i >= 0 && i < rows.columns ? row[i] : -INFINITY; };
+    return make_float4(one(column), one(column + 1), one(column + 2), one(column + 3));
 }
 
-__device__ __forceinline__ void unpack_four(float4 four, float (&values)[4]) {
-    values[0] = four.x;
-    values[1] = four.y;
-    values[2] = four.z;
-    values[3] = four.w;
-}
+// A pass of the block over a row: each thread has kHeadVectors vectors, `step` columns apart.
+struct HeadPass {
+    int64_t own;  // first column of this thread's first vector
+    int step;
+    bool whole;  // every vector of the block lies in the row
+
+    __device__ HeadPass(int64_t begin, int columns)
+        : own(begin + 4 * static_cast<int>(threadIdx.x)),
+          step(4 * static_cast<int>(blockDim.x)),
+          whole(begin >= 0 && begin + kHeadVectors * step <= columns) {}
+
+    __device__ int64_t column(int vector) const { return own + vector * step; }
+
+    // The logits; -infinity outside the row. In a whole pass no branch stands between the loads: all are on their way
+    // before the first one is waited for.
+    __device__ __forceinline__ void load(const HeadRows& rows, const float* row,
+                                         float (&logits)[kHeadVectors][4]) const {
+        float4 fours[kHeadVectors];
+        if (whole) {
+#pragma unroll
+            for (int i = 0; i < kHeadVectors; ++i) {
+                fours[i] = __ldcs(reinterpret_cast<const float4*>(row + column(i)));
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kHeadVectors; ++i) fours[i] = load_guarded(rows, row, column(i));
+        }
+#pragma unroll
+        for (int i = 0; i < kHeadVectors; ++i) {
+            logits[i][0] = fours[i].x;
+            logits[i][1] = fours[i].y;
+            logits[i][2] = fours[i].z;
+            logits[i][3] = fours[i].w;
+        }
+        if (rows.bias != nullptr) {
+            each([&](int i, int j) {
+                const int64_t place = column(i) + j;
+                if (place >= 0 && place < rows.columns) logits[i][j] += rows.bias[place];
+            });
+        }
+        each([&](int i, int j) { logits[i][j] *= rows.factor; });
+    }
+
+    template <typename Body>
+    __device__ __forceinline__ static void each(Body body) {
+#pragma unroll
+        for (int i = 0; i < kHeadVectors; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) body(i, j);
+        }
+    }
+};
 
 // ---- statistics ------------------------------------------------------------------------------------------------
 
@@ -101,34 +134,19 @@ __global__ void __launch_bounds__(kBlockThreads)
     const HeadRows& rows = arguments.rows;
     const int64_t index = blockIdx.x;
     const float* row = rows.row(index);
-    const int before = misalignment(row), step = 4 * static_cast<int>(blockDim.x);
     LogitStatistics own = LogitStatistics::identity();
-    for (int64_t begin = -before; begin < rows.columns; begin += kHeadVectors * step) {
+    for (int64_t begin = -misalignment(row); begin < rows.columns; begin += kHeadVectors * 4 * blockDim.x) {
         float logits[kHeadVectors][4];
-#pragma unroll
-        for (int i = 0; i < kHeadVectors; ++i) {
-            const int64_t column = begin + i * step + 4 * static_cast<int>(threadIdx.x);
-            unpack_four(column < rows.columns ? load_logits(rows, row, static_cast<int>(column))
-                                              : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY),
-                        logits[i]);
-        }
+        HeadPass(begin, rows.columns).load(rows, row, logits);
         LogitStatistics part = LogitStatistics::identity();
-#pragma unroll
-        for (int i = 0; i < kHeadVectors; ++i) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) part.maximum = fmaxf(part.maximum, logits[i][j]);
-        }
+        HeadPass::each([&](int i, int j) { part.maximum = fmaxf(part.maximum, logits[i][j]); });
         // A bias may forbid every entry: there is nothing to measure distances from.
         const float origin = part.maximum == -INFINITY ? 0.0f : part.maximum;
-#pragma unroll
-        for (int i = 0; i < kHeadVectors; ++i) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const float distance = logits[i][j] - origin, share = expf(distance);
-                part.total += share;
-                part.weighted = fmaf(share, fmaxf(distance, kFarthestLogit), part.weighted);
-            }
-        }
+        HeadPass::each([&](int i, int j) {
+            const float distance = logits[i][j] - origin, share = expf(distance);
+            part.total += share;
+            part.weighted = fmaf(share, fmaxf(distance, kFarthestLogit), part.weighted);
+        });
         own.merge(part);
     }
     own = block_reduce(own);
@@ -152,13 +170,14 @@ struct HeadGradientArguments {
     int64_t coefficients_stride;
 };
 
+// A vector store by name: the compiler takes an assignment apart into its elements.
 __device__ __forceinline__ void store_gradient(float* to, const float (&values)[4]) {
-    *reinterpret_cast<float4*>(to) = make_float4(values[0], values[1], values[2], values[3]);
+    __stcg(reinterpret_cast<float4*>(to), make_float4(values[0], values[1], values[2], values[3]));
 }
 template <typename T>
 __device__ __forceinline__ void store_gradient(T* to, const float (&values)[4]) {
     const uint2 words = {pack(values[0], values[1], to), pack(values[2], values[3], to)};
-    *reinterpret_cast<uint2*>(to) = words;
+    __stcg(reinterpret_cast<uint2*>(to), words);
 }
 // Turns a row of products into its gradient, of type T, from the row's beginning on.
 template <typename T>
@@ -171,35 +190,39 @@ __global__ void __launch_bounds__(kHeadThreads)
     const float* coefficients = arguments.coefficients + index;
     const float maximum = coefficients[0], log_sum = coefficients[stride], level = coefficients[2 * stride];
     const float slope = coefficients[3 * stride], at_target = coefficients[4 * stride];
-    const int target = rows.target(index), before = misalignment(row), step = 4 * static_cast<int>(blockDim.x);
-    for (int64_t begin = -before; begin < rows.columns; begin += kHeadVectors * step) {
+    const int target = rows.target(index), before = misalignment(row);
+    // Narrow vectors of a row that lies askew are askew as well.
+    const bool vectors = before == 0 || sizeof(T) == sizeof(float);
+    for (int64_t begin = -before; begin < rows.columns; begin += kHeadVectors * 4 * blockDim.x) {
+        const HeadPass pass(begin, rows.columns);
         float values[kHeadVectors][4];
-#pragma unroll
-        for (int i = 0; i < kHeadVectors; ++i) {
-            const int64_t column = begin + i * step + 4 * static_cast<int>(threadIdx.x);
-            if (column < rows.columns) unpack_four(load_logits(rows, row, static_cast<int>(column)), values[i]);
-        }
-        // Narrow numbers take the place of wide ones that other threads have still to read, but only of this pass:
+        pass.load(rows, row, values);
+        // Where the target lies from this thread's first column on: 32 bits are enough for a pass.
+        const int64_t distance = target - pass.own;
+        const int place = distance >= 0 && distance < kHeadVectors * pass.step ? static_cast<int>(distance) : -1;
+        HeadPass::each([&](int i, int j) {
+            const float log_probability = values[i][j] - maximum - log_sum;
+            values[i][j] = expf(log_probability) * fmaf(slope, fmaxf(log_probability, kFarthestLogit), level);
+            values[i][j] += i * pass.step + j == place ? at_target : 0.0f;
+        });
+        // Narrow numbers take the place of wide ones that other threads may still have to read, but only of this pass:
         // those behind it are never reached.
         __syncthreads();
+        if (pass.whole && vectors) {
+#pragma unroll
+            for (int i = 0; i < kHeadVectors; ++i) store_gradient(gradient + pass.column(i), values[i]);
+            continue;
+        }
 #pragma unroll
         for (int i = 0; i < kHeadVectors; ++i) {
-            const int64_t column = begin + i * step + 4 * static_cast<int>(threadIdx.x);
-            if (column >= rows.columns) continue;
+            const int64_t column = pass.column(i);
+            if (vectors && column >= 0 && column + 4 <= rows.columns) {
+                store_gradient(gradient + column, values[i]);
+                continue;
+            }
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const float log_probability = values[i][j] - maximum - log_sum;
-                values[i][j] = expf(log_probability) * fmaf(slope, fmaxf(log_probability, kFarthestLogit), level);
-                values[i][j] += column + j == target ? at_target : 0.0f;
-            }
-            // Narrow vectors of a row that lies askew are askew as well.
-            if (column >= 0 && column + 4 <= rows.columns && (before == 0 || sizeof(T) == sizeof(float))) {
-                store_gradient(gradient + column, values[i]);
-            } else {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    if (column + j >= 0 && column + j < rows.columns) store_float(gradient + column + j, values[i][j]);
-                }
+                if (column + j >= 0 && column + j < rows.columns) store_float(gradient + column + j, values[i][j]);
             }
         }
     }

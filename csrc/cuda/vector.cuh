@@ -86,7 +86,9 @@ __device__ __forceinline__ void store_float(float* to, float value) { *to = valu
 template <typename T>
 __device__ __forceinline__ void store_float(T* to, float value) {
     const unsigned word = pack(value, 0.0f, to);
-    memcpy(to, &word, sizeof(T));
+    T number;  // copied into `to` itself, whose alignment memcpy ignores, it would be stored byte by byte
+    memcpy(&number, &word, sizeof number);
+    *to = number;
 }
 
 // kWidth floats from column `column` of a row of fp32, zero beyond the end. Written by this kernel's other blocks,

@@ -214,6 +214,10 @@ template <typename T>
 void __stcs(T* address, T value) {
     *address = value;
 }
+template <typename T>
+void __stcg(T* address, T value) {
+    *address = value;
+}
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
