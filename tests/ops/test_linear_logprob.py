@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vgpo_kernels import combine_slices, linear_logprob, linear_logprob_slice
 from vgpo_kernels.ops import registry
+from vgpo_kernels.ops.lm_head import TILE_COLUMNS, TILE_ROWS, whole_waves
 from vgpo_kernels.reference.linear_logprob import IGNORED
 
 # (rows, features, vocabulary, bytes of a workspace): tails in every dimension, one chunk and many, and the least.
@@ -342,3 +343,28 @@ def test_bad_input_is_refused_by_name(case: str) -> None:
 def test_a_slice_must_begin_somewhere() -> None:
     with pytest.raises(ValueError, match="first must not be negative, got -3"):
         linear_logprob_slice(**GOOD, first=-3)
+
+
+def idle(columns: int, rows: int, vocabulary: int, multiprocessors: int) -> float:
+    """Share of the multiprocessors' time that no tile of the vocabulary's products fills."""
+    row_tiles = -(-rows // TILE_ROWS)
+    widths = [min(columns, vocabulary - begin) for begin in range(0, vocabulary, columns)]
+    tiles = [row_tiles * -(-width // TILE_COLUMNS) for width in widths]
+    turns = sum(-(-count // multiprocessors) for count in tiles)
+    return 1 - sum(tiles) / (turns * multiprocessors)
+
+
+@pytest.mark.parametrize("multiprocessors", [78, 108, 114, 132, 148])
+@pytest.mark.parametrize("rows", [1000, 4096, 16_384])
+def test_chunks_leave_few_multiprocessors_idle(rows: int, multiprocessors: int) -> None:
+    for vocabulary in (32_000, 128_256, 151_936, 152_064):
+        for most in (vocabulary // 16, 6336, 2048, 100):
+            columns = whole_waves(most, rows, vocabulary, multiprocessors)
+            assert most // 2 < columns <= most
+            if most >= 6336 and rows >= 4096:
+                assert idle(columns, rows, vocabulary, multiprocessors) < 0.08
+
+
+def test_chunks_of_a_7b_model_are_whole_waves() -> None:
+    assert whole_waves(9472, 4096, 152_064, 132) == 8448
+    assert idle(8448, 4096, 152_064, 132) == 0

@@ -47,8 +47,8 @@ def linear_logprob(
         return_entropy: Return the entropies as well.
         ignore_index: Targets of this value are skipped: their rows are not read, and give zeros without a gradient. On
             a GPU the host waits for their number. ``None``: no row is skipped, and the host does not wait.
-        chunk_bytes: Size of the workspace for the fp32 logits of a chunk; by default 1/24 of all logits, within
-            bounds. More is faster only where a chunk has few tokens.
+        chunk_bytes: Size of the workspace for the fp32 logits of a chunk; by default 1/24 of all logits, on a GPU 1/16,
+            within bounds. More is faster only where a chunk has few tokens.
 
     Returns:
         Log-probabilities (natural logarithm) in targets' shape, float32; with ``return_entropy`` a pair, with the

@@ -88,8 +88,8 @@ def linear_vgpo_loss(
         prototype: As in :func:`visual_focus`: ``[P, D]``, or one for each position.
         prototype_index: As in :func:`visual_focus`: a row for each response ``[B]``, or for each token.
         visibility: ``"all"``, or ``"causal"`` for images that arrive late, as in :func:`visual_focus`.
-        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where the
-            gradients take one sweep over the logits.
+        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them (on a
+            GPU 1/4) where the gradients take one sweep over the logits.
         **policy_loss_options: Every keyword of :func:`policy_loss` but ``factors`` and ``entropy``.
 
     Returns:
@@ -169,8 +169,8 @@ def linear_policy_loss(
         bias: The head's bias ``[V]``; differentiable.
         temperature: What logits are divided by, from 2**-126 to 2**126.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
-        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them where the
-            gradients take one sweep over the logits.
+        chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them (on a
+            GPU 1/4) where the gradients take one sweep over the logits.
         **policy_loss_options: Every other keyword of :func:`policy_loss` but ``entropy``. ``entropy_coef`` works:
             entropies are computed from the logits.
 

@@ -4,13 +4,16 @@ A chunk is some tokens by some entries of the vocabulary, and its logits fit a w
 loop is over the vocabulary, the inner loop over tokens. So the gradient w.r.t. a slice of the weight is summed over all
 tokens in fp32 before it is rounded, and a weight in bf16 needs no fp32 gradient of its whole size.
 
+Where chunks end follows from the sizes of a call, ``chunk_bytes`` and the device. Another number of rows may therefore
+change the last bits of a row's results; the same call gives the same bits.
+
 The backends implement the arithmetic of one chunk (:class:`HeadKernels`). Everything here is the same for all of them,
 and runs inside opaque operators, where shapes may depend on data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -21,16 +24,21 @@ from vgpo_kernels import checks
 from vgpo_kernels.reference.linear_logprob import columns_of, gradient_of, is_distribution
 
 # The default workspace is this share of the fp32 logits, in bounds. With what 16-bit gradients need beside it (their
-# sums in fp32, and packed copies) peak memory stays below an eighth of the logits.
-LOGITS_SHARE = 24
-# In one sweep every chunk adds to the gradient w.r.t. the whole weight, so fewer and larger chunks are faster.
-SWEEP_SHARE = 8
+# sums in fp32, and on CPUs packed copies) peak memory stays at about an eighth of the logits.
+LOGITS_SHARE = {"cpu": 24, "cuda": 16}
+# In one sweep every chunk adds to the gradient w.r.t. the whole weight, so fewer and larger chunks are faster: on GPUs
+# by so much that the gradient's traffic stays below the time of the products.
+SWEEP_SHARE = {"cpu": 8, "cuda": 4}
 LEAST_CHUNK = 4 * 2**20
 MOST_CHUNK = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}
 # Entries of the vocabulary that a chunk should have at least, so that reading its tokens costs little beside them.
 CHUNK_COLUMNS = 1024
 # Widths that suit every matrix unit.
 COLUMN_MULTIPLE = 64
+# What a block of a GPU's matrix product computes at a time: rows by columns.
+TILE_ROWS, TILE_COLUMNS = 128, 256
+# What a chunk costs beside its products, in the time that every multiprocessor takes for a tile: to start and to end.
+CHUNK_TILES = 0.25
 
 # With fp16 the coefficients of a gradient are scaled to this magnitude: probabilities below 1e-10 still count then,
 # and sums of thousands of rows do not overflow.
@@ -77,12 +85,32 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def chunk_elements(chunk_bytes: int, rows: int, weight: Tensor, share: int = LOGITS_SHARE) -> int:
-    """Return how many fp32 logits a workspace holds; ``chunk_bytes`` 0 takes one ``share``-th of them, in bounds."""
+def chunk_elements(chunk_bytes: int, rows: int, weight: Tensor, shares: Mapping[str, int] = LOGITS_SHARE) -> int:
+    """Return how many fp32 logits a workspace holds; ``chunk_bytes`` 0 takes the device's share of them, in bounds."""
     if chunk_bytes == 0:
-        logits = 4 * rows * weight.shape[0]
-        chunk_bytes = min(max(logits // share, LEAST_CHUNK), MOST_CHUNK.get(weight.device.type, LEAST_CHUNK))
+        logits, device = 4 * rows * weight.shape[0], weight.device.type
+        share = shares.get(device, shares["cpu"])
+        chunk_bytes = min(max(logits // share, LEAST_CHUNK), MOST_CHUNK.get(device, LEAST_CHUNK))
     return max(chunk_bytes // 4, 1)
+
+
+def whole_waves(most: int, rows: int, vocabulary: int, multiprocessors: int) -> int:
+    """Return how many columns a GPU's chunks should have, up to ``most``, so that few multiprocessors stay idle.
+
+    A matrix product is computed in tiles, one a multiprocessor at a time. If a chunk has a tile more than they take in
+    so many turns, all but one of them wait for a turn. Columns may be as few as half of ``most``.
+    """
+    row_tiles = -(-rows // TILE_ROWS)
+
+    def turns(columns: int) -> int:
+        return -(-row_tiles * -(-columns // TILE_COLUMNS) // multiprocessors)
+
+    def cost(columns: int) -> float:
+        chunks, rest = divmod(vocabulary, columns)
+        return chunks * turns(columns) + turns(rest) + CHUNK_TILES * (chunks + (rest > 0))
+
+    candidates: list[int] = [most, *range(most // TILE_COLUMNS * TILE_COLUMNS, most // 2, -TILE_COLUMNS)]
+    return min(candidates, key=cost)  # of equal ones the first: the most columns
 
 
 def slices(length: int, size: int) -> Iterator[slice]:
@@ -136,11 +164,17 @@ class Head:
         self.temperature = temperature
         rows, size = hidden.shape
         vocabulary = max(weight.shape[0], 1)
-        # A converted slice of the weight must fit a workspace, too.
-        columns = max(elements // max(size, 1), CHUNK_COLUMNS)
+        on_gpu = hidden.device.type == "cuda"
+        # A slice of the weight that is converted, or its gradient in fp32, must fit a workspace, too. On a GPU it may
+        # be a share of the weight instead: few rows take many columns to keep every multiprocessor busy.
+        columns = max(elements // max(size, 1), CHUNK_COLUMNS, vocabulary // LOGITS_SHARE["cuda"] if on_gpu else 0)
         if not whole_rows:
             columns = min(max(elements // max(rows, 1), CHUNK_COLUMNS), columns, elements)
         self.columns = min(rounded_down(columns, COLUMN_MULTIPLE), vocabulary)
+        if on_gpu:
+            together = max(min(elements // (vocabulary if whole_rows else self.columns), rows), 1)
+            multiprocessors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+            self.columns = whole_waves(self.columns, together, vocabulary, multiprocessors)
         width = vocabulary if whole_rows else self.columns
         self.rows = max(min(elements // width, rows), 1)
         self.workspace = hidden.new_empty(self.rows * width, dtype=torch.float32)
