@@ -44,7 +44,8 @@ def column_of(target, first):
     return tl.where(target >= first, tl.maximum(target, 0) - first, -1)
 
 
-@triton.jit(do_not_specialize=["columns", "first", "row_stride", "statistics_stride"])
+# Columns and the strides of rows are specialised: of multiples of 16 Triton makes vectors of 16 bytes.
+@triton.jit(do_not_specialize=["first", "statistics_stride"])
 def head_statistics_kernel(
     logits,  # [N, V] fp32: hidden @ weight.T
     bias,  # [V] or None
@@ -86,7 +87,7 @@ def head_statistics_kernel(
     tl.store(statistics + 3 * statistics_stride + row, logit, mask=own)
 
 
-@triton.jit(do_not_specialize=["columns", "first", "row_stride", "gradient_stride", "coefficients_stride"])
+@triton.jit(do_not_specialize=["first", "coefficients_stride"])
 def head_gradient_kernel(
     logits,  # [N, V] fp32: hidden @ weight.T
     gradient,  # [N, V], each row at the beginning of the logits' row
