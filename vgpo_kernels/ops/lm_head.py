@@ -168,9 +168,11 @@ class Head:
         # A slice of the weight that is converted, or its gradient in fp32, must fit a workspace, too. On a GPU it may
         # be a share of the weight instead: few rows take many columns to keep every multiprocessor busy.
         columns = max(elements // max(size, 1), CHUNK_COLUMNS, vocabulary // LOGITS_SHARE["cuda"] if on_gpu else 0)
+        if whole_rows and on_gpu and weight.dtype == computed:
+            columns = vocabulary  # nothing is converted, and the gradient has a place for every slice at once
         if not whole_rows:
             columns = min(max(elements // max(rows, 1), CHUNK_COLUMNS), columns, elements)
-        self.columns = min(rounded_down(columns, COLUMN_MULTIPLE), vocabulary)
+        self.columns = vocabulary if columns >= vocabulary else rounded_down(columns, COLUMN_MULTIPLE)
         if on_gpu:
             together = max(min(elements // (vocabulary if whole_rows else self.columns), rows), 1)
             multiprocessors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
