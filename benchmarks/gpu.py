@@ -1,7 +1,7 @@
 """Measure every op on every backend of a GPU, at shapes of a 7B model, and append rows to benchmarks/results/gpu.csv.
 
     python benchmarks/gpu.py [--ops NAME ...] [--sizes first|others] [--shapes TEXT ...] [--backends NAME ...]
-                             [--no-peers | --only-peers] [--seconds NUMBER] [--table FILE]
+                             [--no-peers | --only-peers] [--peers TEXT ...] [--seconds NUMBER] [--table FILE]
     python benchmarks/gpu.py --list              # the ops, their shapes, and which peers are installed
     python benchmarks/gpu.py --quick             # small shapes
     python benchmarks/gpu.py --once              # one call an op, for a profiler to watch
@@ -173,7 +173,10 @@ class Bench:
                 in_graph = partial(seconds_in_graph, runs) if captured else None
                 if self.attempt(setting, cases[0], name, runs[0], measure.TIGHT, in_graph) and captured:
                     self.attempt(setting, cases[0], f"{name}, host", runs[0], None, from_host)
+        wanted = self.options.peers
         for name, peer in cases[0].peers.items() if peers and not self.options.no_peers else ():
+            if wanted and not any(text in name for text in wanted):
+                continue
             same = [case.peers[name].run for case in cases]
             in_graph = partial(seconds_in_graph, same) if captured and peer.captured else None
             self.attempt(setting, cases[0], name, peer.run, measure.LOOSE if peer.same else None, in_graph)
@@ -264,6 +267,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: all that are built")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--only-peers", action="store_true")
+    parser.add_argument("--peers", nargs="+", metavar="TEXT", help="only peers with one of these texts in their names")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no shape after so many")
     parser.add_argument("--list", action="store_true", help="print ops, shapes and peers' libraries, and stop")
     parser.add_argument("--quick", action="store_true", help="small shapes; no rows are written but to --table")

@@ -39,7 +39,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 EXTENSION: Any = sys.modules.get("vgpo_kernels._C")  # None where it is not built: a GPU can do without
 
 # Libraries that are measured beside ours where they are installed.
-LIBRARIES = ("liger_kernel", "cut_cross_entropy", "quack", "trl")
+LIBRARIES = ("liger_kernel", "cut_cross_entropy", "quack", "trl", "verl")
 # Largest errors of results, relative to their size: of ours, and of peers that compute in bf16.
 TIGHT, LOOSE = 1e-5, 0.03
 
