@@ -31,7 +31,7 @@ class Resources(NamedTuple):
     nvcc: str
     architecture: str
     kernel: str
-    element: str  # of hidden states; empty for kernels that read none
+    element: str  # of hidden states, queries and keys, and what else it is a template over; empty where it reads none
     registers: int
     shared_bytes: int
     stack_bytes: int
@@ -85,7 +85,7 @@ def parse(report: str, nvcc_release: str) -> list[Resources]:
     rows = []
     for entry in re.split(r"ptxas info\s*: Compiling entry function ", report)[1:]:
         name = re.match(r"'(\S+)' for '(\w+)'", entry)
-        kernel = re.search(r"\d+([a-z_]+)_kernelI(Li\d+E|6__half|13__nv_bfloat16|f)", entry)
+        kernel = re.search(r"\d+([a-z_]+)_kernelI(Li\d+E|6__half|13__nv_bfloat16|f)((?:L[bi]\d+E)*)", entry)
         registers = re.search(r"Used (\d+) registers", entry)
         if name is None or kernel is None or registers is None:
             raise ValueError(f"unknown report of ptxas: {entry[:400]}")
@@ -97,7 +97,7 @@ def parse(report: str, nvcc_release: str) -> list[Resources]:
                 nvcc_release,
                 name.group(2),
                 kernel.group(1),
-                ELEMENTS.get(kernel.group(2), ""),
+                " ".join((ELEMENTS.get(kernel.group(2), ""), *re.findall(r"\d+", kernel.group(3)))),
                 int(registers.group(1)),
                 int(shared.group(1)) if shared else 0,
                 *(sum(int(numbers[i]) for numbers in stack) for i in range(3)),

@@ -69,6 +69,21 @@ void launch(void (*kernel)(Arguments), const Arguments& arguments, const LaunchS
     launch_blocks(kernel, arguments, grid, kAttentionThreads, shape.shared_bytes, device);
 }
 
+// Calls `body` with an input of an element type and with the size of its heads: 64 or 128, for which 16-bit types have
+// kernels of their own, else 0, for those of any size.
+template <typename Body>
+void by_heads(const AttentionTensors& given, Body body) {
+    by_type(given.type, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const AttentionInput<T> input = attention_input<T>(given);
+        if constexpr (sizeof(T) == 2) {
+            if (input.aligned && input.size == 64) return body(input, std::integral_constant<int, 64>());
+            if (input.aligned && input.size == 128) return body(input, std::integral_constant<int, 128>());
+        }
+        body(input, std::integral_constant<int, 0>());
+    });
+}
+
 // The mean over the dimension of heads.
 at::Tensor mean_of_heads(const at::Tensor& by_head, bool packed) {
     constexpr int64_t kMostBlocks = 4096;
@@ -93,11 +108,11 @@ Tensors attention_mass(const ArgumentReader& reader) {
     at::Tensor lse = at::empty(shape, reader.tensor("q").options().dtype(at::kFloat));
     shape.push_back(num_segments);
     at::Tensor mass = at::empty(shape, lse.options());
-    by_type(given.type, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        const AttentionMassArguments<T> arguments{attention_input<T>(given), mass.mutable_data_ptr<float>(),
+    by_heads(given, [&](const auto& input, auto size) {
+        using T = typename std::decay_t<decltype(input)>::Element;
+        const AttentionMassArguments<T> arguments{input, mass.mutable_data_ptr<float>(),
                                                   lse.mutable_data_ptr<float>()};
-        launch(attention_mass_kernel<T>, arguments, launch_shape(arguments), reader.tensor("q"));
+        launch(attention_mass_kernel<T, size()>, arguments, launch_shape(arguments), reader.tensor("q"));
     });
     if (per_head) return {mass, at::empty({0}, lse.options()), lse};
     return {mean_of_heads(mass, given.packed()), mass, lse};
@@ -109,28 +124,27 @@ Tensors attention_heatmap(const ArgumentReader& reader) {
     const float* weights = reader.data<float>("query_weights", given.token_shape(given.q));
     const float* lse = reader.data<float>("lse", given.head_shape(given.q));
     at::Tensor heat = at::empty(given.head_shape(given.k), reader.tensor("lse").options());
-    by_type(given.type, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        const AttentionHeatmapArguments<T> arguments{attention_input<T>(given), weights, lse,
-                                                     heat.mutable_data_ptr<float>()};
-        launch(attention_heatmap_kernel<T>, arguments, launch_shape(arguments), reader.tensor("q"));
+    by_heads(given, [&](const auto& input, auto size) {
+        using T = typename std::decay_t<decltype(input)>::Element;
+        const AttentionHeatmapArguments<T> arguments{input, weights, lse, heat.mutable_data_ptr<float>()};
+        launch(attention_heatmap_kernel<T, size()>, arguments, launch_shape(arguments), reader.tensor("q"));
     });
     return {per_head ? heat : mean_of_heads(heat, given.packed())};
 }
 
 // Gradients w.r.t. q and k of masses (given `mass`) or of a heat map (given `weights`).
+template <bool kHeatmap>
 Tensors gradients(const ArgumentReader& reader, const AttentionTensors& given, const float* grad, const float* mass,
                   const float* weights, const float* lse) {
     const at::Tensor &q = reader.tensor("q"), &k = reader.tensor("k");
     at::Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options());
     at::Tensor means = at::empty(given.head_shape(given.q), q.options().dtype(at::kFloat));
-    by_type(given.type, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        const AttentionGradientArguments<T> arguments{attention_input<T>(given), grad, mass, weights, lse,
-                                                      means.mutable_data_ptr<float>(), gradient_of<T>(grad_q),
-                                                      gradient_of<T>(grad_k)};
-        launch(attention_query_gradient_kernel<T>, arguments, query_gradient_shape(arguments), q);
-        launch(attention_key_gradient_kernel<T>, arguments, key_gradient_shape(arguments), q);
+    by_heads(given, [&](const auto& input, auto size) {
+        using T = typename std::decay_t<decltype(input)>::Element;
+        const AttentionGradientArguments<T> arguments{input, grad, mass, weights, lse, means.mutable_data_ptr<float>(),
+                                                      gradient_of<T>(grad_q), gradient_of<T>(grad_k)};
+        launch(attention_query_gradient_kernel<T, kHeatmap, size()>, arguments, query_gradient_shape(arguments), q);
+        launch(attention_key_gradient_kernel<T, kHeatmap, size()>, arguments, key_gradient_shape(arguments), q);
     });
     return {grad_q, grad_k};
 }
@@ -142,15 +156,15 @@ Tensors attention_mass_backward(const ArgumentReader& reader) {
     std::vector<int64_t> shape = given.head_shape(given.q);
     const float* lse = reader.data<float>("lse", shape);
     shape.push_back(given.num_segments);
-    return gradients(reader, given, reader.data<float>("grad_mass", shape), reader.data<float>("head_mass", shape),
-                     nullptr, lse);
+    return gradients<false>(reader, given, reader.data<float>("grad_mass", shape),
+                            reader.data<float>("head_mass", shape), nullptr, lse);
 }
 
 Tensors attention_heatmap_backward(const ArgumentReader& reader) {
     const AttentionTensors given = reader.attention(kLabels);
-    return gradients(reader, given, reader.data<float>("grad_heat", given.head_shape(given.k)), nullptr,
-                     reader.data<float>("query_weights", given.token_shape(given.q)),
-                     reader.data<float>("lse", given.head_shape(given.q)));
+    return gradients<true>(reader, given, reader.data<float>("grad_heat", given.head_shape(given.k)), nullptr,
+                           reader.data<float>("query_weights", given.token_shape(given.q)),
+                           reader.data<float>("lse", given.head_shape(given.q)));
 }
 
 TORCH_LIBRARY_IMPL(vgpo_kernels, CUDA, library) {

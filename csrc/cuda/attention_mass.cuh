@@ -40,6 +40,18 @@ __device__ TileSegments tile_segments(const KeyInfo* infos) {
     return {static_cast<int>(lowest), static_cast<int>(highest) - 1, __all_sync(kAllLanes, complete) != 0};
 }
 
+// The next larger segment of a tile than `segment`, INT32_MAX after the last; the same in every lane.
+template <typename T>
+__device__ int next_segment(const KeyInfo* infos, int segment) {
+    unsigned next = INT32_MAX;
+#pragma unroll
+    for (int i = 0; i < kStreamRows<T>; i += kWarpSize) {
+        const int other = infos[i + lane_index()].segment;
+        if (other > segment && static_cast<unsigned>(other) < next) next = static_cast<unsigned>(other);
+    }
+    return static_cast<int>(__reduce_min_sync(kAllLanes, next));
+}
+
 // ---- masses ----------------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -54,18 +66,20 @@ template <typename T, int kTiles>
 struct StreamingSoftmax {
     float largest[kTiles][2];             // score so far, in units of ln 2
     float total[kTiles][2];               // of the exponentials relative to it, in this lane's columns
+    float run[kTiles][2];                 // the part of it that is of segment `running` and in no other sum
     float sums[kOwnSegments][kTiles][2];  // by segment, in all columns; this lane has segments first + t, + t + 4
-    int first_segment;
+    int first_segment, running;
+    float factor;  // of a score in units of ln 2; positive
 
     static constexpr int kBlocks = kStreamRows<T> / 8;
 
-    __device__ explicit StreamingSoftmax(int first) : first_segment(first) {
+    __device__ StreamingSoftmax(int first, float factor) : first_segment(first), running(-1), factor(factor) {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 largest[i][h] = -INFINITY;
-                total[i][h] = 0.0f;
+                total[i][h] = run[i][h] = 0.0f;
 #pragma unroll
                 for (int m = 0; m < kOwnSegments; ++m) sums[m][i][h] = 0.0f;
             }
@@ -74,22 +88,28 @@ struct StreamingSoftmax {
 
     __device__ __forceinline__ int segment(int m) const { return first_segment + 4 * m + quad_place(); }
 
-    // Takes in the scores of a tile, in units of ln 2, of which exponentials remain.
-    __device__ __forceinline__ void add_tile(Scores<T, kTiles>& scores, const TileSegments& segments,
-                                             const KeyInfo* infos) {
+    // Begins a tile. Neighbouring keys mostly share a segment: then nothing is added up but their total.
+    __device__ __forceinline__ void begin_tile(const TileSegments& segments) {
+        const int shared_segment = segments.uniform() ? segments.lowest : -1;
+        if (shared_segment != running) end_run(shared_segment);
+    }
+
+    // Takes in the scores of a tile, of which exponentials remain.
+    __device__ __forceinline__ void add_scores(Scores<T, kTiles>& scores) {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float tile_total = add_row(scores[i], i, h);
-                // Neighbouring keys mostly share a segment, and then their sum is there already.
-                if (segments.uniform()) add_share(tile_total, segments.lowest, i, h);
-            }
+            for (int h = 0; h < 2; ++h) add_row(scores[i], i, h);
         }
-        if (segments.uniform()) return;
+    }
+
+    // Adds the exponentials of a tile of several segments to these.
+    __device__ __forceinline__ void add_segments(const Scores<T, kTiles>& scores, const TileSegments& segments,
+                                                 const KeyInfo* infos) {
         const int begin = segments.lowest > first_segment ? segments.lowest : first_segment;
         const int beyond = first_segment + kBlockSegments;
         const int end = segments.highest < beyond ? segments.highest + 1 : beyond;
+#pragma unroll 1
         for (int own = begin; own < end; ++own) {
             float shares[kTiles][2] = {};
 #pragma unroll
@@ -104,45 +124,58 @@ struct StreamingSoftmax {
                     }
                 }
             }
+            add_shares(shares, own);
+        }
+    }
+
+    // Adds the run to its segment's sum, and begins one of another segment, or of none with -1.
+    __device__ __forceinline__ void end_run(int next) {
+        if (running >= 0) add_shares(run, running);
+        running = next;
 #pragma unroll
-            for (int i = 0; i < kTiles; ++i) {
+        for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-                for (int h = 0; h < 2; ++h) add_share(shares[i][h], own, i, h);
-            }
+            for (int h = 0; h < 2; ++h) run[i][h] = 0.0f;
         }
     }
 
    private:
-    // Takes in a row's scores, and returns the sum of their exponentials in this lane's columns.
-    __device__ __forceinline__ float add_row(float (&scores)[kBlocks][4], int i, int h) {
+    // Takes in a row's scores.
+    __device__ __forceinline__ void add_row(float (&scores)[kBlocks][4], int i, int h) {
         float raised = -INFINITY;
 #pragma unroll
         for (int j = 0; j < kBlocks; ++j) raised = fmaxf(raised, fmaxf(scores[j][2 * h], scores[j][2 * h + 1]));
-        raised = fmaxf(largest[i][h], quad_max(raised));
+        raised = fmaxf(largest[i][h], quad_max(raised) * factor);
         // A row that has seen no key yet has no largest score, and its sums are zero whatever scales them.
         const float origin = raised == -INFINITY ? 0.0f : raised;
-        const float shrink = exp2f(largest[i][h] - origin);
+        const float shrink = power_of_two(largest[i][h] - origin);
         float sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < kBlocks; ++j) {
 #pragma unroll
             for (int c = 2 * h; c < 2 * h + 2; ++c) {
-                scores[j][c] = exp2f(scores[j][c] - origin);
+                scores[j][c] = power_of_two(fmaf(scores[j][c], factor, -origin));
                 sum += scores[j][c];
             }
         }
         largest[i][h] = raised;
-        total[i][h] = total[i][h] * shrink + sum;
+        total[i][h] = fmaf(total[i][h], shrink, sum);
+        run[i][h] = fmaf(run[i][h], shrink, sum);
 #pragma unroll
         for (int m = 0; m < kOwnSegments; ++m) sums[m][i][h] *= shrink;
-        return sum;
     }
 
-    // Adds a row's share of a segment, the columns of all four lanes, to the lane that has the segment.
-    __device__ __forceinline__ void add_share(float lane_share, int of_segment, int i, int h) {
-        const float share = quad_sum(lane_share);
+    // Adds the rows' shares of a segment, the columns of all four lanes, to the lane that has the segment.
+    __device__ __forceinline__ void add_shares(const float (&lane_shares)[kTiles][2], int of_segment) {
 #pragma unroll
-        for (int m = 0; m < kOwnSegments; ++m) sums[m][i][h] += segment(m) == of_segment ? share : 0.0f;
+        for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const float share = quad_sum(lane_shares[i][h]);
+#pragma unroll
+                for (int m = 0; m < kOwnSegments; ++m) sums[m][i][h] += segment(m) == of_segment ? share : 0.0f;
+            }
+        }
     }
 };
 
@@ -168,11 +201,18 @@ __device__ __forceinline__ void hide_unseen(Scores<T, kTiles>& scores, const int
     }
 }
 
+// The factor of scores in units of ln 2. A scale of zero makes all of them equal, as the least number does: zero times
+// the -infinity of a hidden score would be NaN.
+__device__ __forceinline__ float softmax_factor(float scale) {
+    const float factor = fabsf(scale * kLog2E);
+    return factor == 0.0f ? __uint_as_float(1u) : factor;
+}
+
 // A block computes the masses of some rows, the query heads that share a key head, in `kBlockSegments` segments.
-template <typename T>
+template <typename T, int kSize = 0>
 __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
     attention_mass_kernel(const __grid_constant__ AttentionMassArguments<T> arguments) {
-    constexpr int kTiles = kForwardTiles<T>, kRows = block_rows(kTiles), kBlocks = kStreamRows<T> / 8;
+    constexpr int kTiles = kForwardTiles<T>, kRows = block_rows(kTiles);
     const AttentionInput<T>& input = arguments.input;
     const int group = input.group(), window = input.window, key_head = static_cast<int>(blockIdx.y);
     const int first_segment = static_cast<int>(blockIdx.z) * kBlockSegments;
@@ -181,8 +221,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
                                       gridDim.x - 1 - blockIdx.x);
     const KeyRows<T> keys = key_rows(input, block.response, key_head);
     const QueryRows<T> rows = query_rows(input, block.response, keys.count, key_head * group, group);
-    const TileShape<T> shape(input.size);
-    const SharedTiles<T, KeyInfo> shared(kRows, shape.pitch);
+    const TileShape<T, kSize> shape(input.size);
+    const SharedTiles<T, KeyInfo> shared(kRows, shape.pitch());
 
     const int thread = static_cast<int>(threadIdx.x);
     const Positions seen =
@@ -204,44 +244,44 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
     own = warp_reduce(own);
     all_see = __all_sync(kAllLanes, all_see) != 0;
 
-    copy_rows<T>(
-        rows.data, input.aligned, shape, kRows,
-        [&](int row) { return rows.position(block.first + row) < 0 ? -1 : rows.offset(block.first + row); },
+    copy_rows<kRows, true>(
+        rows.data, input.aligned, shape,
+        [&](int row) { return rows.position(block.first + row) < 0 ? kNoRow : rows.offset(block.first + row); },
         shared.rows);
-    StreamingSoftmax<T, kTiles> softmax(first_segment);
-    const float factor = input.scale * kLog2E;
+    // The largest score is found before scores are scaled, so a negative scale changes the queries' signs.
+    OwnRows<T, kSize, kTiles> own_rows(shared.rows + (warp_row - block.first) * shape.pitch(), shape,
+                                       input.scale < 0.0f ? kSigns<T> : 0u);
+    StreamingSoftmax<T, kTiles> softmax(first_segment, softmax_factor(input.scale));
     const int last_key = seen.highest < keys.count ? seen.highest + 1 : keys.count;
     const auto describe = [&](int key) {
         const int segment = keys.segment(key);
-        return KeyInfo{segment < 0 ? -1 : keys.offset(key), segment};
+        return KeyInfo{segment < 0 ? kNoRow : keys.offset(key), segment};
     };
     const auto use = [&](const unsigned char* tile, const KeyInfo* infos, int first_key) {
         if (!own.reach(first_key, kStreamRows<T>, window)) return;
         Scores<T, kTiles> scores;
-        multiply_tiles<T, kTiles>(shared.rows + (warp_row - block.first) * shape.pitch, tile, shape, scores);
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-            for (int j = 0; j < kBlocks; ++j) {
-#pragma unroll
-                for (int c = 0; c < 4; ++c) scores[i][j][c] *= factor;
-            }
-        }
+        multiply_tiles<T, kSize, kTiles>(own_rows, tile, shape, scores);
         const TileSegments segments = tile_segments<T>(infos);
-        const bool whole = segments.complete && all_see && own.lowest >= first_key + kStreamRows<T> - 1 &&
-                           (window == 0 || own.highest - first_key < window);
-        if (!whole) hide_unseen<T, kTiles>(scores, positions, infos, first_key, window);
-        softmax.add_tile(scores, segments, infos);
+        softmax.begin_tile(segments);
+        if (segments.uniform() && all_see && own.cover(first_key, kStreamRows<T>, window)) {
+            softmax.add_scores(scores);
+            return;
+        }
+        hide_unseen<T, kTiles>(scores, positions, infos, first_key, window);
+        softmax.add_scores(scores);
+        if (!segments.uniform()) softmax.add_segments(scores, segments, infos);
     };
-    stream_rows(keys.data, input.aligned, shape, shared, seen.oldest(window) / kStreamRows<T> * kStreamRows<T>,
-                last_key, describe, use);
+    stream_rows<true>(keys.data, input.aligned, shape, shared, seen.oldest(window) / kStreamRows<T> * kStreamRows<T>,
+                last_key, keys.token_stride, describe, [&] { own_rows.arrived(); }, use);
+    softmax.end_run(-1);
 
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = warp_row + 16 * i + 8 * h + quad_index();
-            const float total = quad_sum(softmax.total[i][h]);
+            float total = quad_sum(softmax.total[i][h]);
+            if (softmax.largest[i][h] == INFINITY) total = NAN;  // beside an infinite score nothing is finite
             // A row that sees no key has sums of zero: its masses stay zero, and its log-sum-exp -infinity.
             const float divisor = total == 0.0f ? 1.0f : total;
             if (row >= rows.count) continue;
@@ -266,7 +306,7 @@ LaunchShape launch_shape(const AttentionMassArguments<T>& arguments) {
     constexpr int kRows = block_rows(kForwardTiles<T>);
     return {count_blocks(input.query_boundaries, input.batch, input.queries * input.group(), kRows), input.key_heads,
             ceil_div(input.num_segments, kBlockSegments),
-            SharedTiles<T, KeyInfo>::bytes(kRows, TileShape<T>(input.size).pitch)};
+            SharedTiles<T, KeyInfo>::bytes(kRows, TileShape<T, 0>(input.size).pitch())};
 }
 
 // ---- heat map --------------------------------------------------------------------------------------------------
@@ -295,8 +335,31 @@ __device__ RowRange rows_that_see(const QueryRows<T>& rows, int key, int count, 
     return {static_cast<int>(first) * rows.group, static_cast<int>(end) * rows.group};
 }
 
-// A block adds up what some keys receive from the queries of one head.
+// The positions of a streamed tile of queries; the same in every lane.
+struct TilePositions {
+    Positions seen;
+    bool complete;  // every query sees something
+};
+
 template <typename T>
+__device__ TilePositions tile_positions(const RowInfo* infos) {
+    unsigned lowest = INT32_MAX, beyond = 0;
+    bool complete = true;
+#pragma unroll
+    for (int i = 0; i < kStreamRows<T>; i += kWarpSize) {
+        const int position = infos[i + lane_index()].position;
+        const auto low = static_cast<unsigned>(position), high = static_cast<unsigned>(position) + 1;
+        lowest = low < lowest ? low : lowest;  // -1 is the largest of these
+        beyond = high > beyond ? high : beyond;
+        complete = complete && position >= 0;
+    }
+    lowest = __reduce_min_sync(kAllLanes, lowest);
+    beyond = __reduce_max_sync(kAllLanes, beyond);
+    return {{static_cast<int>(lowest), static_cast<int>(beyond) - 1}, __all_sync(kAllLanes, complete) != 0};
+}
+
+// A block adds up what some keys receive from the queries of one head.
+template <typename T, int kSize = 0>
 __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
     attention_heatmap_kernel(const __grid_constant__ AttentionHeatmapArguments<T> arguments) {
     constexpr int kTiles = kForwardTiles<T>, kKeys = block_rows(kTiles), kBlocks = kStreamRows<T> / 8;
@@ -305,8 +368,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
     const BlockRows block = find_rows(input.key_boundaries, input.batch, input.keys, 1, kKeys, blockIdx.x);
     const KeyRows<T> keys = key_rows(input, block.response, head / input.group());
     const QueryRows<T> rows = query_rows(input, block.response, keys.count, head, 1);
-    const TileShape<T> shape(input.size);
-    const SharedTiles<T, RowInfo> shared(kKeys, shape.pitch);
+    const TileShape<T, kSize> shape(input.size);
+    const SharedTiles<T, RowInfo> shared(kKeys, shape.pitch());
 
     const int warp_key = block.first + warp_index() * 16 * kTiles;
     bool shown[kTiles][2], any = false;
@@ -322,50 +385,57 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
     const bool warp_shows = __any_sync(kAllLanes, any) != 0;
     // Nothing is to be found out in a block without a key to show.
     if (__syncthreads_or(any) != 0) {
-        copy_rows<T>(
-            keys.data, input.aligned, shape, kKeys,
-            [&](int key) { return keys.segment(block.first + key) == kShown ? keys.offset(block.first + key) : -1; },
+        copy_rows<kKeys, true>(
+            keys.data, input.aligned, shape,
+            [&](int key) {
+                return keys.segment(block.first + key) == kShown ? keys.offset(block.first + key) : kNoRow;
+            },
             shared.rows);
+        OwnRows<T, kSize, kTiles> own_rows(shared.rows + (warp_key - block.first) * shape.pitch(), shape, 0u);
         const auto describe = [&](int row) {
-            RowInfo info = {-1, 0, -1, 0.0f, 0.0f, 0.0f};
+            RowInfo info = RowInfo::none();
             if (row >= rows.count) return info;
             info.weight = arguments.weights[rows.token_begin + row];
             info.position = info.weight == 0.0f ? -1 : rows.position(row);
-            info.offset = info.position < 0 ? -1 : rows.offset(row);
+            info.offset = info.position < 0 ? kNoRow : rows.offset(row);
             info.logarithm = arguments.lse[rows.head_token(row)] * kLog2E;
             return info;
         };
         const float factor = input.scale * kLog2E;
         const auto use = [&](const unsigned char* tile, const RowInfo* infos, int) {
-            Positions seen = Positions::identity();
-#pragma unroll
-            for (int i = 0; i < kStreamRows<T>; i += kWarpSize) {
-                seen.merge(Positions::of(infos[i + lane_index()].position));
-            }
-            if (!warp_shows || !warp_reduce(seen).reach(warp_key, 16 * kTiles, window)) return;
+            const TilePositions positions = tile_positions<T>(infos);
+            if (!warp_shows || !positions.seen.reach(warp_key, 16 * kTiles, window)) return;
             Scores<T, kTiles> scores;
-            multiply_tiles<T, kTiles>(shared.rows + (warp_key - block.first) * shape.pitch, tile, shape, scores);
+            multiply_tiles<T, kSize, kTiles>(own_rows, tile, shape, scores);
+            // What a key receives that is not shown is left out at the end.
+            const auto add = [&](auto is_visible) {
 #pragma unroll
-            for (int j = 0; j < kBlocks; ++j) {
+                for (int j = 0; j < kBlocks; ++j) {
 #pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const RowInfo& row = infos[8 * j + 2 * quad_place() + c];
+                    for (int c = 0; c < 2; ++c) {
+                        const RowInfo& row = infos[8 * j + 2 * quad_place() + c];
 #pragma unroll
-                    for (int i = 0; i < kTiles; ++i) {
+                        for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-                        for (int h = 0; h < 2; ++h) {
-                            const int key = warp_key + 16 * i + 8 * h + quad_index();
-                            const float probability = exp2f(scores[i][j][2 * h + c] * factor - row.logarithm);
-                            const bool visible = shown[i][h] && sees(row.position, key, window);
-                            received[i][h] += visible ? probability * row.weight : 0.0f;
+                            for (int h = 0; h < 2; ++h) {
+                                const float score = scores[i][j][2 * h + c];
+                                const float share = power_of_two(fmaf(score, factor, -row.logarithm)) * row.weight;
+                                const int key = warp_key + 16 * i + 8 * h + quad_index();
+                                received[i][h] += is_visible(row.position, key) ? share : 0.0f;
+                            }
                         }
                     }
                 }
+            };
+            if (positions.complete && positions.seen.cover(warp_key, 16 * kTiles, window)) {
+                add([](int, int) { return true; });
+            } else {
+                add([&](int position, int key) { return sees(position, key, window); });
             }
         };
         const RowRange seeing = rows_that_see(rows, block.first, kKeys, window);
-        stream_rows(rows.data, input.aligned, shape, shared, seeing.first / kStreamRows<T> * kStreamRows<T>, seeing.end,
-                    describe, use);
+        stream_rows<true>(rows.data, input.aligned, shape, shared, seeing.first / kStreamRows<T> * kStreamRows<T>, seeing.end,
+                    rows.token_stride, describe, [&] { own_rows.arrived(); }, use);
     }
     const int64_t heat_begin = input.head_index(block.response, keys.token_begin, head, input.keys);
 #pragma unroll
@@ -374,7 +444,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
         for (int h = 0; h < 2; ++h) {
             const int key = warp_key + 16 * i + 8 * h + quad_index();
             const float sum = quad_sum(received[i][h]);
-            if (key < keys.count && quad_place() == 0) arguments.heat[heat_begin + key] = sum;
+            if (key < keys.count && quad_place() == 0) arguments.heat[heat_begin + key] = shown[i][h] ? sum : 0.0f;
         }
     }
 }
@@ -384,7 +454,7 @@ LaunchShape launch_shape(const AttentionHeatmapArguments<T>& arguments) {
     const AttentionInput<T>& input = arguments.input;
     constexpr int kKeys = block_rows(kForwardTiles<T>);
     return {count_blocks(input.key_boundaries, input.batch, input.keys, kKeys), input.heads, 1,
-            SharedTiles<T, RowInfo>::bytes(kKeys, TileShape<T>(input.size).pitch)};
+            SharedTiles<T, RowInfo>::bytes(kKeys, TileShape<T, 0>(input.size).pitch())};
 }
 
 // ---- mean over heads -------------------------------------------------------------------------------------------

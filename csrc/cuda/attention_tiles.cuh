@@ -48,6 +48,8 @@ struct HeadTensor {
 
 template <typename T>
 struct AttentionInput {
+    using Element = T;
+
     HeadTensor<const T> q, k;
     bool aligned;                     // rows are whole, aligned 16-byte vectors
     int size;                         // d
@@ -211,47 +213,100 @@ __device__ __forceinline__ bool sees(int position, int key, int window) {
 
 // ---- tiles -----------------------------------------------------------------------------------------------------
 
-// The shape of every tile in shared memory.
-template <typename T>
+// The shape of every tile in shared memory. kSize: d, where it is known when a kernel is compiled and every row is
+// aligned; else 0.
+template <typename T, int kSize>
 struct TileShape {
-    int size;   // d
-    int pitch;  // bytes from row to row
-    int steps;  // of a product over all components
+    int components;
 
-    __host__ __device__ explicit TileShape(int components) : size(components) {
-        const int padded = ceil_div(components, 16) * 16;
-        pitch = padded * static_cast<int>(sizeof(T)) + 16;
-        steps = padded / kStepSize<T>;
-    }
-    __device__ int vectors() const { return steps * kStepBytes / static_cast<int>(sizeof(uint4)); }
+    __host__ __device__ explicit TileShape(int size) : components(size) {}
+    __host__ __device__ int size() const { return kSize == 0 ? components : kSize; }
+    __host__ __device__ int padded() const { return ceil_div(size(), 16) * 16; }
+    // Bytes from row to row.
+    __host__ __device__ int pitch() const { return padded() * static_cast<int>(sizeof(T)) + 16; }
+    // Of a product over all components.
+    __host__ __device__ int steps() const { return padded() / kStepSize<T>; }
+    __device__ int vectors() const { return steps() * kStepBytes / static_cast<int>(sizeof(uint4)); }
 };
 
-// Starts to copy `count` rows to a tile: row i from offset(i) of `source`, zeros where that is negative and behind the
-// last component. The rows are there after wait_for_copies() and a barrier.
-template <typename T, typename Offset>
-__device__ void copy_rows(const T* source, bool aligned, const TileShape<T>& shape, int count, Offset offset,
-                          unsigned char* tile) {
-    // Neighbouring lanes take neighbouring vectors, as many lanes per row as it has vectors: a power of two.
-    int lanes = 1, shift = 0;
-    while (lanes < shape.vectors() && lanes < kWarpSize) {
-        lanes *= 2;
-        ++shift;
-    }
-    const int own = static_cast<int>(threadIdx.x) & (lanes - 1), rows_at_once = kAttentionThreads >> shift;
-    for (int row = static_cast<int>(threadIdx.x) >> shift; row < count; row += rows_at_once) {
-        const int64_t begin = offset(row);
-        for (int vector = own; vector < shape.vectors(); vector += lanes) {
-            const int first = vector * kVectorWidth<T>;
-            unsigned char* to = tile + row * shape.pitch + vector * static_cast<int>(sizeof(uint4));
-            const bool inside = begin >= 0 && first < shape.size;
-            if (aligned && inside) {
-                __pipeline_memcpy_async(to, source + begin + first, sizeof(uint4));
-            } else {
-                uint4 values = {};
-                if (inside) values = load_vector<false>(source + begin, first, shape.size);
-                *reinterpret_cast<uint4*>(to) = values;
+// In place of a row's offset: a row of zeros. It is a whole number of vectors: an address made of it is aligned, too.
+constexpr int64_t kNoRow = -16;
+
+// Starts to copy a vector, or zeros.
+__device__ __forceinline__ void copy_vector(void* to, const void* from, bool given) {
+#ifdef VGPO_EMULATION
+    if (given) __pipeline_memcpy_async(to, from, sizeof(uint4));
+    else *static_cast<uint4*>(to) = uint4{};
+#else
+    asm volatile(
+        "{\n"
+        ".reg .pred given;\n"
+        "setp.ne.s32 given, %2, 0;\n"
+        "@given cp.async.cg.shared.global [%0], [%1], 16;\n"
+        "@!given st.shared.v4.u32 [%0], {%3, %3, %3, %3};\n"
+        "}" ::"r"(shared_address(to)), "l"(from), "r"(static_cast<int>(given)), "r"(0)
+        : "memory");
+#endif
+}
+
+// Starts to copy kCount rows to a tile: row i from offset(i) of `source`, zeros where that is negative and behind the
+// last component. The rows are there after wait_for_copies() and a barrier. kZeros: whether rows of zeros are among them.
+template <int kCount, bool kZeros, typename T, int kSize, typename Offset>
+__device__ __forceinline__ void copy_rows(const T* source, bool aligned, const TileShape<T, kSize>& shape,
+                                          Offset offset, unsigned char* tile) {
+    const int thread = static_cast<int>(threadIdx.x);
+    // Neighbouring lanes take neighbouring vectors.
+    if constexpr (kSize != 0) {
+        constexpr int kVectors = kSize / kVectorWidth<T>, kRowsAtOnce = kAttentionThreads / kVectors;
+        static_assert(kAttentionThreads % kVectors == 0 && kCount % kRowsAtOnce == 0, "every thread copies as much");
+        const int first = thread / kVectors, vector = thread % kVectors;
+        const T* from = source + vector * kVectorWidth<T>;
+        unsigned char* to = tile + first * shape.pitch() + vector * static_cast<int>(sizeof(uint4));
+#pragma unroll
+        for (int row = 0; row < kCount; row += kRowsAtOnce) {
+            const int64_t begin = offset(row + first);
+            if constexpr (kZeros) copy_vector(to + row * shape.pitch(), from + begin, begin >= 0);
+            else __pipeline_memcpy_async(to + row * shape.pitch(), from + begin, sizeof(uint4));
+        }
+    } else {
+        // As many lanes per row as it has vectors: a power of two.
+        int lanes = 1, shift = 0;
+        while (lanes < shape.vectors() && lanes < kWarpSize) {
+            lanes *= 2;
+            ++shift;
+        }
+        const int own = thread & (lanes - 1), rows_at_once = kAttentionThreads >> shift;
+        for (int row = thread >> shift; row < kCount; row += rows_at_once) {
+            const int64_t begin = offset(row);
+            for (int vector = own; vector < shape.vectors(); vector += lanes) {
+                const int first = vector * kVectorWidth<T>;
+                unsigned char* to = tile + row * shape.pitch() + vector * static_cast<int>(sizeof(uint4));
+                const bool inside = begin >= 0 && first < shape.size();
+                if (aligned) {
+                    copy_vector(to, source + (inside ? begin + first : 0), inside);
+                } else {
+                    uint4 values = {};
+                    if (inside) values = load_vector<false>(source + begin, first, shape.size());
+                    *reinterpret_cast<uint4*>(to) = values;
+                }
             }
         }
+    }
+    __pipeline_commit();
+}
+
+// The same for rows that lie `stride` apart, and are aligned.
+template <int kCount, typename T, int kSize>
+__device__ __forceinline__ void copy_even_rows(const T* source, const TileShape<T, kSize>& shape, int64_t stride,
+                                               unsigned char* tile) {
+    constexpr int kVectors = kSize / kVectorWidth<T>, kRowsAtOnce = kAttentionThreads / kVectors;
+    const int thread = static_cast<int>(threadIdx.x), first = thread / kVectors, vector = thread % kVectors;
+    const T* from = source + first * stride + vector * kVectorWidth<T>;
+    unsigned char* to = tile + first * shape.pitch() + vector * static_cast<int>(sizeof(uint4));
+#pragma unroll
+    for (int row = 0; row < kCount; row += kRowsAtOnce) {
+        __pipeline_memcpy_async(to + row * shape.pitch(), from, sizeof(uint4));
+        from += kRowsAtOnce * stride;
     }
     __pipeline_commit();
 }
@@ -270,17 +325,19 @@ __device__ inline unsigned char* dynamic_shared_memory() {
 
 // What is said of a streamed row, besides its components.
 struct KeyInfo {
-    int64_t offset;  // of its components; -1: zeros
+    int64_t offset;  // of its components, or kNoRow
     int segment;     // -1: ignored
 };
 
-struct RowInfo {
-    int64_t offset;
+struct alignas(16) RowInfo {
+    int64_t offset;   // of its components, or kNoRow
     int64_t grad;     // index of its first gradient
-    int position;     // -1: sees nothing
     float logarithm;  // of its sum of exponentials, base 2
+    float weight;     // in a heat map; of masses, the gradient of the one segment of a block's keys less `mean`
     float mean;       // <p, g>
-    float weight;     // in a heat map
+    int position;     // -1: sees nothing
+
+    __device__ static RowInfo none() { return {kNoRow, 0, 0.0f, 0.0f, 0.0f, -1}; }
 };
 
 constexpr int kInfoTiles = 3;
@@ -311,12 +368,12 @@ __device__ bool finite_in_products(float value) {
 }
 
 // Puts zeros in place of what is not finite in a streamed tile. All threads of the block call this together.
-template <typename T>
-__device__ void clear_not_finite(unsigned char* tile, const TileShape<T>& shape) {
+template <typename T, int kSize>
+__device__ void clear_not_finite(unsigned char* tile, const TileShape<T, kSize>& shape) {
     __syncthreads();  // others may still read the tile
     const int vectors = shape.vectors();
     for (int i = static_cast<int>(threadIdx.x); i < kStreamRows<T> * vectors; i += kAttentionThreads) {
-        T* numbers = reinterpret_cast<T*>(tile + i / vectors * shape.pitch) + i % vectors * kVectorWidth<T>;
+        T* numbers = reinterpret_cast<T*>(tile + i / vectors * shape.pitch()) + i % vectors * kVectorWidth<T>;
         float values[kVectorWidth<T>];
         unpack(*reinterpret_cast<const uint4*>(numbers), numbers, values);
         for (int j = 0; j < kVectorWidth<T>; ++j) {
@@ -327,12 +384,12 @@ __device__ void clear_not_finite(unsigned char* tile, const TileShape<T>& shape)
 }
 
 // Streams rows [first, end) past the block, `first` being a multiple of a tile's rows. describe(row) says what there is
-// to say of a row, use(tile, infos, first) is called with each tile. Nothing of what the block wrote to its own rows
-// needs a barrier before.
-template <typename T, typename Info, typename Describe, typename Use>
-__device__ __forceinline__ void stream_rows(const T* source, bool aligned, const TileShape<T>& shape,
-                                            const SharedTiles<T, Info>& shared, int first, int end, Describe describe,
-                                            Use use) {
+// to say of a row, arrived() is called when the block's own rows are there, and use(tile, infos, first) with each tile.
+// kEven: row i of those that are not zeros begins at i * stride.
+template <bool kEven, typename T, int kSize, typename Info, typename Describe, typename Arrived, typename Use>
+__device__ __forceinline__ void stream_rows(const T* source, bool aligned, const TileShape<T, kSize>& shape,
+                                            const SharedTiles<T, Info>& shared, int first, int end, int64_t stride,
+                                            Describe describe, Arrived arrived, Use use) {
     constexpr int kRows = kStreamRows<T>;
     if (first >= end) {
         wait_for_copies();  // of the block's own rows
@@ -340,9 +397,18 @@ __device__ __forceinline__ void stream_rows(const T* source, bool aligned, const
     }
     const int thread = static_cast<int>(threadIdx.x);
     const auto copy = [&](int tile, const Info* infos) {
-        copy_rows<T>(
-            source, aligned, shape, kRows, [&](int row) { return infos[row].offset; },
-            shared.streamed + tile % 2 * kRows * shape.pitch);
+        unsigned char* to = shared.streamed + tile % 2 * kRows * shape.pitch();
+        if constexpr (kSize != 0) {
+            bool complete = true;
+#pragma unroll
+            for (int i = 0; i < kRows; i += kWarpSize) complete &= infos[i + lane_index()].offset >= 0;
+            if (__all_sync(kAllLanes, complete) != 0) {
+                if constexpr (kEven) copy_even_rows<kRows>(source + (first + tile * kRows) * stride, shape, stride, to);
+                else copy_rows<kRows, false>(source, aligned, shape, [&](int row) { return infos[row].offset; }, to);
+                return;
+            }
+        }
+        copy_rows<kRows, true>(source, aligned, shape, [&](int row) { return infos[row].offset; }, to);
     };
     const int tiles = ceil_div(end - first, kRows);
     __syncthreads();  // the last tile of an earlier stream may still be in use
@@ -351,17 +417,21 @@ __device__ __forceinline__ void stream_rows(const T* source, bool aligned, const
     }
     __syncthreads();
     copy(0, shared.infos);
-    for (int tile = 0; tile < tiles; ++tile) {
-        wait_for_copies();
-        // The tile has arrived, and everyone is done with the one before, whose place the next one takes.
-        __syncthreads();
+    wait_for_copies();
+    __syncthreads();
+    arrived();
+    for (int tile = 0;; ++tile) {
         if (tile + 1 < tiles) copy(tile + 1, shared.infos + (tile + 1) % kInfoTiles * kRows);
         Info after_next = {};
         const bool describes = tile + 2 < tiles && thread < kRows;
         if (describes) after_next = describe(first + (tile + 2) * kRows + thread);
-        use(shared.streamed + tile % 2 * kRows * shape.pitch, shared.infos + tile % kInfoTiles * kRows,
+        use(shared.streamed + tile % 2 * kRows * shape.pitch(), shared.infos + tile % kInfoTiles * kRows,
             first + tile * kRows);
+        if (tile + 1 == tiles) break;
         if (describes) shared.infos[(tile + 2) % kInfoTiles * kRows + thread] = after_next;
+        wait_for_copies();
+        // The next tile has arrived, and everyone is done with this one, whose place the one after it takes.
+        __syncthreads();
     }
 }
 
@@ -376,10 +446,53 @@ struct LaunchShape {
 template <typename T, int kTiles>
 using Scores = float[kTiles][kStreamRows<T> / 8][4];
 
-template <typename T, int kTiles>
-__device__ __forceinline__ void multiply_tiles(const unsigned char* rows, const unsigned char* streamed,
-                                               const TileShape<T>& shape, Scores<T, kTiles>& scores) {
+// The rows of a warp, 16 kTiles, as left operands of products: loaded once where registers are enough, else for every
+// tile.
+template <typename T, int kSize, int kTiles>
+class OwnRows {
+   public:
+    static constexpr bool kKept = kSize != 0 && sizeof(T) == 2;
+
+    // `rows` are in shared memory when arrived() is called. `signs`: as in load_left.
+    __device__ OwnRows(const unsigned char* rows, const TileShape<T, kSize>& shape, unsigned signs)
+        : rows_(rows), shape_(shape), signs_(signs) {}
+
+    __device__ __forceinline__ void arrived() {
+        if constexpr (kKept) {
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) load(kept_[step], step);
+        }
+    }
+    __device__ __forceinline__ void get(Left<T> (&left)[kTiles], int step) const {
+        if constexpr (kKept) {
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) left[i] = kept_[step][i];
+        } else {
+            load(left, step);
+        }
+    }
+
+   private:
+    static constexpr int kSteps = kKept ? kSize / kStepSize<T> : 1;
+
+    __device__ __forceinline__ void load(Left<T> (&left)[kTiles], int step) const {
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+            load_left<T>(left[i], rows_ + i * 16 * shape_.pitch(), shape_.pitch(), step, signs_);
+        }
+    }
+
+    const unsigned char* rows_;
+    TileShape<T, kSize> shape_;
+    unsigned signs_;
+    Left<T> kept_[kSteps][kTiles];
+};
+
+template <typename T, int kSize, int kTiles>
+__device__ __forceinline__ void multiply_tiles(const OwnRows<T, kSize, kTiles>& own, const unsigned char* streamed,
+                                               const TileShape<T, kSize>& shape, Scores<T, kTiles>& scores) {
     constexpr int kBlocks = kStreamRows<T> / 8;
+    [[maybe_unused]] constexpr int kUnroll = kSize == 0 ? 2 : kSize / kStepSize<T>;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -388,15 +501,14 @@ __device__ __forceinline__ void multiply_tiles(const unsigned char* rows, const 
             for (int c = 0; c < 4; ++c) scores[i][j][c] = 0.0f;
         }
     }
-#pragma unroll 2
-    for (int step = 0; step < shape.steps; ++step) {
+#pragma unroll kUnroll
+    for (int step = 0; step < shape.steps(); ++step) {
         Left<T> left[kTiles];
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) load_left<T>(left[i], rows + i * 16 * shape.pitch, shape.pitch, step);
+        own.get(left, step);
 #pragma unroll
         for (int j = 0; j < kBlocks; j += 2) {
             Right<T> right[2];
-            load_right<T>(right, streamed + j * 8 * shape.pitch, shape.pitch, step);
+            load_right<T>(right, streamed + j * 8 * shape.pitch(), shape.pitch(), step);
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
                 multiply_add<T>(scores[i][j], left[i], right[0]);
@@ -431,6 +543,10 @@ struct Positions {
     // Whether any key of [first, first + count) may be seen.
     __device__ bool reach(int first, int count, int window) const {
         return highest >= first && (window == 0 || lowest - window < first + count - 1);
+    }
+    // Whether every key of [first, first + count) is seen, by rows that all see something.
+    __device__ bool cover(int first, int count, int window) const {
+        return lowest >= first + count - 1 && (window == 0 || highest - first < window);
     }
     // The first key that may be seen.
     __device__ int oldest(int window) const {

@@ -70,15 +70,96 @@ def test_unaligned_rows_give_the_same_bits(emulator: Emulator, dtype: torch.dtyp
     """Rows that are copied as whole vectors, and the same rows where they must be read element by element."""
     case = draw(((7, 40),), size=size, dtype=dtype)
     expected = call_everything(emulator, case, window=9)
-    wide = []
-    for tensor in (case.q, case.k):
-        room = torch.full((*tensor.shape[:-1], size + 3), float("nan"), dtype=dtype)
-        room[..., 1:-2] = tensor
-        wide.append(room[..., 1:-2])
+    wide = replace(case, q=unaligned(case.q), k=unaligned(case.k))
     for guard in ("after", "before"):
         with emulator.launched_as(Shape(guard=guard)):
-            found = call_everything(emulator, replace(case, q=wide[0], k=wide[1]), window=9)
+            found = call_everything(emulator, wide, window=9)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    """Return the same rows where no kernel of a head size can take them."""
+    room = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), float("nan"), dtype=tensor.dtype)
+    room[..., 1:-2] = tensor
+    return room[..., 1:-2]
+
+
+LONG = {
+    "runs": draw(((75, 215),), heads=4, key_heads=2, size=64, dtype=torch.bfloat16),
+    "packed": draw(
+        ((3, 90), (70, 70), (0, 5), (66, 200)), heads=2, key_heads=1, size=64, packed=True, dtype=torch.bfloat16
+    ),
+    "left padding": draw(((150, 150),), heads=2, key_heads=1, size=64, padding=70, dtype=torch.bfloat16),
+    "mixed": draw(((40, 140),), heads=2, key_heads=1, size=64, num_segments=11, mixed=True, dtype=torch.bfloat16),
+    "a head a key head": draw(((30, 150),), heads=2, key_heads=2, size=128, dtype=torch.float16),
+    "128": draw(((20, 200),), heads=7, key_heads=1, size=128, num_segments=2, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("name", LONG)
+def test_kernels_of_a_head_size_give_the_bits_of_the_others(emulator: Emulator, name: str, window: int) -> None:
+    """Tiles of which every key is seen, those at an edge, and those of several segments."""
+    case = LONG[name]
+    expected = call_everything(emulator, replace(case, q=unaligned(case.q), k=unaligned(case.k)), window)
+    for shape in (Shape(), Shape(order="shuffled", seed=5, guard="before")):
+        with emulator.launched_as(shape):
+            found = call_everything(emulator, case, window)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_kernels_of_a_head_size_match_the_definition(emulator: Emulator, name: str) -> None:
+    case = LONG[name]
+    layout, count = arguments(case), int(case.segments.max()) + 1
+    for scale, window in ((SCALE, 0), (-SCALE, 60), (0.0, 0)):
+        mass, _, lse = emulator.attention_mass(*layout, count, scale, window, True)
+        names = ("mass", "none", "lse")
+        assert_matches(
+            (mass, mass.new_empty(0), lse), reference.attention_mass, (*layout, count, scale, window, True), names
+        )
+        grad = torch.randn(mass.shape, generator=torch.Generator().manual_seed(4))
+        given = (grad, *layout, mass, lse, scale, window)
+        exact = reference.attention_mass_backward(*given)
+        for found, wide in zip(emulator.attention_mass_backward(*given), exact, strict=True):
+            assert (found.double() - wide).abs().max() <= 0.01 * wide.abs().max() + 1e-6
+        weights = torch.rand(lse.select(-2, 0).shape, generator=torch.Generator().manual_seed(5))
+        weights[..., ::5] = 0.0
+        heat = (layout[0], layout[1], layout[2].clamp(max=1), layout[3], weights, lse, *layout[4:], scale, window)
+        _, _, heat_lse = emulator.attention_mass(*layout[:2], heat[2], *layout[3:], 2, scale, window, True)
+        heat = (*heat[:5], heat_lse, *heat[6:])
+        found = emulator.attention_heatmap(*heat, True)
+        exact_heat = reference.attention_heatmap(*heat, True)
+        assert (found.double() - exact_heat).abs().max() <= 2e-6 * max(1.0, exact_heat.abs().max().item())
+        grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(6))
+        exact = reference.attention_heatmap_backward(grad, *heat)
+        for one, wide in zip(emulator.attention_heatmap_backward(grad, *heat), exact, strict=True):
+            assert (one.double() - wide).abs().max() <= 0.01 * wide.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_kernels_of_a_head_size_read_no_row_that_takes_no_part(emulator: Emulator, size: int) -> None:
+    """Nor the gradient of what is constant: of a mass without a key to see, and of the heat of a key nobody sees."""
+    clean = draw(((150, 150),), heads=2, key_heads=1, size=size, padding=70, dtype=torch.bfloat16)
+    clean = replace(clean, k=clean.k.nan_to_num())
+    seen = clean.segments[0] >= 0
+    spoilt = [torch.where(seen[:, None], tensor, float("nan")) for tensor in (clean.q, clean.k)]
+    count = int(clean.segments.max()) + 1
+    results = []
+    for q, k, poison in ((clean.q, clean.k, 0.0), (*spoilt, float("nan"))):
+        layout = arguments(replace(clean, q=q, k=k))
+        mass, _, lse = emulator.attention_mass(*layout, count, SCALE, 0, True)
+        grad = torch.where(mass == 0, poison, torch.ones_like(mass).cumsum(-1))
+        by_mass = emulator.attention_mass_backward(grad, *layout, mass, lse, SCALE, 0)
+        weights = torch.ones(1, 150)
+        weights[:, ::3] = 0.0
+        heat = (*layout[:2], layout[2].clamp(max=1), layout[3], weights, lse, *layout[4:], SCALE, 0)
+        by_head = emulator.attention_heatmap(*heat, True)
+        grad = torch.where(by_head == 0, poison, torch.ones_like(by_head).cumsum(-1))
+        results.append([mass, lse, *by_mass, by_head, *emulator.attention_heatmap_backward(grad, *heat)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+        assert not other.isnan().any()
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -153,6 +234,6 @@ def test_boundaries_that_lie_cannot_lead_outside(emulator: Emulator) -> None:
 def test_a_kernel_that_strays_is_caught(emulator: Emulator) -> None:
     """The harness looks at these kernels, too: fewer segments than keys are read past their end."""
     case = draw(((9, 40),))
-    strays = "attention_mass: attention_mass_kernel<float>: .* past the end of key_segments"
+    strays = "attention_mass: attention_mass_kernel<float, 0>: .* past the end of key_segments"
     with emulator.cut_short(key_segments=2), pytest.raises(EmulationError, match=strays):
         emulator.attention_mass(*arguments(case), 3, SCALE, 0, True)

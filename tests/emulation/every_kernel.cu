@@ -12,12 +12,28 @@ namespace cuda {
     template __global__ void causal_prototype_kernel<T>(const __grid_constant__ CausalPrototypeArguments<T>); \
     template __global__ void visual_focus_kernel<T>(const __grid_constant__ VisualFocusArguments<T>); \
     template __global__ void vgpo_loss_kernel<T>(const __grid_constant__ VgpoLossArguments<T>); \
-    template __global__ void attention_mass_kernel<T>(const __grid_constant__ AttentionMassArguments<T>); \
-    template __global__ void attention_heatmap_kernel<T>(const __grid_constant__ AttentionHeatmapArguments<T>); \
-    template __global__ void attention_query_gradient_kernel<T>( \
-        const __grid_constant__ AttentionGradientArguments<T>); \
-    template __global__ void attention_key_gradient_kernel<T>(const __grid_constant__ AttentionGradientArguments<T>); \
     template __global__ void head_gradient_kernel<T>(const __grid_constant__ HeadGradientArguments);
+
+// The sizes of heads with kernels of their own, and 0 for any other.
+#define EVERY_HEAD_SIZE(T, size) \
+    template __global__ void attention_mass_kernel<T, size>(const __grid_constant__ AttentionMassArguments<T>); \
+    template __global__ void attention_heatmap_kernel<T, size>(const __grid_constant__ AttentionHeatmapArguments<T>); \
+    EVERY_GRADIENT(T, false, size) \
+    EVERY_GRADIENT(T, true, size)
+
+#define EVERY_GRADIENT(T, heatmap, size) \
+    template __global__ void attention_query_gradient_kernel<T, heatmap, size>( \
+        const __grid_constant__ AttentionGradientArguments<T>); \
+    template __global__ void attention_key_gradient_kernel<T, heatmap, size>( \
+        const __grid_constant__ AttentionGradientArguments<T>);
+
+EVERY_HEAD_SIZE(float, 0)
+EVERY_HEAD_SIZE(__half, 0)
+EVERY_HEAD_SIZE(__half, 64)
+EVERY_HEAD_SIZE(__half, 128)
+EVERY_HEAD_SIZE(__nv_bfloat16, 0)
+EVERY_HEAD_SIZE(__nv_bfloat16, 64)
+EVERY_HEAD_SIZE(__nv_bfloat16, 128)
 
 EVERY_ELEMENT_TYPE(float)
 EVERY_ELEMENT_TYPE(__half)
