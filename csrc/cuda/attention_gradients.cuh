@@ -113,7 +113,7 @@ __device__ __forceinline__ float mass_excess(const AttentionGradientArguments<T>
 
 // Of a multiprocessor: in fp32 a warp holds half the rows of a tile, so a third fits into the registers of masses.
 template <typename T, bool kHeatmap>
-constexpr int kQueryGradientBlocks = sizeof(T) == 2 || kHeatmap ? kAttentionBlocks : 3;
+constexpr int kQueryGradientBlocks = sizeof(T) == 2 || kHeatmap ? kAttentionBlocks : kAttentionBlocks * 3 / 2;
 
 template <typename T, bool kHeatmap, int kSize = 0>
 __global__ void __launch_bounds__(kAttentionThreads, kQueryGradientBlocks<T, kHeatmap>)
@@ -130,9 +130,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kQueryGradientBlocks<T, kHe
     const TileShape<T, kSize> shape(input.size);
     const SharedTiles<T, KeyInfo> shared(kRows, shape.pitch());
 
-    const int thread = static_cast<int>(threadIdx.x);
-    const Positions seen =
-        block_reduce(thread < kRows ? Positions::of(rows.position(block.first + thread)) : Positions::identity());
+    const Positions seen = list_rows<kRows>(rows, block.first, shared.own_offsets());
     const int warp_row = block.first + warp_index() * 16;
     int positions[2];
     // Without a key to see a row's probabilities are 2^-inf, and what it gets is zero.
@@ -147,7 +145,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kQueryGradientBlocks<T, kHe
         if constexpr (kHeatmap) {
             weights[h] = arguments.weights[rows.token_begin + rows.token(row)];
             if (weights[h] == 0.0f) positions[h] = -1;
-            grads[h] = input.head_index(block.response, keys.token_begin, key_head * group + row % group, input.keys);
+            grads[h] = input.head_index(block.response, keys.token_begin, key_head * group + rows.head(row), input.keys);
         } else {
             grads[h] = index * num_segments;
             for (int g = quad_place(); g < num_segments; g += 4) {
@@ -163,9 +161,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kQueryGradientBlocks<T, kHe
     own = warp_reduce(own);
 
     copy_rows<kRows, true>(
-        rows.data, input.aligned, shape,
-        [&](int row) { return rows.position(block.first + row) < 0 ? kNoRow : rows.offset(block.first + row); },
-        shared.rows);
+        rows.data, input.aligned, shape, [&](int row) { return shared.own_offsets()[row]; }, shared.rows);
     OwnRows<T, kSize, 1> own_rows(shared.rows + (warp_row - block.first) * shape.pitch(), shape, 0u);
     const float factor = input.scale * kLog2E;
     const int first = seen.oldest(window) / kStreamRows<T> * kStreamRows<T>;
@@ -305,7 +301,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kQueryGradientBlocks<T, kHe
         const int row = warp_row + 8 * h + quad_index();
         if (row >= rows.count) continue;
         if (positions[h] < 0) clear(sums, h);
-        T* to = grad_q + rows.token(row) * arguments.grad_q.token_stride + row % group * arguments.grad_q.head_stride;
+        T* to = grad_q + rows.token(row) * arguments.grad_q.token_stride + rows.head(row) * arguments.grad_q.head_stride;
         store_gradients(sums, h, input.scale, component, input.size, to);
     }
 }
@@ -340,15 +336,18 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
 #pragma unroll
     for (int h = 0; h < 2; ++h) segments[h] = keys.segment(warp_key + 8 * h + quad_index());
     const bool warp_counts = __any_sync(kAllLanes, segments[0] >= 0 || segments[1] >= 0) != 0;
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < kKeys) {
+        const int key = block.first + thread;
+        shared.own_offsets()[thread] = keys.segment(key) < 0 ? kNoRow : keys.offset(key);
+    }
     Positions range = Positions::of(segments[0]);
     range.merge(Positions::of(segments[1]));
     range = block_reduce(range);
     GradientSums<kSize> sums = {};
     if (range.highest >= 0) {
         copy_rows<kKeys, true>(
-            keys.data, input.aligned, shape,
-            [&](int key) { return keys.segment(block.first + key) < 0 ? kNoRow : keys.offset(block.first + key); },
-            shared.rows);
+            keys.data, input.aligned, shape, [&](int key) { return shared.own_offsets()[key]; }, shared.rows);
         OwnRows<T, kSize, 1> own_rows(shared.rows + (warp_key - block.first) * shape.pitch(), shape, 0u);
         const bool one_segment = range.lowest == range.highest;
         const auto describe = [&](int row) {
@@ -363,7 +362,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
             if constexpr (kHeatmap) {
                 info.weight = arguments.weights[rows.token_begin + rows.token(row)];
                 if (info.weight == 0.0f) info.position = -1;
-                const int head = key_head * group + row % group;
+                const int head = key_head * group + rows.head(row);
                 info.grad = input.head_index(block.response, keys.token_begin, head, input.keys);
             } else {
                 info.grad = index * num_segments;
@@ -382,6 +381,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
             const auto slopes = [&](auto is_visible, auto excess) {
 #pragma unroll
                 for (int j = 0; j < kBlocks; ++j) {
+                    if (kHeatmap && j % 2 == 0) __syncwarp();  // or more loads begin than registers hold
 #pragma unroll
                     for (int c = 0; c < 2; ++c) {
                         const RowInfo& row = infos[8 * j + 2 * quad_place() + c];
@@ -426,6 +426,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
                 for (int segment = next_of(-1); segment <= range.highest; segment = next_of(segment)) {
 #pragma unroll
                     for (int j = 0; j < kBlocks; ++j) {
+                        __syncwarp();  // or the compiler begins more loads than registers hold
 #pragma unroll
                         for (int c = 0; c < 4; ++c) {
                             const RowInfo& row = infos[8 * j + 2 * quad_place() + c % 2];

@@ -224,9 +224,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
     const TileShape<T, kSize> shape(input.size);
     const SharedTiles<T, KeyInfo> shared(kRows, shape.pitch());
 
-    const int thread = static_cast<int>(threadIdx.x);
-    const Positions seen =
-        block_reduce(thread < kRows ? Positions::of(rows.position(block.first + thread)) : Positions::identity());
+    const Positions seen = list_rows<kRows>(rows, block.first, shared.own_offsets());
     const int warp_row = block.first + warp_index() * 16 * kTiles;
     int positions[kTiles][2];
     Positions own = Positions::identity();
@@ -245,9 +243,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
     all_see = __all_sync(kAllLanes, all_see) != 0;
 
     copy_rows<kRows, true>(
-        rows.data, input.aligned, shape,
-        [&](int row) { return rows.position(block.first + row) < 0 ? kNoRow : rows.offset(block.first + row); },
-        shared.rows);
+        rows.data, input.aligned, shape, [&](int row) { return shared.own_offsets()[row]; }, shared.rows);
     // The largest score is found before scores are scaled, so a negative scale changes the queries' signs.
     OwnRows<T, kSize, kTiles> own_rows(shared.rows + (warp_row - block.first) * shape.pitch(), shape,
                                        input.scale < 0.0f ? kSigns<T> : 0u);
@@ -383,14 +379,15 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
         }
     }
     const bool warp_shows = __any_sync(kAllLanes, any) != 0;
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < kKeys) {
+        const int key = block.first + thread;
+        shared.own_offsets()[thread] = keys.segment(key) == kShown ? keys.offset(key) : kNoRow;
+    }
     // Nothing is to be found out in a block without a key to show.
     if (__syncthreads_or(any) != 0) {
         copy_rows<kKeys, true>(
-            keys.data, input.aligned, shape,
-            [&](int key) {
-                return keys.segment(block.first + key) == kShown ? keys.offset(block.first + key) : kNoRow;
-            },
-            shared.rows);
+            keys.data, input.aligned, shape, [&](int key) { return shared.own_offsets()[key]; }, shared.rows);
         OwnRows<T, kSize, kTiles> own_rows(shared.rows + (warp_key - block.first) * shape.pitch(), shape, 0u);
         const auto describe = [&](int row) {
             RowInfo info = RowInfo::none();

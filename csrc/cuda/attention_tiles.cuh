@@ -15,10 +15,14 @@
 namespace vgpo {
 namespace cuda {
 
-constexpr int kAttentionWarps = 4;
+// Four, or eight to compare: these read a key half as often from the L2 cache, and wait for each other more.
+#ifndef VGPO_ATTENTION_WARPS
+#define VGPO_ATTENTION_WARPS 4
+#endif
+constexpr int kAttentionWarps = VGPO_ATTENTION_WARPS;
 constexpr int kAttentionThreads = kAttentionWarps * kWarpSize;
-// Of a multiprocessor: two leave a thread 255 registers, and a third would send sums to memory.
-constexpr int kAttentionBlocks = 2;
+// Of a multiprocessor: eight warps leave a thread 255 registers, and more would send sums to memory.
+constexpr int kAttentionBlocks = 8 / kAttentionWarps;
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -146,9 +150,17 @@ struct QueryRows {
     int64_t head_begin;        // index of the first query and head in arrays of one entry per head and query
     int64_t head_length;       // distance of heads there
 
-    __device__ int token(int row) const { return row / group; }
-    __device__ int64_t offset(int row) const { return token(row) * token_stride + row % group * head_stride; }
-    __device__ int64_t head_token(int row) const { return head_begin + row % group * head_length + token(row); }
+    unsigned reciprocal;       // 2^32 / group, rounded down or one less
+
+    // row / group: what the product says, or one more.
+    __device__ int token(int row) const {
+        const int found = static_cast<int>(static_cast<uint64_t>(row) * reciprocal >> 32);
+        return row - found * group < group ? found : found + 1;
+    }
+    // row % group
+    __device__ int head(int row) const { return row - token(row) * group; }
+    __device__ int64_t offset(int row) const { return token(row) * token_stride + head(row) * head_stride; }
+    __device__ int64_t head_token(int row) const { return head_begin + head(row) * head_length + token(row); }
     // The position of the first query, where there are no positions.
     __device__ int first_position() const { return key_count - tokens; }
     // -1: sees nothing, or is no row at all.
@@ -204,7 +216,8 @@ __device__ QueryRows<T> query_rows(const AttentionInput<T>& input, int64_t respo
             span.count,
             span.begin,
             input.head_index(response, span.begin, head, input.queries),
-            input.queries};
+            input.queries,
+            UINT32_MAX / static_cast<unsigned>(group)};
 }
 
 __device__ __forceinline__ bool sees(int position, int key, int window) {
@@ -358,6 +371,9 @@ struct SharedTiles {
         streamed = rows + block_rows * pitch;
         infos = reinterpret_cast<Info*>(streamed + 2 * kStreamRows<T> * pitch);
     }
+
+    // Of the block's own rows, in the place of the first streamed tiles, until these are copied.
+    __device__ int64_t* own_offsets() const { return reinterpret_cast<int64_t*>(streamed); }
 };
 
 // Whether products take a number as finite. Of a float they take TF32, to which the largest floats are infinite.
@@ -422,13 +438,15 @@ __device__ __forceinline__ void stream_rows(const T* source, bool aligned, const
     arrived();
     for (int tile = 0;; ++tile) {
         if (tile + 1 < tiles) copy(tile + 1, shared.infos + (tile + 1) % kInfoTiles * kRows);
+        // Other warps in turn describe rows, so that no part of a multiprocessor has more to do than another.
+        const int described = (thread + tile * kRows) % kAttentionThreads;
         Info after_next = {};
-        const bool describes = tile + 2 < tiles && thread < kRows;
-        if (describes) after_next = describe(first + (tile + 2) * kRows + thread);
+        const bool describes = tile + 2 < tiles && described < kRows;
+        if (describes) after_next = describe(first + (tile + 2) * kRows + described);
         use(shared.streamed + tile % 2 * kRows * shape.pitch(), shared.infos + tile % kInfoTiles * kRows,
             first + tile * kRows);
         if (tile + 1 == tiles) break;
-        if (describes) shared.infos[(tile + 2) % kInfoTiles * kRows + thread] = after_next;
+        if (describes) shared.infos[(tile + 2) % kInfoTiles * kRows + described] = after_next;
         wait_for_copies();
         // The next tile has arrived, and everyone is done with this one, whose place the one after it takes.
         __syncthreads();
@@ -451,7 +469,12 @@ using Scores = float[kTiles][kStreamRows<T> / 8][4];
 template <typename T, int kSize, int kTiles>
 class OwnRows {
    public:
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    // There the compiler needs more registers for the gradients, which have one tile of rows.
+    static constexpr bool kKept = kSize != 0 && sizeof(T) == 2 && kTiles > 1;
+#else
     static constexpr bool kKept = kSize != 0 && sizeof(T) == 2;
+#endif
 
     // `rows` are in shared memory when arrived() is called. `signs`: as in load_left.
     __device__ OwnRows(const unsigned char* rows, const TileShape<T, kSize>& shape, unsigned signs)
@@ -553,6 +576,20 @@ struct Positions {
         return window == 0 || lowest == INT32_MAX || lowest < window ? 0 : lowest - window + 1;
     }
 };
+
+// Lists where the rows of a block are, and returns the positions of all. All threads of the block call this together,
+// and the list is there when it returns.
+template <int kRows, typename T>
+__device__ Positions list_rows(const QueryRows<T>& rows, int first, int64_t* offsets) {
+    const int thread = static_cast<int>(threadIdx.x);
+    Positions seen = Positions::identity();
+    if (thread < kRows) {
+        const int position = rows.position(first + thread);
+        offsets[thread] = position < 0 ? kNoRow : rows.offset(first + thread);
+        seen = Positions::of(position);
+    }
+    return block_reduce(seen);
+}
 
 }  // namespace cuda
 }  // namespace vgpo
