@@ -111,12 +111,8 @@ __device__ __forceinline__ float mass_excess(const AttentionGradientArguments<T>
 
 // ---- gradient of the queries -----------------------------------------------------------------------------------
 
-// Of a multiprocessor: in fp32 a warp holds half the rows of a tile, so a third fits into the registers of masses.
-template <typename T, bool kHeatmap>
-constexpr int kQueryGradientBlocks = sizeof(T) == 2 || kHeatmap ? kAttentionBlocks : kAttentionBlocks * 3 / 2;
-
 template <typename T, bool kHeatmap, int kSize = 0>
-__global__ void __launch_bounds__(kAttentionThreads, kQueryGradientBlocks<T, kHeatmap>)
+__global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
     attention_query_gradient_kernel(const __grid_constant__ AttentionGradientArguments<T> arguments) {
     constexpr int kRows = block_rows(1), kBlocks = kStreamRows<T> / 8;
     const AttentionInput<T>& input = arguments.input;
