@@ -65,18 +65,6 @@ __device__ __forceinline__ T warp_reduce(T value) {
 }
 
 template <typename T>
-__device__ T block_reduce(T value) {
-    __shared__ T partials[kMaxWarps];
-    value = warp_reduce(value);
-    if (lane_index() == 0) partials[warp_index()] = value;
-    __syncthreads();
-    value = lane_index() < warps_per_block() ? partials[lane_index()] : T::identity();
-    value = warp_reduce(value);
-    __syncthreads();  // the next reduction of this type reuses `partials`
-    return value;
-}
-
-template <typename T>
 struct Sum {
     T value;
 
@@ -97,7 +85,57 @@ struct Extremes {
     }
 };
 
-__device__ inline float warp_sum(float value) { return warp_reduce(Sum<float>{value}).value; }
+// Integers, and what orders as they do, take one instruction where others take ten and more. Types made of both have an
+// overload of their own, too.
+__device__ inline Sum<int> warp_reduce(Sum<int> value) {
+    return {static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<unsigned>(value.value)))};
+}
+
+__device__ inline int warp_min(int value) {
+    constexpr unsigned kSign = 0x80000000u;
+    return static_cast<int>(__reduce_min_sync(kAllLanes, static_cast<unsigned>(value) ^ kSign) ^ kSign);
+}
+
+// A zero loses its sign.
+__device__ inline Extremes warp_reduce(Extremes value) {
+    constexpr unsigned kSign = 0x80000000u;
+    const unsigned low_key = static_cast<unsigned>(order_key(value.low)) ^ kSign;
+    const unsigned high_key = static_cast<unsigned>(order_key(value.high)) ^ kSign;
+    // A NaN lies beyond every number on either side.
+    const unsigned low = __reduce_min_sync(kAllLanes, value.low != value.low ? 0u : low_key);
+    const unsigned high = __reduce_max_sync(kAllLanes, value.high != value.high ? ~0u : high_key);
+    return {low == 0u ? NAN : order_key_value(static_cast<int32_t>(low ^ kSign)),
+            high == ~0u ? NAN : order_key_value(static_cast<int32_t>(high ^ kSign))};
+}
+
+template <typename T>
+__device__ T warp_sum(T value) {
+    return warp_reduce(Sum<T>{value}).value;
+}
+
+template <typename T>
+__device__ T block_reduce(T value) {
+    __shared__ T partials[kMaxWarps];
+    value = warp_reduce(value);
+    if (lane_index() == 0) partials[warp_index()] = value;
+    __syncthreads();
+    value = lane_index() < warps_per_block() ? partials[lane_index()] : T::identity();
+    value = warp_reduce(value);
+    __syncthreads();  // the next reduction of this type reuses `partials`
+    return value;
+}
+
+// The same for the first warp alone, which spares the others the second half. Warps that have nothing to bring say so.
+// A barrier must lie between two calls with the same type.
+template <typename T>
+__device__ T reduce_to_first_warp(T value, bool brings = true) {
+    __shared__ T partials[kMaxWarps];
+    if (brings) value = warp_reduce(value);
+    if (lane_index() == 0) partials[warp_index()] = value;
+    __syncthreads();
+    if (warp_index() > 0) return value;
+    return warp_reduce(lane_index() < warps_per_block() ? partials[lane_index()] : T::identity());
+}
 
 template <typename T>
 __device__ T block_sum(T value) {
@@ -133,7 +171,7 @@ __device__ inline int block_inclusive_sum(int value) {
     if (lane_index() == kWarpSize - 1) totals[warp_index()] = value;
     __syncthreads();
     const int total = lane_index() < warp_index() ? totals[lane_index()] : 0;
-    value += warp_reduce(Sum<int>{total}).value;
+    value += warp_sum(total);
     __syncthreads();  // the next call reuses `totals`
     return value;
 }
@@ -163,6 +201,20 @@ __device__ __forceinline__ void for_each_loaded(int count, Load load, Use use) {
 // Waits for every block of a cooperative launch; what they wrote is visible after it. Out of line, because inlined
 // barriers share their set-up and would keep it in registers across every phase.
 __device__ __noinline__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+// Whether this block is the last of the grid to call this, and so sees what all others wrote before they did. `arrived`
+// is zero before the first block comes.
+__device__ inline bool is_last_block(unsigned* arrived) {
+    __shared__ bool is_last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        is_last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    return is_last;
+}
 
 // ---- ragged work ----------------------------------------------------------------------------------------------
 

@@ -39,6 +39,20 @@ int64_t useful_blocks(const VgpoLossArguments<T>& arguments) {
     return useful_blocks(arguments.focus);
 }
 
+// Factors from the weighing of a response.
+struct FocusFactor {
+    const float* weights;  // by ordinal
+    ResponseFocus response;
+    float phi;
+    const WeightsConfig& config;
+
+    __device__ float load(int ordinal, int64_t) const { return weights[ordinal]; }
+    __device__ float of(float weight, int ordinal) const {
+        if (response.standing != Standing::kWeighted) return 1.0f;
+        return advantage_factor(intra_weight(weight, ordinal, response, config), phi, config);
+    }
+};
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     vgpo_loss_kernel(const __grid_constant__ VgpoLossArguments<T> arguments) {
@@ -48,25 +62,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     const LossOutput& output = arguments.output;
     const Layout& layout = arguments.focus.layout;
 
+    begin_loss(arguments.loss);
     focus_cosines(arguments.focus, lists, arguments.cos, [&](int64_t token) { output.clear(token); });
     grid_sync();
     // Cosines say by themselves which tokens see an image.
     weigh_responses(layout, lists, weights, arguments.cos, config, [](int64_t) { return true; });
     grid_sync();
-    batch_loss(arguments.policy, output, lists, arguments.loss, [&](int response) {
+    const bool is_last = batch_loss(arguments.policy, output, lists, arguments.loss, [&](int response) {
         const float phi = group_weight(weights, arguments.group_ids, layout.batch, response, config);
-        const ResponseFocus& focus = weights.responses[response];
-        const float* by_ordinal = weights.weights + layout.token_begin(response);
-        return [=, &focus, &config](int ordinal, int64_t) {
-            if (focus.standing != Standing::kWeighted) return 1.0f;
-            return advantage_factor(intra_weight(by_ordinal, ordinal, focus, config), phi, config);
-        };
+        return FocusFactor{weights.weights + layout.token_begin(response), weights.responses[response], phi, config};
     });
-    grid_sync();
-    if (blockIdx.x == 0) write_policy_metrics(arguments.loss.sums, lists.token_count, layout.batch, output);
-    if (blockIdx.x == gridDim.x - 1) {
-        write_focus_metrics(weights.responses, layout.batch, output.metrics + kPolicyMetrics);
-    }
+    if (!is_last) return;
+    write_policy_metrics(arguments.loss.sums, lists.token_count, layout.batch, output);
+    // The first warp is busy with the policy's.
+    if (warp_index() != warps_per_block() - 1) return;
+    write_focus_metrics(weights.responses, layout.batch, output.metrics + kPolicyMetrics);
 }
 
 }  // namespace cuda

@@ -248,11 +248,11 @@ __device__ inline void weigh_response(int count, const float* cosines, float off
     }
 }
 
-// psi of a token of a weighted response (Eq. 8), from its response's weights by ordinal.
-__device__ inline float intra_weight(const float* weights, int ordinal, const ResponseFocus& response,
+// psi of a token of a weighted response (Eq. 8) from its w, which nobody has written before the response's start.
+__device__ inline float intra_weight(float weight, int ordinal, const ResponseFocus& response,
                                      const WeightsConfig& config) {
     if (!config.intra || ordinal < response.start) return 0.0f;
-    return min_max_normalized(weights[ordinal], response.low, response.high) - response.mean;
+    return min_max_normalized(weight, response.low, response.high) - response.mean;
 }
 
 // Weights every response of the batch, a block each, once the tokens are listed and `cos` is complete. The caller puts
@@ -292,38 +292,48 @@ struct GroupMembers {
     }
 };
 
-// A block computes phi of a response from the scores of its group's members (Eq. 9-10), which are the finite ones of
+__device__ inline GroupMembers warp_reduce(GroupMembers group) {
+    return {warp_reduce(group.scores), warp_sum(group.members), warp_min(group.first)};
+}
+
+// A warp computes phi of a response from the scores of its group's members (Eq. 9-10), which are the finite ones of
 // responses that `may_join`; 0 for one who is no member. `group` is the response's.
 template <typename MayJoin>
 __device__ float group_weight(const float* scores, const int64_t* group_ids, int64_t batch, int64_t response,
                               const WeightsConfig& config, MayJoin may_join, GroupMembers& group) {
     group = GroupMembers::identity();
-    if (!may_join(response) || !is_finite(scores[response])) return 0.0f;
     const int64_t id = group_ids[response];
-    const auto joins = [&](int64_t i) { return group_ids[i] == id && may_join(i) && is_finite(scores[i]); };
-    for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) {
-        if (joins(i)) group.merge({Extremes::of(scores[i]), 1, static_cast<int32_t>(i)});
+    const float own = scores[response];
+    if (!may_join(response) || !is_finite(own)) return 0.0f;
+    // No condition stands between the loads.
+    const auto joins = [&](int64_t i) { return (group_ids[i] == id) & may_join(i) & is_finite(scores[i]); };
+#pragma unroll 2
+    for (int64_t i = lane_index(); i < batch; i += kWarpSize) {
+        const float score = scores[i];
+        if (joins(i)) group.merge({Extremes::of(score), 1, static_cast<int32_t>(i)});
     }
-    group = block_reduce(group);
+    group = warp_reduce(group);
     if (!config.inter) return 0.0f;
     int64_t sum = 0;
-    for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) {
-        if (joins(i)) sum += to_fixed(min_max_normalized(scores[i], group.scores.low, group.scores.high), kUnitScale);
+#pragma unroll 2
+    for (int64_t i = lane_index(); i < batch; i += kWarpSize) {
+        const float score = scores[i];
+        if (joins(i)) sum += to_fixed(min_max_normalized(score, group.scores.low, group.scores.high), kUnitScale);
     }
-    sum = block_sum(sum);
-    return min_max_normalized(scores[response], group.scores.low, group.scores.high) -
+    sum = warp_sum(sum);
+    return min_max_normalized(own, group.scores.low, group.scores.high) -
            mean_from_fixed(sum, kUnitScale, group.members);
 }
 
-// The same from the weighing of all responses, with a note for the metrics, which need a grid barrier.
+// The same from the weighing of all responses, with a note for the metrics, which need a grid barrier. Only a response
+// that is weighted has a score.
 __device__ inline float group_weight(const WeightsWorkspace& workspace, const int64_t* group_ids, int64_t batch,
                                      int64_t response, const WeightsConfig& config) {
-    ResponseFocus* responses = workspace.responses;
-    const auto is_weighted = [=](int64_t i) { return responses[i].standing == Standing::kWeighted; };
     GroupMembers group;
-    const float phi = group_weight(workspace.scores, group_ids, batch, response, config, is_weighted, group);
-    // Blocks that share a response write the same.
-    if (threadIdx.x == 0) responses[response].leads = group.first == response ? group.members : 0;
+    const float phi = group_weight(workspace.scores, group_ids, batch, response, config, [](int64_t) { return true; },
+                                   group);
+    // Warps that share a response write the same.
+    if (lane_index() == 0) workspace.responses[response].leads = group.first == response ? group.members : 0;
     return phi;
 }
 
@@ -348,19 +358,19 @@ struct FocusTotals {
     }
 };
 
-// A block adds up the responses' contributions. metrics: [kFocusMetrics].
+// A warp adds up the responses' contributions. metrics: [kFocusMetrics].
 __device__ inline void write_focus_metrics(const ResponseFocus* responses, int64_t batch, float* metrics) {
     FocusTotals totals = FocusTotals::identity();
-    for (int64_t i = threadIdx.x; i < batch; i += blockDim.x) {
-        const ResponseFocus& response = responses[i];
+    for (int64_t i = lane_index(); i < batch; i += kWarpSize) {
+        const ResponseFocus response = responses[i];
         totals.nonfinite += response.standing == Standing::kNonfinite;
         if (response.standing != Standing::kWeighted) continue;
         const bool compared = response.late_early == response.late_early;
         totals.merge({response.cos_sum, compared ? response.late_early : 0.0, response.length - response.start,
                       response.gated, 1, 0, compared, response.leads > 0, response.leads == 1, 0});
     }
-    totals = block_reduce(totals);
-    if (threadIdx.x != 0) return;
+    totals = warp_reduce(totals);
+    if (lane_index() != 0) return;
     const double tokens = static_cast<double>(totals.tokens);  // the mean of nothing is NaN
     metrics[kFocusMean] = static_cast<float>(totals.cos_sum / tokens);
     metrics[kGateRate] = static_cast<float>(static_cast<double>(totals.gated) / tokens);
@@ -423,8 +433,9 @@ __global__ void __launch_bounds__(kBlock, 1)
         const float* weights = arguments.workspace.weights + tokens.begin;
         for (int ordinal = threadIdx.x; ordinal < tokens.length; ordinal += blockDim.x) {
             const int64_t token = tokens.token(ordinal);
-            const float intra = weighted ? intra_weight(weights, ordinal, focus, config) : 0.0f;
-            w[token] = weighted && ordinal >= focus.start ? weights[ordinal] : 0.0f;
+            const float weight = weights[ordinal];
+            const float intra = weighted ? intra_weight(weight, ordinal, focus, config) : 0.0f;
+            w[token] = weighted && ordinal >= focus.start ? weight : 0.0f;
             psi[token] = intra;
             factors[token] = weighted ? advantage_factor(intra, phi, config) : 1.0f;
         }
@@ -433,8 +444,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     if (blockIdx.x == 0) write_focus_metrics(arguments.workspace.responses, layout.batch, arguments.metrics);
 }
 
-// Blocks are independent of each other: an ordinary launch. A group has rarely more members than this.
-constexpr int kGroupThreads = 128;
+constexpr int kGroupThreads = 32;  // of a block, which takes a response
 
 struct GroupWeightsArguments {
     const float* scores;       // [B]

@@ -21,9 +21,10 @@ CACHE = ROOT / "build" / "nvcc"
 THREADS = {
     **dict.fromkeys(("visual_prototype", "visual_focus", "visual_weights"), 512),
     **dict.fromkeys(("causal_prototype", "policy_loss", "vgpo_loss"), 512),
-    **dict.fromkeys(("attention_mass", "attention_heatmap", "head_mean", "group_weights"), 128),
+    **dict.fromkeys(("attention_mass", "attention_heatmap", "head_mean"), 128),
     **dict.fromkeys(("attention_query_gradient", "attention_key_gradient"), 128),
     **dict.fromkeys(("head_statistics", "head_gradient"), 256),
+    "group_weights": 32,
 }
 
 

@@ -144,9 +144,9 @@ def test_a_limit_of_blocks_is_checked() -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("loss_type", ["dapo", "gspo", "gspo_token", "luspo", "vespo"])
 def test_long_responses_are_taken_in_pieces(emulator: Emulator, loss_type: str, packed: bool) -> None:
-    """Blocks share out 2,048 tokens of a response at a time: lengths around and across that."""
-    lengths = (5000, 2048, 2049, 0, 1)
-    edge = tuple(Response(visual=1, text=0, length=length, holes=length == 5000) for length in lengths)
+    """Warps share out 64 tokens of a response at a time, and more of a long one: lengths around and across that."""
+    lengths = (16_500, 64, 65, 0, 1)
+    edge = tuple(Response(visual=1, text=0, length=length, holes=length == 65) for length in lengths)
     batch = make_batch(edge, features=1, packed=packed)
     boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.long()
     options = PolicyLossOptions(loss_type=loss_type, kl_coef=0.1, entropy_coef=0.1)
