@@ -236,10 +236,10 @@ __device__ inline float scale_of(const LossInput& input, int length, float num_t
 }
 
 // A warp computes the loss and gradient of a piece. `factor` is the advantage's: of a token that is factor.load(ordinal,
-// token), handed to factor.of(loaded, ordinal).
+// token), handed to factor.of(loaded, ordinal) after factor.prepare(), which need not wait for the token.
 template <typename Factor>
 __device__ void piece_loss(const LossInput& input, const LossOutput& output, const LossWorkspace& workspace,
-                           const Piece& piece, float num_tokens, const Factor& factor) {
+                           const Piece& piece, float num_tokens, Factor factor) {
     const LossOptions& options = input.options;
     const auto load = [&](int ordinal, int64_t token) {
         return load_token(input, piece.response, piece.clamped(ordinal), token, factor);
@@ -248,6 +248,7 @@ __device__ void piece_loss(const LossInput& input, const LossOutput& output, con
     const int own = piece.first + lane_index();
     int64_t token = piece.token(own), next_token = piece.token(own + kWarpSize);
     TokenInput loaded = load(own, token);
+    factor.prepare();
     const float scale = scale_of(input, piece.tokens.length, num_tokens);
     SequenceTerms sequence{0.0f, 0.0f, 0.0f};
     if (options.sequence_level()) {
@@ -295,8 +296,7 @@ __device__ inline void begin_loss(const LossWorkspace& workspace) {
 }
 
 // The losses and gradients of the whole batch, once the tokens are listed. True for one block, the last to finish: all
-// sums are there for its metrics. `response_factor(response)` is called by whole warps and gives the `factor` of
-// piece_loss.
+// sums are there for its metrics. `response_factor(response)` gives the `factor` of piece_loss.
 template <typename ResponseFactor>
 __device__ bool batch_loss(const LossInput& input, const LossOutput& output, const FocusWorkspace& lists,
                            const LossWorkspace& workspace, ResponseFactor response_factor) {
@@ -412,6 +412,7 @@ struct GivenFactor {
     const float* factors;  // [tokens], or null
     const float* other;    // [tokens]
 
+    __device__ void prepare() {}
     __device__ float load(int, int64_t token) const { return or_else(factors, other)[token]; }
     __device__ float of(float loaded, int) const { return factors == nullptr ? 1.0f : loaded; }
 };

@@ -179,7 +179,8 @@ __device__ inline int block_inclusive_sum(int value) {
 // ---- loops ----------------------------------------------------------------------------------------------------
 
 // Calls use(i, load(i)) for this thread's share of [0, count), in rising order, with several loads on their way at a
-// time: a block that goes over a long response alone has nothing else to hide their latency.
+// time: a block that goes over a long response alone has nothing else to hide their latency. No condition stands between
+// them: instead of what lies beyond the end a thread loads its first value once more, and does not use it.
 template <int kInFlight, typename Load, typename Use>
 __device__ __forceinline__ void for_each_loaded(int count, Load load, Use use) {
     const int step = static_cast<int>(blockDim.x);
@@ -187,7 +188,8 @@ __device__ __forceinline__ void for_each_loaded(int count, Load load, Use use) {
         decltype(load(0)) values[kInFlight];
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) {
-            if (base + i * step < count) values[i] = load(base + i * step);
+            const int index = base + i * step;
+            values[i] = load(index < count ? index : base);
         }
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) {

@@ -20,7 +20,6 @@ struct VgpoLossArguments {
     FocusWorkspace lists;
     WeightsWorkspace weights;
     LossWorkspace loss;
-    float* cos;         // [tokens]
     LossOutput output;  // metrics: [kPolicyMetrics + kFocusMetrics]
 };
 
@@ -30,7 +29,6 @@ void bind(VgpoLossArguments<T>& arguments, Arena& arena) {
     bind_focus(arguments.lists, arena, focus);
     bind_weights(arguments.weights, arena, focus.layout);
     arguments.weights.scores = arena.take<float>("scores", focus.layout.batch);
-    arguments.cos = arena.take<float>("cos", focus.layout.num_tokens());
     bind_loss(arguments.loss, arena, focus.layout, arguments.policy.options);
 }
 
@@ -40,16 +38,26 @@ int64_t useful_blocks(const VgpoLossArguments<T>& arguments) {
 }
 
 // Factors from the weighing of a response.
+template <typename T>
 struct FocusFactor {
-    const float* weights;  // by ordinal
+    const VgpoLossArguments<T>& arguments;
+    int index;  // of the response
     ResponseFocus response;
     float phi;
-    const WeightsConfig& config;
 
-    __device__ float load(int ordinal, int64_t) const { return weights[ordinal]; }
+    __device__ FocusFactor(const VgpoLossArguments<T>& arguments_, int index_) : arguments(arguments_), index(index_) {}
+    // Whole warps call this.
+    __device__ void prepare() {
+        const WeightsWorkspace& weights = arguments.weights;
+        response = weights.responses[index];
+        phi = group_weight(weights, arguments.group_ids, arguments.focus.layout.batch, index, arguments.config);
+    }
+    __device__ float load(int ordinal, int64_t) const {
+        return arguments.weights.weights[arguments.focus.layout.token_begin(index) + ordinal];
+    }
     __device__ float of(float weight, int ordinal) const {
         if (response.standing != Standing::kWeighted) return 1.0f;
-        return advantage_factor(intra_weight(weight, ordinal, response, config), phi, config);
+        return advantage_factor(intra_weight(weight, ordinal, response, arguments.config), phi, arguments.config);
     }
 };
 
@@ -63,15 +71,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Layout& layout = arguments.focus.layout;
 
     begin_loss(arguments.loss);
-    focus_cosines(arguments.focus, lists, arguments.cos, [&](int64_t token) { output.clear(token); });
+    focus_cosines<true>(arguments.focus, lists, weights.weights, [&](int64_t token) { output.clear(token); });
     grid_sync();
     // Cosines say by themselves which tokens see an image.
-    weigh_responses(layout, lists, weights, arguments.cos, config, [](int64_t) { return true; });
+    weigh_responses<true>(layout, lists, weights, weights.weights, config, [](int64_t) { return true; });
     grid_sync();
-    const bool is_last = batch_loss(arguments.policy, output, lists, arguments.loss, [&](int response) {
-        const float phi = group_weight(weights, arguments.group_ids, layout.batch, response, config);
-        return FocusFactor{weights.weights + layout.token_begin(response), weights.responses[response], phi, config};
-    });
+    const bool is_last = batch_loss(arguments.policy, output, lists, arguments.loss,
+                                    [&](int response) { return FocusFactor<T>(arguments, response); });
     if (!is_last) return;
     write_policy_metrics(arguments.loss.sums, lists.token_count, layout.batch, output);
     // The first warp is busy with the policy's.

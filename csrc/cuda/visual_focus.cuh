@@ -157,13 +157,14 @@ __device__ inline Level next_level(const Layout& layout, const FocusWorkspace& w
 }
 
 // A block finds the first level of a response that it has listed. Tokens before it see nothing: NaN.
-__device__ inline void find_first_level(const Layout& layout, const FocusWorkspace& workspace, int64_t response,
+template <bool kByOrdinal>
+__device__ void find_first_level(const Layout& layout, const FocusWorkspace& workspace, int64_t response,
                                         float* cos) {
     Level level = next_level(layout, workspace, response, {});
     if (level.rows.end == 0) {
         const int64_t begin = layout.token_begin(response);
         for (int ordinal = threadIdx.x; ordinal < level.tokens.end; ordinal += blockDim.x) {
-            cos[begin + workspace.token_index[begin + ordinal]] = NAN;
+            cos[begin + (kByOrdinal ? ordinal : workspace.token_index[begin + ordinal])] = NAN;
         }
         level = next_level(layout, workspace, response, level);
     }
@@ -216,7 +217,7 @@ __device__ void prefetch_visual_rows(const FocusInput<T>& input) {
     prefetch_row(input.row(response, row), input.dim);
 }
 
-template <typename T, typename OffMask>
+template <bool kByOrdinal, typename T, typename OffMask>
 __device__ void index_rows(const FocusInput<T>& input, const FocusWorkspace& workspace, float* cos, OffMask off_mask) {
     const bool image = input.given_prototypes == nullptr;
     // Two blocks list a response, but for levels, which one block makes of both lists.
@@ -231,7 +232,7 @@ __device__ void index_rows(const FocusInput<T>& input, const FocusWorkspace& wor
         }
         if (!input.causal) continue;
         __syncthreads();
-        find_first_level(input.layout, workspace, response, cos);
+        find_first_level<kByOrdinal>(input.layout, workspace, response, cos);
     }
     prefetch_visual_rows(input);
 }
@@ -391,8 +392,9 @@ __device__ __forceinline__ float row_cosines(const FocusInput<T>& input, const T
     return cosine(dot, square, sqrtf(prototype_square));
 }
 
-// A warp scores kRows consecutive tokens of a response. cos is [tokens]; only tokens under the mask are written.
-template <bool kAligned, int kRows, typename T>
+// A warp scores kRows consecutive tokens of a response. cos is [tokens]; only tokens under the mask are written, each at
+// its place or, by ordinal, those of a response from its first place on.
+template <bool kAligned, int kRows, bool kByOrdinal, typename T>
 __device__ void score_rows(const FocusInput<T>& input, const FocusWorkspace& workspace, const Level* levels,
                            float* cos) {
     auto cursor = ragged_cursor(input.layout.batch, [=, &workspace](int response) {
@@ -432,7 +434,7 @@ __device__ void score_rows(const FocusInput<T>& input, const FocusWorkspace& wor
             for (int i = 0; i < kRows; ++i) rows[i] = row_of_lane(i);
             result = row_cosines<kAligned, kRows>(input, rows, prototype);
         }
-        if (lane_index() < rows_left) cos[begin + own] = result;
+        if (lane_index() < rows_left) cos[begin + (kByOrdinal ? listed : own)] = result;
     }
 }
 
@@ -446,11 +448,11 @@ __device__ void sum_visual_rows(const FocusInput<T>& input, const FocusWorkspace
 
 // From hidden states to cosines of the tokens under the mask, leaving the lists and counts in the workspace. The caller
 // puts a grid barrier before it reads them. `off_mask(token)` is called at tokens off the mask.
-template <typename T, typename OffMask>
+template <bool kByOrdinal, typename T, typename OffMask>
 __device__ void focus_cosines(const FocusInput<T>& input, const FocusWorkspace& workspace, float* cos,
                               OffMask off_mask) {
     const Layout& layout = input.layout;
-    index_rows(input, workspace, cos, off_mask);
+    index_rows<kByOrdinal>(input, workspace, cos, off_mask);
     grid_sync();
     for (int pass = 0;; ++pass) {
         const Level* levels = input.causal ? workspace.levels + pass % 2 * layout.batch : nullptr;
@@ -463,8 +465,8 @@ __device__ void focus_cosines(const FocusInput<T>& input, const FocusWorkspace& 
             if (input.causal) find_next_levels(layout, workspace, levels, next);
             grid_sync();
         }
-        if (input.aligned) score_rows<true, kSharedRows>(input, workspace, levels, cos);
-        else score_rows<false, 1>(input, workspace, levels, cos);
+        if (input.aligned) score_rows<true, kSharedRows, kByOrdinal>(input, workspace, levels, cos);
+        else score_rows<false, 1, kByOrdinal>(input, workspace, levels, cos);
         // Nothing that a slower block still reads is written before the next barrier.
         if (!input.causal || !any_level(next, layout.batch)) return;
     }
@@ -533,7 +535,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     visual_focus_kernel(const __grid_constant__ VisualFocusArguments<T> arguments) {
     float* cos = arguments.cos;
-    focus_cosines(arguments.input, arguments.workspace, cos, [=](int64_t token) { cos[token] = 0.0f; });
+    focus_cosines<false>(arguments.input, arguments.workspace, cos, [=](int64_t token) { cos[token] = 0.0f; });
 }
 
 }  // namespace cuda

@@ -5,11 +5,12 @@
 //
 // A block takes a response. Sums that factors depend on are 64-bit fixed-point numbers, minima, maxima and the gate's
 // threshold are exact, so a response's weights are the same bits whatever surrounds it. The threshold is found by radix
-// selection, three passes over the tail for any length.
+// selection, four passes over the tail for any length.
 //
-// Memory traffic: a few floats a token, all but the first read from the cache. Six passes over a response, bound by
-// latency: with four to eight loads in flight per thread, some microseconds for 2,048 tokens and some tens for 32,768
-// (expected, not measured), of which as many responses as there are resident blocks go on at the same time.
+// Memory traffic: a few floats a token. Seven passes over a response, bound by latency. Up to 8,192 tokens all but the
+// first read shared memory: some 3 us for 2,048 tokens. A longer response is read from the cache, some tens of
+// microseconds for 32,768 tokens (expected, not measured). As many responses as there are resident blocks go on at the
+// same time.
 #pragma once
 
 #include "visual_focus.cuh"
@@ -39,14 +40,13 @@ struct ResponseFocus {
 
 // The lists of tokens come from FocusWorkspace.
 struct WeightsWorkspace {
-    float* cosines = nullptr;            // [tokens] by ordinal: those of a response from its token_begin on
-    float* weights = nullptr;            // [tokens] w, likewise
+    // [tokens] by ordinal, those of a response from its token_begin on: cosines until the response is weighed, then w.
+    float* weights = nullptr;
     ResponseFocus* responses = nullptr;  // [B]
     float* scores = nullptr;             // [B] s, NaN for a response that is not weighted
 };
 
 inline void bind_weights(WeightsWorkspace& workspace, Arena& arena, const Layout& layout) {
-    workspace.cosines = arena.take<float>("cosines", layout.num_tokens());
     workspace.weights = arena.take<float>("weights", layout.num_tokens());
     workspace.responses = arena.take<ResponseFocus>("responses", layout.batch);
 }
@@ -67,46 +67,56 @@ __device__ inline ResponseTokens response_tokens(const Layout& layout, const Foc
 
 // ---- the k-th largest cosine ----------------------------------------------------------------------------------
 
-constexpr int kDigitBits = 11;
+constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
 
 // The k-th largest (k >= 1) of value(0), ..., value(count - 1), to every thread of the block. Each pass counts how many
-// values have each next digit among those that share the digits found so far.
+// values have each next digit among those that share the digits found so far. Every warp looks for the digit by itself,
+// so that a pass has one barrier. The caller puts one between two calls.
 template <typename Value>
 __device__ float kth_largest(int count, int k, Value value) {
-    __shared__ int histogram[kDigits];
-    __shared__ unsigned found_digit;
-    __shared__ int above_digit;
-    const int per_thread = ceil_div(kDigits, static_cast<int>(blockDim.x));
+    constexpr int kPasses = 32 / kDigitBits, kOwn = kDigits / kWarpSize;
+    alignas(16) __shared__ int histograms[kPasses * kDigits];
+    for (int i = threadIdx.x; i < kPasses * kDigits; i += blockDim.x) histograms[i] = 0;
+    __syncthreads();
     unsigned prefix = 0;
     int wanted = k;
-    for (int bits_left = 32; bits_left > 0;) {
-        const int digit_bits = bits_left < kDigitBits ? bits_left : kDigitBits;
-        const int shift = bits_left - digit_bits;
-        for (int digit = threadIdx.x; digit < kDigits; digit += blockDim.x) histogram[digit] = 0;
-        __syncthreads();
-        for_each_loaded<8>(count, value, [&](int, float loaded) {
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses; ++pass) {
+        int* histogram = histograms + pass * kDigits;
+        const int shift = 32 - (pass + 1) * kDigitBits;
+        for_each_loaded<4>(count, value, [&](int, float loaded) {
             const unsigned key = static_cast<unsigned>(order_key(loaded)) ^ 0x80000000u;
-            const bool candidate = bits_left == 32 || (key >> bits_left) == prefix;
-            if (candidate) atomicAdd(&histogram[(key >> shift) & ((1u << digit_bits) - 1)], 1);
+            const bool candidate = pass == 0 || (key >> (shift + kDigitBits)) == prefix;
+            if (candidate) atomicAdd(&histogram[(key >> shift) & (kDigits - 1)], 1);
         });
         __syncthreads();
-        // A thread looks at a few neighbouring digits, the first thread at the largest.
-        const int top = kDigits - 1 - static_cast<int>(threadIdx.x) * per_thread;
-        int own = 0;
-        for (int digit = top; digit > top - per_thread && digit >= 0; --digit) own += histogram[digit];
-        int above = block_inclusive_sum(own) - own;
-        for (int digit = top; digit > top - per_thread && digit >= 0; --digit) {
-            if (above < wanted && wanted <= above + histogram[digit]) {
-                found_digit = static_cast<unsigned>(digit);
-                above_digit = above;
-            }
-            above += histogram[digit];
+        // A lane looks at a few neighbouring digits, the first lane at the largest.
+        const int first = kDigits - (lane_index() + 1) * kOwn;
+        int counts[kOwn], own = 0;
+#pragma unroll
+        for (int i = 0; i < kOwn; i += 4) {
+            const int4 four = *reinterpret_cast<const int4*>(histogram + first + i);
+            counts[i] = four.x;
+            counts[i + 1] = four.y;
+            counts[i + 2] = four.z;
+            counts[i + 3] = four.w;
         }
-        __syncthreads();
-        prefix = prefix << digit_bits | found_digit;
-        wanted -= above_digit;
-        bits_left = shift;  // the next pass writes what this one has read only after its own barriers
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) own += counts[i];
+        int above = warp_inclusive_sum(own) - own;
+        const unsigned finders = __ballot_sync(kAllLanes, above < wanted && wanted <= above + own);
+        int digit = 0, rank = 0;
+#pragma unroll
+        for (int i = kOwn - 1; i >= 0; --i) {
+            const bool found = above < wanted && wanted <= above + counts[i];
+            digit = found ? first + i : digit;
+            rank = found ? wanted - above : rank;
+            above += counts[i];
+        }
+        const int finder = __ffs(static_cast<int>(finders)) - 1;
+        prefix = prefix << kDigitBits | static_cast<unsigned>(__shfl_sync(kAllLanes, digit, finder));
+        wanted = __shfl_sync(kAllLanes, rank, finder);
     }
     return order_key_value(static_cast<int32_t>(prefix ^ 0x80000000u));
 }
@@ -128,32 +138,46 @@ struct CosineScan {
     }
 };
 
-// A block lists the cosines of a response by ordinal, looks whether they can be weighted, and for the smallest one.
-__device__ inline void inspect_response(const ResponseTokens& tokens, const float* cos, bool has_image,
-                                        float* cosines, ResponseFocus& result) {
+__device__ inline CosineScan warp_reduce(CosineScan scan) {
+    return {warp_reduce(Extremes::of(scan.smallest)).low, warp_min(scan.first), warp_sum(scan.nans),
+            warp_sum(scan.broken)};
+}
+
+// What decides how a block goes on with a response.
+struct Inspected {
+    Standing standing;
+    int start;
+};
+
+// A block lists the cosines of a response by ordinal, looks whether they can be weighted, and for the smallest one. `cos`
+// is [tokens], or by ordinal already, perhaps the very list.
+template <bool kByOrdinal>
+__device__ Inspected inspect_response(const ResponseTokens& tokens, const float* cos, bool has_image, float* cosines,
+                                      ResponseFocus& result) {
     CosineScan scan = CosineScan::identity();
     for_each_loaded<8>(
-        has_image ? tokens.length : 0, [&](int ordinal) { return cos[tokens.token(ordinal)]; },
+        has_image ? tokens.length : 0, [&](int ordinal) { return cos[kByOrdinal ? tokens.begin + ordinal : tokens.token(ordinal)]; },
         [&](int ordinal, float value) {
             cosines[ordinal] = value;
             const bool nan = value != value, signal = is_signal(value);
             scan.merge({signal ? value : INFINITY, nan ? INT32_MAX : ordinal, nan, !nan && !signal});
         });
     scan = block_reduce(scan);
+    // Where all NaNs lead, there are as many as tokens before the first number.
+    const bool broken = scan.broken > 0 || scan.nans > scan.first;
+    const Standing standing = scan.first == INT32_MAX ? Standing::kUnweighted
+                              : broken                ? Standing::kNonfinite
+                                                      : Standing::kWeighted;
     if (threadIdx.x == 0) {
-        // Where all NaNs lead, there are as many as tokens before the first number.
-        const bool broken = scan.broken > 0 || scan.nans > scan.first;
-        result.standing = scan.first == INT32_MAX ? Standing::kUnweighted
-                          : broken                ? Standing::kNonfinite
-                                                  : Standing::kWeighted;
-        result.smallest = result.standing == Standing::kWeighted ? scan.smallest : INFINITY;
+        result.standing = standing;
+        result.smallest = standing == Standing::kWeighted ? scan.smallest : INFINITY;
         result.length = tokens.length;
         result.start = scan.first;
         result.gated = 0;
         result.cos_sum = 0.0;
         result.late_early = NAN;
     }
-    __syncthreads();
+    return {standing, scan.first};
 }
 
 // The offset of the released score: the smallest cosine of the batch's weighted responses, at most zero.
@@ -163,35 +187,22 @@ __device__ inline float batch_offset(const ResponseFocus* responses, int64_t bat
     return block_reduce(extremes).low;
 }
 
-// Of the first pass over a response: w.
-struct WeightSums {
-    Extremes weight;
-    int64_t total;  // WeightsConfig::weight_scale
-    int64_t gated;
-
-    __device__ static WeightSums identity() { return {Extremes::identity(), 0, 0}; }
-    __device__ void merge(const WeightSums& other) {
-        weight.merge(other.weight);
-        total += other.total;
-        gated += other.gated;
-    }
-};
-
-// Of the second pass, which knows the extremes of w.
-struct NormalizedSums {
+// Sums over the tokens of a response that see an image.
+struct ResponseSums {
+    int64_t weight;      // WeightsConfig::weight_scale
     int64_t normalized;  // kUnitScale
     // Of metrics alone:
     double cos;
     double early, late;  // rho of the first and second half
+    int gated;
 
-    __device__ static NormalizedSums identity() { return {0, 0.0, 0.0, 0.0}; }
-    __device__ void merge(const NormalizedSums& other) {
-        normalized += other.normalized;
-        cos += other.cos;
-        early += other.early;
-        late += other.late;
-    }
+    __device__ static ResponseSums identity() { return {0, 0, 0.0, 0.0, 0.0, 0}; }
 };
+
+__device__ inline ResponseSums warp_reduce(const ResponseSums& sums) {
+    return {warp_sum(sums.weight), warp_sum(sums.normalized), warp_sum(sums.cos),
+            warp_sum(sums.early),  warp_sum(sums.late),       warp_sum(sums.gated)};
+}
 
 // Mean focus of the second half of a response over that of its first, from `start` on; NaN where it does not count.
 __device__ inline float late_early_ratio(double early_sum, double late_sum, int start, int half, int length) {
@@ -199,52 +210,61 @@ __device__ inline float late_early_ratio(double early_sum, double late_sum, int 
     return static_cast<float>(late_sum / (length - half) / (early_sum / (half - start)));
 }
 
+// Tokens of a response that a block keeps in shared memory while it weighs them.
+constexpr int kKeptTokens = 8192;
+
 // A block computes w of a response's tokens that see an image, their extremes and normalised mean, and the score (Eq.
-// 5-9). `cosines` and `weights` are by ordinal; those before `result.start` are left out.
-__device__ inline void weigh_response(int count, const float* cosines, float offset, const WeightsConfig& config,
-                                      float* weights, ResponseFocus& result, float& score) {
-    if (result.standing != Standing::kWeighted) {
+// 5-9). `values` are the cosines by ordinal, and then w; `weights` gets w, too, and may be the same. Tokens before the
+// start are left out.
+__device__ inline void weigh_response(int count, Inspected inspected, float* values, float offset,
+                                      const WeightsConfig& config, float* weights, ResponseFocus& result,
+                                      float& score) {
+    if (inspected.standing != Standing::kWeighted) {
         if (threadIdx.x == 0) score = NAN;
         return;
     }
-    const int start = result.start, counted = count - start;
+    const int start = inspected.start, counted = count - start;
     const int share = static_cast<int>(tail_first(count, config));
     const int first = share > start ? share : start, tail = count - first;
     const int top = static_cast<int>(tail_top_count(tail, config));
     float threshold = INFINITY;
-    if (config.gate && top > 0) threshold = kth_largest(tail, top, [=](int i) { return cosines[first + i]; });
-    WeightSums sums = WeightSums::identity();
+    if (config.gate && top > 0) threshold = kth_largest(tail, top, [=](int i) { return values[first + i]; });
+    Extremes extremes = Extremes::identity();
+    ResponseSums sums = ResponseSums::identity();
     const Ramp ramp = ramp_of(count, config);
-    for_each_loaded<4>(
-        counted, [=](int i) { return cosines[start + i]; },
-        [&](int i, float value) {
-            const int ordinal = start + i;
-            const bool open = !config.gate || (ordinal >= first && value >= threshold);
-            const float compensated = open ? compensation(static_cast<float>(ordinal), ramp, config) : 0.0f;
-            const float weight = compensated_weight(focus_score(value, offset, config), compensated);
-            weights[ordinal] = weight;
-            sums.merge({Extremes::of(weight), to_fixed(weight, config.weight_scale), open});
-        });
-    sums = block_reduce(sums);
-    NormalizedSums second = NormalizedSums::identity();
     const int half = (count + 1) / 2;
     for_each_loaded<4>(
-        counted, [=](int i) { return make_float2(weights[start + i], cosines[start + i]); },
-        [&](int i, float2 loaded) {
-            const float normalized = min_max_normalized(loaded.x, sums.weight.low, sums.weight.high);
-            const float focus = focus_score(loaded.y, offset, config);
-            second.merge({to_fixed(normalized, kUnitScale), loaded.y, start + i < half ? focus : 0.0,
-                          start + i < half ? 0.0 : focus});
+        counted, [=](int i) { return values[start + i]; },
+        [&](int i, float cos) {
+            const int ordinal = start + i;
+            const bool open = !config.gate || (ordinal >= first && cos >= threshold);
+            const float compensated = open ? compensation(static_cast<float>(ordinal), ramp, config) : 0.0f;
+            const float focus = focus_score(cos, offset, config), weight = compensated_weight(focus, compensated);
+            values[ordinal] = weight;
+            if (weights != values) weights[ordinal] = weight;
+            extremes.merge(Extremes::of(weight));
+            sums.weight += to_fixed(weight, config.weight_scale);
+            sums.cos += cos;
+            sums.early += ordinal < half ? focus : 0.0;
+            sums.late += ordinal < half ? 0.0 : focus;
+            sums.gated += open;
         });
-    second = block_reduce(second);
+    extremes = block_reduce(extremes);
+    for_each_loaded<4>(
+        counted, [=](int i) { return values[start + i]; },
+        [&](int, float weight) {
+            const float normalized = min_max_normalized(weight, extremes.low, extremes.high);
+            sums.normalized += to_fixed(normalized, kUnitScale);
+        });
+    sums = reduce_to_first_warp(sums);
     if (threadIdx.x == 0) {
-        result.gated = static_cast<int32_t>(sums.gated);
-        result.low = sums.weight.low;
-        result.high = sums.weight.high;
-        result.mean = mean_from_fixed(second.normalized, kUnitScale, counted);
-        result.cos_sum = second.cos;
-        result.late_early = late_early_ratio(second.early, second.late, start, half, count);
-        score = accumulated_score(sums.total, second.normalized, counted, config);
+        result.gated = sums.gated;
+        result.low = extremes.low;
+        result.high = extremes.high;
+        result.mean = mean_from_fixed(sums.normalized, kUnitScale, counted);
+        result.cos_sum = sums.cos;
+        result.late_early = late_early_ratio(sums.early, sums.late, start, half, count);
+        score = accumulated_score(sums.weight, sums.normalized, counted, config);
     }
 }
 
@@ -257,23 +277,32 @@ __device__ inline float intra_weight(float weight, int ordinal, const ResponseFo
 
 // Weights every response of the batch, a block each, once the tokens are listed and `cos` is complete. The caller puts
 // a grid barrier before it reads another response's results. `has_image(response)` says which responses have an image.
-template <typename HasImage>
+template <bool kByOrdinal, typename HasImage>
 __device__ void weigh_responses(const Layout& layout, const FocusWorkspace& lists, const WeightsWorkspace& workspace,
                                 const float* cos, const WeightsConfig& config, HasImage has_image) {
-    for (int64_t response = blockIdx.x; response < layout.batch; response += gridDim.x) {
-        const ResponseTokens tokens = response_tokens(layout, lists, response);
-        inspect_response(tokens, cos, has_image(response), workspace.cosines + tokens.begin,
-                         workspace.responses[response]);
-    }
+    __shared__ float kept[kKeptTokens];
+    const bool waits = config.needs_batch_offset();
+    // From one side of the grid barrier to the other a block can keep one response.
+    const bool keeps = !waits || layout.batch <= static_cast<int64_t>(gridDim.x);
     float offset = config.score_offset;
-    if (config.needs_batch_offset()) {
-        grid_sync();
-        offset = batch_offset(workspace.responses, layout.batch);
-    }
-    for (int64_t response = blockIdx.x; response < layout.batch; response += gridDim.x) {
-        const int64_t begin = layout.token_begin(response);
-        weigh_response(lists.token_count[response], workspace.cosines + begin, offset, config,
-                       workspace.weights + begin, workspace.responses[response], workspace.scores[response]);
+#pragma unroll 1
+    for (int round = 0; round <= static_cast<int>(waits); ++round) {
+        if (round == 1) {
+            grid_sync();
+            offset = batch_offset(workspace.responses, layout.batch);
+        }
+        for (int64_t response = blockIdx.x; response < layout.batch; response += gridDim.x) {
+            const ResponseTokens tokens = response_tokens(layout, lists, response);
+            ResponseFocus& result = workspace.responses[response];
+            float* weights = workspace.weights + tokens.begin;
+            float* values = keeps && tokens.length <= kKeptTokens ? kept : weights;
+            const Inspected inspected =
+                round == 0 ? inspect_response<kByOrdinal>(tokens, cos, has_image(response), values, result)
+                           : Inspected{result.standing, result.start};
+            if (round == 0 && waits) continue;
+            weigh_response(tokens.length, inspected, values, offset, config, weights, result,
+                           workspace.scores[response]);
+        }
     }
 }
 
@@ -390,8 +419,9 @@ struct VisualWeightsArguments {
     const int64_t* group_ids;   // [B]
     const bool* has_visual;     // [B], or null: all have
     WeightsConfig config;
-    FocusWorkspace lists;       // of tokens alone
+    FocusWorkspace lists;        // of tokens alone
     WeightsWorkspace workspace;  // `scores` is a result
+    unsigned* finished;          // [] blocks
     float* factors;             // [tokens], as psi and w
     float* psi;
     float* w;
@@ -402,6 +432,7 @@ struct VisualWeightsArguments {
 inline void bind(VisualWeightsArguments& arguments, Arena& arena) {
     bind_tokens(arguments.lists, arena, arguments.layout);
     bind_weights(arguments.workspace, arena, arguments.layout);
+    arguments.finished = arena.take<unsigned>("finished", 1);
 }
 
 inline int64_t useful_blocks(const VisualWeightsArguments& arguments) { return arguments.layout.batch; }
@@ -412,6 +443,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     const Layout& layout = arguments.layout;
     const WeightsConfig& config = arguments.config;
     float *factors = arguments.factors, *psi = arguments.psi, *w = arguments.w;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *arguments.finished = 0;
     for (int64_t response = blockIdx.x; response < layout.batch; response += gridDim.x) {
         index_tokens(layout, arguments.response_mask, arguments.lists.token_index, arguments.lists.token_count,
                      response, [=](int64_t token) {
@@ -421,27 +453,31 @@ __global__ void __launch_bounds__(kBlock, 1)
     }
     __syncthreads();  // a block weighs the responses it has listed
     const bool* has_visual = arguments.has_visual;
-    weigh_responses(layout, arguments.lists, arguments.workspace, arguments.cos, config,
+    weigh_responses<false>(layout, arguments.lists, arguments.workspace, arguments.cos, config,
                     [=](int64_t response) { return has_visual == nullptr || has_visual[response]; });
     grid_sync();
     for (int64_t response = blockIdx.x; response < layout.batch; response += gridDim.x) {
         const ResponseTokens tokens = response_tokens(layout, arguments.lists, response);
-        const ResponseFocus& focus = arguments.workspace.responses[response];
+        const ResponseFocus focus = arguments.workspace.responses[response];
         const float phi = group_weight(arguments.workspace, arguments.group_ids, layout.batch, response, config);
         if (threadIdx.x == 0) arguments.phi[response] = phi;
         const bool weighted = focus.standing == Standing::kWeighted;
         const float* weights = arguments.workspace.weights + tokens.begin;
-        for (int ordinal = threadIdx.x; ordinal < tokens.length; ordinal += blockDim.x) {
-            const int64_t token = tokens.token(ordinal);
-            const float weight = weights[ordinal];
-            const float intra = weighted ? intra_weight(weight, ordinal, focus, config) : 0.0f;
-            w[token] = weighted && ordinal >= focus.start ? weight : 0.0f;
-            psi[token] = intra;
-            factors[token] = weighted ? advantage_factor(intra, phi, config) : 1.0f;
-        }
+        struct Loaded {
+            int64_t token;
+            float weight;
+        };
+        for_each_loaded<4>(
+            tokens.length, [=](int ordinal) { return Loaded{tokens.token(ordinal), weights[ordinal]}; },
+            [&](int ordinal, Loaded loaded) {
+                const float intra = weighted ? intra_weight(loaded.weight, ordinal, focus, config) : 0.0f;
+                w[loaded.token] = weighted && ordinal >= focus.start ? loaded.weight : 0.0f;
+                psi[loaded.token] = intra;
+                factors[loaded.token] = weighted ? advantage_factor(intra, phi, config) : 1.0f;
+            });
     }
-    grid_sync();
-    if (blockIdx.x == 0) write_focus_metrics(arguments.workspace.responses, layout.batch, arguments.metrics);
+    if (!is_last_block(arguments.finished) || warp_index() > 0) return;
+    write_focus_metrics(arguments.workspace.responses, layout.batch, arguments.metrics);
 }
 
 constexpr int kGroupThreads = 32;  // of a block, which takes a response
