@@ -290,6 +290,17 @@ __device__ void piece_loss(const LossInput& input, const LossOutput& output, con
     }
 }
 
+// What tokens bring is on its way while their lists are made.
+__device__ inline void prefetch_loss(const LossInput& input) {
+    const int64_t tokens = input.layout.num_tokens();
+    prefetch_tokens(input.logp, tokens);
+    prefetch_tokens(input.old_logp, tokens);
+    prefetch_tokens(input.ref_logp, tokens);
+    prefetch_tokens(input.entropy, tokens);
+    if (input.advantages.per_token) prefetch_tokens(input.advantages.values, tokens);
+    if (input.importance.per_token) prefetch_tokens(input.importance.values, tokens);
+}
+
 // To be called before the grid barrier that precedes batch_loss.
 __device__ inline void begin_loss(const LossWorkspace& workspace) {
     if (blockIdx.x == 0 && threadIdx.x == 0) *workspace.finished = 0;
@@ -427,6 +438,8 @@ __global__ void __launch_bounds__(kBlock, 1)
         index_tokens(input.layout, input.response_mask, arguments.lists.token_index, arguments.lists.token_count,
                      response, [&](int64_t token) { output.clear(token); });
     }
+    prefetch_loss(input);
+    prefetch_tokens(arguments.factors, input.layout.num_tokens());
     grid_sync();
     const GivenFactor factor{arguments.factors, input.logp};
     if (!batch_loss(input, output, arguments.lists, arguments.workspace, [=](int) { return factor; })) return;

@@ -137,17 +137,40 @@ bool rows_are_aligned(const T* hidden, const HiddenStrides& strides, const Layou
     return batches && (layout.rows <= 1 || whole(strides.row)) && whole(dim) && aligned(hidden) && aligned(prototypes);
 }
 
-// Asks for a row ahead of its use, so that the memory stays busy while the grid waits for its slowest block.
+// Asks for memory ahead of its use, so that it stays busy while the grid waits for its slowest block. A warp calls it;
+// what is no whole 16 bytes at either end may be left out.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* begin, [[maybe_unused]] int bytes) {
+#if defined(__CUDA_ARCH__)
+    constexpr uint64_t kUnit = 16;
+    const auto address = static_cast<uint64_t>(__cvta_generic_to_global(begin));
+    const uint64_t first = (address + kUnit - 1) / kUnit * kUnit, last = (address + bytes) / kUnit * kUnit;
+    if (first >= last) return;
+#if __CUDA_ARCH__ >= 900
+    if (lane_index() > 0) return;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first), "r"(static_cast<unsigned>(last - first))
+                 : "memory");
+#else
+    constexpr uint64_t kLine = 128;
+    for (uint64_t line = first + lane_index() * kLine; line < last; line += kWarpSize * kLine) {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+    }
+#endif
+#endif
+}
+
 template <typename T>
 __device__ __forceinline__ void prefetch_row(const T* row, int dim) {
-    constexpr int kLineElements = 128 / static_cast<int>(sizeof(T));
-    for (int column = lane_index() * kLineElements; column < dim; column += kWarpSize * kLineElements) {
-#if defined(__CUDA_ARCH__)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(row + column));
-#else
-        (void)row;
-#endif
-    }
+    prefetch(row, dim * static_cast<int>(sizeof(T)));
+}
+
+// Asks for an array of an entry per token, which may be null: a piece a warp of the grid, so that of more than a million
+// tokens only the first come early. The last warps begin, because the first blocks make the lists of rows.
+__device__ inline void prefetch_tokens(const float* values, int64_t tokens) {
+    constexpr int kPiece = 512;
+    const int64_t first = static_cast<int64_t>(grid_warps() - 1 - grid_warp()) * kPiece;
+    if (values == nullptr || first >= tokens) return;
+    const int64_t left = tokens - first;
+    prefetch(values + first, static_cast<int>(left < kPiece ? left : kPiece) * static_cast<int>(sizeof(float)));
 }
 
 }  // namespace cuda

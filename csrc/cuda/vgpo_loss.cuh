@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     begin_loss(arguments.loss);
     focus_cosines<true>(arguments.focus, lists, weights.weights, [&](int64_t token) { output.clear(token); });
+    prefetch_loss(arguments.policy);
     grid_sync();
     // Cosines say by themselves which tokens see an image.
     weigh_responses<true>(layout, lists, weights, weights.weights, config, [](int64_t) { return true; });

@@ -207,12 +207,16 @@ __device__ int index_tokens(const Layout& layout, const bool* response_mask, int
     return count;
 }
 
-// Visual rows lie where the mask says, so the first of them can be on their way before any list is ready.
+// Visual rows lie where the mask says, so some of them can be on their way before any list is ready: a row a warp.
 template <typename T>
 __device__ void prefetch_visual_rows(const FocusInput<T>& input) {
-    const int64_t row = grid_warp();
     if (!input.aligned || input.given_prototypes != nullptr) return;
-    if (row >= input.layout.num_rows() || !input.visual_mask[row]) return;
+    // A lane looks at a row each, all over the batch: a warp finds a visual one wherever they lie.
+    const auto row_of_lane = [](int lane) { return grid_warp() + static_cast<int64_t>(lane) * grid_warps(); };
+    const int64_t own = row_of_lane(lane_index());
+    const unsigned visual = __ballot_sync(kAllLanes, own < input.layout.num_rows() && input.visual_mask[own]);
+    if (visual == 0) return;
+    const int64_t row = row_of_lane(__ffs(static_cast<int>(visual)) - 1);
     const int64_t response = input.layout.cu_seqlens == nullptr ? row / input.layout.rows : 0;
     prefetch_row(input.row(response, row), input.dim);
 }

@@ -444,6 +444,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     const WeightsConfig& config = arguments.config;
     float *factors = arguments.factors, *psi = arguments.psi, *w = arguments.w;
     if (blockIdx.x == 0 && threadIdx.x == 0) *arguments.finished = 0;
+    prefetch_tokens(arguments.cos, layout.num_tokens());
     for (int64_t response = blockIdx.x; response < layout.batch; response += gridDim.x) {
         index_tokens(layout, arguments.response_mask, arguments.lists.token_index, arguments.lists.token_count,
                      response, [=](int64_t token) {
