@@ -349,7 +349,7 @@ __device__ bool batch_loss(const LossInput& input, const LossOutput& output, con
             }
         });
     }
-    return is_last_block(workspace.finished);
+    return is_last_block(workspace.finished, gridDim.x);
 }
 
 // ---- loss and metrics -----------------------------------------------------------------------------------------

@@ -204,14 +204,14 @@ __device__ __forceinline__ void for_each_loaded(int count, Load load, Use use) {
 // barriers share their set-up and would keep it in registers across every phase.
 __device__ __noinline__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
 
-// Whether this block is the last of the grid to call this, and so sees what all others wrote before they did. `arrived`
-// is zero before the first block comes.
-__device__ inline bool is_last_block(unsigned* arrived) {
+// Whether this block is the last of `blocks` to call this, and so sees what the others wrote before they did. `arrived`
+// is zero before the first one comes.
+__device__ inline bool is_last_block(unsigned* arrived, unsigned blocks) {
     __shared__ bool is_last;
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
-        is_last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+        is_last = atomicAdd(arrived, 1u) == blocks - 1;
         __threadfence();
     }
     __syncthreads();

@@ -1,42 +1,30 @@
 // From cosines to factors: compensation, the gate, and re-weighting within a response and within a group (Eq. 5-11).
 //
-// Cosines say what is weighted: those of a response that are NaN up to the first number belong to tokens that see no
-// image yet, and are left out.
-//
-// A block takes a response. Sums that factors depend on are 64-bit fixed-point numbers, minima, maxima and the gate's
-// threshold are exact, so a response's weights are the same bits whatever surrounds it. The threshold is found by radix
-// selection, four passes over the tail for any length.
-//
-// Memory traffic: a few floats a token. Seven passes over a response, bound by latency. Up to 8,192 tokens all but the
-// first read shared memory: some 3 us for 2,048 tokens. A longer response is read from the cache, some tens of
-// microseconds for 32,768 tokens (expected, not measured). As many responses as there are resident blocks go on at the
-// same time.
+// A block takes a response of up to 8,192 tokens and keeps it in shared memory: seven passes, bound by latency, some 3 us
+// for 2,048 tokens. Of a longer response blocks take slices, with grid barriers between the passes: some 15 us for 32,768
+// tokens (both expected, not measured). Which way a response goes depends on its own length alone.
 #pragma once
 
-#include "visual_focus.cuh"
+#include "weigh_response.cuh"
 
 namespace vgpo {
 namespace cuda {
 
-enum class Standing : int32_t {
-    kWeighted,
-    kUnweighted,  // no image, or no token that sees it
-    kNonfinite,   // a cosine that is no signal, other than a NaN before the first number
-};
+// ---- slices ---------------------------------------------------------------------------------------------------
 
-// What a response brings to its tokens' factors and to the metrics.
-struct ResponseFocus {
-    Standing standing;
-    int32_t length;     // T
-    int32_t start;      // leading tokens that see no image: their cosines are NaN, and they count nowhere
-    int32_t gated;      // tokens with an open gate
-    float smallest;     // cosine; infinity where it is not weighted
-    float low, high;    // extremes of w
-    float mean;         // of normalised w
-    float late_early;   // mean rho of the second half over that of the first; NaN where it does not count
-    int32_t leads;      // of a weighted response: the members of its group if it is the first of them, else 0
-    double cos_sum;
-};
+constexpr int kSliceTokens = 1024;
+
+constexpr __host__ __device__ int slice_count(int length) {
+    return length <= kKeptTokens ? 0 : ceil_div(length, kSliceTokens);
+}
+
+// The most slices a batch can have.
+inline int64_t max_slices(const Layout& layout) {
+    if (layout.tokens <= kKeptTokens) return 0;
+    if (layout.cu_seqlens == nullptr) return layout.batch * ceil_div<int64_t>(layout.tokens, kSliceTokens);
+    const int64_t sliced = layout.tokens / kKeptTokens;
+    return layout.tokens / kSliceTokens + (layout.batch < sliced ? layout.batch : sliced);
+}
 
 // The lists of tokens come from FocusWorkspace.
 struct WeightsWorkspace {
@@ -44,140 +32,174 @@ struct WeightsWorkspace {
     float* weights = nullptr;
     ResponseFocus* responses = nullptr;  // [B]
     float* scores = nullptr;             // [B] s, NaN for a response that is not weighted
+    // Where a response may be sliced:
+    CosineScan* scans = nullptr;         // [slices]
+    Extremes* extremes = nullptr;        // [slices] of w
+    ResponseSums* sums = nullptr;        // [slices]
+    int* histograms = nullptr;           // [B, kPasses, kDigits] of the search for the gate's threshold
+    unsigned* arrived = nullptr;         // [B] slices that are done
 };
 
 inline void bind_weights(WeightsWorkspace& workspace, Arena& arena, const Layout& layout) {
     workspace.weights = arena.take<float>("weights", layout.num_tokens());
     workspace.responses = arena.take<ResponseFocus>("responses", layout.batch);
+    const int64_t slices = max_slices(layout);
+    if (slices == 0) return;
+    workspace.scans = arena.take<CosineScan>("scans", slices);
+    workspace.extremes = arena.take<Extremes>("extremes", slices);
+    workspace.sums = arena.take<ResponseSums>("response_sums", slices);
+    workspace.histograms = arena.take<int>("histograms", layout.batch * kPasses * kDigits);
+    workspace.arrived = arena.take<unsigned>("arrived", layout.batch);
 }
 
-// Random access to the tokens of a response by ordinal.
-struct ResponseTokens {
-    int64_t begin;         // first token of the response
-    int length;            // T
-    const int32_t* index;  // [T]
+// A slice of a response: ordinals [first, last).
+struct Slice {
+    int index;       // among all slices
+    int response;
+    int first, last;
+    int begin, end;  // the slices of its response
+    ResponseTokens tokens;
 
-    __device__ int64_t token(int ordinal) const { return begin + index[ordinal]; }
+    __device__ bool leads() const { return index == begin; }
 };
 
-__device__ inline ResponseTokens response_tokens(const Layout& layout, const FocusWorkspace& lists, int64_t response) {
-    const int64_t begin = layout.token_begin(response);
-    return {begin, lists.token_count[response], lists.token_index + begin};
+// Calls body(slice) for this block's share of the slices.
+template <typename Body>
+__device__ void for_each_slice(const Layout& layout, const FocusWorkspace& lists, Body body) {
+    const int32_t* counts = lists.token_count;
+    auto cursor = ragged_cursor(layout.batch, [=](int response) { return slice_count(counts[response]); });
+    for (int item = blockIdx.x; cursor.seek(item); item += gridDim.x) {
+        const ResponseTokens tokens = response_tokens(layout, lists, cursor.response());
+        const int first = (item - cursor.begin()) * kSliceTokens;
+        const int last = first + kSliceTokens < tokens.length ? first + kSliceTokens : tokens.length;
+        const int end = cursor.begin() + slice_count(tokens.length);
+        body(Slice{item, cursor.response(), first, last, cursor.begin(), end, tokens});
+    }
 }
 
-// ---- the k-th largest cosine ----------------------------------------------------------------------------------
+__device__ inline bool any_slice(const Layout& layout, const FocusWorkspace& lists) {
+    bool any = false;
+    for (int64_t i = lane_index(); i < layout.batch; i += kWarpSize) any |= slice_count(lists.token_count[i]) > 0;
+    return __any_sync(kAllLanes, any) != 0;
+}
 
-constexpr int kDigitBits = 8;
-constexpr int kDigits = 1 << kDigitBits;
+// What the slices of a response have found, put together in their order by every warp for itself.
+template <typename T>
+__device__ T of_slices(const T* found, const Slice& slice) {
+    T whole = T::identity();
+    for (int i = slice.begin + lane_index(); i < slice.end; i += kWarpSize) whole.merge(found[i]);
+    return warp_reduce(whole);
+}
 
-// The k-th largest (k >= 1) of value(0), ..., value(count - 1), to every thread of the block. Each pass counts how many
-// values have each next digit among those that share the digits found so far. Every warp looks for the digit by itself,
-// so that a pass has one barrier. The caller puts one between two calls.
-template <typename Value>
-__device__ float kth_largest(int count, int k, Value value) {
-    constexpr int kPasses = 32 / kDigitBits, kOwn = kDigits / kWarpSize;
-    alignas(16) __shared__ int histograms[kPasses * kDigits];
-    for (int i = threadIdx.x; i < kPasses * kDigits; i += blockDim.x) histograms[i] = 0;
-    __syncthreads();
-    unsigned prefix = 0;
-    int wanted = k;
+// The first pass over slices: the cosines.
+template <bool kByOrdinal, typename HasImage>
+__device__ void scan_slices(const Layout& layout, const FocusWorkspace& lists, const WeightsWorkspace& workspace,
+                            const float* cos, HasImage has_image) {
+    for_each_slice(layout, lists, [&](const Slice& slice) {
+        const CosineScan scan =
+            scan_cosines<kByOrdinal>(slice.tokens, slice.first, has_image(slice.response) ? slice.last : slice.first,
+                                     cos, workspace.weights + slice.tokens.begin);
+        if (threadIdx.x == 0) workspace.scans[slice.index] = scan;
+        if (!slice.leads()) return;
+        int* histograms = workspace.histograms + static_cast<int64_t>(slice.response) * kPasses * kDigits;
+        for (int i = threadIdx.x; i < kPasses * kDigits; i += blockDim.x) histograms[i] = 0;
+        if (threadIdx.x == 0) workspace.arrived[slice.response] = 0;
+    });
+}
+
+// The search in a response after so many passes.
+__device__ inline Search search_of(const WeightsWorkspace& workspace, int response, const Tail& tail, int passes) {
+    const int* histograms = workspace.histograms + static_cast<int64_t>(response) * kPasses * kDigits;
+    Search search{0, tail.top};
 #pragma unroll 1
-    for (int pass = 0; pass < kPasses; ++pass) {
-        int* histogram = histograms + pass * kDigits;
-        const int shift = 32 - (pass + 1) * kDigitBits;
-        for_each_loaded<4>(count, value, [&](int, float loaded) {
-            const unsigned key = static_cast<unsigned>(order_key(loaded)) ^ 0x80000000u;
-            const bool candidate = pass == 0 || (key >> (shift + kDigitBits)) == prefix;
-            if (candidate) atomicAdd(&histogram[(key >> shift) & (kDigits - 1)], 1);
-        });
-        __syncthreads();
-        // A lane looks at a few neighbouring digits, the first lane at the largest.
-        const int first = kDigits - (lane_index() + 1) * kOwn;
-        int counts[kOwn], own = 0;
-#pragma unroll
-        for (int i = 0; i < kOwn; i += 4) {
-            const int4 four = *reinterpret_cast<const int4*>(histogram + first + i);
-            counts[i] = four.x;
-            counts[i + 1] = four.y;
-            counts[i + 2] = four.z;
-            counts[i + 3] = four.w;
-        }
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) own += counts[i];
-        int above = warp_inclusive_sum(own) - own;
-        const unsigned finders = __ballot_sync(kAllLanes, above < wanted && wanted <= above + own);
-        int digit = 0, rank = 0;
-#pragma unroll
-        for (int i = kOwn - 1; i >= 0; --i) {
-            const bool found = above < wanted && wanted <= above + counts[i];
-            digit = found ? first + i : digit;
-            rank = found ? wanted - above : rank;
-            above += counts[i];
-        }
-        const int finder = __ffs(static_cast<int>(finders)) - 1;
-        prefix = prefix << kDigitBits | static_cast<unsigned>(__shfl_sync(kAllLanes, digit, finder));
-        wanted = __shfl_sync(kAllLanes, rank, finder);
-    }
-    return order_key_value(static_cast<int32_t>(prefix ^ 0x80000000u));
+    for (int pass = 0; pass < passes; ++pass) find_digit(histograms + pass * kDigits, search);
+    return search;
 }
 
-// ---- a response -----------------------------------------------------------------------------------------------
-
-struct CosineScan {
-    float smallest;     // signal
-    int32_t first;      // ordinal of the first that is not NaN
-    int32_t nans;
-    int32_t broken;     // numbers that are no signals
-
-    __device__ static CosineScan identity() { return {INFINITY, INT32_MAX, 0, 0}; }
-    __device__ void merge(const CosineScan& other) {
-        smallest = other.smallest < smallest ? other.smallest : smallest;
-        first = other.first < first ? other.first : first;
-        nans += other.nans;
-        broken += other.broken;
+// The passes that find the thresholds, each with a grid barrier behind it; what is known of a response is noted.
+__device__ inline void search_slices(const Layout& layout, const FocusWorkspace& lists,
+                                     const WeightsWorkspace& workspace, const WeightsConfig& config) {
+    __shared__ int counts[kDigits];
+    const int passes = config.gate ? kPasses : 1;
+#pragma unroll 1
+    for (int pass = 0; pass < passes; ++pass) {
+        for_each_slice(layout, lists, [&](const Slice& slice) {
+            const CosineScan scan = of_slices(workspace.scans, slice);
+            const int length = slice.tokens.length;
+            if (pass == 0 && slice.leads() && threadIdx.x == 0) {
+                begin_response(scan, length, workspace.responses[slice.response]);
+            }
+            const Inspected response = inspected(scan);
+            if (!config.gate || response.standing != Standing::kWeighted) return;
+            const Tail tail = tail_of(length, response.start, config);
+            const int first = slice.first > tail.first ? slice.first : tail.first;
+            if (tail.top == 0 || first >= slice.last) return;
+            const Search search = search_of(workspace, slice.response, tail, pass);
+            const float* cosines = workspace.weights + slice.tokens.begin + first;
+            for (int i = threadIdx.x; i < kDigits; i += blockDim.x) counts[i] = 0;
+            __syncthreads();
+            count_digits(slice.last - first, [=](int i) { return cosines[i]; }, search, pass, counts);
+            __syncthreads();
+            int* histogram =
+                workspace.histograms + (static_cast<int64_t>(slice.response) * kPasses + pass) * kDigits;
+            for (int i = threadIdx.x; i < kDigits; i += blockDim.x) {
+                if (counts[i] > 0) atomicAdd(&histogram[i], counts[i]);
+            }
+        });
+        grid_sync();
     }
-};
-
-__device__ inline CosineScan warp_reduce(CosineScan scan) {
-    return {warp_reduce(Extremes::of(scan.smallest)).low, warp_min(scan.first), warp_sum(scan.nans),
-            warp_sum(scan.broken)};
 }
 
-// What decides how a block goes on with a response.
-struct Inspected {
-    Standing standing;
-    int start;
-};
+// The last two passes, with a grid barrier between them: w, and its normalised sum.
+__device__ inline void weigh_slices(const Layout& layout, const FocusWorkspace& lists,
+                                    const WeightsWorkspace& workspace, const WeightsConfig& config, float offset) {
+    for_each_slice(layout, lists, [&](const Slice& slice) {
+        const Inspected response = inspected(of_slices(workspace.scans, slice));
+        if (response.standing != Standing::kWeighted) {
+            if (slice.leads() && threadIdx.x == 0) workspace.scores[slice.response] = NAN;
+            return;
+        }
+        const Tail tail = tail_of(slice.tokens.length, response.start, config);
+        float threshold = INFINITY;
+        if (config.gate && tail.top > 0) threshold = search_of(workspace, slice.response, tail, kPasses).found();
+        float* weights = workspace.weights + slice.tokens.begin;
+        Extremes extremes = Extremes::identity();
+        ResponseSums sums = ResponseSums::identity();
+        weigh_tokens(slice.first > response.start ? slice.first : response.start, slice.last, slice.tokens.length,
+                     tail.first, threshold, offset, config, weights, weights, extremes, sums);
+        extremes = block_reduce(extremes);
+        sums = reduce_to_first_warp(sums);
+        if (threadIdx.x == 0) {
+            workspace.extremes[slice.index] = extremes;
+            workspace.sums[slice.index] = sums;
+        }
+    });
+    grid_sync();
+    for_each_slice(layout, lists, [&](const Slice& slice) {
+        ResponseFocus& result = workspace.responses[slice.response];
+        if (result.standing != Standing::kWeighted) return;
+        const int start = result.start;
+        const Extremes extremes = of_slices(workspace.extremes, slice);
+        int64_t normalized = normalized_sum(slice.first > start ? slice.first : start, slice.last,
+                                            workspace.weights + slice.tokens.begin, extremes);
+        normalized = reduce_to_first_warp(Sum<int64_t>{normalized}).value;
+        if (threadIdx.x == 0) workspace.sums[slice.index].normalized = normalized;
+        const auto slices = static_cast<unsigned>(slice.end - slice.begin);
+        if (!is_last_block(workspace.arrived + slice.response, slices) || warp_index() > 0) return;
+        const ResponseSums sums = of_slices(workspace.sums, slice);
+        if (lane_index() > 0) return;
+        finish_response(slice.tokens.length, start, extremes, sums, config, result,
+                        workspace.scores[slice.response]);
+    });
+}
 
-// A block lists the cosines of a response by ordinal, looks whether they can be weighted, and for the smallest one. `cos`
-// is [tokens], or by ordinal already, perhaps the very list.
-template <bool kByOrdinal>
-__device__ Inspected inspect_response(const ResponseTokens& tokens, const float* cos, bool has_image, float* cosines,
-                                      ResponseFocus& result) {
-    CosineScan scan = CosineScan::identity();
-    for_each_loaded<8>(
-        has_image ? tokens.length : 0, [&](int ordinal) { return cos[kByOrdinal ? tokens.begin + ordinal : tokens.token(ordinal)]; },
-        [&](int ordinal, float value) {
-            cosines[ordinal] = value;
-            const bool nan = value != value, signal = is_signal(value);
-            scan.merge({signal ? value : INFINITY, nan ? INT32_MAX : ordinal, nan, !nan && !signal});
-        });
-    scan = block_reduce(scan);
-    // Where all NaNs lead, there are as many as tokens before the first number.
-    const bool broken = scan.broken > 0 || scan.nans > scan.first;
-    const Standing standing = scan.first == INT32_MAX ? Standing::kUnweighted
-                              : broken                ? Standing::kNonfinite
-                                                      : Standing::kWeighted;
-    if (threadIdx.x == 0) {
-        result.standing = standing;
-        result.smallest = standing == Standing::kWeighted ? scan.smallest : INFINITY;
-        result.length = tokens.length;
-        result.start = scan.first;
-        result.gated = 0;
-        result.cos_sum = 0.0;
-        result.late_early = NAN;
-    }
-    return {standing, scan.first};
+// ---- all responses --------------------------------------------------------------------------------------------
+
+// psi of a token of a weighted response (Eq. 8) from its w, which nobody has written before the response's start.
+__device__ inline float intra_weight(float weight, int ordinal, const ResponseFocus& response,
+                                     const WeightsConfig& config) {
+    if (!config.intra || ordinal < response.start) return 0.0f;
+    return min_max_normalized(weight, response.low, response.high) - response.mean;
 }
 
 // The offset of the released score: the smallest cosine of the batch's weighted responses, at most zero.
@@ -187,123 +209,47 @@ __device__ inline float batch_offset(const ResponseFocus* responses, int64_t bat
     return block_reduce(extremes).low;
 }
 
-// Sums over the tokens of a response that see an image.
-struct ResponseSums {
-    int64_t weight;      // WeightsConfig::weight_scale
-    int64_t normalized;  // kUnitScale
-    // Of metrics alone:
-    double cos;
-    double early, late;  // rho of the first and second half
-    int gated;
-
-    __device__ static ResponseSums identity() { return {0, 0, 0.0, 0.0, 0.0, 0}; }
-};
-
-__device__ inline ResponseSums warp_reduce(const ResponseSums& sums) {
-    return {warp_sum(sums.weight), warp_sum(sums.normalized), warp_sum(sums.cos),
-            warp_sum(sums.early),  warp_sum(sums.late),       warp_sum(sums.gated)};
-}
-
-// Mean focus of the second half of a response over that of its first, from `start` on; NaN where it does not count.
-__device__ inline float late_early_ratio(double early_sum, double late_sum, int start, int half, int length) {
-    if (length == half || early_sum <= 0.0) return NAN;
-    return static_cast<float>(late_sum / (length - half) / (early_sum / (half - start)));
-}
-
-// Tokens of a response that a block keeps in shared memory while it weighs them.
-constexpr int kKeptTokens = 8192;
-
-// A block computes w of a response's tokens that see an image, their extremes and normalised mean, and the score (Eq.
-// 5-9). `values` are the cosines by ordinal, and then w; `weights` gets w, too, and may be the same. Tokens before the
-// start are left out.
-__device__ inline void weigh_response(int count, Inspected inspected, float* values, float offset,
-                                      const WeightsConfig& config, float* weights, ResponseFocus& result,
-                                      float& score) {
-    if (inspected.standing != Standing::kWeighted) {
-        if (threadIdx.x == 0) score = NAN;
-        return;
-    }
-    const int start = inspected.start, counted = count - start;
-    const int share = static_cast<int>(tail_first(count, config));
-    const int first = share > start ? share : start, tail = count - first;
-    const int top = static_cast<int>(tail_top_count(tail, config));
-    float threshold = INFINITY;
-    if (config.gate && top > 0) threshold = kth_largest(tail, top, [=](int i) { return values[first + i]; });
-    Extremes extremes = Extremes::identity();
-    ResponseSums sums = ResponseSums::identity();
-    const Ramp ramp = ramp_of(count, config);
-    const int half = (count + 1) / 2;
-    for_each_loaded<4>(
-        counted, [=](int i) { return values[start + i]; },
-        [&](int i, float cos) {
-            const int ordinal = start + i;
-            const bool open = !config.gate || (ordinal >= first && cos >= threshold);
-            const float compensated = open ? compensation(static_cast<float>(ordinal), ramp, config) : 0.0f;
-            const float focus = focus_score(cos, offset, config), weight = compensated_weight(focus, compensated);
-            values[ordinal] = weight;
-            if (weights != values) weights[ordinal] = weight;
-            extremes.merge(Extremes::of(weight));
-            sums.weight += to_fixed(weight, config.weight_scale);
-            sums.cos += cos;
-            sums.early += ordinal < half ? focus : 0.0;
-            sums.late += ordinal < half ? 0.0 : focus;
-            sums.gated += open;
-        });
-    extremes = block_reduce(extremes);
-    for_each_loaded<4>(
-        counted, [=](int i) { return values[start + i]; },
-        [&](int, float weight) {
-            const float normalized = min_max_normalized(weight, extremes.low, extremes.high);
-            sums.normalized += to_fixed(normalized, kUnitScale);
-        });
-    sums = reduce_to_first_warp(sums);
-    if (threadIdx.x == 0) {
-        result.gated = sums.gated;
-        result.low = extremes.low;
-        result.high = extremes.high;
-        result.mean = mean_from_fixed(sums.normalized, kUnitScale, counted);
-        result.cos_sum = sums.cos;
-        result.late_early = late_early_ratio(sums.early, sums.late, start, half, count);
-        score = accumulated_score(sums.weight, sums.normalized, counted, config);
-    }
-}
-
-// psi of a token of a weighted response (Eq. 8) from its w, which nobody has written before the response's start.
-__device__ inline float intra_weight(float weight, int ordinal, const ResponseFocus& response,
-                                     const WeightsConfig& config) {
-    if (!config.intra || ordinal < response.start) return 0.0f;
-    return min_max_normalized(weight, response.low, response.high) - response.mean;
-}
-
-// Weights every response of the batch, a block each, once the tokens are listed and `cos` is complete. The caller puts
-// a grid barrier before it reads another response's results. `has_image(response)` says which responses have an image.
+// Weights every response of the batch once the tokens are listed and `cos` is complete. The caller puts a grid barrier
+// before it reads another response's results. `has_image(response)` says which responses have an image.
 template <bool kByOrdinal, typename HasImage>
 __device__ void weigh_responses(const Layout& layout, const FocusWorkspace& lists, const WeightsWorkspace& workspace,
                                 const float* cos, const WeightsConfig& config, HasImage has_image) {
     __shared__ float kept[kKeptTokens];
     const bool waits = config.needs_batch_offset();
+    const bool slices = workspace.scans != nullptr && any_slice(layout, lists);
     // From one side of the grid barrier to the other a block can keep one response.
     const bool keeps = !waits || layout.batch <= static_cast<int64_t>(gridDim.x);
     float offset = config.score_offset;
 #pragma unroll 1
     for (int round = 0; round <= static_cast<int>(waits); ++round) {
         if (round == 1) {
-            grid_sync();
+            if (!slices) grid_sync();  // slices have had theirs
             offset = batch_offset(workspace.responses, layout.batch);
         }
         for (int64_t response = blockIdx.x; response < layout.batch; response += gridDim.x) {
             const ResponseTokens tokens = response_tokens(layout, lists, response);
+            if (slice_count(tokens.length) > 0) continue;
             ResponseFocus& result = workspace.responses[response];
             float* weights = workspace.weights + tokens.begin;
-            float* values = keeps && tokens.length <= kKeptTokens ? kept : weights;
-            const Inspected inspected =
-                round == 0 ? inspect_response<kByOrdinal>(tokens, cos, has_image(response), values, result)
-                           : Inspected{result.standing, result.start};
-            if (round == 0 && waits) continue;
-            weigh_response(tokens.length, inspected, values, offset, config, weights, result,
-                           workspace.scores[response]);
+            float* values = keeps ? kept : weights;
+            Inspected found;
+            if (round == 0) {
+                const int length = has_image(response) ? tokens.length : 0;
+                const CosineScan scan = scan_cosines<kByOrdinal>(tokens, 0, length, cos, values);
+                if (threadIdx.x == 0) begin_response(scan, tokens.length, result);
+                if (waits) continue;
+                found = inspected(scan);
+            } else {
+                found = {result.standing, result.start};
+            }
+            weigh_response(tokens.length, found, values, offset, config, weights, result, workspace.scores[response]);
         }
+        if (round > 0 || !slices) continue;
+        scan_slices<kByOrdinal>(layout, lists, workspace, cos, has_image);
+        grid_sync();
+        search_slices(layout, lists, workspace, config);
     }
+    if (slices) weigh_slices(layout, lists, workspace, config, offset);
 }
 
 // ---- a group --------------------------------------------------------------------------------------------------
@@ -435,7 +381,10 @@ inline void bind(VisualWeightsArguments& arguments, Arena& arena) {
     arguments.finished = arena.take<unsigned>("finished", 1);
 }
 
-inline int64_t useful_blocks(const VisualWeightsArguments& arguments) { return arguments.layout.batch; }
+inline int64_t useful_blocks(const VisualWeightsArguments& arguments) {
+    const int64_t slices = max_slices(arguments.layout);
+    return slices > arguments.layout.batch ? slices : arguments.layout.batch;
+}
 
 template <int kBlock>
 __global__ void __launch_bounds__(kBlock, 1)
@@ -452,7 +401,9 @@ __global__ void __launch_bounds__(kBlock, 1)
                          psi[token] = w[token] = 0.0f;
                      });
     }
-    __syncthreads();  // a block weighs the responses it has listed
+    // A block weighs the responses it has listed, but for slices.
+    if (arguments.workspace.scans != nullptr) grid_sync();
+    else __syncthreads();
     const bool* has_visual = arguments.has_visual;
     weigh_responses<false>(layout, arguments.lists, arguments.workspace, arguments.cos, config,
                     [=](int64_t response) { return has_visual == nullptr || has_visual[response]; });
@@ -477,7 +428,7 @@ __global__ void __launch_bounds__(kBlock, 1)
                 factors[loaded.token] = weighted ? advantage_factor(intra, phi, config) : 1.0f;
             });
     }
-    if (!is_last_block(arguments.finished) || warp_index() > 0) return;
+    if (!is_last_block(arguments.finished, gridDim.x) || warp_index() > 0) return;
     write_focus_metrics(arguments.workspace.responses, layout.batch, arguments.metrics);
 }
 

@@ -168,6 +168,73 @@ def test_long_responses_are_taken_in_pieces(emulator: Emulator, loss_type: str, 
     assert_close(gradient / unit, slope / unit, name="gradient", floor=4e-6)
 
 
+def long_cosines() -> tuple[Batch, Tensor]:
+    """Responses on both sides of the length beyond which blocks weigh slices, and what their cosines may be."""
+    lengths = (9000, 20, 8193, 8192, 8500, 8400, 10_000)
+    edge = [
+        Response(visual=1, text=0, length=length, holes=length == 9000, group=i % 2) for i, length in enumerate(lengths)
+    ]
+    batch = make_batch(tuple(edge), features=1, packed=True)
+    assert batch.cu_seqlens is not None
+    cos = torch.rand(len(batch.response_mask), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    begins = batch.cu_seqlens.tolist()
+    cos[begins[2] : begins[2] + 1500] = float("nan")  # sees no image at first
+    cos[begins[4] + 5000] = float("nan")  # broken
+    cos[begins[6] : begins[7]] = cos[begins[6] : begins[7]].mul(4).round() / 4  # ties
+    return batch, cos
+
+
+@pytest.mark.parametrize(
+    "preset", [VGPOConfig.paper(), VGPOConfig.released(), VGPOConfig(gate=False)], ids=["paper", "released", "no gate"]
+)
+def test_long_responses_are_weighed_in_slices(
+    emulator: Emulator, preset: VGPOConfig, request: pytest.FixtureRequest
+) -> None:
+    batch, cos = long_cosines()
+    assert batch.cu_seqlens is not None
+    boundaries = batch.cu_seqlens.long()
+    has_visual = torch.arange(len(boundaries) - 1) != 5
+    arguments = (cos, batch.response_mask, batch.group_ids, has_visual, boundaries, preset.as_floats())
+    found = emulator.visual_weights(*arguments)
+    names = ("factors", "psi", "w", "phi", "score", "metrics")
+    assert_matches(found, weights_reference.visual_weights, arguments, names)
+    for shape in (*SHAPES.values(), Shape(blocks=0)):
+        with emulator.launched_as(shape):
+            for name, again, first in zip(names, emulator.visual_weights(*arguments), found, strict=True):
+                # The metrics' order follows the block's size.
+                if name == "metrics" and shape.blocks == 0:
+                    torch.testing.assert_close(again, first, equal_nan=True)
+                else:
+                    assert torch.equal(again.nan_to_num(7.0), first.nan_to_num(7.0)), name
+    if "released" not in request.node.name:  # whose offset is the batch's
+        first = slice(int(boundaries[1]))
+        alone = (cos[first], batch.response_mask[first], batch.group_ids[:1], None, boundaries[:2])
+        _, psi, w, *_ = emulator.visual_weights(*alone, preset.as_floats())
+        assert torch.equal(psi, found[1][first]) and torch.equal(w, found[2][first])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_vgpo_loss_weighs_slices(emulator: Emulator, packed: bool) -> None:
+    edge = (Response(visual=9, length=8300), Response(visual=3, length=40), Response(visual=0, late=8, length=8400))
+    batch = make_batch(edge, features=8, packed=packed)
+    boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.long()
+    terms = (batch.ref_logp, batch.entropy, None, None, None)
+    arguments = (
+        *(batch.hidden, batch.logp, batch.old_logp, batch.advantages, batch.visual_mask, batch.response_mask),
+        *(batch.group_ids, boundaries, None, None, True, *terms),
+        *(VGPOConfig.released().as_floats(), PolicyLossOptions(kl_coef=0.1).as_floats()),
+    )
+    loss, gradient, _, metrics = emulator.vgpo_loss(*arguments)
+    exact, exact_metrics = registry.implementation("vgpo_loss", "reference")(*arguments)
+    assert_close(loss, exact, name="loss", floor=4e-6)
+    assert_close(metrics, exact_metrics, name="metrics", floor=4e-6 * exact_metrics.nan_to_num().max().item())
+    for shape in SHAPES.values():
+        with emulator.launched_as(shape):
+            again = emulator.vgpo_loss(*arguments)
+        assert torch.equal(again[0], loss) and torch.equal(again[1], gradient)
+        assert torch.equal(again[3].nan_to_num(7.0), metrics.nan_to_num(7.0))
+
+
 # ---- hidden states -----------------------------------------------------------------------------------------------
 
 
