@@ -189,11 +189,22 @@ __device__ inline bool any_level(const Level* levels, int64_t batch) {
 
 // ---- phase one: list the rows ---------------------------------------------------------------------------------
 
+// Whether a response begins where none before it reaches. Boundaries that do not rise would make more rows than there
+// are, and nobody has looked at them: such a response is taken as empty. Whole warps call this.
+__device__ inline bool is_in_order(const Layout& layout, int64_t response) {
+    if (layout.cu_seqlens == nullptr) return true;
+    const int64_t begin = layout.boundary(response);
+    bool rises = true;
+    for (int64_t i = lane_index(); i < response; i += kWarpSize) rises &= layout.boundary(i) <= begin;
+    return __all_sync(kAllLanes, rises) != 0;
+}
+
 // A block lists the visual rows of a response.
 template <typename T>
 __device__ void index_image(const FocusInput<T>& input, const FocusWorkspace& workspace, int64_t response) {
-    const int count = compact_mask(input.visual_mask, input.layout.row_begin(response), input.layout.row_end(response),
-                                   workspace.visual_index, [](int64_t) {});
+    const int64_t begin = input.layout.row_begin(response);
+    const int64_t end = is_in_order(input.layout, response) ? input.layout.row_end(response) : begin;
+    const int count = compact_mask(input.visual_mask, begin, end, workspace.visual_index, [](int64_t) {});
     if (threadIdx.x == 0) workspace.visual_count[response] = count;
 }
 
@@ -201,8 +212,9 @@ __device__ void index_image(const FocusInput<T>& input, const FocusWorkspace& wo
 template <typename OffMask>
 __device__ int index_tokens(const Layout& layout, const bool* response_mask, int32_t* token_index,
                             int32_t* token_count, int64_t response, OffMask off_mask) {
-    const int count = compact_mask(response_mask, layout.token_begin(response), layout.token_end(response),
-                                   token_index, off_mask);
+    const int64_t begin = layout.token_begin(response);
+    const int64_t end = is_in_order(layout, response) ? layout.token_end(response) : begin;
+    const int count = compact_mask(response_mask, begin, end, token_index, off_mask);
     if (threadIdx.x == 0) token_count[response] = count;
     return count;
 }

@@ -276,8 +276,15 @@ def test_boundaries_that_lie_cannot_lead_outside(emulator: Emulator) -> None:
     """No value on the device is checked before a launch: kernels clamp, and a wrong call stays inside its arrays."""
     batch = make_batch(EDGES["plain"], packed=True)
     count = len(batch.response_mask)
-    for wrong in ([-5, 10, 20, 10**12, count], [count, 0, count, 3, 0], [0, 0, 0, 0, 2 * count]):
+    everywhere = torch.ones_like(batch.response_mask)
+    for wrong in ([-5, 10, 20, 10**12, count], [count, 0, count, 3, 0], [0, 0, 0, 0, 2 * count], [0, count] * 40):
         boundaries = torch.tensor(wrong)
+        each = torch.zeros(len(wrong) - 1)
+        terms = (everywhere, None, boundaries, None, None, None, None, None)
+        emulator.policy_loss(batch.logp, batch.old_logp, each, *terms, PolicyLossOptions().as_floats())
+        config = VGPOConfig.released().as_floats()
+        emulator.visual_weights(batch.logp, everywhere, each.long(), None, boundaries, config)
+        emulator.visual_prototype(batch.hidden, everywhere, boundaries, False)
         for causal in (False, True):
             given = (batch.hidden, batch.visual_mask, batch.response_mask, boundaries, None, None, causal)
             emulator.visual_focus(*given)
