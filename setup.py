@@ -172,6 +172,19 @@ def write_digest(folder: str) -> str:
     return str(path)
 
 
+def shared_cxx_runtime() -> list[str]:
+    """File of the C++ library that torch shares, so that the extension uses no other, whatever the linker would take.
+
+    Some toolchains link it statically. Of two copies in a process one does not know what the other has set up: there,
+    the first message of an error with a number in it took the process down.
+    """
+    if sys.platform != "linux":
+        return []
+    command = [*shlex.split(os.environ.get("CXX") or "c++"), "-print-file-name=libstdc++.so.6"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return [found] if os.path.isfile(found) else []  # a bare name where the compiler has none
+
+
 def configure(extension: Extension, target: str, build_folder: str) -> str:
     """Give the extension the sources and flags of a target; return what the target is, in words.
 
@@ -208,6 +221,7 @@ def configure(extension: Extension, target: str, build_folder: str) -> str:
     extension.library_dirs = known.library_dirs
     extension.runtime_library_dirs = known.runtime_library_dirs
     extension.libraries = known.libraries
+    extension.extra_objects = shared_cxx_runtime()
     extension.language = "c++"
     extension.depends = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("csrc/**/*.*h"))]
     extension.extra_compile_args = {

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -76,6 +77,7 @@ def _verl() -> Callable[..., Values]:
     (root,) = find_spec("verl").submodule_search_locations
     for name in ("verl", "verl.utils"):
         package = ModuleType(name)
+        package.__spec__ = ModuleSpec(name, None, is_package=True)
         package.__path__ = [os.path.join(os.path.dirname(root), *name.split("."))]
         sys.modules.setdefault(name, package)
     return import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy

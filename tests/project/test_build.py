@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -379,6 +380,20 @@ def test_the_reason_for_not_building_more(
     monkeypatch.setitem(setup_module.why_no_cpu.__globals__, "sources", lambda folder, suffix: ["one.cpp"])
     found = setup_module.Torch(version, cuda)
     assert expected == (setup_module.why_no_cpu(found) or setup_module.why_no_cuda(found))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is one C++ library")
+def test_no_other_cxx_library_than_torchs_is_linked(setup_module: Any, tmp_path: Path) -> None:
+    """Also by a compiler that is told to link it statically."""
+    (tmp_path / "say.cpp").write_text("#include <sstream>\nvoid say(std::ostream& out, double it) { out << it; }\n")
+    compiler = [*shlex.split(os.environ.get("CXX") or "c++"), "-static-libstdc++"]
+    runtime = setup_module.shared_cxx_runtime()
+    subprocess.run([*compiler, "-fPIC", "-c", "say.cpp"], cwd=tmp_path, check=True)
+    needs = {}
+    for name, extra in {"plain.so": [], "shared.so": runtime}.items():
+        subprocess.run([*compiler, "-shared", "say.o", *extra, "-o", name], cwd=tmp_path, check=True)
+        needs[name] = b"libstdc++.so.6" in (tmp_path / name).read_bytes()
+    assert needs == {"plain.so": False, "shared.so": True}
 
 
 def test_without_torch_the_advice_is_to_install_it(setup_module: Any) -> None:
