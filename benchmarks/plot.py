@@ -95,8 +95,11 @@ def read_cases(table: Path) -> list[Case]:
     if last is None:
         return []
     drawn = [case for case in cases.values() if case.ours_name is not None and case.device == last.device]
-    for case in drawn:  # ours first, whichever was measured first
-        case.ms = dict(sorted(case.ms.items(), key=lambda item: item[0].split(",")[0] not in OURS))
+    for (
+        case
+    ) in drawn:  # ours first, whichever was measured first; beside a bar of a hundred times its length none shows
+        shown = [(name, ms) for name, ms in case.ms.items() if ms < 100 * case.ours]
+        case.ms = dict(sorted(shown, key=lambda item: item[0].split(",")[0] not in OURS))
     return drawn
 
 
@@ -175,12 +178,15 @@ def picture(cases: Sequence[Case], columns: int) -> str:
 
 
 def chosen(cases: Iterable[Case]) -> list[Case]:
-    """Return one case of each operator: float32 where it was measured, and of those the one with most work."""
+    """Return one case of each operator: float32 where it was measured, then that with most peers, then the largest."""
+
+    def rank(case: Case) -> tuple[object, ...]:
+        return case.dtype == "float32", len(case.ms), case.work
+
     best: dict[str, Case] = {}
     for case in cases:
         other = best.get(case.op)
-        rank = (case.dtype == "float32", case.work)
-        if other is None or rank > (other.dtype == "float32", other.work):
+        if other is None or rank(case) > rank(other):
             best[case.op] = case
     return list(best.values())
 
