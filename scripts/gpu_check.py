@@ -40,8 +40,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from benchmarks import measure  # noqa: E402
 
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-COUNTED = ("visual_focus", "vgpo_loss", "attention_mass", "attention_mass and its gradient", "linear_logprob")
-SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis")
+COUNTED = ("vgpo_loss", "visual_weights", "attention_mass", "attention_mass and its gradient", "linear_logprob")
+SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
 KERNELS = r"regex:^(visual|vgpo|policy|group|causal|attention|head)_\w*kernel"
 
 
@@ -153,7 +153,7 @@ def counters(ours: str, out: Path, dry: bool) -> Stage:
     command += [sys.executable, ROOT / "benchmarks" / "gpu.py", "--once", "--ops", *COUNTED]
     command += ["--sizes", "first", "--backends", ours]
     missing = "" if program and not dry else "there is no ncu"
-    return Stage("counters", command, 60, 20, ("small cases",), alone=True, missing=missing)
+    return Stage("counters", command, 90, 40, ("small cases",), alone=True, missing=missing)
 
 
 class Runner:
