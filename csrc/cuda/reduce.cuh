@@ -20,9 +20,9 @@ constexpr int kWarpSize = 32;
 constexpr int kMaxWarps = 32;  // of a block
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The shape of every cooperative launch. One block of 512 threads per multiprocessor leaves a thread 128 registers: enough to keep
-// eight 16-byte loads on their way, and few blocks make the grid's barriers quick. Kernels without a type to be
-// templates over are templates over it: a header may not define an ordinary kernel.
+// The shape of every cooperative launch. One block of 512 threads per multiprocessor leaves a thread 128 registers:
+// enough to keep eight 16-byte loads on their way, and few blocks make the grid's barriers quick. Kernels without a type
+// to be templates over are templates over it: a header may not define an ordinary kernel.
 constexpr int kThreads = 512;
 
 __device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
@@ -220,8 +220,9 @@ __device__ inline bool is_last_block(unsigned* arrived, unsigned blocks) {
 
 // ---- ragged work ----------------------------------------------------------------------------------------------
 
-// Numbers the items of all responses consecutively and finds the response that an item belongs to. Items must be
-// sought in rising order: a warp that strides through them passes over the responses once. Items are counted in 32 bits
+// Numbers the items of all responses consecutively and finds the response that an item belongs to. Whole warps call it,
+// with one item for all lanes; items must be sought in rising order. A warp looks at 31 responses at a time, a lane at
+// each: one after the other they would take longer than the work, where a batch is large. Items are counted in 32 bits
 // (an item is several rows of a hidden state: two thousand million of them do not fit any device), offsets in 64.
 template <typename Size>
 class RaggedCursor {
@@ -231,21 +232,20 @@ class RaggedCursor {
 
     // False when there are fewer items.
     __device__ bool seek(int item) {
-        while (item >= end_) {
-            if (++response_ >= batch_) return false;
-            begin_ = end_;
-            end_ += size_(response_);
+        unsigned behind = 0;
+        while ((behind = __ballot_sync(kAllLanes, ends_ > item)) == 0) {
+            if (window_ + kWindow >= batch_) return false;
+            look_at(window_ + kWindow);
         }
+        items_before(window_ + __ffs(static_cast<int>(behind)) - 2);
         return true;
     }
 
     // The number of items of all responses before `response`, which must not fall from call to call.
     __device__ int items_before(int response) {
-        while (response_ < response) {
-            ++response_;
-            begin_ = end_;
-            end_ += size_(response_);
-        }
+        while (response >= window_ + kWindow) look_at(window_ + kWindow);
+        response_ = response;
+        begin_ = __shfl_sync(kAllLanes, ends_, response - window_);
         return begin_;
     }
 
@@ -253,11 +253,20 @@ class RaggedCursor {
     __device__ int begin() const { return begin_; }
 
    private:
+    static constexpr int kWindow = kWarpSize - 1;
+
+    __device__ void look_at(int window) {
+        const int response = window + lane_index() - 1, before = __shfl_sync(kAllLanes, ends_, kWindow);
+        window_ = window;
+        ends_ = warp_inclusive_sum(lane_index() == 0 ? before : response < batch_ ? size_(response) : 0);
+    }
+
     int batch_;
     Size size_;
+    int window_ = -kWindow;  // first response of those looked at
+    int ends_ = 0;           // of lane i, of all responses before number window_ + i
     int response_ = -1;
     int begin_ = 0;
-    int end_ = 0;
 };
 
 template <typename Size>

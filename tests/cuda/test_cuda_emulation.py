@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_luspo_vespo
@@ -23,7 +24,7 @@ from emulation.serving import adopt
 from tolerance import assert_close, assert_matches
 from torch import Tensor
 
-from vgpo_kernels import VGPOConfig
+from vgpo_kernels import VGPOConfig, backends
 from vgpo_kernels.config import PolicyLossOptions
 from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import visual_focus as reference
@@ -113,6 +114,28 @@ def test_launches_as_on_a_gpu(emulator: Emulator, packed: bool) -> None:
         again = call_everything(emulator, *arguments)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
+
+
+class OnTheCpu:
+    """The CPU's operators, called like the emulator's."""
+
+    def __getattr__(self, name: str) -> Any:
+        return registry.implementation(name, "cpp")
+
+
+@pytest.mark.skipif(not backends.describe()["built"]["cpp"], reason="needs the CPU's operators to compare with")
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_more_responses_than_a_warp_looks_at_together(emulator: Emulator, packed: bool) -> None:
+    """Empty ones, too, where the warp goes on to the next 31, and at the end."""
+    lengths = [0 if index in (30, 31, 32, 61, 62, 69) else index * 7 % 11 for index in range(70)]
+    many = tuple(Response(visual=i % 4, length=length, group=i // 4) for i, length in enumerate(lengths))
+    batch = make_batch(many, packed=packed, features=24)
+    arguments = (batch, VGPOConfig.paper(), PolicyLossOptions(loss_type="gspo", kl_coef=0.1, entropy_coef=0.1))
+    expected = call_everything(OnTheCpu(), *arguments)  # type: ignore[arg-type]
+    for shape in (Shape(blocks=2, threads=64), Shape(blocks=0)):
+        with emulator.launched_as(shape):
+            found = call_everything(emulator, *arguments)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("threads", [32, 96, 512])
