@@ -42,6 +42,7 @@ from benchmarks.measure import Case, Op, Run, Setting, Speed  # noqa: E402
 from vgpo_kernels import backend, backends  # noqa: E402
 
 INPUT_SETS = 3
+ROUNDS = 15  # of ops that take turns with their peers
 CALLS = 21  # in a graph: launching it must not show
 SLOW = 0.2  # seconds: such a call is timed once more, and its launches are not counted
 LIMIT = 300  # seconds that an op may take on all its sizes and backends
@@ -85,6 +86,14 @@ def seconds_in_graph(runs: Sequence[Run], device: torch.device, repeats: int) ->
             all_of_them()
         replay = graph.replay
     return [seconds / calls for seconds in seconds_on_device(replay, device, repeats)]
+
+
+def seconds_in_turn(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[float]]:
+    """Times of single calls on the device, each run once a round, after a round that warms up."""
+    for run in runs:
+        run()
+    times = [[measure.seconds_of(run, device) for run in runs] for _ in range(rounds)]
+    return [list(of_one) for of_one in zip(*times, strict=True)]
 
 
 def count_launches(run: Run, device: torch.device) -> int | None:
@@ -147,9 +156,12 @@ class Bench:
                     self.failures.append(f"{op.name}, {size}: not measured, the time is up")
                     break
                 setting = Setting(op, size, op.dtypes[-1], self.device)
-                self.call_once(setting) if self.options.once else self.measure_at(
-                    setting, size in (op.gpu[0], op.small)
-                )
+                if self.options.once:
+                    self.call_once(setting)
+                elif op.in_turn:
+                    self.measure_in_turn(setting)
+                else:
+                    self.measure_at(setting, size in (op.gpu[0], op.small))
         return self.failures
 
     def call_once(self, setting: Setting) -> None:
@@ -182,6 +194,18 @@ class Bench:
             self.attempt(setting, cases[0], name, peer.run, measure.LOOSE if peer.same else None, in_graph)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def measure_in_turn(self, setting: Setting) -> None:
+        """Measure an op and its peers round by round, by the first backend; neither without the other."""
+        if self.options.no_peers or not self.options.backends:
+            return
+        case, name = setting.case(), self.options.backends[0]
+        runs = {name: case.run} | {other: peer.run for other, peer in case.peers.items()}
+        with backend(name):
+            rounds = seconds_in_turn(list(runs.values()), self.device, 3 if self.trial else ROUNDS)
+            for (implementation, run), seconds in zip(runs.items(), rounds, strict=True):
+                bound = measure.TIGHT if implementation == name else None
+                self.attempt(setting, case, implementation, run, bound, lambda *_, seconds=seconds: seconds)
 
     def attempt(
         self,

@@ -92,9 +92,9 @@ def stages(options: argparse.Namespace) -> Iterator[Stage]:
     small = [python, ROOT / "scripts" / "gpu_small_cases.py", *trial]
     few = ["--ops", "visual_focus", "visual_weights", "attention_mass"] if dry else []
 
-    def timed(name: str, seconds: float, *arguments: str) -> Stage:
+    def timed(name: str, seconds: float, *arguments: str, missing: str = "") -> Stage:
         command = [*bench, "--seconds", str(seconds - 5), *few, *arguments]
-        return Stage(name, command, seconds, 20, after=("small cases",), alone=True)
+        return Stage(name, command, seconds, 20, after=("small cases",), alone=True, missing=missing)
 
     def peers(name: str, seconds: float, of_heads: bool) -> Stage:
         chosen = [op.name for op in measure.all_ops() if op.name.startswith("linear") == of_heads]
@@ -137,6 +137,8 @@ def stages(options: argparse.Namespace) -> Iterator[Stage]:
     yield sanitized("memcheck", 150)
     yield sanitized("racecheck", 150)
     yield timed("triton timings", 70, "--backends", "cpp" if dry else "triton", "--no-peers", "--sizes", "first")
+    steps = [op.name for op in measure.all_ops() if op.in_turn and op.gpu]
+    yield timed("training step", 150, "--backends", ours, "--ops", *steps, missing="" if steps else "there is no TRL")
     yield counters(ours, out, dry)
     if not dry:
         yield peers("head peers", 150, of_heads=True)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import gpu, measure, plot
+from benchmarks import bench_training_step, gpu, measure, plot
 from benchmarks.measure import append_csv
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -164,6 +164,15 @@ def test_figures_in_the_readme_are_in_the_pictures_alone() -> None:
     assert not re.findall(r"\d ?(?:ms|\N{MICRO SIGN}s|GB/s|GFLOP/s|%|x longer|times faster)", prose)
 
 
+STEPS = {
+    "TRL's GRPOTrainer",
+    "VGPOTrainer without VGPO",
+    "VGPO in a pass of its own",
+    "VGPO by attention",
+    "TRL's GRPOTrainer with old log-probs",
+    "VGPOTrainer without VGPO, with old log-probs",
+    "VGPO with old log-probs",
+}
 # What the command for GPUs measured beside each op before its declaration was shared with the CPU.
 MEASURED_ON_GPUS = {
     "visual_prototype": {"PyTorch", "torch.compile"},
@@ -186,6 +195,8 @@ MEASURED_ON_GPUS = {
     "linear_logprob": {"PyTorch", "torch.compile", "products alone"},
     "linear_logprob and its gradient": {"PyTorch", "torch.compile", "products alone"},
     "linear_policy_loss and its gradient": {"PyTorch", "products alone"},
+    "training step": STEPS,
+    "training step at 7B's widths": STEPS,
 }
 
 
@@ -239,3 +250,42 @@ def test_a_wrong_result_gets_no_row(tmp_path: Path, capsys: pytest.CaptureFixtur
     with table.open(newline="") as file:
         found = [row["implementation"] for row in csv.DictReader(file) if row["op"] == "one"]
     assert found == ["cpp", "cpp, host", "right", "other"]
+
+
+def step_rows(size: object, base: float) -> list[dict[str, object]]:
+    """Rows of a training step of made-up times: TRL's, half of it for our head, and 3 ms and 1 MiB more for VGPO."""
+    make = {"op": "training step", "shape": str(size), "dtype": "bfloat16", "device": "gpu"}
+    times = {
+        "cuda": (base / 2 + 3, 11.0),
+        bench_training_step.TRL: (base, 20.0),
+        bench_training_step.SAME_HEAD: (base / 2, 10.0),
+        "ceiling: product": (1.0, None),
+    }
+    return [
+        asdict(rows()[0]) | make | {"implementation": name, "median_ms": ms, "peak_mib": mib}
+        for name, (ms, mib) in times.items()
+    ]
+
+
+def test_the_share_of_vgpo_follows_from_rows_and_is_extrapolated_in_depth(tmp_path: Path) -> None:
+    table = tmp_path / "gpu.csv"
+    deep, shallow = bench_training_step.GPU_SIZES
+    write(table, step_rows(deep, 100.0))
+    measured = bench_training_step.read_steps(table)
+    (share,) = bench_training_step.shares(measured[0])
+    assert share == ("the loss", pytest.approx(-0.47), pytest.approx(0.06), 1.0)
+    assert bench_training_step.extrapolated(measured) is None  # from one depth nothing follows
+    write(table, step_rows(deep, 100.0), step_rows(shallow, 60.0))
+    measured = bench_training_step.read_steps(table)
+    whole = bench_training_step.extrapolated(measured)
+    assert whole is not None and list(whole.ms.values()) == [293.0, 580.0, 290.0]  # 20 and 10 ms a layer
+    *_, last = bench_training_step.table_of(measured)
+    assert "28 layers, EXTRAPOLATED from 2 and 4" in last and "| -49.48 % | +1.03 % |" in last
+
+
+def test_what_takes_turns_is_run_once_a_round() -> None:
+    calls: list[str] = []
+    runs = [lambda name=name: calls.append(name) for name in ("ours", "peer")]
+    times = gpu.seconds_in_turn(runs, torch.device("cpu"), 3)
+    assert [len(of_one) for of_one in times] == [3, 3]
+    assert calls == ["ours", "peer"] * 4  # the first round warms up
