@@ -65,15 +65,16 @@ def command(nvcc: str, output: Path) -> list[str]:
     ]
 
 
-def compile_kernels(nvcc: str) -> str:
-    """Compile every kernel; return what ptxas reports.
+def compile_kernels(nvcc: str, output: Path | None = None) -> str:
+    """Compile every kernel, into the file ``output`` if one is given; return what ptxas reports.
 
     Raises:
         RuntimeError: A kernel does not compile without a warning.
 
     """
     with tempfile.TemporaryDirectory() as folder:
-        result = subprocess.run(command(nvcc, Path(folder) / "kernels.o"), capture_output=True, text=True, check=False)
+        into = output or Path(folder) / "kernels.o"
+        result = subprocess.run(command(nvcc, into), capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"CUDA kernels do not compile:\n{result.stdout}{result.stderr}")
     return result.stdout + result.stderr

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from load_script import load_script
+from compiled import CUDA, ROOT, compile_kernels, cuda_resources, kernel_sources, once, require_nvcc
 from torch.utils import cpp_extension
-
-ROOT = Path(__file__).resolve().parents[2]
-CUDA = ROOT / "csrc" / "cuda"
-CACHE = ROOT / "build" / "nvcc"
-
 
 # Every kernel, and the threads of its block.
 THREADS = {
@@ -28,50 +21,13 @@ THREADS = {
 }
 
 
-cuda_resources = load_script("cuda_resources")
-
-
 @pytest.fixture(scope="module")
 def nvcc() -> str:
-    """Nvcc's path; without one, or with one that is too old for an architecture, the checks skip, but not in CI."""
-    found = cuda_resources.find_nvcc()
-    reason = ""
-    if found is None:
-        reason = "there is no nvcc"
-    elif tuple(map(int, cuda_resources.release(found).split("."))) < (12, 8):
-        reason = f"nvcc {cuda_resources.release(found)} does not know sm_100"
-    if reason and os.environ.get("VGPO_REQUIRE_NVCC") == "1":
-        pytest.fail(f"{reason}, and VGPO_REQUIRE_NVCC=1 forbids to skip")
-    if reason:
-        pytest.skip(reason)
-    return found
-
-
-def once(name: str, key: str, sources: list[Path], make: object) -> str:
-    """Return ``make()``, kept from an earlier run where neither the sources nor the key have changed."""
-    assert callable(make)
-    digest = hashlib.sha256(key.encode())
-    for source in sorted(sources):
-        digest.update(source.name.encode() + source.read_bytes())
-    kept = CACHE / f"{name}-{digest.hexdigest()[:16]}.txt"
-    if not kept.exists():
-        result = make()
-        CACHE.mkdir(parents=True, exist_ok=True)
-        for stale in CACHE.glob(f"{name}-*.txt"):
-            stale.unlink()
-        kept.write_text(result)
-    return kept.read_text()
-
-
-def kernel_sources() -> list[Path]:
-    return [*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *ROOT.glob("csrc/*.h"), cuda_resources.SOURCE]
+    return require_nvcc()
 
 
 def test_kernels_compile_without_warnings_or_spills(nvcc: str) -> None:
-    command = cuda_resources.command(nvcc, Path("kernels.o"))
-    key = " ".join(command) + cuda_resources.release(nvcc)
-    report = once("kernels", key, kernel_sources(), lambda: cuda_resources.compile_kernels(nvcc))
-    rows = cuda_resources.parse(report, cuda_resources.release(nvcc))
+    rows = cuda_resources.parse(compile_kernels(nvcc).read_text(), cuda_resources.release(nvcc))
     architectures = {row.architecture for row in rows}
     assert architectures == {f"sm_{number}" for number in cuda_resources.ARCHITECTURES}
     assert {row.kernel for row in rows} == set(THREADS)
@@ -118,10 +74,10 @@ def test_bindings_compile(nvcc: str, tmp_path: Path) -> None:
         *("-c", str(together), "-o", str(tmp_path / "bindings.o")),
     ]
 
-    def build() -> str:
+    def build(_: Path) -> str:
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
         return "compiled"
 
     key = " ".join(command[:-3]) + torch.__version__ + cuda_resources.release(nvcc)
-    assert once("bindings", key, [*kernel_sources(), *bindings], build) == "compiled"
+    assert once("bindings", key, [*kernel_sources(), *bindings], build).read_text() == "compiled"
