@@ -106,10 +106,10 @@ def test_logits_are_read_in_batches(name: str, element: str) -> None:
     assert path.number(*COMPARES) <= compares + 2
     assert path.guarded_products == 0, GUARDED
     assert path.branches <= {"head_statistics": 3, "head_gradient": 4}[name]
-    assert len(path) <= {"Li256E": 281, "float32": 350}.get(element, 333) * SLACK
     if name == "head_gradient":
         width = "128" if element == "float32" else "64"
         assert path.number(f"STG.{width}") == path.number("STG") == 4, "gradients should leave in whole vectors"
+    assert len(path) <= {"Li256E": 281, "float32": 350}.get(element, 333) * SLACK
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,8 @@ def test_tiles_of_attention(name: tuple[str, str], size: int, element: str) -> N
     assert path.number("HMMA") == expected.products[size]
     assert path.number("MUFU.EX2") == expected.exponentials
     assert path.number("LDGSTS.128") == path.number("LDGSTS") == size // 16, "copies should be 16 bytes wide"
+    # A gradient needs the streamed rows as the right operand of two products; own rows stay in registers.
+    assert path.number("LDSM") <= (size // 2 if "gradient" in name[0] else size // 4), "own rows are loaded again"
     assert loop.instructions.guarded_products == 0, GUARDED
     assert loop.instructions.number("CALL") == 0
 
