@@ -78,7 +78,7 @@ class StepSize(NamedTuple):
 # 7B's widths, and the same proportions at a fourteenth of them for CPUs: heads of 64 instead of 128.
 WIDTHS_OF_7B = (3584, 18944, 28, 4, 152064, 1280, 3420, 16)
 GPU_SIZES = tuple(StepSize(4, 1024, 1024, layers, *WIDTHS_OF_7B) for layers in (4, 2))
-CPU_SIZE = StepSize(4, 64, 128, 2, 256, 1376, 4, 1, 10880, 128, 344, 2)
+CPU_SIZE = StepSize(4, 36, 64, 2, 256, 1376, 4, 1, 10880, 128, 344, 2)
 SMALL_SIZE = StepSize(4, 16, 24, 1, 64, 128, 1, 1, 256, 32, 64, 1)
 
 
