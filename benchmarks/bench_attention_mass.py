@@ -158,8 +158,9 @@ def attention_case(
         whole = {
             "flash attention": lambda: gpu_peers.flash_attention(q, k, v),
             "flash attention, all keys": lambda: gpu_peers.flash_attention(every, k, v),
-            "cuDNN attention, all keys": gpu_peers.cudnn_attention(every, k, v),
         }
+        if device.type == "cuda":  # on a CPU, where a dry run calls peers, torch has the others alone
+            whole["cuDNN attention, all keys"] = gpu_peers.cudnn_attention(every, k, v)
         peers |= {name: Peer(attend, same=False, gpu_only=True) for name, attend in whole.items()}
     if gradient:
         inputs = (*leaves, v.clone().requires_grad_())
