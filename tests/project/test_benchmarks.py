@@ -173,7 +173,7 @@ STEPS = {
     "VGPOTrainer without VGPO, with old log-probs",
     "VGPO with old log-probs",
 }
-# What the command for GPUs measured beside each op before its declaration was shared with the CPU.
+# What a dry run of the command for GPUs measures beside each op at least.
 MEASURED_ON_GPUS = {
     "visual_prototype": {"PyTorch", "torch.compile"},
     "visual_focus": {"PyTorch in fp32", "torch.compile in fp32", "token loop"},
