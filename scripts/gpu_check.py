@@ -2,7 +2,7 @@
 
     python scripts/gpu_check.py [--minutes 8] [--out FOLDER] [--stages NAME ...] [--skip NAME ...]
     python scripts/gpu_check.py --plan        # the stages with their seconds
-    python scripts/gpu_check.py --dry-run     # every stage on a CPU, at small sizes, to try the command itself
+    python scripts/gpu_check.py --dry-run     # on a CPU, at small sizes, to try the command itself
 
 The Python that runs it must have torch for CUDA; pytest, pytest-xdist and nvcc serve some of the stages. Rows, logs and
 reports are in the folder as soon as they exist, so a run that is killed has lost nothing:
@@ -90,16 +90,16 @@ def stages(options: argparse.Namespace) -> Iterator[Stage]:
     ours = "cpp" if dry else "cuda"
     bench = [python, ROOT / "benchmarks" / "gpu.py", "--table", out / "rows.csv", *trial]
     small = [python, ROOT / "scripts" / "gpu_small_cases.py", *trial]
-    few = ["--ops", "visual_focus", "visual_weights", "attention_mass"] if dry else []
+    small_ops = ["--ops", "visual_focus", "visual_weights", "attention_mass"] if dry else []
 
     def timed(name: str, seconds: float, *arguments: str, missing: str = "") -> Stage:
-        command = [*bench, "--seconds", str(seconds - 5), *few, *arguments]
+        command = [*bench, "--seconds", str(seconds - 5), *small_ops, *arguments]
         return Stage(name, command, seconds, 20, after=("small cases",), alone=True, missing=missing)
 
     def peers(name: str, seconds: float, of_heads: bool) -> Stage:
         chosen = [op.name for op in measure.all_ops() if op.name.startswith("linear") == of_heads]
         command = [*bench, "--seconds", str(seconds - 20), "--only-peers", "--sizes", "first"]
-        return Stage(name, [*command, *(few or ["--ops", *chosen])], seconds, 20, alone=of_heads)
+        return Stage(name, [*command, *(small_ops or ["--ops", *chosen])], seconds, 20, alone=of_heads)
 
     def tests(name: str, backend: str, seconds: float, *chosen: str | Path) -> Stage:
         workers = 2 if dry else min(12, os.cpu_count() or 1)
@@ -136,14 +136,15 @@ def stages(options: argparse.Namespace) -> Iterator[Stage]:
     )
     yield sanitized("memcheck", 150)
     yield sanitized("racecheck", 150)
-    yield timed("triton timings", 70, "--backends", "cpp" if dry else "triton", "--no-peers", "--sizes", "first")
     steps = [op.name for op in measure.all_ops() if op.in_turn and op.gpu]
+    if not dry:  # where it would be the stages above once more
+        yield timed("triton timings", 70, "--backends", "triton", "--no-peers", "--sizes", "first")
     yield timed("training step", 150, "--backends", ours, "--ops", *steps, missing="" if steps else "there is no TRL")
     yield counters(ours, out, dry)
     if not dry:
         yield peers("head peers", 150, of_heads=True)
-    few_tests = [weights] if dry else ["tests/ops/test_conformance.py", "tests/ops/test_visibility.py"]
-    yield tests("triton tests", "cpp" if dry else "triton", 120, *few_tests)
+        few = ["tests/ops/test_conformance.py", "tests/ops/test_visibility.py"]
+        yield tests("triton tests", "triton", 120, *few)
 
 
 def counters(ours: str, out: Path, dry: bool) -> Stage:
