@@ -26,6 +26,7 @@ def nvcc() -> str:
     return require_nvcc()
 
 
+@pytest.mark.slow
 def test_kernels_compile_without_warnings_or_spills(nvcc: str) -> None:
     rows = cuda_resources.parse(compile_kernels(nvcc).read_text(), cuda_resources.release(nvcc))
     architectures = {row.architecture for row in rows}

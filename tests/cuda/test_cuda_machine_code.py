@@ -13,6 +13,8 @@ import pytest
 from compiled import cuda_resources, machine_code, require_nvcc, skip
 from machine_code import COMPARES, Instruction, Kernel, Loop, Path, texts
 
+pytestmark = pytest.mark.slow  # the kernels are compiled first
+
 RELEASE = "13.0"  # whose code the limits are taken from
 SLACK = 1.05  # instructions of a tile may be so many times as recorded
 
