@@ -71,10 +71,6 @@ def said(*command: str | Path) -> str:
     return result.stdout if result.returncode == 0 else ""
 
 
-def has(module: str) -> bool:
-    return bool(said(sys.executable, "-c", f"import {module}; print(1)"))
-
-
 def is_built() -> bool:
     """Whether an extension with CUDA kernels of these sources is there; asked in a process of its own."""
     code = "from vgpo_kernels import backends; print(backends.describe()['built']['cuda'])"
@@ -105,11 +101,11 @@ def stages(options: argparse.Namespace) -> Iterator[Stage]:
         workers = 2 if dry else min(12, os.cpu_count() or 1)
         command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", "--tb=short"]
         command += ["--durations=0", "--durations-min=3", f"--junitxml={out / name.replace(' ', '_')}.xml"]
-        command += ["-n", str(workers), "--dist", "worksteal"] if has("xdist") else []
-        command += ["--timeout=90", "--timeout-method=thread"] if has("pytest_timeout") else []
+        command += ["-n", str(workers), "--dist", "worksteal"] if measure.installed("xdist") else []
+        command += ["--timeout=90", "--timeout-method=thread"] if measure.installed("pytest_timeout") else []
         environment = {"VGPO_TEST_BACKENDS": backend, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
         environment["VGPO_TEST_FAILURES"] = str(out / "failures.txt")
-        missing = "" if has("pytest") else "there is no pytest"
+        missing = "" if measure.installed("pytest") else "there is no pytest"
         return Stage(name, [*command, *chosen], seconds, 10, ("small cases",), environment=environment, missing=missing)
 
     def sanitized(name: str, seconds: float) -> Stage:

@@ -351,9 +351,8 @@ def _backward(ctx: Any, needed: set[str], grad_loss: Tensor | None, *_: Tensor |
     # A gradient that no later backward pass will ask for again is scaled in place: a second one of the weight's size
     # would be the largest tensor of the step. (Compilers, which see no plain tensors, place memory. And a batch of
     # gradients has no room in the memory of one.)
-    batched = _is_batched(grad_loss)
     keeps = torch._C._autograd._get_current_graph_task_keep_graph()
-    in_place = type(grad_loss) is Tensor and not keeps and not batched
+    in_place = type(grad_loss) is Tensor and not keeps and not _is_batched(grad_loss)
 
     # Of one dimension: on a GPU, and under vmap, a factor of none would be rounded to the gradient's dtype.
     factor = grad_loss.reshape(1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +95,7 @@ def chunk_elements(chunk_bytes: int, rows: int, weight: Tensor, shares: Mapping[
     return max(chunk_bytes // 4, 1)
 
 
+@lru_cache
 def whole_waves(most: int, rows: int, vocabulary: int, multiprocessors: int) -> int:
     """Return how many columns a GPU's chunks should have, up to ``most``, so that few multiprocessors stay idle.
 
