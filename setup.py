@@ -206,8 +206,10 @@ def configure(extension: Extension, target: str, build_folder: str) -> str:
     if target == "cuda":
         description = f"its CPU and CUDA kernels ({choose_architectures(torch)})"
         files += sources("cuda", ".cu")
-        cxx.append("-DVGPO_HAS_CUDA")
-        nvcc.append("-DVGPO_HAS_CUDA")
+        architectures = architecture_flags()
+        defined = ["-DVGPO_HAS_CUDA", *(["-DVGPO_HOPPER"] if any("sm_90a" in flag for flag in architectures) else [])]
+        cxx += defined
+        nvcc += defined + architectures
     # torch knows the folders and libraries. Its headers become system headers: only our own code can warn.
     known = (CUDAExtension if target == "cuda" else CppExtension)(extension.name, files)
     system = [flag for path in known.include_dirs for flag in ("-isystem", path)]
@@ -241,6 +243,18 @@ def choose_architectures(torch) -> str:
         own = ";".join(f"{major}.{minor}" for major, minor in capabilities)
         os.environ["TORCH_CUDA_ARCH_LIST"] = f"{own}+PTX" if own else DEFAULT_ARCHITECTURES
     return os.environ["TORCH_CUDA_ARCH_LIST"]
+
+
+def architecture_flags() -> list[str]:
+    """Flags of nvcc for TORCH_CUDA_ARCH_LIST, with all instructions of a Hopper GPU where 9.0 is one of them.
+
+    Only sm_90a has them, and such machine code runs on Hopper alone, as that of sm_90 does. PTX is left as it is: later
+    GPUs take no other. torch adds no flags where these stand.
+    """
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    hopper = "arch=compute_90,code=sm_90"
+    return [flag.replace(hopper, "arch=compute_90a,code=sm_90a") for flag in _get_cuda_arch_flags()]
 
 
 class BuildExtension(build_ext):

@@ -12,6 +12,9 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "settings.h"
+#ifdef VGPO_HAS_CUDA
+#include "cuda/head_tiles.h"
+#endif
 
 // Defined in a source that setup.py writes: what follows the colon is a digest of all sources, which vgpo_kernels
 // compares with those beside it before it loads the extension.
@@ -23,6 +26,13 @@ namespace {
 
 constexpr bool kHasCuda =
 #ifdef VGPO_HAS_CUDA
+    true;
+#else
+    false;
+#endif
+
+constexpr bool kHasHopper =
+#ifdef VGPO_HOPPER
     true;
 #else
     false;
@@ -55,6 +65,7 @@ pybind11::dict build_info() {
     info["torch"] = TORCH_VERSION;
     info["compiler"] = kCompiler;
     info["cuda"] = kHasCuda;
+    info["hopper"] = kHasHopper;
     info["simd"] = vgpo::kernels().name;
     info["simd_levels"] = simd_levels();
     info["source_digest"] = std::strchr(vgpo::source_digest, ':') + 1;
@@ -71,6 +82,14 @@ std::vector<std::tuple<std::string, std::string, int>> fields_read() {
     std::vector<std::tuple<std::string, std::string, int>> found;
     for (const auto& field : fields) found.emplace_back(field.name, field.kind, field.choices);
     return found;
+}
+
+int64_t head_tile_columns([[maybe_unused]] const at::Tensor& hidden, [[maybe_unused]] const at::Tensor& weight,
+                          [[maybe_unused]] bool has_bias) {
+#ifdef VGPO_HAS_CUDA
+    if (vgpo::cuda::suits_tiles(hidden, weight, has_bias)) return vgpo::cuda::tile_workspace_columns(weight.size(0));
+#endif
+    return 0;
 }
 
 int64_t contiguous_bytes(const at::Tensor& tensor) {
@@ -118,6 +137,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("build_info", &build_info, "What was built, and the SIMD level in use.");
     module.def("config_fields", &fields_read<vgpo::WeightsConfig>, "Fields of VGPOConfig as kernels read them.");
     module.def("options_fields", &fields_read<vgpo::LossOptions>, "Fields of PolicyLossOptions as kernels read them.");
+    module.def("head_tile_columns", &head_tile_columns,
+               "Columns of the workspace with which head_statistics computes these matrices in tiles; 0: it cannot.");
     module.def("simd_levels", &simd_levels, "SIMD levels that this processor runs, the simplest first.");
     module.def("simd", [] { return std::string(vgpo::kernels().name); }, "The SIMD level in use.");
     module.def("threads_used", [] { return vgpo::threads_used.load(); }, "Whether work has run on several threads.");

@@ -21,7 +21,6 @@ constexpr int kAttentionThreads = kAttentionWarps * kWarpSize;
 // Of a multiprocessor: eight warps leave a thread 255 registers, and more would send sums to memory.
 constexpr int kAttentionBlocks = 8 / kAttentionWarps;
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 // Rows of a streamed tile; and, where a warp keeps no more than scores, how many times 16 rows it holds.

@@ -6,13 +6,15 @@
 #include <atomic>
 
 #include "binding.cuh"
+#include "head_tiles.h"
 #include "linear_logprob.cuh"
 
 namespace vgpo {
 namespace cuda {
 namespace {
 
-HeadRows head_rows(const ArgumentReader& reader) {
+// `width`: columns of what `logits` is, a place for the products or a workspace for tiles.
+HeadRows head_rows(const ArgumentReader& reader, int64_t width) {
     const at::Tensor &hidden = reader.tensor("hidden"), &weight = reader.tensor("weight");
     TORCH_CHECK_VALUE(hidden.dim() == 2 && weight.dim() == 2 && weight.device() == hidden.device() &&
                           weight.scalar_type() == hidden.scalar_type() && weight.size(1) == hidden.size(1),
@@ -21,7 +23,7 @@ HeadRows head_rows(const ArgumentReader& reader) {
     const int64_t rows = hidden.size(0), columns = weight.size(0);
     TORCH_CHECK_VALUE(rows <= kMostRows && columns <= kMostRows, "more than ", kMostRows,
                       " rows or columns: ", rows, " and ", columns);
-    return {reader.written_rows("logits", rows, columns),
+    return {reader.written_rows("logits", rows, width),
             reader.tensor("logits").stride(0),
             reader.data<float>("bias", {columns}),
             reader.data<int64_t>("targets", {rows}),
@@ -76,29 +78,48 @@ Tensors head_product(const ArgumentReader& reader) {
     return {};
 }
 
+bool tiles_can(const ArgumentReader& reader) {
+    return suits_tiles(reader.tensor("hidden"), reader.tensor("weight"), reader.has("bias"));
+}
+
 // The products of a chunk, where its logits will be.
 void multiply_chunk(const ArgumentReader& reader) {
     multiply(reader.tensor("hidden"), reader.tensor("weight").t(), reader.tensor("logits"), false);
 }
 
 Tensors head_statistics(const ArgumentReader& reader) {
-    reader.ignore("keep");  // logits stay in any case
+    const at::Tensor &hidden = reader.tensor("hidden"), &weight = reader.tensor("weight");
+    const at::Tensor& logits = reader.tensor("logits");
+    const int64_t columns = weight.dim() == 2 ? weight.size(0) : 0, width = tile_workspace_columns(columns);
+    // Products stay in any case. Only tiles have no place for them: a narrower workspace asks for those.
+    const bool in_tiles = !reader.value<bool>("keep") && width < columns && logits.dim() == 2 &&
+                          logits.size(1) == width && logits.is_contiguous() && tiles_can(reader);
     HeadStatisticsArguments arguments = {};
-    arguments.rows = head_rows(reader);
+    arguments.rows = head_rows(reader, in_tiles ? width : columns);
     arguments.statistics = reader.written_rows("statistics", 4, reader.shape("hidden")[0]);
     arguments.statistics_stride = reader.tensor("statistics").stride(0);
+    if (in_tiles) {
+        launch_tile_statistics(hidden, weight, arguments);
+        return {};
+    }
     multiply_chunk(reader);
-    launch_rows(head_statistics_kernel<kHeadThreads>, arguments, reader.tensor("logits"));
+    launch_rows(head_statistics_kernel<kHeadThreads>, arguments, logits);
     return {};
 }
 
 Tensors head_gradient(const ArgumentReader& reader) {
     const HiddenType type = reader.type("hidden");
     HeadGradientArguments arguments = {};
-    arguments.rows = head_rows(reader);
+    arguments.rows = head_rows(reader, reader.shape("weight")[0]);
     arguments.coefficients = reader.rows("coefficients", 5, reader.shape("hidden")[0]);
     arguments.coefficients_stride = reader.tensor("coefficients").stride(0);
-    if (reader.value<bool>("recompute")) multiply_chunk(reader);
+    if (reader.value<bool>("recompute")) {
+        if (tiles_can(reader)) {
+            launch_tile_gradient(reader.tensor("hidden"), reader.tensor("weight"), arguments);
+            return {};
+        }
+        multiply_chunk(reader);
+    }
     by_type(type, [&](auto* element) {
         launch_rows(head_gradient_kernel<std::remove_pointer_t<decltype(element)>>, arguments, reader.tensor("logits"));
     });

@@ -14,6 +14,8 @@
 namespace vgpo {
 namespace cuda {
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 __device__ inline int quad_index() { return lane_index() / 4; }
 __device__ inline int quad_place() { return lane_index() % 4; }
 

@@ -7,6 +7,9 @@ tokens in fp32 before it is rounded, and a weight in bf16 needs no fp32 gradient
 Where chunks end follows from the sizes of a call, ``chunk_bytes`` and the device. Another number of rows may therefore
 change the last bits of a row's results; the same call gives the same bits.
 
+On a Hopper GPU the statistics need no chunks: a kernel computes the logits in tiles that never leave its registers. What
+it computes of a row depends on no other row.
+
 The backends implement the arithmetic of one chunk (:class:`HeadKernels`). Everything here is the same for all of them,
 and runs inside opaque operators, where shapes may depend on data.
 """
@@ -15,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vgpo_kernels import checks
+from vgpo_kernels import backends, checks
 from vgpo_kernels.reference.linear_logprob import columns_of, gradient_of, is_distribution
 
 # The default workspace is this share of the fp32 logits, in bounds. With what 16-bit gradients need beside it (their
@@ -38,12 +41,19 @@ CHUNK_COLUMNS = 1024
 COLUMN_MULTIPLE = 64
 # What a block of a GPU's matrix product computes at a time: rows by columns.
 TILE_ROWS, TILE_COLUMNS = 128, 256
+# Rows that two blocks of the kernel in tiles compute together.
+CLUSTER_ROWS = 256
 # What a chunk costs beside its products, in the time that every multiprocessor takes for a tile: to start and to end.
 CHUNK_TILES = 0.25
 
 # With fp16 the coefficients of a gradient are scaled to this magnitude: probabilities below 1e-10 still count then,
 # and sums of thousands of rows do not overflow.
 HALF_MAGNITUDE = 2.0**10
+
+
+def no_tiles(hidden: Tensor, weight: Tensor, has_bias: bool) -> int:
+    """Stand for a backend that computes nothing in tiles, as :class:`HeadKernels` asks."""
+    return 0
 
 
 class HeadKernels(NamedTuple):
@@ -57,6 +67,8 @@ class HeadKernels(NamedTuple):
         half: Whether ``product`` multiplies fp16 as it is; otherwise hidden states in fp16 are computed in fp32.
         packs: Whether ``product`` packs bf16 matrices for a CPU's matrix units. A sweep would pack the whole weight
             for every chunk, which takes longer than to compute the logits a second time.
+        tile_columns: Of hidden, weight, and whether there is a bias: 0, or the columns of the narrow workspace with
+            which ``statistics`` computes them in tiles, without a place for logits.
 
     """
 
@@ -66,6 +78,7 @@ class HeadKernels(NamedTuple):
     policy_loss: Callable[..., Any]
     half: bool
     packs: bool
+    tile_columns: Callable[[Tensor, Tensor, bool], int] = no_tiles
 
 
 def compiled_kernels(device: torch.device) -> HeadKernels:
@@ -78,6 +91,7 @@ def compiled_kernels(device: torch.device) -> HeadKernels:
         ops.policy_loss.default,
         half=device.type != "cpu",
         packs=device.type == "cpu",
+        tile_columns=backends.extension_module().head_tile_columns if device.type == "cuda" else no_tiles,
     )
 
 
@@ -181,13 +195,18 @@ class Head:
             self.columns = whole_waves(self.columns, together, vocabulary, multiprocessors)
         width = vocabulary if whole_rows else self.columns
         self.rows = max(min(elements // width, rows), 1)
-        self.workspace = hidden.new_empty(self.rows * width, dtype=torch.float32)
+        self.elements = elements
+        self.width = width
 
     def weight_slices(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Yield the columns of each slice of the vocabulary, its weight in hidden's dtype, and its bias."""
         for columns in slices(self.weight.shape[0], self.columns):
             weight = self.weight[columns].to(self.hidden.dtype)
             yield columns, weight, None if self.bias is None else self.bias[columns]
+
+    @cached_property
+    def workspace(self) -> Tensor:
+        return self.hidden.new_empty(self.rows * self.width, dtype=torch.float32)
 
     def logits(self, rows: int, columns: int) -> Tensor:
         """Return the workspace as fp32 logits ``[rows, columns]``."""
@@ -196,6 +215,15 @@ class Head:
     def statistics(self) -> Tensor:
         """Maximum, log-sum, target and mean of every row, ``[4, N]``, as ``linear_logprob`` defines them."""
         running = new_statistics(self.hidden)
+        tiles = self.kernels.tile_columns(self.hidden, self.weight, self.bias is not None)
+        if tiles:
+            for rows in slices(self.hidden.shape[0], rounded_down(max(self.elements // tiles, 1), CLUSTER_ROWS)):
+                hidden = self.hidden[rows]
+                parts = hidden.new_empty((hidden.shape[0], tiles), dtype=torch.float32)
+                self.kernels.statistics(
+                    hidden, self.weight, None, self.targets[rows], 0, self.temperature, running[:, rows], parts, False
+                )
+            return finished(running)
         for columns, weight, bias in self.weight_slices():
             for rows in slices(self.hidden.shape[0], self.rows):
                 hidden = self.hidden[rows]
