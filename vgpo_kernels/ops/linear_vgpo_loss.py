@@ -282,14 +282,16 @@ def compute(
         by_logp, by_entropy = (values.view(-1)[index[part]] for values in result[1:3])
         return gradient_by_statistics(statistics, by_logp, by_entropy)
 
-    everything = slice(0, index.shape[0])
+    everything, states = slice(0, index.shape[0]), hidden[place]
     one_sweep = any(gradients) and PolicyLossOptions.from_floats(options).loss_type not in SEQUENCE_LEVEL
     # fp16 gradients need a scale, or small ones become zero. It can only be chosen when all of them are known.
     one_sweep = one_sweep and hidden.dtype != torch.float16 and index.shape[0] > 0
     one_sweep = one_sweep and not (kernels.packs and hidden.dtype == torch.bfloat16)
+    # Tiles compute logits twice in less time than a sweep takes to keep them, and to add up the weight's gradient.
+    one_sweep = one_sweep and not kernels.tile_columns(states, weight, bias is not None)
     elements = chunk_elements(chunk_bytes, index.shape[0], weight, SWEEP_SHARE if one_sweep else LOGITS_SHARE)
     head = Head(
-        kernels, hidden[place], weight, bias, targets.view(-1)[index], 0, temperature, elements, whole_rows=one_sweep
+        kernels, states, weight, bias, targets.view(-1)[index], 0, temperature, elements, whole_rows=one_sweep
     )
     found: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     with without_autocast(hidden):
