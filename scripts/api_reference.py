@@ -80,7 +80,7 @@ GROUPS = (
     Group(
         "Backends",
         "vgpo_kernels.backends",
-        ("backend", "describe", "select", "triton_interpreted"),
+        ("backend", "describe", "liger_head", "liger_serves", "select", "triton_interpreted"),
         "Which implementation handles a call; `vgpo_kernels.backend` is the first of these.",
     ),
     Group(

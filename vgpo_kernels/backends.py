@@ -1,6 +1,7 @@
 """Choose the backend that handles a call: the fastest one built for the device, unless one is forced.
 
 ``with backend(name)`` forces one inside the block, the environment variable ``VGPO_BACKEND`` in the whole process.
+Another library's kernel can take :func:`vgpo_kernels.linear_logprob` on one kind of GPU: :func:`liger_head`.
 
 ========= ===================================================== =======================
 backend   what it is                                            handles
@@ -23,6 +24,8 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -75,6 +78,21 @@ def _validate_name(name: str, origin: str) -> str:
 if "VGPO_BACKEND" in os.environ and os.environ["VGPO_BACKEND"] not in ("", "auto"):
     _forced = _validate_name(os.environ["VGPO_BACKEND"], "VGPO_BACKEND")
 _of_environment = _forced
+
+# What Liger's kernel rounds was read in this release.
+LIGER = "0.8.5"
+_HOPPER = (9, 0)
+_TO_INSTALL = "`pip install 'vgpo-kernels[liger]'` installs it"
+
+
+def _asked_for_liger() -> bool:
+    asked = os.environ.get("VGPO_LIGER", "")
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"VGPO_LIGER must be 0 or 1, got {asked!r}")
+    return asked == "1"
+
+
+_liger = _asked_for_liger()
 
 
 @contextmanager
@@ -129,6 +147,86 @@ def _leave(block: _Block) -> None:
     with _lock:
         _blocks.remove(block)
         _forced = _blocks[-1].name if _blocks else _of_environment
+
+
+def liger_head(enabled: bool) -> None:
+    """Let Liger's kernel for NVIDIA Hopper GPUs compute ``linear_logprob``, in the whole process. Off by default.
+
+    ``VGPO_LIGER=1`` in the environment turns it on as well. It computes calls on a GPU of compute capability 9.0 with
+    hidden states and a contiguous weight in bfloat16, features in multiples of 64, entries of the vocabulary in
+    multiples of 8, no bias, where no backend is forced, outside of torch.compile. All other calls, slices of the
+    vocabulary and the losses are computed as ever.
+
+    It rounds where our kernels do not: logits to fp16 before they are divided by the temperature (an error of up to
+    1/128 in a log-probability where logits reach 32; beyond 65,504 they are infinite), entropies and their incoming
+    gradient to bf16, and the sum of the weight's gradient to bf16 after every 1,024 tokens. Results are fp32 all the
+    same. So compare log-probabilities only with others of the same kernel.
+
+    Args:
+        enabled: Whether to use it.
+
+    Raises:
+        TypeError: ``enabled`` is no bool.
+        RuntimeError: It is to be used, and a package that it needs is not installed.
+
+    """
+    global _liger
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled must be a bool, got {type(enabled).__name__}")
+    missing = _missing_for_liger() if enabled else None
+    if missing is not None:
+        raise RuntimeError(f"Liger's head {missing}")
+    _liger = enabled
+
+
+def liger_serves(device: torch.device) -> bool:
+    """Return whether Liger's kernel computes LM heads on ``device``, where it covers a call.
+
+    Args:
+        device: Where the tensors are.
+
+    Raises:
+        RuntimeError: ``VGPO_LIGER=1`` asks for it on a GPU that it is made for, and it is not installed.
+
+    """
+    if not _liger or _refusal_of_liger(device) is not None:
+        return False
+    missing = _missing_for_liger()
+    if missing is not None:
+        raise RuntimeError(f"VGPO_LIGER=1 asks for Liger's head, which {missing}")
+    return True
+
+
+def _refusal_of_liger(device: torch.device) -> str | None:
+    """Why Liger's kernel is not used on a device even where it is turned on and installed, or ``None`` if it is."""
+    if _forced is not None:
+        return f"is not used: backend '{_forced}' is forced"
+    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+        return "needs an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != _HOPPER:
+        return f"needs compute capability 9.0, and this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+@lru_cache
+def _missing_for_liger() -> str | None:
+    """Which package Liger's kernel needs that is not installed, or ``None``."""
+    try:
+        found = version("liger-kernel")
+    except PackageNotFoundError:
+        return f"needs liger-kernel {LIGER}, which is not installed: {_TO_INSTALL}"
+    if found != LIGER:
+        return f"needs liger-kernel {LIGER}, and {found} is installed: {_TO_INSTALL}"
+    if find_spec("cutlass") is None:
+        return f"needs nvidia-cutlass-dsl, which is not installed: {_TO_INSTALL}"
+    return None
+
+
+def _state_of_liger() -> str:
+    if not _liger:
+        return "is off: backends.liger_head(True) or VGPO_LIGER=1 turns it on"
+    return _missing_for_liger() or _refusal_of_liger(torch.device("cuda")) or "is on"
 
 
 def triton_interpreted() -> bool:
@@ -209,13 +307,12 @@ def describe() -> dict[str, Any]:
     Returns:
         A dict with ``built`` (backend name to bool), ``serves`` (device type to backend name), ``forced`` (name
         or ``None``), ``extension`` (build information of the extension, or ``None``), ``refused`` (why an extension
-        that was found is not used, or ``None``), ``torch`` and ``triton`` (versions; ``triton`` may be ``None``).
+        that was found is not used, or ``None``), ``torch`` and ``triton`` (versions; ``triton`` may be ``None``),
+        ``liger_head`` (``"is on"``, or why Liger's kernel computes no LM head: see :func:`liger_head`).
 
     """
     triton_version = None
     if _HAS_TRITON:
-        from importlib.metadata import PackageNotFoundError, version
-
         try:
             triton_version = version("triton")
         except PackageNotFoundError:
@@ -231,4 +328,5 @@ def describe() -> dict[str, Any]:
         "refused": _LOADED.refused,
         "torch": torch.__version__,
         "triton": triton_version,
+        "liger_head": _state_of_liger(),
     }

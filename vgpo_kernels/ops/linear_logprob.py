@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import checks
-from vgpo_kernels.ops import registry
-from vgpo_kernels.ops.lm_head import Head, HeadKernels, chunk_elements, compiled_kernels, without_autocast
+from vgpo_kernels.ops import liger_head, registry
+from vgpo_kernels.ops.lm_head import Head, HeadKernels, chunk_elements, compiled_kernels, kept_rows, without_autocast
 from vgpo_kernels.reference import linear_logprob as reference
 from vgpo_kernels.reference.linear_logprob import FARTHEST, IGNORED, logp_and_entropy
 
@@ -31,6 +31,8 @@ def linear_logprob(
     its gradient. Logits, log-sum-exp and entropy are fp32 for every dtype of the inputs, and so is the sum over tokens
     in the weight's gradient. Differentiable in hidden, weight and bias, through both results; no time is spent on the
     gradient of an input that needs none.
+
+    :func:`vgpo_kernels.backends.liger_head` lets Liger's kernel compute it on an NVIDIA Hopper GPU, with more rounding.
 
     Matrix products use hidden's dtype (under autocast, autocast's; on CPUs fp32 instead of fp16). The weight is
     converted to it slice by slice, so an fp32 weight needs no bf16 copy. A weight that is tied to an embedding is
@@ -60,9 +62,12 @@ def linear_logprob(
 
     """
     both = checks.flag("return_entropy", return_entropy)
-    logp, entropy = logp_and_entropy(
-        _statistics(hidden, weight, targets, bias, 0, temperature, ignore_index, chunk_bytes, whole=True)
-    )
+    head = _checked(hidden, weight, targets, bias, 0, temperature, ignore_index, chunk_bytes, whole=True)
+    if liger_head.serves(head["hidden"], head["weight"], head["bias"]):
+        names = ("hidden", "weight", "targets", "temperature", "ignore_index")
+        found = liger_head.logp_and_entropy(**{name: head[name] for name in names}, entropy=both)
+        return found if both else found[0]
+    logp, entropy = logp_and_entropy(_statistics(head))
     return (logp, entropy) if both else logp
 
 
@@ -104,7 +109,9 @@ def linear_logprob_slice(
         ValueError: Shapes, devices or settings do not fit together.
 
     """
-    return _statistics(hidden, weight, targets, bias, first, temperature, ignore_index, chunk_bytes, whole=False)
+    return _statistics(
+        _checked(hidden, weight, targets, bias, first, temperature, ignore_index, chunk_bytes, whole=False)
+    )
 
 
 def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None = IGNORED) -> tuple[Tensor, Tensor]:
@@ -152,7 +159,7 @@ def _of_one_slice(target: Tensor) -> Tensor:
     return torch.where(largest == -torch.inf, target.sum(0), largest)
 
 
-def _statistics(
+def _checked(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -163,8 +170,8 @@ def _statistics(
     chunk_bytes: int | None,
     *,
     whole: bool,
-) -> Tensor:
-    """Check arguments and compute the statistics ``[4, ...]`` in targets' shape."""
+) -> dict[str, Any]:
+    """Return the operator's arguments by name, checked; hidden and targets keep their leading dimensions."""
     hidden, weight, bias = checks.head(hidden, weight, bias)
     begin = checks.not_negative_integer("first", first)
     skipped = checks.ignore_index(ignore_index)
@@ -173,20 +180,24 @@ def _statistics(
     checks.target_values(ids, read, weight.shape[0] if whole else None)
     divisor = checks.temperature(temperature)
     size = checks.chunk_bytes(chunk_bytes)
-    dtype = checks.compute_dtype(hidden, weight, bias)
-    statistics = registry.call(
-        "linear_logprob",
-        hidden.device,
-        dtype,
-        hidden=hidden.reshape(-1, hidden.shape[-1]),
-        weight=weight,
-        bias=bias,
-        targets=ids.reshape(-1),
-        first=begin,
-        temperature=divisor,
-        ignore_index=skipped,
-        chunk_bytes=size,
-    )
+    return {
+        "hidden": hidden,
+        "weight": weight,
+        "bias": bias,
+        "targets": ids,
+        "first": begin,
+        "temperature": divisor,
+        "ignore_index": skipped,
+        "chunk_bytes": size,
+    }
+
+
+def _statistics(head: dict[str, Any]) -> Tensor:
+    """Compute the statistics ``[4, ...]`` of checked arguments, in targets' shape."""
+    hidden, ids = head["hidden"], head["targets"]
+    dtype = checks.compute_dtype(hidden, head["weight"], head["bias"])
+    flat = {"hidden": hidden.reshape(-1, hidden.shape[-1]), "targets": ids.reshape(-1)}
+    statistics = registry.call("linear_logprob", hidden.device, dtype, **(head | flat))
     return statistics.to(dtype).reshape(4, *ids.shape)  # type: ignore[no-any-return]
 
 
@@ -202,7 +213,7 @@ def compute(
     chunk_bytes: int,
 ) -> Tensor:
     """Implement the operator ``linear_logprob`` by a backend's kernels."""
-    index = _kept(targets, ignore_index)
+    index = kept_rows(targets, ignore_index)
     rows, ids = (hidden, targets) if index is None else (hidden[index], targets[index])
     elements = chunk_elements(chunk_bytes, rows.shape[0], weight)
     with without_autocast(hidden):
@@ -229,7 +240,7 @@ def compute_backward(
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implement the operator ``linear_logprob_backward`` by a backend's kernels."""
-    index = _kept(targets, ignore_index)
+    index = kept_rows(targets, ignore_index)
     rows = hidden if index is None else hidden[index]
     if index is not None:
         targets, statistics, grad_statistics = targets[index], statistics[:, index], grad_statistics[:, index]
@@ -245,14 +256,6 @@ def compute_backward(
         hidden.new_empty(0) if gradient is None else gradient for gradient in (by_hidden, by_weight, by_bias)
     )
     return by_hidden, by_weight, by_bias
-
-
-def _kept(targets: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Return the indices of rows to compute, or ``None``: all."""
-    if ignore_index is None:
-        return None
-    index = (targets != ignore_index).nonzero().squeeze(-1)
-    return None if index.shape == targets.shape else index
 
 
 def _compiled(hidden: Tensor, **arguments: Any) -> Tensor:

@@ -109,6 +109,14 @@ def chunk_elements(chunk_bytes: int, rows: int, weight: Tensor, shares: Mapping[
     return max(chunk_bytes // 4, 1)
 
 
+def kept_rows(targets: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Return the indices of rows to compute, or ``None``: all."""
+    if ignore_index is None:
+        return None
+    index = (targets != ignore_index).nonzero().squeeze(-1)
+    return None if index.shape == targets.shape else index
+
+
 @lru_cache
 def whole_waves(most: int, rows: int, vocabulary: int, multiprocessors: int) -> int:
     """Return how many columns a GPU's chunks should have, up to ``most``, so that few multiprocessors stay idle.

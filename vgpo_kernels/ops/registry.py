@@ -203,12 +203,12 @@ def _backward(
             by_argument = backward(ctx, {*compress(names, ctx.needs_input_grad)}, *gradients)
         for name, gradient in by_argument.items():
             found[place[name]] = gradient
-        return _differentiable_once(ctx, qualified, gradients, found) if in_graph else tuple(found)
+        return differentiable_once(ctx, qualified, gradients, found) if in_graph else tuple(found)
 
     return in_order
 
 
-def _differentiable_once(
+def differentiable_once(
     ctx: Any, qualified: str, incoming: tuple[Tensor | None, ...], gradients: list[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """Make gradients part of a graph (``create_graph=True``), which raises where it is differentiated.
@@ -269,12 +269,17 @@ def call(name: str, device: torch.device, dtype: torch.dtype, **arguments: Any) 
     if backend == "reference":
         return operator.reference(*values)
     tracing = torch.compiler.is_compiling()
-    if not tracing and (forward_ad._current_level >= 0 or peek_interpreter_stack() is not None):
+    if not tracing and transformed():
         _refuse_transforms(operator, name, backend, values)
     if any(_changes(arguments[key], tracing) for key in operator.floats):
         values = [_as_tensor(arguments[key]) if key in operator.floats else arguments[key] for key in names]
         return implementation(name, backend, dynamic=True)(*values)
     return implementation(name, backend)(*values)
+
+
+def transformed() -> bool:
+    """Whether forward-mode differentiation or a transform of torch.func is under way."""
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 def _refuse_transforms(operator: Operator, name: str, backend: str, values: list[Any]) -> None:
