@@ -20,7 +20,7 @@ void launch_tile_gradient(const at::Tensor&, const at::Tensor&, const HeadGradie
 
 namespace {
 
-constexpr int64_t kMostTileRows = 1 << 30;
+constexpr int64_t kMostTileRows = 1 << 30, kMostTiles = 1 << 30;
 
 bool allowed() {
     static const bool answer = [] {
@@ -131,8 +131,10 @@ bool suits_tiles(const at::Tensor& hidden, const at::Tensor& weight, bool has_bi
     if (!narrow || has_bias || hidden.dim() != 2 || weight.dim() != 2 || !allowed()) return false;
     if (weight.scalar_type() != hidden.scalar_type() || weight.device() != hidden.device()) return false;
     if (!suits_copies(hidden) || !suits_copies(weight) || !is_hopper(hidden.device())) return false;
-    const int64_t tiles = ceil_div<int64_t>(hidden.size(0), kClusterRows) * ceil_div<int64_t>(weight.size(0), kTileColumns);
-    return tiles <= kMostTileRows;
+    const int64_t rows = hidden.size(0), columns = weight.size(0);
+    const int64_t tiles = ceil_div<int64_t>(rows, kClusterRows) * ceil_div<int64_t>(columns, kTileColumns);
+    // Of very few columns the workspace would not be narrower than logits, by which head_statistics tells it.
+    return tiles <= kMostTiles && tile_workspace_columns(columns) < columns;
 }
 
 void launch_tile_statistics(const at::Tensor& hidden, const at::Tensor& weight, const HeadStatisticsArguments& call) {

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not has_tiles(), reason="needs a Hopper GPU and an extension built for it"),
 ]
 
-SHAPES = [(1, 256, 8), (128, 300, 64), (300, 1003, 72), (513, 700, 200), (700, 5001, 3584), (4096, 2000, 896)]
+SHAPES = [(9, 5, 40), (1, 256, 8), (128, 300, 64), (300, 1003, 72), (513, 700, 200), (700, 5001, 3584), (4096, 2000, 896)]
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,8 @@ def test_values(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     case = make(*shape, dtype)
     logp, entropy = linear_logprob(*case, return_entropy=True, temperature=0.7)
     for found, right in zip((logp, entropy), expected(case, 0.7), strict=True):
-        torch.testing.assert_close(found, right.float(), rtol=2e-5, atol=2e-5)
+        # The tensor cores cut off a little more than fp32 would round, at each of D / 16 steps.
+        torch.testing.assert_close(found, right.float(), rtol=2e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [2.0**-10, 1.0, 2.0**20])
@@ -111,6 +112,13 @@ def test_a_row_has_the_same_bits_in_any_batch() -> None:
         assert same_bits(statistics(part, tiles=True), whole[:, rows])
     for _ in range(20):
         assert same_bits(statistics(case, tiles=True), whole)
+
+
+@pytest.mark.parametrize("columns", range(1, 9))
+def test_hardly_any_columns(columns: int) -> None:
+    case = make(9, columns, 40)
+    for found, right in zip(linear_logprob(*case, return_entropy=True), expected(case), strict=True):
+        torch.testing.assert_close(found, right.float(), rtol=2e-5, atol=1e-5)
 
 
 def test_a_row_spoils_no_other() -> None:
