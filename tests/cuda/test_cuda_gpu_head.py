@@ -26,7 +26,15 @@ pytestmark = [
     pytest.mark.skipif(not has_tiles(), reason="needs a Hopper GPU and an extension built for it"),
 ]
 
-SHAPES = [(9, 5, 40), (1, 256, 8), (128, 300, 64), (300, 1003, 72), (513, 700, 200), (700, 5001, 3584), (4096, 2000, 896)]
+SHAPES = [
+    (9, 5, 40),
+    (1, 256, 8),
+    (128, 300, 64),
+    (300, 1003, 72),
+    (513, 700, 200),
+    (700, 5001, 3584),
+    (4096, 2000, 896),
+]
 
 
 @pytest.fixture(autouse=True)

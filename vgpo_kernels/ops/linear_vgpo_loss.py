@@ -148,7 +148,8 @@ def linear_policy_loss(
 
     Only rows that predict a scored token are computed. For a loss of single tokens, the gradient w.r.t. a chunk's
     logits is known as soon as the chunk is computed, so three matrix products are enough instead of four. A loss of
-    whole sequences (``"gspo"``, ``"gspo_token"``, ``"luspo"``, ``"vespo"``) goes over the vocabulary twice. The
+    whole sequences (``"gspo"``, ``"gspo_token"``, ``"luspo"``, ``"vespo"``) goes over the vocabulary twice, and so does
+    every loss where a Hopper GPU computes logits in tiles, which needs no fp32 gradient of the whole weight. The
     backward pass only scales the gradients, which are kept in the dtypes of hidden and weight (fp32 for fp16). Where no
     gradient is needed, as in ``torch.no_grad()``, there is one matrix product.
 
@@ -287,12 +288,11 @@ def compute(
     # fp16 gradients need a scale, or small ones become zero. It can only be chosen when all of them are known.
     one_sweep = one_sweep and hidden.dtype != torch.float16 and index.shape[0] > 0
     one_sweep = one_sweep and not (kernels.packs and hidden.dtype == torch.bfloat16)
-    # Tiles compute logits twice in less time than a sweep takes to keep them, and to add up the weight's gradient.
+    # Tiles compute logits twice in the time that a sweep takes to keep them and to add up the weight's gradient, and
+    # need no fp32 gradient of the whole weight.
     one_sweep = one_sweep and not kernels.tile_columns(states, weight, bias is not None)
     elements = chunk_elements(chunk_bytes, index.shape[0], weight, SWEEP_SHARE if one_sweep else LOGITS_SHARE)
-    head = Head(
-        kernels, states, weight, bias, targets.view(-1)[index], 0, temperature, elements, whole_rows=one_sweep
-    )
+    head = Head(kernels, states, weight, bias, targets.view(-1)[index], 0, temperature, elements, whole_rows=one_sweep)
     found: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     with without_autocast(hidden):
         if one_sweep:

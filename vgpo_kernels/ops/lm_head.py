@@ -7,8 +7,8 @@ tokens in fp32 before it is rounded, and a weight in bf16 needs no fp32 gradient
 Where chunks end follows from the sizes of a call, ``chunk_bytes`` and the device. Another number of rows may therefore
 change the last bits of a row's results; the same call gives the same bits.
 
-On a Hopper GPU the statistics need no chunks: a kernel computes the logits in tiles that never leave its registers. What
-it computes of a row depends on no other row.
+On a Hopper GPU the statistics need no chunks: a kernel computes the logits in tiles that never leave its registers.
+What it computes of a row depends on no other row.
 
 The backends implement the arithmetic of one chunk (:class:`HeadKernels`). Everything here is the same for all of them,
 and runs inside opaque operators, where shapes may depend on data.
