@@ -296,11 +296,6 @@ def _warn_unbuilt(device: torch.device) -> None:
     )
 
 
-def extension_module() -> Any:
-    """Return the extension's module, or ``None`` where there is none."""
-    return _C
-
-
 def describe() -> dict[str, Any]:
     """Return what is built, and which backend handles which device.
 

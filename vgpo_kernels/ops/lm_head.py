@@ -19,12 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vgpo_kernels import backends, checks
+from vgpo_kernels import checks, extension
 from vgpo_kernels.reference.linear_logprob import columns_of, gradient_of, is_distribution
 
 # The default workspace is this share of the fp32 logits, in bounds. With what 16-bit gradients need beside it (their
@@ -91,7 +92,7 @@ def compiled_kernels(device: torch.device) -> HeadKernels:
         ops.policy_loss.default,
         half=device.type != "cpu",
         packs=device.type == "cpu",
-        tile_columns=backends.extension_module().head_tile_columns if device.type == "cuda" else no_tiles,
+        tile_columns=import_module(extension.NAME).head_tile_columns if device.type == "cuda" else no_tiles,
     )
 
 
