@@ -441,6 +441,14 @@ def test_a_gpu_too_old_for_the_kernels_is_refused(setup_module: Any, monkeypatch
         setup_module.choose_architectures(torch_with([(7, 5)]))
 
 
+def test_hopper_gets_all_of_its_instructions(setup_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0;9.0a;9.0+PTX;10.0")
+    found = setup_module.architecture_flags()
+    codes = {flag.rpartition("code=")[2] for flag in found}
+    assert codes == {"sm_80", "sm_90a", "compute_90", "sm_100"}
+    assert "-gencode=arch=compute_90a,code=sm_90a" in found
+
+
 def torch_with(capabilities: list[tuple[int, int]]) -> Any:
     cuda = SimpleNamespace(device_count=lambda: len(capabilities), get_device_capability=capabilities.__getitem__)
     return SimpleNamespace(cuda=cuda)
