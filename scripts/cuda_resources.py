@@ -18,9 +18,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "cuda_resources.csv"
 SOURCE = ROOT / "tests" / "emulation" / "every_kernel.cu"
-ARCHITECTURES = (80, 90, 100)
-# Virtual architectures, and what is made of each.
-GENERATED = {80: (80,), 90: (90,), 100: (100,)}
+# As setup.py has them: 90a, with the instructions that only Hopper has, in place of 90.
+ARCHITECTURES = ("80", "90a", "100")
 ELEMENTS = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 
 
@@ -30,7 +29,8 @@ class Resources(NamedTuple):
     nvcc: str
     architecture: str
     kernel: str
-    element: str  # of hidden states, queries and keys, and what else it is a template over; empty where it reads none
+    # Of hidden states, queries and keys, and what else it is a template over, like an epilogue; empty without any.
+    element: str
     registers: int
     shared_bytes: int
     stack_bytes: int
@@ -54,10 +54,7 @@ def release(nvcc: str) -> str:
 
 def command(nvcc: str, output: Path) -> list[str]:
     """Return the command that compiles every kernel: warnings are errors, on host and device."""
-    architectures = []
-    for virtual, numbers in GENERATED.items():
-        codes = ",".join(f"sm_{number}" for number in numbers)
-        architectures += ["-gencode", f"arch=compute_{virtual},code=[{codes}]"]
+    architectures = [flag for name in ARCHITECTURES for flag in ("-gencode", f"arch=compute_{name},code=sm_{name}")]
     return [
         *(nvcc, "-std=c++17", "-O3", "--threads", "2", *architectures),
         *("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"),
@@ -85,10 +82,14 @@ def parse(report: str, nvcc_release: str) -> list[Resources]:
     rows = []
     for entry in re.split(r"ptxas info\s*: Compiling entry function ", report)[1:]:
         name = re.match(r"'(\S+)' for '(\w+)'", entry)
-        kernel = re.search(r"\d+([a-z_]+)_kernelI(Li\d+E|6__half|13__nv_bfloat16|f)((?:L[bi]\d+E)*)", entry)
+        kernel = re.search(
+            r"\d+([a-z_]+)_kernelI(Li\d+E|6__half|13__nv_bfloat16|f)((?:L[bi]\d+E)*)(?:NS\d_\d+([A-Z][a-z]+)Epilogue)?",
+            entry,
+        )
         registers = re.search(r"Used (\d+) registers", entry)
         if name is None or kernel is None or registers is None:
             raise ValueError(f"unknown report of ptxas: {entry[:400]}")
+        epilogue = [kernel.group(4).lower()] if kernel.group(4) else []
         # Functions that were not inlined report stack and spills of their own, after the kernel's.
         stack = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
         shared = re.search(r"(\d+) bytes smem", entry)
@@ -97,13 +98,18 @@ def parse(report: str, nvcc_release: str) -> list[Resources]:
                 nvcc_release,
                 name.group(2),
                 kernel.group(1),
-                " ".join((ELEMENTS.get(kernel.group(2), ""), *re.findall(r"\d+", kernel.group(3)))),
+                " ".join((ELEMENTS.get(kernel.group(2), ""), *re.findall(r"\d+", kernel.group(3)), *epilogue)),
                 int(registers.group(1)),
                 int(shared.group(1)) if shared else 0,
                 *(sum(int(numbers[i]) for numbers in stack) for i in range(3)),
             )
         )
-    return sorted(rows, key=lambda row: (int(row.architecture.removeprefix("sm_")), row.kernel, row.element))
+    return sorted(rows, key=lambda row: (number_of(row.architecture), row.kernel, row.element))
+
+
+def number_of(architecture: str) -> int:
+    """Return the number of an architecture like ``sm_90a``."""
+    return int(architecture.strip("sm_a"))
 
 
 def read_table() -> list[Resources]:

@@ -263,7 +263,11 @@ template <typename T, typename Epilogue>
 __global__ void __launch_bounds__(kTileThreads, 1)
     head_tiles_kernel(const __grid_constant__ typename Epilogue::Arguments arguments) {
 #ifdef VGPO_HAS_WARPGROUPS
+#ifdef VGPO_EMULATION
+    EMULATED_DYNAMIC_SHARED(unsigned char, shared);
+#else
     extern __shared__ unsigned char shared[];
+#endif
     __shared__ uint64_t full[kStages], empty[kStages];
     const TileRows& rows = arguments.rows;
     unsigned char* stages = shared + (1024 - shared_address(shared) % 1024) % 1024;

@@ -27,6 +27,8 @@ constexpr int kBoxColumns = kBoxBytes / static_cast<int>(sizeof(T));
 
 #ifdef VGPO_HAS_WARPGROUPS
 
+#ifndef VGPO_EMULATION
+
 // ---- barriers in shared memory ---------------------------------------------------------------------------------
 //
 // A phase of a barrier ends when all arrivals and all bytes that were announced are in. Phases count from zero, and a
@@ -122,14 +124,6 @@ __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// An operand: the matrix of a box from this address on, its groups of eight rows 1,024 bytes apart. The components of the
-// next step are kOperandStep further.
-constexpr uint64_t kOperandStep = kStepBytes / 16;
-__device__ __forceinline__ uint64_t operand_of(const void* box) {
-    constexpr uint64_t kSwizzled = 1ull << 62, kGroup = (8ull * kBoxBytes / 16) << 32, kUnused = 1ull << 16;
-    return kSwizzled | kGroup | kUnused | (shared_address(box) & 0x3ffffu) / 16;
-}
-
 #define VGPO_FOUR(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define VGPO_SIXTEEN(i) VGPO_FOUR(i), VGPO_FOUR(i + 4), VGPO_FOUR(i + 8), VGPO_FOUR(i + 12)
 #define VGPO_PRODUCT(type)                                                                                   \
@@ -165,6 +159,33 @@ __device__ __forceinline__ void multiply_group(float (&sums)[kProductSums], uint
 #undef VGPO_PRODUCT
 #undef VGPO_SIXTEEN
 #undef VGPO_FOUR
+
+#else
+using emulation::arrive_at;
+using emulation::begin_products;
+using emulation::cluster_rank;
+using emulation::copy_box;
+using emulation::copy_box_to;
+using emulation::end_products;
+using emulation::expect_bytes;
+using emulation::init_barrier;
+using emulation::keep_registers;
+using emulation::multiply_group;
+using emulation::publish_barriers;
+using emulation::shared_address;
+using emulation::sync_cluster;
+using emulation::take_registers;
+using emulation::wait_for;
+using emulation::wait_for_products;
+#endif
+
+// An operand: the matrix of a box from this address on, its groups of eight rows 1,024 bytes apart. The components of the
+// next step are kOperandStep further.
+constexpr uint64_t kOperandStep = kStepBytes / 16;
+__device__ __forceinline__ uint64_t operand_of(const void* box) {
+    constexpr uint64_t kSwizzled = 1ull << 62, kGroup = (8ull * kBoxBytes / 16) << 32, kUnused = 1ull << 16;
+    return kSwizzled | kGroup | kUnused | (shared_address(box) & 0x3ffffu) / 16;
+}
 
 #endif  // VGPO_HAS_WARPGROUPS
 

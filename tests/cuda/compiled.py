@@ -1,4 +1,4 @@
-"""Every CUDA kernel through nvcc, once for all tests: what the compiler reports, and the machine code for sm_90."""
+"""Every CUDA kernel through nvcc, once for all tests: what the compiler reports, and the machine code for sm_90a."""
 
 from __future__ import annotations
 
@@ -102,13 +102,13 @@ def symbols(elf: bytes) -> list[str]:
 
 
 def machine_code(nvcc: str, pattern: str) -> str:
-    """Return the machine code for sm_90 of the kernels whose mangled name has the pattern, as nvdisasm prints it."""
+    """Return the machine code for sm_90a of the kernels whose mangled name has the pattern, as nvdisasm prints it."""
     cuobjdump, nvdisasm = require_tool("cuobjdump", nvcc), require_tool("nvdisasm", nvcc)
     compiled = compile_kernels(nvcc).with_suffix(".o")
 
     def disassemble(_: Path) -> str:
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([cuobjdump, "-xelf", "sm_90", str(compiled)], cwd=folder, capture_output=True, check=True)
+            subprocess.run([cuobjdump, "-xelf", "sm_90a", str(compiled)], cwd=folder, capture_output=True, check=True)
             (cubin,) = Path(folder).glob("*.cubin")
             names = enumerate(symbols(cubin.read_bytes()))
             functions = ",".join(str(i) for i, name in names if name.startswith("_Z") and re.search(pattern, name))

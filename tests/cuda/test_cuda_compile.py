@@ -17,6 +17,8 @@ THREADS = {
     **dict.fromkeys(("attention_mass", "attention_heatmap", "head_mean"), 128),
     **dict.fromkeys(("attention_query_gradient", "attention_key_gradient"), 128),
     **dict.fromkeys(("head_statistics", "head_gradient"), 256),
+    "head_tiles": 384,
+    "head_merge": 512,
     "group_weights": 32,
 }
 
@@ -30,7 +32,7 @@ def nvcc() -> str:
 def test_kernels_compile_without_warnings_or_spills(nvcc: str) -> None:
     rows = cuda_resources.parse(compile_kernels(nvcc).read_text(), cuda_resources.release(nvcc))
     architectures = {row.architecture for row in rows}
-    assert architectures == {f"sm_{number}" for number in cuda_resources.ARCHITECTURES}
+    assert architectures == {f"sm_{name}" for name in cuda_resources.ARCHITECTURES}
     assert {row.kernel for row in rows} == set(THREADS)
     for row in rows:
         assert row.spill_store_bytes == row.spill_load_bytes == row.stack_bytes == 0, row
@@ -44,14 +46,14 @@ def test_kernels_compile_without_warnings_or_spills(nvcc: str) -> None:
 
 def test_a_spill_would_be_seen() -> None:
     report = (
-        "ptxas info    : Compiling entry function '_ZN19visual_focus_kernelI13__nv_bfloat16EEvT_' for 'sm_90'\n"
+        "ptxas info    : Compiling entry function '_ZN19visual_focus_kernelI13__nv_bfloat16EEvT_' for 'sm_90a'\n"
         "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
         "ptxas info    : Used 64 registers, used 1 barriers, 2056 bytes smem\n"
         "ptxas info    : Function properties for grid_sync\n"
         "    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
     )
     (row,) = cuda_resources.parse(report, "13.0")
-    assert row == ("13.0", "sm_90", "visual_focus", "bfloat16", 64, 2056, 24, 4, 12)
+    assert row == ("13.0", "sm_90a", "visual_focus", "bfloat16", 64, 2056, 24, 4, 12)
 
 
 def test_bindings_compile(nvcc: str, tmp_path: Path) -> None:
@@ -59,7 +61,7 @@ def test_bindings_compile(nvcc: str, tmp_path: Path) -> None:
     bindings = sorted(CUDA.glob("*.cu"))
     stems = [path.stem for path in bindings]
     assert stems == [
-        *("attention_mass", "linear_logprob", "policy_loss", "vgpo_loss"),
+        *("attention_mass", "head_tiles", "linear_logprob", "policy_loss", "vgpo_loss"),
         *("visual_focus", "visual_weights"),
     ]
     together = tmp_path / "bindings.cu"
@@ -69,7 +71,7 @@ def test_bindings_compile(nvcc: str, tmp_path: Path) -> None:
     if torch.version.cuda is None:
         folders = [str(stub), *folders]
     command = [
-        *(nvcc, "-std=c++20", "-gencode", "arch=compute_90,code=compute_90"),
+        *(nvcc, "-std=c++20", "-gencode", "arch=compute_90a,code=compute_90a", "-DVGPO_HOPPER"),
         *("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-fsyntax-only", "-Xcicc", "-O0"),
         *(f"-isystem={folder}" for folder in folders),
         *("-c", str(together), "-o", str(tmp_path / "bindings.o")),

@@ -159,3 +159,69 @@ def test_shared_memory_is_poisoned_at_block_start(emulator: Emulator, order: str
     message, _, output = run(emulator, "unwritten shared memory", order, seed)
     assert message == ""
     assert output.isnan().all()
+
+
+# ---- clusters, copies of boxes, products of warpgroups -----------------------------------------------------------
+
+
+def multiply_boxes(emulator: Emulator, name: str, order: str, seed: int, blocks: int = 2) -> str:
+    """Return what is found of the product of this name: the harness's message, "wrong numbers", or nothing."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(-3, 4, (256, 320), generator=generator).bfloat16() for _ in range(2))
+    with emulator.launched_as(Shape(blocks, THREADS, order, seed)):
+        try:
+            product = emulator.run_box_plant(left, right, name)
+        except EmulationError as error:
+            return str(error)
+    return "" if torch.equal(product, left.float() @ right.float().T) else "wrong numbers"
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+@pytest.mark.parametrize(("order", "seed"), SCHEDULES)
+def test_a_right_product_of_boxes(emulator: Emulator, order: str, seed: int, blocks: int) -> None:
+    assert multiply_boxes(emulator, "right", order, seed, blocks) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("box released before its products are waited for", "wrong numbers"),
+        ("arrives at the own block only", "129 threads waiting for a phase"),
+        ("arrives twice", "more arrivals than a phase of the barrier has"),
+        ("bytes are not expected", "129 threads waiting for a phase"),
+        ("fewer bytes are expected", "a phase gets more bytes than it was told of"),
+        ("wrong parity", "deadlock in block (0, 0, 0)"),
+        ("boxes are not waited for", "more arrivals than a phase of the barrier has"),
+        ("sums are read before the wait", "wrong numbers"),
+        ("sums are written before the wait", "sums were written while products were on their way"),
+        ("products are not waited for", "sums were written while products were on their way"),
+        ("no begin of the products", "products that are not begun anew after a wait"),
+        ("no end of the products", "sums were written while products were on their way"),
+        ("three warps", "96 threads waiting for the other threads of a product"),
+        ("different operands", "the threads of a warpgroup multiply different matrices"),
+        ("barriers are not published", "a barrier that has not been published"),
+        ("no barrier of the cluster at first", "a barrier that is not initialised"),
+        ("no barrier of the cluster at last", "an arrival at a block that has ended"),
+        ("box askew", "a box must begin on a multiple of 1,024 bytes"),
+        ("operand is not swizzled", "an operand that is not swizzled"),
+        ("block outside the cluster", "blocks that the cluster does not have"),
+    ],
+)
+def test_a_mistake_with_boxes_shows(emulator: Emulator, name: str, expected: str) -> None:
+    """In some order of threads; the next launch is not affected."""
+    found = [multiply_boxes(emulator, name, order, seed) for order, seed in SCHEDULES]
+    assert any(expected in one for one in found), found
+    assert multiply_boxes(emulator, "right", "forward", 0) == ""
+
+
+def test_a_deadlock_of_a_cluster_names_both_blocks(emulator: Emulator) -> None:
+    message = multiply_boxes(emulator, "bytes are not expected", "forward", 0)
+    for block in (0, 1):
+        assert f"deadlock in block ({block}, 0, 0): 127 threads at the cluster's barrier" in message
+    assert "hopper_plants.h:" in message
+
+
+def test_a_matrix_that_copies_cannot_fetch(emulator: Emulator) -> None:
+    left = torch.zeros(64, 65).bfloat16()[:, :64]  # 130 bytes a row
+    with pytest.raises(EmulationError, match="no map of this matrix"):
+        emulator.run_box_plant(left, torch.zeros(256, 64).bfloat16(), "right")

@@ -1,4 +1,4 @@
-"""What the compiler makes of the main loops for sm_90: loads in batches, few instructions a tile, nothing in between.
+"""What the compiler makes of the main loops for sm_90a: loads in batches, few instructions a tile, nothing in between.
 
 Each limit is what nvcc 13.0 reaches. One that is exceeded says that a change has lost something which once made a
 kernel faster; docs/adding-an-op.md says how to read a failure.
@@ -23,7 +23,7 @@ HALVES = ("float16", "bfloat16")
 # Attention has kernels for single sizes of heads, and one for the rest, which is not looked at.
 TESTED = (
     "(visual_(focus|prototype)|head_(statistics|gradient)|policy_loss)_kernelI"
-    "|vgpo_loss_kernelI13|attention_.*Li(64|128)E"
+    "|vgpo_loss_kernelI13|attention_.*Li(64|128)E|head_tiles"
 )
 
 
@@ -54,7 +54,7 @@ def check_no_local_memory(code: Kernel) -> None:
 
 
 class Streams(NamedTuple):
-    """What a kernel that reads rows does on sm_90."""
+    """What a kernel that reads rows does on sm_90a."""
 
     batches: dict[str, tuple[int, ...]]  # 16-byte loads of a round of its loops, by element
     prefetches: int  # bulk prefetches in the code
@@ -196,6 +196,58 @@ def test_means_of_a_heat_map(size: int, element: str) -> None:
     assert path.number("MUFU.EX2") == 32
     assert loop.instructions.guarded_products == 0, GUARDED
     assert len(path) <= {64: 794, 128: 894}[size] * SLACK
+
+
+# ---- tiles of an LM head ---------------------------------------------------------------------------------------
+
+
+class Epilogue(NamedTuple):
+    """What becomes of a tile's 128 sums a thread."""
+
+    exponentials: int
+    instructions: int  # from the first exponential to the last, where the tile is whole
+    branches: int  # there
+    stores: int  # of 16 bytes
+    step: int  # instructions of a step of the products before it
+
+
+EPILOGUES = {
+    "NS0_18Statistics": Epilogue(128, 857, 2, 2, 62),
+    "NS0_16Gradient": Epilogue(130, 1703, 18, 16, 63),  # two more for the targets of a thread's rows
+}
+# Of a thread with everything in its block, or outside it: what waits for memory.
+FENCES = ("MEMBAR", "ERRBAR", "CGAERRBAR", "FENCE", "CCTL")
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@HALF
+def test_tiles_of_a_head(epilogue: str, element: str) -> None:
+    expected, code = EPILOGUES[epilogue], kernel("head_tiles", ELEMENTS[element], epilogue)
+    check_no_local_memory(code)
+    loops = [loop for loop in code.loops if loop.instructions.number("HGMMA")]
+    steps = loops[0].instructions  # several steps in a row
+    number = steps.number("WARPGROUP.ARRIVE")
+    assert steps.number("HGMMA.64x256x16") == steps.number("HGMMA") == 4 * number
+    assert steps.number("WARPGROUP.DEPBAR") == number, "products are waited for more than once a step"
+    assert steps.number("LDG", "STG", "LDS", "STS", "BAR") == 0, "a step does more than to multiply"
+    assert len(loops[0].path("HGMMA")) <= number * expected.step * SLACK
+    for loop in code.loops:  # of all warpgroups, that round the tiles too
+        assert loop.instructions.number(*FENCES) == 0, "an arrival or a copy waits for memory"
+
+    copies = code.instructions.number("UTMALDG.2D")
+    assert code.instructions.number("UTMALDG.2D.MULTICAST") == copies // 2 > 0, (
+        "half the boxes should go to both blocks"
+    )
+    registers = [one.operands for one in code.instructions if one.does("USETMAXREG")]
+    assert sorted(registers) == ["0x28", "UP0, 0xe8"], "40 registers for who copies, 232 for who multiplies"
+
+    tile = loops[-1].path("HGMMA", "MUFU.EX2", "STG.128")
+    assert tile.number("MUFU.EX2") == expected.exponentials
+    assert tile.guarded_products == 0, GUARDED
+    assert tile.number("STG.128") == expected.stores
+    exponentials = tile.between("MUFU.EX2")
+    assert exponentials.branches <= expected.branches, "a branch stands between the exponentials"
+    assert len(exponentials) <= expected.instructions * SLACK
 
 
 # ---- the reader ------------------------------------------------------------------------------------------------

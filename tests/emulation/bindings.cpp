@@ -4,6 +4,7 @@
 #include "tensors.h"
 
 // They register for CUDA tensors; here the same functions take CPU tensors, under a namespace of their own.
+#define VGPO_HOPPER 1
 #undef TORCH_LIBRARY_IMPL
 #define TORCH_LIBRARY_IMPL(space, key, library) _TORCH_LIBRARY_IMPL(vgpo_emulated, CPU, library, C10_UID)
 
@@ -22,9 +23,11 @@ constexpr bool emulation::kFollowsGrid<vgpo::cuda::CausalPrototypeArguments<T>> 
 
 #include "../../csrc/arguments.cpp"
 #include "../../csrc/cuda/attention_mass.cu"
+#include "../../csrc/cuda/head_tiles.cu"
 #include "../../csrc/cuda/linear_logprob.cu"
 #include "../../csrc/cuda/policy_loss.cu"
 #include "../../csrc/cuda/vgpo_loss.cu"
 #include "../../csrc/cuda/visual_focus.cu"
 #include "../../csrc/cuda/visual_weights.cu"
+#include "hopper_plants.h"
 #include "plants.h"

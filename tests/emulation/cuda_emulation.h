@@ -1,7 +1,7 @@
 // The CUDA language for an ordinary C++ compiler: kernels written for nvcc compile against this and run on a Machine.
 //
-// Kernels include <cuda_runtime.h>, <cuda_fp16.h>, <cuda_bf16.h>, <cuda_pipeline.h> and <cooperative_groups.h>; the
-// directory include/ has headers of those names that lead here. Only what kernels of this project may use is given:
+// Kernels include <cuda_runtime.h>, <cuda.h>, <cuda_fp16.h>, <cuda_bf16.h>, <cuda_pipeline.h>, <cooperative_groups.h>:
+// the directory include/ has headers of those names that lead here. Only what kernels of this project may use is given:
 // there are no floating-point atomics, for example, because results must not depend on the order of additions.
 #pragma once
 
@@ -30,8 +30,9 @@
 
 #define threadIdx (::emulation::machine().current().thread)
 #define blockIdx (::emulation::machine().current().block->index)
-#define blockDim (::emulation::machine().launch().block)
-#define gridDim (::emulation::machine().launch().grid)
+// No macros: a launch's configuration has members of these names.
+inline const emulation::Index3& blockDim = emulation::machine().launch().block;
+inline const emulation::Index3& gridDim = emulation::machine().launch().grid;
 constexpr int warpSize = emulation::kWarp;
 
 // ---- vector types ---------------------------------------------------------------------------------------------
@@ -219,6 +220,7 @@ void __stcg(T* address, T value) {
     *address = value;
 }
 
+inline int min(int a, int b) { return b < a ? b : a; }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
@@ -305,3 +307,5 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 
 #include "matrices.h"
+
+#include "hopper.h"

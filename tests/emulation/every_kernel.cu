@@ -1,6 +1,7 @@
 // Every kernel with every element type, for nvcc alone: scripts/cuda_resources.py compiles this for each architecture.
 #include "../../csrc/cuda/attention_gradients.cuh"
 #include "../../csrc/cuda/causal_prototype.cuh"
+#include "../../csrc/cuda/head_tiles.cuh"
 #include "../../csrc/cuda/linear_logprob.cuh"
 #include "../../csrc/cuda/vgpo_loss.cuh"
 
@@ -35,6 +36,14 @@ EVERY_HEAD_SIZE(__nv_bfloat16, 0)
 EVERY_HEAD_SIZE(__nv_bfloat16, 64)
 EVERY_HEAD_SIZE(__nv_bfloat16, 128)
 
+// Without a body, but for sm_90a.
+#define EVERY_EPILOGUE(T) \
+    template __global__ void head_tiles_kernel<T, StatisticsEpilogue>(const __grid_constant__ TileStatisticsArguments); \
+    template __global__ void head_tiles_kernel<T, GradientEpilogue<T>>(const __grid_constant__ TileGradientArguments);
+
+EVERY_EPILOGUE(__half)
+EVERY_EPILOGUE(__nv_bfloat16)
+
 EVERY_ELEMENT_TYPE(float)
 EVERY_ELEMENT_TYPE(__half)
 EVERY_ELEMENT_TYPE(__nv_bfloat16)
@@ -44,6 +53,7 @@ template __global__ void group_weights_kernel<kGroupThreads>(const __grid_consta
 template __global__ void policy_loss_kernel<kThreads>(const __grid_constant__ PolicyLossArguments);
 template __global__ void head_mean_kernel<kAttentionThreads>(const __grid_constant__ HeadMeanArguments);
 template __global__ void head_statistics_kernel<kHeadThreads>(const __grid_constant__ HeadStatisticsArguments);
+template __global__ void head_merge_kernel<kMergeWarps>(const __grid_constant__ TileMergeArguments);
 
 }  // namespace cuda
 }  // namespace vgpo

@@ -113,6 +113,7 @@ class Shape:
     order: str = "forward"
     seed: int = 0
     guard: str = "after"  # the side of every buffer on which an index out of range faults
+    hopper: bool = False  # whether the device is one, or older
 
 
 class Emulator:
@@ -126,6 +127,7 @@ class Emulator:
         self.operators = emulated_operators()
         self.shape = Shape()
         self.missing: dict[str, int] = {}
+        self.launched: list[str] = []  # the kernels of the last call
 
     @contextmanager
     def launched_as(self, shape: Shape) -> Iterator[None]:
@@ -167,7 +169,7 @@ class Emulator:
                 written += [(value, copy)] if writable else []
                 value = copy
             guarded.append(value)
-        emulated.begin_call(shape.blocks, shape.threads, ORDERS[shape.order], shape.seed, side)
+        emulated.begin_call(shape.blocks, shape.threads, ORDERS[shape.order], shape.seed, side, shape.hopper)
         try:
             result = operator(*guarded)
         except RuntimeError as error:
@@ -176,6 +178,7 @@ class Emulator:
             raise EmulationError(f"{operator._opname}: {str(error).partition('the emulated GPU: ')[2]}") from None
         finally:
             emulated.end_call()
+            self.launched = emulated.launched()
         for value, copy in written:
             value.copy_(copy)
         return torch.utils._pytree.tree_map_only(Tensor, torch.clone, result)

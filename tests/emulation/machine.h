@@ -5,9 +5,10 @@
 // forward, backward, or in a seeded shuffle of warps and of the lanes within. The first warp of the order thus runs as
 // far ahead of the others as the kernel's barriers let it; interleaved, all threads advance together instead. A kernel
 // that lacks a barrier computes different results in different orders.
+//
+// The blocks of a cooperative launch, or of a cluster, are there together: one runs until none of its threads can go
+// on.
 #pragma once
-
-#include <link.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -22,6 +23,8 @@
 
 #include "fiber.h"
 #include "guard.h"
+#include "shared_segment.h"
+#include "warpgroup.h"
 
 namespace emulation {
 
@@ -37,18 +40,12 @@ struct Launch {
     Index3 block;
     size_t dynamic_shared_bytes = 0;
     bool cooperative = false;
+    unsigned cluster = 1;  // blocks
     Order order = Order::kForward;
     uint64_t seed = 0;
 };
 
-// Where a synchronisation stands in the source: threads that meet must meet at the same place.
-struct Site {
-    const char* file = nullptr;
-    int line = 0;
-    bool operator==(const Site& other) const { return file == other.file && line == other.line; }
-};
-
-enum class State : uint8_t { kReady, kAtBarrier, kInWarp, kAtGrid, kDone };
+enum class State : uint8_t { kReady, kAtBarrier, kInWarp, kAtGrid, kAtCluster, kAtPhase, kInWarpgroup, kDone };
 enum class Exchange : uint8_t { kSync, kShuffle, kBallot, kMatch, kAdd, kMin, kMax };
 
 constexpr int kWarp = 32;
@@ -78,6 +75,8 @@ struct Fiber {
     uint64_t result = 0;
     std::vector<AsyncCopy> copies;
     size_t committed = 0;  // groups of them
+    unsigned phases = 0;   // address of the barrier in shared memory of which it waits for a phase
+    ThreadProducts products;
 };
 
 struct Block {
@@ -88,45 +87,25 @@ struct Block {
     std::vector<unsigned> waiting_lanes;  // of each warp: who waits in a warp operation
     std::vector<unsigned char> shared;    // static shared memory, while another block runs
     std::unique_ptr<GuardedBuffer> dynamic_shared;
-    size_t cursor = 0;  // place from which to look for a ready thread
+    std::vector<Warpgroup> warpgroups;
+    std::vector<unsigned> unpublished;  // barriers in shared memory that copies and other blocks may not know yet
+    size_t cursor = 0;                  // place from which to look for a ready thread
     size_t at_barrier = 0;
-    size_t at_grid = 0;
     size_t done = 0;
 };
 
-// Static shared memory is `thread_local` data of this shared object, so that it also works in templates; with a single
-// operating-system thread the segment is exactly the shared memory of the running block.
-struct SharedSegment {
-    unsigned char* begin = nullptr;
-    size_t bytes = 0;
+// A copy that is on its way to a block, and will count at a barrier there.
+struct Delivery {
+    Block* block;
+    unsigned barrier;  // its address
+    Site site;         // where it began
+    std::function<void()> arrive;
 };
-
-inline thread_local unsigned char shared_segment_marker;
-
-inline SharedSegment shared_segment() {
-    struct Search {
-        uintptr_t marker;
-        SharedSegment found;
-    } search{reinterpret_cast<uintptr_t>(&shared_segment_marker), {}};
-    dl_iterate_phdr(
-        [](dl_phdr_info* info, size_t, void* data) {
-            auto* wanted = static_cast<Search*>(data);
-            for (int i = 0; i < info->dlpi_phnum; ++i) {
-                const auto& header = info->dlpi_phdr[i];
-                const auto begin = reinterpret_cast<uintptr_t>(info->dlpi_tls_data);
-                if (header.p_type != PT_TLS || begin == 0) continue;
-                if (wanted->marker < begin || wanted->marker >= begin + header.p_memsz) continue;
-                wanted->found = {static_cast<unsigned char*>(info->dlpi_tls_data), header.p_memsz};
-                return 1;
-            }
-            return 0;
-        },
-        &search);
-    return search.found;
-}
 
 class Machine {
    public:
+    static constexpr unsigned kDynamicBegin = 1040, kStaticBegin = 1u << 20, kNowhere = ~0u;
+
     // Runs a launch; returns an empty string, or what went wrong.
     std::string run(const Launch& launch, std::function<void()> kernel) {
         launch_ = launch;
@@ -134,6 +113,7 @@ class Machine {
         error_.clear();
         segment_ = shared_segment();
         random_.seed(launch.seed);
+        deliveries_.clear();
         const std::string fault = trap_faults([this] { run_blocks(); });
         if (!fault.empty()) error_ = fault + " " + describe(current_);
         current_ = nullptr;
@@ -176,18 +156,69 @@ class Machine {
 
     void grid_barrier(Site site) {
         if (!launch_.cooperative) fail("grid synchronisation in a launch that is not cooperative", site);
+        wait(State::kAtGrid, site);
+    }
+
+    // Lets others run until something makes this thread ready: wake(), or that all have come to the same state.
+    void wait(State state, Site site) {
         current_->site = site;
-        current_->state = State::kAtGrid;
-        ++current_->block->at_grid;
+        current_->state = state;
         hand_over();
     }
 
-    // Ends the launch with an error; does not return.
+    void wake(Fiber& fiber) {
+        Block& block = *fiber.block;
+        fiber.state = State::kReady;
+        if (launch_.order == Order::kInterleaved) return;
+        block.cursor = std::min<size_t>(block.cursor, block.place[static_cast<size_t>(&fiber - block.fibers.data())]);
+    }
+
+    // Blocks of the running thread's cluster.
+    Block& block_of_cluster(unsigned rank) { return blocks_[rank]; }
+
+    // What lies in shared memory has the same address in every block. That of dynamic shared memory is as unaligned as
+    // a GPU's may be.
+    unsigned shared_address(const void* pointer) {
+        const auto* at = static_cast<const unsigned char*>(pointer);
+        const unsigned char* dynamic = current_->block->dynamic_shared->data();
+        if (segment_.begin <= at && at < segment_.begin + segment_.bytes) {
+            return kStaticBegin + static_cast<unsigned>(at - segment_.begin);
+        }
+        if (dynamic <= at && at <= dynamic + launch_.dynamic_shared_bytes) {
+            return kDynamicBegin + static_cast<unsigned>(at - dynamic);
+        }
+        return kNowhere;
+    }
+
+    // So many bytes of a block's shared memory, or null where they are not there.
+    unsigned char* shared_at(Block& block, unsigned address, size_t bytes) {
+        const size_t of_static = address - kStaticBegin, of_dynamic = address - kDynamicBegin;
+        if (address >= kStaticBegin && of_static + bytes <= segment_.bytes) {
+            return (running_ == &block ? segment_.begin : block.shared.data()) + of_static;
+        }
+        if (address >= kDynamicBegin && of_dynamic + bytes <= launch_.dynamic_shared_bytes) {
+            return block.dynamic_shared->data() + of_dynamic;
+        }
+        return nullptr;
+    }
+
+    // Copies arrive when nobody can go on without them, interleaved at once, and shuffled at any time until then.
+    void send(const Delivery& delivery) {
+        deliveries_.push_back(delivery);
+        if (launch_.order == Order::kInterleaved) deliver(deliveries_.size() - 1);
+    }
+    bool by_chance() { return launch_.order == Order::kShuffled && random_() % 2 == 0; }
+    void deliver_by_chance() {
+        if (!deliveries_.empty() && by_chance()) deliver(random_() % deliveries_.size());
+    }
+
+    // Ends the launch with an error; does not return to a thread.
     void fail(const std::string& what, Site site) {
+        if (!error_.empty()) return;
         std::ostringstream message;
         message << what << " (" << site.file << ":" << site.line << ") " << describe(current_);
         error_ = message.str();
-        switch_context(current_->context, scheduler_);
+        if (current_ != nullptr) switch_context(current_->context, scheduler_);
     }
 
    private:
@@ -207,47 +238,110 @@ class Machine {
 
    private:
     void run_blocks() {
-        block_order_ = ordered(launch_.grid.volume());
-        blocks_.resize(launch_.cooperative ? block_order_.size() : 1);
-        if (launch_.cooperative) return run_together();
-        Block& block = blocks_[0];
-        for (size_t position = 0; position < block_order_.size() && error_.empty(); ++position) {
-            start(block, block_order_[position], 0);
-            poison();
-            resume(block);
-            if (error_.empty() && block.done != block.fibers.size()) report_deadlock(block);
+        const size_t blocks = launch_.grid.volume(), together = launch_.cooperative ? blocks : launch_.cluster;
+        if (blocks % together != 0) {
+            error_ = "the grid is no whole number of clusters";
+            return;
+        }
+        blocks_.resize(together);
+        for (const uint32_t group : ordered(blocks / together)) {
+            running_ = nullptr;
+            for (size_t i = 0; i < together; ++i) {
+                const auto index = static_cast<uint32_t>(group * together + i);
+                start(blocks_[i], index, i * launch_.block.volume());
+            }
+            block_order_ = ordered(together);
+            run_together();
+            if (!error_.empty()) return;
         }
     }
 
     void run_together() {
-        for (size_t i = 0; i < blocks_.size(); ++i) {
-            start(blocks_[i], static_cast<uint32_t>(i), i * launch_.block.volume());
-            poison();
-            blocks_[i].shared.assign(segment_.begin, segment_.begin + segment_.bytes);
-        }
         while (error_.empty()) {
-            size_t parked = 0, finished = 0;
+            bool ran = false;
             for (const uint32_t index : block_order_) {
                 Block& block = blocks_[index];
-                std::memcpy(segment_.begin, block.shared.data(), segment_.bytes);
+                if (next_ready(block) == nullptr) continue;
+                ran = true;
+                bring_in(block);
                 resume(block);
                 if (!error_.empty()) return;
-                std::memcpy(block.shared.data(), segment_.begin, segment_.bytes);
-                if (block.done == block.fibers.size()) ++finished;
-                else if (block.at_grid == block.fibers.size()) ++parked;
-                else return report_deadlock(block);
             }
-            if (finished == blocks_.size()) return;
-            if (parked != blocks_.size()) {
-                error_ = "deadlock: blocks wait for the grid while others have exited";
-                return;
+            if (ran) continue;  // a block may have let another one go on
+            const auto ended = [](const Block& block) { return block.done == block.fibers.size(); };
+            if (std::all_of(blocks_.begin(), blocks_.end(), ended)) return check_ends();
+            if (release_all(State::kAtCluster)) continue;
+            if (release_all(State::kAtGrid)) {
+                block_order_ = ordered(blocks_.size());
+                continue;
             }
-            for (Block& block : blocks_) {
-                for (Fiber& fiber : block.fibers) fiber.state = State::kReady;
-                block.at_grid = 0;
-            }
-            block_order_ = ordered(blocks_.size());
+            if (!deliver_awaited()) report_deadlock();
         }
+    }
+
+    // Lets the threads of all blocks go on, if all of them wait in this state. A cluster does not wait for threads that
+    // have exited.
+    bool release_all(State state) {
+        const Fiber* first = nullptr;
+        for (const Block& block : blocks_) {
+            for (const Fiber& fiber : block.fibers) {
+                if (fiber.state == State::kDone && state == State::kAtCluster) continue;
+                if (fiber.state != state) return false;
+                if (first == nullptr) first = &fiber;
+                if (fiber.site == first->site || state == State::kAtGrid) continue;
+                fail("divergent barriers of a cluster: others wait at line " + std::to_string(first->site.line),
+                     fiber.site);
+                return true;
+            }
+        }
+        for (Block& block : blocks_) {
+            for (Fiber& fiber : block.fibers) {
+                if (fiber.state == state) wake(fiber);
+            }
+        }
+        return true;
+    }
+
+    void check_ends() {
+        const auto waiting = [](const Warpgroup& warpgroup) { return !warpgroup.sums.empty(); };
+        for (const Block& block : blocks_) {
+            const auto& groups = block.warpgroups;
+            if (std::any_of(groups.begin(), groups.end(), waiting)) error_ = "a block ends with products on their way";
+        }
+        if (!deliveries_.empty()) fail("a block ends with a copy to it on its way", deliveries_[0].site);
+    }
+
+    void deliver(size_t place) {
+        const Delivery delivery = deliveries_[place];
+        deliveries_.erase(deliveries_.begin() + static_cast<std::ptrdiff_t>(place));
+        if (delivery.block->done == delivery.block->fibers.size()) {
+            return fail("a copy arrives at a block that has ended", delivery.site);
+        }
+        delivery.arrive();
+    }
+
+    // The oldest copy that a thread waits for, shuffled any of them.
+    bool deliver_awaited() {
+        std::vector<size_t> awaited;
+        for (size_t i = 0; i < deliveries_.size(); ++i) {
+            const Delivery& delivery = deliveries_[i];
+            const auto waits = [&](const Fiber& fiber) {
+                return fiber.state == State::kAtPhase && fiber.phases == delivery.barrier;
+            };
+            const std::vector<Fiber>& fibers = delivery.block->fibers;
+            if (std::any_of(fibers.begin(), fibers.end(), waits)) awaited.push_back(i);
+        }
+        if (awaited.empty()) return false;
+        deliver(awaited[launch_.order == Order::kShuffled ? random_() % awaited.size() : 0]);
+        return true;
+    }
+
+    // Puts a block's static shared memory where its threads find it.
+    void bring_in(Block& block) {
+        if (running_ == &block) return;
+        if (running_ != nullptr) std::memcpy(running_->shared.data(), segment_.begin, segment_.bytes);
+        std::memcpy(segment_.begin, block.shared.data(), segment_.bytes);
+        running_ = &block;
     }
 
     void start(Block& block, uint32_t index, size_t first_stack) {
@@ -259,7 +353,12 @@ class Machine {
         block.order = ordered_threads(threads);
         block.place.resize(threads);
         for (size_t i = 0; i < threads; ++i) block.place[block.order[i]] = static_cast<uint32_t>(i);
-        block.at_barrier = block.at_grid = block.done = 0;
+        block.at_barrier = block.done = block.cursor = 0;
+        block.warpgroups.clear();
+        block.warpgroups.resize((threads + kWarpgroup - 1) / kWarpgroup);
+        block.unpublished.clear();
+        // All bytes 0xff: NaN in every float type, -1 in every integer type.
+        block.shared.assign(segment_.bytes, 0xff);
         block.dynamic_shared = std::make_unique<GuardedBuffer>("dynamic shared memory", launch_.dynamic_shared_bytes,
                                                                Guard::kAfter);
         for (size_t i = 0; i < threads; ++i) {
@@ -271,9 +370,6 @@ class Machine {
             prepare(fiber.context, stacks_.at(first_stack + i), Stacks::kBytes, &Machine::enter);
         }
     }
-
-    // All bytes 0xff: NaN in every float type, -1 in every integer type.
-    void poison() { std::memset(segment_.begin, 0xff, segment_.bytes); }
 
     std::vector<uint32_t> ordered(size_t count) {
         std::vector<uint32_t> order(count);
@@ -300,6 +396,7 @@ class Machine {
         if (first == nullptr) return;
         current_ = first;
         switch_context(scheduler_, first->context);
+        current_ = nullptr;
     }
 
     Fiber* next_ready(Block& block) {
@@ -364,10 +461,7 @@ class Machine {
         for (int lane = 0; lane < kWarp; ++lane) {
             if ((mask >> lane & 1u) == 0) continue;
             lanes[lane].result = result_of(lanes, lane, mask);
-            lanes[lane].state = State::kReady;
-            if (launch_.order != Order::kInterleaved) {
-                block.cursor = std::min<size_t>(block.cursor, block.place[first + lane]);
-            }
+            wake(lanes[lane]);
         }
         waiting &= ~mask;
     }
@@ -393,11 +487,34 @@ class Machine {
         return result;
     }
 
-    void report_deadlock(const Block& block) {
+    // Of a grid's blocks one is named, of a cluster's all.
+    void report_deadlock() {
+        const auto all = [](const Block& block, State state) {
+            return std::all_of(block.fibers.begin(), block.fibers.end(),
+                               [&](const Fiber& fiber) { return fiber.state == state; });
+        };
+        for (const uint32_t index : block_order_) {
+            const Block& block = blocks_[index];
+            if (all(block, State::kDone) || all(block, State::kAtGrid)) continue;
+            error_ += (error_.empty() ? "" : " ") + describe_waiting(block);
+            if (launch_.cluster == 1) return;
+        }
+        if (error_.empty()) error_ = "deadlock: blocks wait for the grid while others have exited";
+    }
+
+    static std::string describe_waiting(const Block& block) {
         std::ostringstream message;
         message << "deadlock in block (" << block.index.x << ", " << block.index.y << ", " << block.index.z << "):";
-        const char* names[] = {"ready", "at __syncthreads", "in a warp operation", "at the grid barrier", "exited"};
-        for (const State state : {State::kAtBarrier, State::kInWarp, State::kAtGrid, State::kDone}) {
+        const std::pair<State, const char*> states[] = {
+            {State::kAtBarrier, "at __syncthreads"},
+            {State::kInWarp, "in a warp operation"},
+            {State::kAtGrid, "at the grid barrier"},
+            {State::kAtCluster, "at the cluster's barrier"},
+            {State::kAtPhase, "waiting for a phase"},
+            {State::kInWarpgroup, "waiting for the other threads of a product"},
+            {State::kDone, "exited"},
+        };
+        for (const auto& [state, name] : states) {
             size_t count = 0;
             Site site;
             for (const Fiber& fiber : block.fibers) {
@@ -406,11 +523,11 @@ class Machine {
                 site = fiber.site;
             }
             if (count == 0) continue;
-            message << " " << count << " threads " << names[static_cast<int>(state)];
+            message << " " << count << " threads " << name;
             if (state != State::kDone) message << " (" << site.file << ":" << site.line << ")";
             message << ";";
         }
-        error_ = message.str();
+        return message.str();
     }
 
     static std::string describe(const Fiber* fiber) {
@@ -429,7 +546,9 @@ class Machine {
     Stacks stacks_;
     std::vector<Block> blocks_;  // members, because a fault abandons the stack without unwinding it
     std::vector<uint32_t> block_order_;
+    std::vector<Delivery> deliveries_;
     std::mt19937_64 random_;
+    Block* running_ = nullptr;  // whose static shared memory lies in the segment
     Context scheduler_;
     Fiber* current_ = nullptr;
 };

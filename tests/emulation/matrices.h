@@ -1,5 +1,5 @@
 // The tensor cores' instructions as csrc/cuda/mma.cuh names them: a warp's lanes lend each other their operands.
-// cuda_emulation.h includes this last.
+// cuda_emulation.h includes this at its end.
 #pragma once
 
 namespace emulation {

@@ -49,11 +49,12 @@ inline at::Tensor guarded_copy(const at::Tensor& given, std::string name, bool w
 }
 
 // Until end_call, launches are as chosen, and what is allocated is guarded.
-inline void begin_call(int64_t blocks, int64_t threads, int64_t order, int64_t seed, int64_t guard) {
+inline void begin_call(int64_t blocks, int64_t threads, int64_t order, int64_t seed, int64_t guard, bool hopper) {
     choice() = {static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<Order>(order),
-                static_cast<uint64_t>(seed)};
+                static_cast<uint64_t>(seed), hopper};
     guarding().side = static_cast<Guard>(guard);
     guarding().apart = blocks > 0;
+    launched().clear();
     c10::SetCPUAllocator(&guarded_allocator(), 255);
 }
 
@@ -100,6 +101,8 @@ inline Tensor& addmm_out(Tensor& result, const Tensor& self, const Tensor& left,
 TORCH_LIBRARY_FRAGMENT(vgpo_emulated, library) {
     library.def("guarded_copy(Tensor given, str name, bool writable, int guard, int missing) -> Tensor",
                 &emulation::guarded_copy);
-    library.def("begin_call(int blocks, int threads, int order, int seed, int guard) -> ()", &emulation::begin_call);
+    library.def("begin_call(int blocks, int threads, int order, int seed, int guard, bool hopper) -> ()",
+                &emulation::begin_call);
     library.def("end_call() -> ()", &emulation::end_call);
+    library.def("launched() -> str[]", [] { return emulation::launched(); });
 }
