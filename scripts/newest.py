@@ -3,12 +3,15 @@
     python scripts/newest.py packages       requirements of the extras, for pip; torch stays the one of this environment
     python scripts/newest.py verl           those of requirements/verl.in that are not installed yet, for pip --no-deps
     python scripts/newest.py differences    locked and installed versions where they differ, a package a line
+    python scripts/newest.py newer          what pip would replace in this environment; fails where that is nothing
 
 Upper bounds are ours and left out; exact versions are other packages' demands and stay.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import distributions, requires
@@ -96,11 +99,39 @@ def differences(lock: Mapping[str, str], present: Mapping[str, str], given: Iter
     ]
 
 
+def packages(present: Mapping[str, str]) -> list[str]:
+    """Return the requirements of the extras, and the torch of this environment."""
+    return [f"torch=={present['torch']}", *(str(without_upper_bounds(one)) for one in direct())]
+
+
+def replaced(requirements: Iterable[str], *options: str) -> list[str]:
+    """Return what pip would install for requirements in place of what is there, a package a line.
+
+    Raises:
+        subprocess.CalledProcessError: pip finds no solution, or no network.
+
+    """
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "-qq", "--report", "-", "--upgrade"]
+    command += ["--upgrade-strategy", "eager", *options, *requirements]
+    report = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    return [f"{one['metadata']['name']} {one['metadata']['version']}" for one in report["install"]]
+
+
+def newer() -> list[str]:
+    """Return what the newest releases would replace, in an environment that ``make verl`` has completed."""
+    adapters = [str(without_upper_bounds(one)) for one in requirements((ROOT / "requirements/verl.in").read_text())]
+    return replaced(packages(installed())) + replaced(adapters, "--no-deps")
+
+
 def main(what: str) -> None:
     """Print what the command line asks for."""
     present = installed()
     if what == "packages":
-        lines = [f"torch=={present['torch']}", *(str(without_upper_bounds(one)) for one in direct())]
+        lines = packages(present)
+    elif what == "newer":
+        lines = newer()
+        if not lines:
+            raise SystemExit(1)
     elif what == "verl":
         named = requirements((ROOT / "requirements/verl.in").read_text())
         lines = [str(without_upper_bounds(one)) for one in named if canonicalize_name(one.name) not in present]

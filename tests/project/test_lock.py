@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,8 @@ import subprocess
 import sys
 from importlib.metadata import requires, version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from load_script import load_script
@@ -283,6 +286,19 @@ def test_differences_name_locked_and_newest_version() -> None:
         "triton: 3.9 -> 3.7",
     ]
     assert newest.differences({"triton": "3.9"}, {"triton": "3.7"}, ["triton==3.7; sys_platform == 'linux'"]) == []
+
+
+def test_newer_is_what_pip_would_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+
+    def pip(command: list[str], **_: Any) -> SimpleNamespace:
+        given.append(command)
+        found = [{"metadata": {"name": "trl", "version": "1.17.0"}}] if "--no-deps" not in command else []
+        return SimpleNamespace(stdout=json.dumps({"install": found}))
+
+    monkeypatch.setattr(newest.subprocess, "run", pip)
+    assert newest.newer() == ["trl 1.17.0"]
+    assert "trl>=1.16" in given[0] and "--dry-run" in given[0] and any(one.startswith("verl") for one in given[1])
 
 
 # A make that writes the report of a test run which passes one test, and fails one where its target is in FAILING.
