@@ -72,7 +72,7 @@ def compile_library(source: str, *flags: str) -> Path:
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         for stale in library.parent.glob(f"{Path(source).stem}-*.so"):
-            stale.unlink()
+            stale.unlink(missing_ok=True)  # two test processes may come to it at once
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             # Compiled aside and moved in place: another test process may be doing the same.
             built = Path(folder) / library.name
