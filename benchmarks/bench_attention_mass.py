@@ -162,6 +162,8 @@ def attention_case(
         if device.type == "cuda":  # on a CPU, where a dry run calls peers, torch has the others alone
             whole["cuDNN attention, all keys"] = gpu_peers.cudnn_attention(every, k, v)
         peers |= {name: Peer(attend, same=False, gpu_only=True) for name, attend in whole.items()}
+        variants = gpu_peers.warpgroup_attention(run(ours), device)
+        peers |= {name: Peer(compute, gpu_only=True) for name, compute in variants.items()}
     if gradient:
         inputs = (*leaves, v.clone().requires_grad_())
         upstream = draw(shape.heads, shape.queries)

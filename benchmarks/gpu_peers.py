@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.measure import installed
+from vgpo_kernels import backends
 
 Values = tuple[Tensor, ...]
 # From hidden states, weight and targets to log-probabilities, or to those and entropies.
@@ -161,3 +162,26 @@ def flash_column_means(q: Tensor, k: Tensor) -> Tensor:
     found = flash_attention(q, k, values)
     (columns,) = torch.autograd.grad(found, values, torch.ones_like(found))
     return columns[..., 0].sum(1, dtype=torch.float32) / (q.shape[1] * q.shape[2])
+
+
+def warpgroup_attention(run: Callable[[], Values], device: torch.device) -> dict[str, Callable[[], Values]]:
+    """Our own masses by the kernel that is off by default, on a GPU that has it."""
+    extension = backends.describe()["extension"]
+    if (
+        device.type != "cuda"
+        or torch.cuda.get_device_capability(device) != (9, 0)
+        or not (extension or {}).get("hopper")
+    ):
+        return {}
+    name = "VGPO_WARPGROUP_ATTENTION"
+
+    def asked_for() -> Values:
+        before = os.environ.get(name, "0")
+        os.environ[name] = "1"
+        try:
+            with backends.backend("cuda"):
+                return run()
+        finally:
+            os.environ[name] = before
+
+    return {"cuda, warpgroups": asked_for}

@@ -1,10 +1,15 @@
 // attention_mass, attention_heatmap and their gradients on CUDA: checks, allocation, launch, registration.
 #include <torch/library.h>
 
+#include <cstring>
 #include <vector>
 
 #include "attention_gradients.cuh"
 #include "binding.cuh"
+
+#ifdef VGPO_HOPPER
+#include "attention_warpgroup.cuh"
+#endif
 
 namespace vgpo {
 namespace cuda {
@@ -84,6 +89,24 @@ void by_heads(const AttentionTensors& given, Body body) {
     });
 }
 
+// Computes masses with the products of warpgroups, if the device has these and VGPO_WARPGROUP_ATTENTION is 1 in the
+// environment; says whether it has.
+template <typename T, int kSize>
+bool launch_warpgroups([[maybe_unused]] const AttentionMassArguments<T>& arguments,
+                       [[maybe_unused]] const at::Tensor& q) {
+#ifdef VGPO_HOPPER
+    if constexpr (kSize != 0) {
+        const char* given = std::getenv("VGPO_WARPGROUP_ATTENTION");
+        if (given == nullptr || std::strcmp(given, "1") != 0 || !is_hopper(q.device())) return false;
+        LaunchShape shape = launch_shape(arguments);
+        shape.shared_bytes = BoxTiles<T, kSize>::bytes();
+        launch(attention_warpgroup_kernel<T, kSize>, arguments, shape, q);
+        return true;
+    }
+#endif
+    return false;
+}
+
 // The mean over the dimension of heads.
 at::Tensor mean_of_heads(const at::Tensor& by_head, bool packed) {
     constexpr int64_t kMostBlocks = 4096;
@@ -112,6 +135,7 @@ Tensors attention_mass(const ArgumentReader& reader) {
         using T = typename std::decay_t<decltype(input)>::Element;
         const AttentionMassArguments<T> arguments{input, mass.mutable_data_ptr<float>(),
                                                   lse.mutable_data_ptr<float>()};
+        if (launch_warpgroups<T, size()>(arguments, reader.tensor("q"))) return;
         launch(attention_mass_kernel<T, size()>, arguments, launch_shape(arguments), reader.tensor("q"));
     });
     if (per_head) return {mass, at::empty({0}, lse.options()), lse};

@@ -208,6 +208,76 @@ __device__ __forceinline__ float softmax_factor(float scale) {
     return factor == 0.0f ? __uint_as_float(1u) : factor;
 }
 
+// What the rows of a warp, 16 kTiles from `first` on, can see.
+template <int kTiles>
+struct WarpView {
+    int positions[kTiles][2];  // of this lane's rows
+    Positions all;
+    bool all_see;  // every row sees something
+
+    template <typename T>
+    __device__ __forceinline__ WarpView(const QueryRows<T>& rows, int first) : all(Positions::identity()) {
+        all_see = true;
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int row = first + 16 * i + 8 * h + quad_index();
+                positions[i][h] = rows.position(row);
+                all.merge(Positions::of(positions[i][h]));
+                all_see = all_see && (positions[i][h] >= 0 || row >= rows.count);
+            }
+        }
+        all = warp_reduce(all);
+        all_see = __all_sync(kAllLanes, all_see) != 0;
+    }
+};
+
+// Adds a tile's scores to the sums of a warp's rows.
+template <typename T, int kTiles>
+__device__ __forceinline__ void add_tile(StreamingSoftmax<T, kTiles>& softmax, Scores<T, kTiles>& scores,
+                                         const WarpView<kTiles>& view, const TileSegments& segments,
+                                         const KeyInfo* infos, int first_key, int window) {
+    softmax.begin_tile(segments);
+    if (segments.uniform() && view.all_see && view.all.cover(first_key, kStreamRows<T>, window)) {
+        softmax.add_scores(scores);
+        return;
+    }
+    hide_unseen<T, kTiles>(scores, view.positions, infos, first_key, window);
+    softmax.add_scores(scores);
+    if (!segments.uniform()) softmax.add_segments(scores, segments, infos);
+}
+
+// Stores what the sums of a warp's rows, from `first` on, come to. All segments are there.
+template <typename T, int kTiles>
+__device__ __forceinline__ void store_masses(const StreamingSoftmax<T, kTiles>& softmax, const QueryRows<T>& rows,
+                                             int first, const AttentionMassArguments<T>& arguments) {
+    const AttentionInput<T>& input = arguments.input;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = first + 16 * i + 8 * h + quad_index();
+            float total = quad_sum(softmax.total[i][h]);
+            if (softmax.largest[i][h] == INFINITY) total = NAN;  // beside an infinite score nothing is finite
+            // A row that sees no key has sums of zero: its masses stay zero, and its log-sum-exp -infinity.
+            const float divisor = total == 0.0f ? 1.0f : total;
+            if (row >= rows.count) continue;
+            const int64_t index = rows.head_token(row);
+#pragma unroll
+            for (int m = 0; m < kOwnSegments; ++m) {
+                const int segment = softmax.segment(m);
+                if (segment < input.num_segments) {
+                    arguments.mass[index * input.num_segments + segment] = softmax.sums[m][i][h] / divisor;
+                }
+            }
+            if (softmax.first_segment == 0 && quad_place() == 0) {
+                arguments.lse[index] = (softmax.largest[i][h] + log2f(divisor)) * kLn2;
+            }
+        }
+    }
+}
+
 // A block computes the masses of some rows, the query heads that share a key head, in `kBlockSegments` segments.
 template <typename T, int kSize = 0>
 __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
@@ -226,21 +296,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
 
     const Positions seen = list_rows<kRows>(rows, block.first, shared.own_offsets());
     const int warp_row = block.first + warp_index() * 16 * kTiles;
-    int positions[kTiles][2];
-    Positions own = Positions::identity();
-    bool all_see = true;
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = warp_row + 16 * i + 8 * h + quad_index();
-            positions[i][h] = rows.position(row);
-            own.merge(Positions::of(positions[i][h]));
-            all_see = all_see && (positions[i][h] >= 0 || row >= rows.count);
-        }
-    }
-    own = warp_reduce(own);
-    all_see = __all_sync(kAllLanes, all_see) != 0;
+    const WarpView<kTiles> view(rows, warp_row);
 
     copy_rows<kRows, true>(
         rows.data, input.aligned, shape, [&](int row) { return shared.own_offsets()[row]; }, shared.rows);
@@ -254,46 +310,15 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocks)
         return KeyInfo{segment < 0 ? kNoRow : keys.offset(key), segment};
     };
     const auto use = [&](const unsigned char* tile, const KeyInfo* infos, int first_key) {
-        if (!own.reach(first_key, kStreamRows<T>, window)) return;
+        if (!view.all.reach(first_key, kStreamRows<T>, window)) return;
         Scores<T, kTiles> scores;
         multiply_tiles<T, kSize, kTiles>(own_rows, tile, shape, scores);
-        const TileSegments segments = tile_segments<T>(infos);
-        softmax.begin_tile(segments);
-        if (segments.uniform() && all_see && own.cover(first_key, kStreamRows<T>, window)) {
-            softmax.add_scores(scores);
-            return;
-        }
-        hide_unseen<T, kTiles>(scores, positions, infos, first_key, window);
-        softmax.add_scores(scores);
-        if (!segments.uniform()) softmax.add_segments(scores, segments, infos);
+        add_tile(softmax, scores, view, tile_segments<T>(infos), infos, first_key, window);
     };
     stream_rows<true>(keys.data, input.aligned, shape, shared, seen.oldest(window) / kStreamRows<T> * kStreamRows<T>,
                 last_key, keys.token_stride, describe, [&] { own_rows.arrived(); }, use);
     softmax.end_run(-1);
-
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = warp_row + 16 * i + 8 * h + quad_index();
-            float total = quad_sum(softmax.total[i][h]);
-            if (softmax.largest[i][h] == INFINITY) total = NAN;  // beside an infinite score nothing is finite
-            // A row that sees no key has sums of zero: its masses stay zero, and its log-sum-exp -infinity.
-            const float divisor = total == 0.0f ? 1.0f : total;
-            if (row >= rows.count) continue;
-            const int64_t index = rows.head_token(row);
-#pragma unroll
-            for (int m = 0; m < kOwnSegments; ++m) {
-                const int segment = softmax.segment(m);
-                if (segment < input.num_segments) {
-                    arguments.mass[index * input.num_segments + segment] = softmax.sums[m][i][h] / divisor;
-                }
-            }
-            if (first_segment == 0 && quad_place() == 0) {
-                arguments.lse[index] = (softmax.largest[i][h] + log2f(divisor)) * kLn2;
-            }
-        }
-    }
+    store_masses(softmax, rows, warp_row, arguments);
 }
 
 template <typename T>

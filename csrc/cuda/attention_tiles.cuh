@@ -223,8 +223,8 @@ __device__ __forceinline__ bool sees(int position, int key, int window) {
 // ---- tiles -----------------------------------------------------------------------------------------------------
 
 // The shape of every tile in shared memory. kSize: d, where it is known when a kernel is compiled and every row is
-// aligned; else 0.
-template <typename T, int kSize>
+// aligned; else 0. kBoxes: a streamed tile in boxes, as hopper.cuh describes them, one after the other.
+template <typename T, int kSize, bool kBoxes = false>
 struct TileShape {
     int components;
 
@@ -232,7 +232,12 @@ struct TileShape {
     __host__ __device__ int size() const { return kSize == 0 ? components : kSize; }
     __host__ __device__ int padded() const { return ceil_div(size(), 16) * 16; }
     // Bytes from row to row.
-    __host__ __device__ int pitch() const { return padded() * static_cast<int>(sizeof(T)) + 16; }
+    __host__ __device__ int pitch() const { return kBoxes ? 128 : padded() * static_cast<int>(sizeof(T)) + 16; }
+    // Where a vector of a row lies.
+    __device__ int place(int row, int vector) const {
+        if constexpr (kBoxes) return (vector / 8 * kStreamRows<T> + row) * 128 + (vector ^ row) % 8 * 16;
+        return row * pitch() + vector * static_cast<int>(sizeof(uint4));
+    }
     // Of a product over all components.
     __host__ __device__ int steps() const { return padded() / kStepSize<T>; }
     __device__ int vectors() const { return steps() * kStepBytes / static_cast<int>(sizeof(uint4)); }
@@ -260,8 +265,8 @@ __device__ __forceinline__ void copy_vector(void* to, const void* from, bool giv
 
 // Starts to copy kCount rows to a tile: row i from offset(i) of `source`, zeros where that is negative and behind the
 // last component. The rows are there after wait_for_copies() and a barrier. kZeros: whether rows of zeros are among them.
-template <int kCount, bool kZeros, typename T, int kSize, typename Offset>
-__device__ __forceinline__ void copy_rows(const T* source, bool aligned, const TileShape<T, kSize>& shape,
+template <int kCount, bool kZeros, typename T, int kSize, bool kBoxes, typename Offset>
+__device__ __forceinline__ void copy_rows(const T* source, bool aligned, const TileShape<T, kSize, kBoxes>& shape,
                                           Offset offset, unsigned char* tile) {
     const int thread = static_cast<int>(threadIdx.x);
     // Neighbouring lanes take neighbouring vectors.
@@ -270,7 +275,7 @@ __device__ __forceinline__ void copy_rows(const T* source, bool aligned, const T
         static_assert(kAttentionThreads % kVectors == 0 && kCount % kRowsAtOnce == 0, "every thread copies as much");
         const int first = thread / kVectors, vector = thread % kVectors;
         const T* from = source + vector * kVectorWidth<T>;
-        unsigned char* to = tile + first * shape.pitch() + vector * static_cast<int>(sizeof(uint4));
+        unsigned char* to = tile + shape.place(first, vector);
 #pragma unroll
         for (int row = 0; row < kCount; row += kRowsAtOnce) {
             const int64_t begin = offset(row + first);
@@ -305,13 +310,13 @@ __device__ __forceinline__ void copy_rows(const T* source, bool aligned, const T
 }
 
 // The same for rows that lie `stride` apart, and are aligned.
-template <int kCount, typename T, int kSize>
-__device__ __forceinline__ void copy_even_rows(const T* source, const TileShape<T, kSize>& shape, int64_t stride,
-                                               unsigned char* tile) {
+template <int kCount, typename T, int kSize, bool kBoxes>
+__device__ __forceinline__ void copy_even_rows(const T* source, const TileShape<T, kSize, kBoxes>& shape,
+                                               int64_t stride, unsigned char* tile) {
     constexpr int kVectors = kSize / kVectorWidth<T>, kRowsAtOnce = kAttentionThreads / kVectors;
     const int thread = static_cast<int>(threadIdx.x), first = thread / kVectors, vector = thread % kVectors;
     const T* from = source + first * stride + vector * kVectorWidth<T>;
-    unsigned char* to = tile + first * shape.pitch() + vector * static_cast<int>(sizeof(uint4));
+    unsigned char* to = tile + shape.place(first, vector);
 #pragma unroll
     for (int row = 0; row < kCount; row += kRowsAtOnce) {
         __pipeline_memcpy_async(to + row * shape.pitch(), from, sizeof(uint4));

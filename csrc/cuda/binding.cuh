@@ -61,6 +61,14 @@ auto by_type(HiddenType type, Body body) {
 
 // ---- launches -------------------------------------------------------------------------------------------------
 
+// Whether a device runs code for sm_90a.
+inline bool is_hopper(c10::Device device) {
+    int major = 0, minor = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index()));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device.index()));
+    return major == 9 && minor == 0;
+}
+
 // The most blocks of a cooperative launch: VGPO_CUDA_BLOCKS, read once, or no limit. Such a launch starts when all of
 // its blocks fit at once, so one that fills the device waits until kernels beside it (NCCL's, for one) have ended.
 inline int most_blocks() {

@@ -30,13 +30,6 @@ bool allowed() {
     return answer;
 }
 
-bool is_hopper(c10::Device device) {
-    int major = 0, minor = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index()));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device.index()));
-    return major == 9 && minor == 0;
-}
-
 int64_t row_bytes(const at::Tensor& matrix) { return matrix.stride(0) * matrix.element_size(); }
 
 // Whether copies can fetch boxes of a matrix of 16-bit numbers.

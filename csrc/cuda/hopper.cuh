@@ -1,5 +1,5 @@
 // Hopper's own instructions (sm_90a): barriers that count bytes, copies of boxes of a matrix, and the matrix products of
-// a warpgroup, which take both operands from shared memory.
+// a warpgroup, which take their right operand from shared memory, and the left one from there or from registers.
 //
 // A box in shared memory is a run of rows of 128 bytes, the bytes of a row swizzled: of its eight 16-byte pieces, piece
 // p of row r lies at place p ^ (r % 8). Boxes begin on a multiple of 1,024 bytes.
@@ -21,6 +21,7 @@ constexpr int kWarpgroupThreads = 128;
 constexpr int kBoxBytes = 128;  // of a row of a box
 constexpr int kProductRows = 64, kProductColumns = 256;
 constexpr int kProductSums = kProductRows * kProductColumns / kWarpgroupThreads;  // of a thread
+constexpr int kNarrowBlocks = 64 / 8;  // of 8 columns, in a product of fewer
 
 template <typename T>
 constexpr int kBoxColumns = kBoxBytes / static_cast<int>(sizeof(T));
@@ -116,6 +117,9 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// Lets products see what this thread has put into shared memory by other instructions; a barrier must follow.
+__device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most `kPending` groups of products are on their way.
@@ -157,6 +161,42 @@ __device__ __forceinline__ void multiply_group(float (&sums)[kProductSums], uint
     VGPO_PRODUCT("f16");
 }
 #undef VGPO_PRODUCT
+
+#define VGPO_BLOCKS(i) \
+    "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3]), "+f"(sums[i + 1][0]), \
+        "+f"(sums[i + 1][1]), "+f"(sums[i + 1][2]), "+f"(sums[i + 1][3])
+#define VGPO_NARROW_SUMS VGPO_BLOCKS(0), VGPO_BLOCKS(2), VGPO_BLOCKS(4), VGPO_BLOCKS(6)
+#define VGPO_NARROW_PRODUCT(type)                                                                           \
+    asm volatile(                                                                                           \
+        "{\n"                                                                                               \
+        ".reg .pred add;\n"                                                                                 \
+        "setp.ne.b32 add, %37, 0;\n"                                                                        \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                         \
+        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                          \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                 \
+        "{%32, %33, %34, %35}, %36, add, 1, 1, 0;\n"                                                        \
+        "}"                                                                                                 \
+        : VGPO_NARROW_SUMS                                                                                  \
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "r"(static_cast<int>(add)))
+
+// The same of 64 columns, with the left operand in registers: in each warp, as mma.cuh has it, that of its 16 rows.
+// Nobody may change it before the products are waited for.
+__device__ __forceinline__ void multiply_group(float (&sums)[kNarrowBlocks][4], const unsigned (&left)[4],
+                                               uint64_t right, bool add, const __nv_bfloat16*) {
+    VGPO_NARROW_PRODUCT("bf16");
+}
+__device__ __forceinline__ void multiply_group(float (&sums)[kNarrowBlocks][4], const unsigned (&left)[4],
+                                               uint64_t right, bool add, const __half*) {
+    VGPO_NARROW_PRODUCT("f16");
+}
+
+// Between a wait and the first use of its sums, which the compiler could otherwise move ahead of the wait.
+__device__ __forceinline__ void take_sums(float (&sums)[kNarrowBlocks][4]) {
+    asm volatile("" : VGPO_NARROW_SUMS::"memory");
+}
+#undef VGPO_NARROW_PRODUCT
+#undef VGPO_NARROW_SUMS
+#undef VGPO_BLOCKS
 #undef VGPO_SIXTEEN
 #undef VGPO_FOUR
 
@@ -172,9 +212,11 @@ using emulation::init_barrier;
 using emulation::keep_registers;
 using emulation::multiply_group;
 using emulation::publish_barriers;
+using emulation::publish_writes;
 using emulation::shared_address;
 using emulation::sync_cluster;
 using emulation::take_registers;
+using emulation::take_sums;
 using emulation::wait_for;
 using emulation::wait_for_products;
 #endif

@@ -198,6 +198,30 @@ def test_means_of_a_heat_map(size: int, element: str) -> None:
     assert len(path) <= {64: 794, 128: 894}[size] * SLACK
 
 
+@SIZE
+@HALF
+def test_tiles_of_attention_by_warpgroups(size: int, element: str) -> None:
+    """Two products for 64 rows each, which take turns with the exponentials of the other one."""
+    code = kernel("attention_warpgroup", ELEMENTS[element], f"Li{size}E")
+    check_no_local_memory(code)
+    loop = next(loop for loop in code.loops if loop.instructions.number("HGMMA"))
+    path = loop.path("HGMMA", "MUFU.EX2", "LDGSTS")
+    assert path.number("HGMMA.64x64x16") == path.number("HGMMA") == size // 8
+    assert path.number("WARPGROUP.DEPBAR") == 2, "products are waited for before the exponentials of the others"
+    assert path.number("MUFU.EX2") == 68
+    assert path.number("LDGSTS.128") == path.number("LDGSTS") == size // 16, "copies should be 16 bytes wide"
+    assert path.number("LDSM") == 0, "own rows are loaded again"
+    assert path.number("R2UR") == 0, "the compiler does not know that all lanes have the same tile"
+    assert path.number("BAR") == path.number("MEMBAR") == path.number("FENCE") == 1
+    assert loop.instructions.guarded_products == 0, GUARDED
+    assert loop.instructions.number("CALL") == 0
+    assert path.number("LDG") == 0, "scores wait for global memory"
+    assert path.branches <= 12
+    assert len(path) <= {64: 538, 128: 559}[size] * SLACK
+    masked = loop.path("HGMMA", "MUFU.EX2", "LDGSTS", "ISETP")
+    assert len(masked) <= {64: 1346, 128: 1367}[size] * SLACK
+
+
 # ---- tiles of an LM head ---------------------------------------------------------------------------------------
 
 

@@ -31,3 +31,4 @@ constexpr bool emulation::kFollowsGrid<vgpo::cuda::CausalPrototypeArguments<T>> 
 #include "../../csrc/cuda/visual_weights.cu"
 #include "hopper_plants.h"
 #include "plants.h"
+#include "register_plants.h"

@@ -251,8 +251,12 @@ inline void __pipeline_wait_prior(size_t prior) {
     emulation::Fiber& self = emulation::machine().current();
     size_t left = 0;
     for (const emulation::AsyncCopy& copy : self.copies) {
-        if (copy.group + prior < self.committed) std::memcpy(copy.to, copy.from, copy.bytes);
-        else self.copies[left++] = copy;
+        if (copy.group + prior >= self.committed) {
+            self.copies[left++] = copy;
+            continue;
+        }
+        std::memcpy(copy.to, copy.from, copy.bytes);
+        self.unpublished_copies = true;
     }
     self.copies.resize(left);
 }

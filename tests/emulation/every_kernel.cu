@@ -1,5 +1,6 @@
 // Every kernel with every element type, for nvcc alone: scripts/cuda_resources.py compiles this for each architecture.
 #include "../../csrc/cuda/attention_gradients.cuh"
+#include "../../csrc/cuda/attention_warpgroup.cuh"
 #include "../../csrc/cuda/causal_prototype.cuh"
 #include "../../csrc/cuda/head_tiles.cuh"
 #include "../../csrc/cuda/linear_logprob.cuh"
@@ -37,6 +38,14 @@ EVERY_HEAD_SIZE(__nv_bfloat16, 64)
 EVERY_HEAD_SIZE(__nv_bfloat16, 128)
 
 // Without a body, but for sm_90a.
+#define EVERY_WARPGROUP(T, size) \
+    template __global__ void attention_warpgroup_kernel<T, size>(const __grid_constant__ AttentionMassArguments<T>);
+
+EVERY_WARPGROUP(__half, 64)
+EVERY_WARPGROUP(__half, 128)
+EVERY_WARPGROUP(__nv_bfloat16, 64)
+EVERY_WARPGROUP(__nv_bfloat16, 128)
+
 #define EVERY_EPILOGUE(T) \
     template __global__ void head_tiles_kernel<T, StatisticsEpilogue>(const __grid_constant__ TileStatisticsArguments); \
     template __global__ void head_tiles_kernel<T, GradientEpilogue<T>>(const __grid_constant__ TileGradientArguments);

@@ -186,7 +186,7 @@ void take_registers() {}
 
 // Components of an operand's rows as floats: component after component, so that columns of a product are neighbours.
 template <typename T, int kRows>
-void read_operand(float (&values)[16][kRows], uint64_t operand, Site site) {
+void read_operand(float (&values)[kGroupComponents][kRows], uint64_t operand, Site site) {
     constexpr uint64_t kSwizzled = 1ull << 62, kPart = 0x3fff, kAligned = 7ull << 49;
     const auto begin = static_cast<unsigned>(operand & kPart) * 16;
     const auto group = static_cast<unsigned>(operand >> 32 & kPart) * 16;
@@ -209,20 +209,22 @@ void read_operand(float (&values)[16][kRows], uint64_t operand, Site site) {
 }
 
 // Nearly all the time of a launch: compiled as well as a compiler can.
-__attribute__((optimize("O3"), no_sanitize_undefined, noinline)) inline void add_products_of(
-    float* __restrict sums, const float (*__restrict left)[kGroupRows],
-    const float (*__restrict right)[kGroupColumns]) {
+template <int kColumns>
+__attribute__((optimize("O3"), no_sanitize_undefined, noinline)) void add_products_of(
+    float* __restrict sums, const float (*__restrict left)[kGroupRows], const float (*__restrict right)[kColumns]) {
     for (int row = 0; row < kGroupRows; ++row) {
-        for (int i = 0; i < 16; ++i) {
-            for (int c = 0; c < kGroupColumns; ++c) sums[row * kGroupColumns + c] += left[i][row] * right[i][c];
+        for (int i = 0; i < kGroupComponents; ++i) {
+            for (int c = 0; c < kColumns; ++c) sums[row * kColumns + c] += left[i][row] * right[i][c];
         }
     }
 }
 
-template <typename T>
+template <typename T, int kColumns>
 void multiply_matrices(const Product& product) {
-    static float left[16][kGroupRows], right[16][kGroupColumns];  // a fiber's stack is small
-    read_operand<T>(left, product.left, product.site);
+    // A fiber's stack is small.
+    static float left[kGroupComponents][kGroupRows], right[kGroupComponents][kColumns];
+    if (product.rows.empty()) read_operand<T>(left, product.left, product.site);
+    else std::memcpy(left, product.rows.data(), sizeof left);
     read_operand<T>(right, product.right, product.site);
     std::vector<float>& sums = product.sums->values;
     if (!product.add) std::fill(sums.begin(), sums.end(), 0.0f);
@@ -243,15 +245,17 @@ inline void finish_products(Warpgroup& warpgroup, size_t count) {
 
 inline void sync_warp(Site site) { machine().warp_exchange(Exchange::kSync, 0xffffffffu, 0, 0, site); }
 
+inline void publish_writes() { machine().current().unpublished_copies = false; }
+
 inline void begin_products() { machine().current().products.fenced = true; }
 inline void end_products() {
     ThreadProducts& own = machine().current().products;
     own.groups.push_back(own.begun);
 }
 
-template <typename T>
-void multiply_group(float (&sums)[kGroupSums], uint64_t left, uint64_t right, bool add, const T*, EMULATION_SITE) {
-    const Site site{file, line};
+// lend(rows, thread): what the thread has of the left operand, if that comes from registers.
+template <typename T, int kColumns, typename Lend>
+void begin_product(float* sums, uint64_t left, uint64_t right, bool add, const Lend& lend, Site site) {
     Machine& gpu = machine();
     sync_warp(site);
     Fiber& self = gpu.current();
@@ -259,11 +263,16 @@ void multiply_group(float (&sums)[kGroupSums], uint64_t left, uint64_t right, bo
     Warpgroup& warpgroup = warpgroup_of(self, thread);
     if (!self.products.fenced) gpu.fail("products that are not begun anew after a wait", site);
     if (self.products.begun == warpgroup.products.size()) {
-        Product product{left, right, add, &multiply_matrices<T>, site};
+        Product product;
+        product.left = left;
+        product.right = right;
+        product.add = add;
+        product.multiply = &multiply_matrices<T, kColumns>;
+        product.site = site;
         for (GroupSums& other : warpgroup.sums) {
             if (other.registers[thread] == sums) product.sums = &other;
         }
-        if (product.sums == nullptr) product.sums = &warpgroup.sums.emplace_back();
+        if (product.sums == nullptr) product.sums = &warpgroup.sums.emplace_back(kColumns);
         warpgroup.products.push_back(product);
     }
     Product& product = warpgroup.products[self.products.begun++];
@@ -275,13 +284,42 @@ void multiply_group(float (&sums)[kGroupSums], uint64_t left, uint64_t right, bo
     if (registers != sums) gpu.fail("the threads of a warpgroup add to different sums", site);
     if (!product.sums->untouched(thread)) gpu.fail("sums were written while products were on their way", site);
     product.sums->products[thread] = self.products.begun;
+    lend(product.rows, thread);
     if (++product.threads < kWarpgroup) return;
+    for (const Fiber& fiber : self.block->fibers) {
+        if (fiber.unpublished_copies) gpu.fail("products of copies that were not published", site);
+    }
     if (gpu.launch().order == Order::kInterleaved || gpu.by_chance()) finish_products(warpgroup, self.products.begun);
     Fiber* first = &self - thread;
     for (int i = 0; i < kWarpgroup; ++i) {
         if (first[i].state == State::kInWarpgroup) gpu.wake(first[i]);
     }
 }
+
+template <typename T>
+void multiply_group(float (&sums)[128], uint64_t left, uint64_t right, bool add, const T*, EMULATION_SITE) {
+    begin_product<T, 256>(sums, left, right, add, [](std::vector<float>&, int) {}, {file, line});
+}
+
+// Of the words in registers, a thread has of rows g and g + 8 of its warp's 16 components 2 t and 2 t + 1, and then of
+// both rows those eight further.
+template <typename T>
+void multiply_group(float (&sums)[8][4], const unsigned (&left)[4], uint64_t right, bool add, const T* type,
+                    EMULATION_SITE) {
+    const auto lend = [&](std::vector<float>& rows, int thread) {
+        rows.resize(static_cast<size_t>(kGroupComponents) * kGroupRows);
+        for (int word = 0; word < 4; ++word) {
+            float pair[2];
+            unpack_word(left[word], type, pair);
+            const int row = thread / 32 * 16 + thread % 32 / 4 + word % 2 * 8;
+            const int component = word / 2 * 8 + thread % 4 * 2;
+            for (int i = 0; i < 2; ++i) rows[static_cast<size_t>((component + i) * kGroupRows + row)] = pair[i];
+        }
+    };
+    begin_product<T, 64>(&sums[0][0], 0, right, add, lend, {file, line});
+}
+
+inline void take_sums(float (&)[8][4]) {}
 
 template <int kPending>
 void wait_for_products(EMULATION_SITE) {

@@ -75,6 +75,7 @@ struct Fiber {
     uint64_t result = 0;
     std::vector<AsyncCopy> copies;
     size_t committed = 0;  // groups of them
+    bool unpublished_copies = false;  // products may not see some that have come
     unsigned phases = 0;   // address of the barrier in shared memory of which it waits for a phase
     ThreadProducts products;
 };
