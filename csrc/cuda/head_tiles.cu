@@ -131,6 +131,8 @@ bool suits_tiles(const at::Tensor& hidden, const at::Tensor& weight, bool has_bi
 }
 
 void launch_tile_statistics(const at::Tensor& hidden, const at::Tensor& weight, const HeadStatisticsArguments& call) {
+    TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(call.rows.products) % sizeof(float4) == 0,
+                      "logits as a workspace for tiles must begin at a multiple of ", sizeof(float4), " bytes");
     TileStatisticsArguments arguments = {};
     arguments.rows = tile_rows(hidden, weight, call.rows);
     arguments.parts = reinterpret_cast<float4*>(call.rows.products);

@@ -1,5 +1,5 @@
-// An LM head's chunks in tiles, without a place for their logits: where the device is a Hopper GPU, and the extension has
-// code for it.
+// An LM head's chunks in tiles, without a place for their logits: where the device is a Hopper GPU, and the extension
+// has code for it.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,5 @@
-// Hopper's own instructions (sm_90a): barriers that count bytes, copies of boxes of a matrix, and the matrix products of
-// a warpgroup, which take their right operand from shared memory, and the left one from there or from registers.
+// Hopper's own instructions (sm_90a): barriers that count bytes, copies of boxes of a matrix, and the matrix products
+// of a warpgroup, which take their right operand from shared memory, and the left one from there or from registers.
 //
 // A box in shared memory is a run of rows of 128 bytes, the bytes of a row swizzled: of its eight 16-byte pieces, piece
 // p of row r lies at place p ^ (r % 8). Boxes begin on a multiple of 1,024 bytes.
