@@ -49,7 +49,7 @@ test: $(VENV)/.built
 # torch is that of $(VENV), so that the extension in the source tree, which belongs to one torch, serves both. Hence the
 # paths instead of an installation, which would compile. IF_NEWER=1 does nothing where no package is newer.
 test-newest: $(VENV)/.built
-	@if test -n '$(IF_NEWER)' && ! $(BIN)/python scripts/newest.py newer; then \
+	@if test -n '$(IF_NEWER)' && newer=$$($(BIN)/python scripts/newest.py newer) && test -z "$$newer"; then \
 		echo "no package has a newer release than the lock"; mkdir -p $(NEWEST); : > $(NEWEST)/differences.txt; \
 	else $(MAKE) --no-print-directory test-anyway; fi
 

@@ -301,6 +301,25 @@ def test_newer_is_what_pip_would_replace(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "trl>=1.16" in given[0] and "--dry-run" in given[0] and any(one.startswith("verl") for one in given[1])
 
 
+@pytest.mark.parametrize(
+    ("pip", "anyway"), [("print()", False), ("print('trl 1.17.0')", True), ("raise SystemExit('no network')", True)]
+)
+def test_newest_is_left_out_only_where_pip_says_so(tmp_path: Path, pip: str, anyway: bool) -> None:
+    """Above all not where pip has failed."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/newest.py").write_text(pip)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    done = [f"--assume-old={tmp_path / name}" for name in (".built", ".installed")]
+    for name in (".built", ".installed", ".torch"):
+        (tmp_path / name).touch()
+    command = ["make", *done, "test-newest", "IF_NEWER=1", f"VENV={tmp_path}", "MAKE=echo asked for"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ("test-anyway" in result.stdout) == anyway, result.stdout + result.stderr
+    assert ("no package has a newer release" in result.stdout) != anyway, result.stdout + result.stderr
+
+
 # A make that writes the report of a test run which passes one test, and fails one where its target is in FAILING.
 MAKE = r"""
 echo "$*" >> "$ASKED"
