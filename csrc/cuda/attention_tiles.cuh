@@ -328,15 +328,6 @@ __device__ __forceinline__ void copy_even_rows(const T* source, const TileShape<
 // For the copies that this thread has started.
 __device__ __forceinline__ void wait_for_copies() { __pipeline_wait_prior(0); }
 
-__device__ inline unsigned char* dynamic_shared_memory() {
-#ifdef VGPO_EMULATION
-    EMULATED_DYNAMIC_SHARED(unsigned char, memory);
-#else
-    extern __shared__ __align__(16) unsigned char memory[];
-#endif
-    return memory;
-}
-
 // What is said of a streamed row, besides its components.
 struct KeyInfo {
     int64_t offset;  // of its components, or kNoRow

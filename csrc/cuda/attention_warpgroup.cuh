@@ -22,7 +22,6 @@ namespace cuda {
 constexpr int kBoxBuffers = 3;
 // Tiles of which something is said: of those, and of the one before, which slower warps may still look at.
 constexpr int kBoxInfos = 4;
-constexpr int kBoxAlignment = 1024;
 
 // Shared memory of a block. Its own rows lie where tiles of keys but the first will be.
 template <typename T, int kSize>
@@ -44,8 +43,7 @@ struct BoxTiles {
 
 #ifdef VGPO_HAS_WARPGROUPS
     __device__ BoxTiles() {
-        unsigned char* memory = dynamic_shared_memory();
-        streamed = memory + (kBoxAlignment - shared_address(memory) % kBoxAlignment) % kBoxAlignment;
+        streamed = first_box();
         rows = streamed + kTileBytes;
         infos = reinterpret_cast<KeyInfo*>(rows + row_bytes());
     }

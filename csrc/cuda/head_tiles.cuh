@@ -24,7 +24,7 @@ constexpr int kStages = 4;
 constexpr int kHiddenBytes = kTileRows * kBoxBytes, kWeightBytes = kTileColumns * kBoxBytes;
 constexpr int kStageBytes = kHiddenBytes + kWeightBytes;
 constexpr int kBoxRows = 128;  // of both maps
-constexpr int kTileSharedBytes = kStages * kStageBytes + 1024;  // with what aligns it
+constexpr int kTileSharedBytes = kStages * kStageBytes + kBoxAlignment;
 // Hidden states of a group of rows, which stay in the cache while the weight streams by.
 constexpr int64_t kGroupBytes = 16 << 20;
 
@@ -264,14 +264,9 @@ template <typename T, typename Epilogue>
 __global__ void __launch_bounds__(kTileThreads, 1)
     head_tiles_kernel(const __grid_constant__ typename Epilogue::Arguments arguments) {
 #ifdef VGPO_HAS_WARPGROUPS
-#ifdef VGPO_EMULATION
-    EMULATED_DYNAMIC_SHARED(unsigned char, shared);
-#else
-    extern __shared__ unsigned char shared[];
-#endif
     __shared__ uint64_t full[kStages], empty[kStages];
     const TileRows& rows = arguments.rows;
-    unsigned char* stages = shared + (1024 - shared_address(shared) % 1024) % 1024;
+    unsigned char* stages = first_box();
     const auto hidden_box = [&](int stage) { return stages + stage * kStageBytes; };
     const auto weight_box = [&](int stage) { return stages + stage * kStageBytes + kHiddenBytes; };
     const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroupThreads;

@@ -19,6 +19,7 @@ namespace cuda {
 
 constexpr int kWarpgroupThreads = 128;
 constexpr int kBoxBytes = 128;  // of a row of a box
+constexpr int kBoxAlignment = 1024;
 constexpr int kProductRows = 64, kProductColumns = 256;
 constexpr int kProductSums = kProductRows * kProductColumns / kWarpgroupThreads;  // of a thread
 constexpr int kNarrowBlocks = 64 / 8;  // of 8 columns, in a product of fewer
@@ -220,6 +221,12 @@ using emulation::take_sums;
 using emulation::wait_for;
 using emulation::wait_for_products;
 #endif
+
+// The first place in a block's dynamic shared memory where a box may begin: up to kBoxAlignment bytes are lost.
+__device__ inline unsigned char* first_box() {
+    unsigned char* memory = dynamic_shared_memory();
+    return memory + (kBoxAlignment - shared_address(memory) % kBoxAlignment) % kBoxAlignment;
+}
 
 // An operand: the matrix of a box from this address on, its groups of eight rows 1,024 bytes apart. The components of the
 // next step are kOperandStep further.

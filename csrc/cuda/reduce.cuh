@@ -34,6 +34,15 @@ __device__ inline int warps_per_block() { return static_cast<int>(blockDim.x) / 
 __device__ inline int grid_warp() { return warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); }
 __device__ inline int grid_warps() { return warps_per_block() * static_cast<int>(gridDim.x); }
 
+__device__ inline unsigned char* dynamic_shared_memory() {
+#ifdef VGPO_EMULATION
+    EMULATED_DYNAMIC_SHARED(unsigned char, memory);
+#else
+    extern __shared__ __align__(16) unsigned char memory[];
+#endif
+    return memory;
+}
+
 template <typename Integer>
 constexpr __host__ __device__ Integer ceil_div(Integer value, Integer divisor) {
     return (value + divisor - 1) / divisor;
