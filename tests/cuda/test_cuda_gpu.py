@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from cases import EDGES, Batch, make_batch
+from gpu_calls import captured, on_a_sleeping_stream, without_synchronising
 from tolerance import same_bits
 from torch import Tensor
 
@@ -135,25 +136,14 @@ def test_a_call_is_one_launch(batch: Batch, name: str) -> None:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_no_call_synchronises(batch: Batch, name: str) -> None:
     call = calls(batch)[name]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    without_synchronising(call)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_call_is_captured_into_a_graph(batch: Batch, name: str) -> None:
     call = calls(batch)[name]
     expected = call()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    graph, result = captured(call)
     for _ in range(3):
         graph.replay()
     assert same(result, expected)
@@ -161,17 +151,9 @@ def test_a_call_is_captured_into_a_graph(batch: Batch, name: str) -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_call_runs_on_the_current_stream(batch: Batch, name: str) -> None:
-    """On a stream that first sleeps, the result must not be there before the stream gets to it."""
     call = calls(batch)[name]
     expected = call()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        result = call()
-        assert not stream.query(), "the call waited for its stream, or ran elsewhere"
-    stream.synchronize()
-    assert same(result, expected)
+    assert same(on_a_sleeping_stream(call), expected)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

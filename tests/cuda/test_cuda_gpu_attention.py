@@ -7,23 +7,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from gpu_calls import NEEDS_HOPPER_KERNELS, captured
 from tolerance import assert_close, floor_of, same_bits
 from torch import Tensor
 
-from vgpo_kernels import attention_mass, backend, backends
+from vgpo_kernels import attention_mass, backend
 
-
-def has_warpgroups() -> bool:
-    built = backends.describe()["extension"]
-    if built is None or not built["hopper"] or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability() == (9, 0)
-
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not has_warpgroups(), reason="needs a Hopper GPU and an extension built for it"),
-]
+pytestmark = NEEDS_HOPPER_KERNELS
 
 DEVICE = torch.device("cuda")
 
@@ -164,9 +154,7 @@ def test_a_call_is_captured_into_a_graph(monkeypatch: pytest.MonkeyPatch) -> Non
     case = CASES["64"]
     drawn = case.draw()
     expected = case.masses(drawn)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        masses = case.masses(drawn)
+    graph, masses = captured(lambda: case.masses(drawn))
     masses.zero_()
     graph.replay()
     torch.cuda.synchronize()

@@ -7,24 +7,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from gpu_calls import NEEDS_HOPPER_KERNELS, captured
 from tolerance import same_bits
 from torch import Tensor
 
-from vgpo_kernels import backend, backends, linear_logprob, linear_policy_loss
+from vgpo_kernels import backend, linear_logprob, linear_policy_loss
 from vgpo_kernels.ops.lm_head import HeadKernels, compiled_kernels, finished, new_statistics
 
-
-def has_tiles() -> bool:
-    built = backends.describe()["extension"]
-    if built is None or not built["hopper"] or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability() == (9, 0)
-
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not has_tiles(), reason="needs a Hopper GPU and an extension built for it"),
-]
+pytestmark = NEEDS_HOPPER_KERNELS
 
 SHAPES = [
     (9, 5, 40),
@@ -160,9 +150,7 @@ def test_strided_rows() -> None:
 def test_a_call_is_captured_into_a_graph() -> None:
     case = make(600, 3000, 256)
     expected_logp = linear_logprob(*case, ignore_index=None)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logp = linear_logprob(*case, ignore_index=None)
+    graph, logp = captured(lambda: linear_logprob(*case, ignore_index=None))
     logp.zero_()
     graph.replay()
     torch.cuda.synchronize()

@@ -8,16 +8,16 @@ from functools import partial
 
 import pytest
 import torch
+from gpu_calls import captured, is_hopper, on_a_sleeping_stream, without_synchronising
 from linear_cases import make_head
 from tolerance import same_bits
 from torch import Tensor
 
 from vgpo_kernels import backend, backends, linear_logprob
 
-HOPPER = torch.cuda.is_available() and torch.version.cuda and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not HOPPER, reason="needs an NVIDIA GPU of compute capability 9.0"),
+    pytest.mark.skipif(not is_hopper(), reason="needs an NVIDIA GPU of compute capability 9.0"),
     pytest.mark.skipif(
         backends._missing_for_liger() is not None, reason=f"Liger's head {backends._missing_for_liger()}"
     ),
@@ -138,35 +138,18 @@ def test_entropies_do_not_change_log_probs(call: Callable[[], list[Tensor]]) -> 
 
 def test_no_call_synchronises(call: Callable[[], list[Tensor]]) -> None:
     call()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    without_synchronising(call)
 
 
 def test_a_call_runs_on_the_current_stream(call: Callable[[], list[Tensor]]) -> None:
     expected = call()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        found = call()
-        assert not stream.query(), "the call waited for its stream, or ran elsewhere"
-    stream.synchronize()
+    found = on_a_sleeping_stream(call)
     assert all(same_bits(one, two) for one, two in zip(found, expected, strict=True))
 
 
 def test_a_call_is_captured_into_a_graph(call: Callable[[], list[Tensor]]) -> None:
     expected = call()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = call()
+    graph, found = captured(call)
     for _ in range(3):
         graph.replay()
     assert all(same_bits(one, two) for one, two in zip(found, expected, strict=True))
