@@ -170,6 +170,11 @@ SpreadInput ArgumentReader::spread(const char* name, at::IntArrayRef shape, cons
     return {data<float>(name, per_response ? at::IntArrayRef(layout.batch) : shape), !per_response};
 }
 
+LogitMaps ArgumentReader::logit_maps(int64_t rows) const {
+    return LogitMaps::of(value<double>("logit_scale"), value<double>("softcap"), value<double>("temperature"),
+                         data<float>("temperatures", {rows}));
+}
+
 LossInput ArgumentReader::loss(const Layout& layout) const {
     const at::IntArrayRef tokens = shape("response_mask");
     LossInput input = {};

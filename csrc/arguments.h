@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "inputs.h"
+#include "logit_map.h"
 
 namespace vgpo {
 
@@ -75,6 +76,9 @@ public:
     FocusTensors focus(const Layout& layout) const;
 
     WeightsConfig config() const;
+
+    // How the products of an LM head's rows become logits.
+    LogitMaps logit_maps(int64_t rows) const;
 
     LossInput loss(const Layout& layout) const;
     LossResult empty_loss(int64_t metrics) const;

@@ -31,6 +31,7 @@ VGPO_HD inline float minimum(float value, float bound) { return bound < value ? 
 VGPO_HD inline float maximum(float value, float bound) { return bound > value ? bound : value; }
 
 VGPO_HD inline float exponential(float value) { return expf(value); }
+VGPO_HD inline float hyperbolic_tangent(float value) { return tanhf(value); }
 VGPO_HD inline float power(float base, float exponent) { return powf(base, exponent); }
 
 template <typename F>

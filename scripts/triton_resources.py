@@ -216,7 +216,7 @@ def head_calls() -> dict[str, Callable[[], Any]]:
     rows, columns = 4, 64
     hidden, weight = torch.zeros(rows, 16, dtype=torch.bfloat16), torch.zeros(columns, 16, dtype=torch.bfloat16)
     targets, logits = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, columns)
-    chunk = (hidden, weight, torch.zeros(columns), targets, 0, 1.0)
+    chunk = (hidden, weight, torch.zeros(columns), targets, 0, 1.0, None, 1.0, 0.0)
     return {
         "head_statistics": lambda: linear_logprob.head_statistics(*chunk, torch.zeros(4, rows), logits, True),
         "head_gradient, bfloat16": lambda: linear_logprob.head_gradient(*chunk, torch.zeros(5, rows), logits, False),

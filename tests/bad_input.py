@@ -134,6 +134,15 @@ def numbers(*outside: float, finite: bool = True) -> list[Bad]:
     ]
 
 
+def temperatures() -> list[Bad]:
+    return [
+        *(bad for bad in numbers(0.0, -1.0) if bad.why != "a tensor"),
+        Bad("a tensor of one", torch.tensor(0.5), ValueError, r"\[\]"),
+        Bad("a tensor of integers", torch.tensor(1), TypeError, "int64"),
+        Bad("sparse", torch.ones(1).to_sparse(), TypeError, "sparse_coo"),
+    ]
+
+
 def whole_numbers(*outside: int) -> list[Bad]:
     return [
         Bad("text", "1", TypeError, "str"),
@@ -300,7 +309,9 @@ OTHERS: dict[str, list[Bad]] = {
     "window": whole_numbers(0, -3),
     "per_head": flags(),
     "return_entropy": flags(),
-    "temperature": numbers(0.0, -1.0),
+    "temperature": temperatures(),
+    "logit_scale": numbers(0.0, -1.0),
+    "softcap": numbers(0.0, -1.0),
     "ignore_index": whole_numbers(-(2**70)),
     "chunk_bytes": whole_numbers(0, -1),
     "first": whole_numbers(-1),

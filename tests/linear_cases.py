@@ -123,12 +123,23 @@ def gradients(head: Head, function: Callable[..., tuple[Tensor, Tensor]] = logpr
     return list(torch.autograd.grad(total, leaves))
 
 
-def materialised(head: Head, leaves: list[Tensor] | None = None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def materialised(
+    head: Head,
+    leaves: list[Tensor] | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """What a training loop writes: all logits, their log-softmax, and its sum over the vocabulary."""
     hidden, weight, *bias = leaves or head.tensors()
     kept = head.targets != IGNORED
     logits = torch.where(kept[:, None], hidden, 0.0) @ weight.T
-    logits = (logits + bias[0] if bias else logits) / temperature
+    logits = (logits + bias[0] if bias else logits) * logit_scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if isinstance(temperature, Tensor):
+        temperature = torch.where(kept, temperature, 1.0).to(logits)[:, None]
+    logits = logits / temperature
     log_probabilities = logits.log_softmax(-1)
     logp = log_probabilities.gather(-1, head.targets.clamp(min=0)[:, None]).squeeze(-1)
     entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
@@ -137,10 +148,11 @@ def materialised(head: Head, leaves: list[Tensor] | None = None, temperature: fl
 
 def check(head: Head, device: torch.device, **options: Any) -> None:
     """Compare with a training loop in fp64; its error in fp32, on the same numbers, is the yardstick."""
-    settings = {"temperature": options.get("temperature", 1.0)}
+    settings = {name: options[name] for name in ("temperature", "logit_scale", "softcap") if name in options}
     wide = replace(head.double(), targets=head.targets)
     narrow = replace(head, hidden=head.hidden.float(), weight=head.weight.float())
     values = [materialised(one, **settings) for one in (wide, narrow)]
+    options = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
     for name, actual, *expected in zip(("logp", "entropy"), logprob(head.to(device), **options), *values, strict=True):
         assert actual.dtype == torch.float32
         assert_close(actual, *expected, name=name)

@@ -436,13 +436,65 @@ def ignore_index(value: object) -> int | None:
     return _bounded_integer("ignore_index", value, -_LARGEST, _LARGEST)
 
 
-def temperature(value: object) -> float:
+def logit_map(
+    temperature: object, logit_scale: object, softcap: object, hidden: Tensor, read: Tensor, meaning: str
+) -> dict[str, Any]:
+    """Check how products become logits, ``cap(logit_scale * product) / temperature``.
+
+    Args:
+        temperature: A number, or a tensor of one for each row.
+        logit_scale: A number.
+        softcap: A number, or ``None``: no cap.
+        hidden: The hidden states, which temperatures must share a device with.
+        read: Which rows are read, bool in the shape that temperatures must have.
+        meaning: Whose shape that is, for messages.
+
+    Returns:
+        The arguments by name, as operators take them: ``temperatures`` in fp32 (fp64 if hidden is), or ``None`` beside
+        a number; ``softcap`` 0 for none.
+
+    """
+    scale = _factor("logit_scale", logit_scale)
+    cap = 0.0 if softcap is None else _factor("softcap", softcap)
+    rows, divisor = None, 1.0
+    if isinstance(temperature, Tensor):
+        rows = _temperatures(temperature, hidden, read, meaning)
+    else:
+        divisor = _factor("temperature", temperature)
+    # Kernels multiply by these: they, too, must be normal fp32 numbers.
+    products = [("softcap / temperature", cap, divisor), ("logit_scale / softcap", scale, cap)]
+    for name, above, below in products if cap else [("logit_scale / temperature", scale, divisor)]:
+        if not _FACTORS[0] <= above / below <= _FACTORS[1]:
+            raise ValueError(f"{name} must be from 2^-126 to 2^126, got {spell(above)} / {spell(below)}")
+    return {"temperature": divisor, "temperatures": rows, "logit_scale": scale, "softcap": cap}
+
+
+# One over such a number is a normal fp32 number as well.
+_FACTORS = (2.0**-126, 2.0**126)
+
+
+def _factor(name: str, value: object) -> float:
     """Return ``value`` as a float if it and one over it are normal fp32 numbers above zero: kernels multiply."""
     if not is_number(value):
-        raise TypeError(f"temperature must be a number, got {type_name(value)}")
-    if not 2.0**-126 <= value <= 2.0**126:
-        raise ValueError(f"temperature must be finite and above 0, from 2^-126 to 2^126, got {spell(value)}")
+        raise TypeError(f"{name} must be a number, got {type_name(value)}")
+    if not _FACTORS[0] <= value <= _FACTORS[1]:
+        raise ValueError(f"{name} must be finite and above 0, from 2^-126 to 2^126, got {spell(value)}")
     return float(value)
+
+
+def _temperatures(value: Tensor, hidden: Tensor, read: Tensor, meaning: str) -> Tensor:
+    tensor = require_floating("temperature", value)
+    require_shape("temperature", tensor, read.shape, meaning)
+    require_device("temperature", tensor, hidden.device, "hidden")
+    rows = tensor.detach().to(torch.float64 if hidden.dtype == torch.float64 else torch.float32).contiguous()
+    if values_are_free(rows) and bool(read.any()):
+        used = rows[read]
+        if not bool(((used >= _FACTORS[0]) & (used <= _FACTORS[1])).all()):
+            raise ValueError(
+                f"temperature must be finite and above 0, from 2^-126 to 2^126, got {_summarise(used)} of "
+                f"{describe(tensor)}"
+            )
+    return rows
 
 
 def chunk_bytes(value: object) -> int:

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../inputs.h"
+#include "../logit_map.h"
 
 namespace vgpo {
 
@@ -114,11 +115,12 @@ struct Kernels {
     void (*add_probabilities)(const float* scores, int64_t begin, int64_t end, float lse, float weight,
                               float* totals);
 
-    // Takes logits, (products + bias) * factor, into a row's statistics. `bias` may be null.
-    void (*logit_statistics)(const float* products, const float* bias, int64_t columns, float factor,
+    // Takes the logits of products plus bias into a row's statistics. `bias` may be null.
+    void (*logit_statistics)(const float* products, const float* bias, int64_t columns, const LogitMap& map,
                              LogitStatistics& statistics);
-    // Gradient by the logits, in float or bfloat16 (kFloat, kBFloat16); it may take the products' place.
-    void (*logit_gradient[2])(const float* products, const float* bias, int64_t columns, float factor,
+    // Gradient by the logits, times the slope of a cap, in float or bfloat16 (kFloat, kBFloat16); it may take the
+    // products' place.
+    void (*logit_gradient[2])(const float* products, const float* bias, int64_t columns, const LogitMap& map,
                               const LogitGradient& row, void* gradient);
 
     // Reads memory as fast as the processor can: the ceiling that benchmarks compare with.

@@ -25,7 +25,7 @@ struct Chunk {
     const float* bias;         // [v], or null
     const int64_t* targets;    // [n]
     int64_t first;
-    float factor;  // one over the temperature
+    LogitMaps maps;
 
     int64_t rows() const { return hidden.size(0); }
     int64_t columns() const { return weight.size(0); }
@@ -82,7 +82,7 @@ Chunk chunk_of(const ArgumentReader& reader) {
             reader.data<float>("bias", {weight.size(0)}),
             reader.data<int64_t>("targets", {hidden.size(0)}),
             reader.value<int64_t>("first"),
-            static_cast<float>(1.0 / reader.value<double>("temperature"))};
+            reader.logit_maps(hidden.size(0))};
 }
 
 // Writes left @ right to `result`, or adds it, where the processor has no units for it that torch opens to us.
@@ -155,12 +155,13 @@ Tensors head_statistics(const ArgumentReader& reader) {
         const float* offsets = chunk.bias == nullptr ? nullptr : chunk.bias + tile.column;
         for (int64_t r = 0; r < tile.rows; ++r) {
             const int64_t row = tile.row + r, target = chunk.target(row) - tile.column;
+            const LogitMap map = chunk.maps.of_row(row);
             const float* values = tile.products.at(r, 0);
-            simd.logit_statistics(values, offsets, tile.columns, chunk.factor,
+            simd.logit_statistics(values, offsets, tile.columns, map,
                                   partial[tile.column / kGroupColumns * rows + row]);
             if (0 <= target && target < tile.columns) {
                 const float offset = offsets == nullptr ? 0.0f : offsets[target];
-                *running.at(3, row) = (values[target] + offset) * chunk.factor;
+                *running.at(3, row) = map.logit(values[target] + offset);
             }
         }
     };
@@ -203,7 +204,7 @@ Tensors head_gradient(const ArgumentReader& reader) {
             float* const begin = products.at(row, 0);
             void* const to = narrow ? static_cast<void*>(reinterpret_cast<BFloat16*>(begin) + tile.column)
                                     : static_cast<void*>(begin + tile.column);
-            gradient(tile.products.at(r, 0), offsets, tile.columns, chunk.factor, coefficient, to);
+            gradient(tile.products.at(r, 0), offsets, tile.columns, chunk.maps.of_row(row), coefficient, to);
         }
     };
     if (recompute && in_bf16(chunk.hidden, chunk.weight)) {

@@ -81,7 +81,7 @@ TileRows tile_rows(const at::Tensor& hidden, const at::Tensor& weight, const Hea
     tiles.group = static_cast<int>(std::max<int64_t>(1, kGroupBytes / (kClusterRows * row_bytes(hidden))));
     tiles.targets = rows.targets;
     tiles.first = rows.first;
-    tiles.factor = rows.factor;
+    tiles.factor = rows.maps.shared.factor;
     return tiles;
 }
 

@@ -29,7 +29,14 @@ HeadRows head_rows(const ArgumentReader& reader, int64_t width) {
             reader.data<int64_t>("targets", {rows}),
             reader.value<int64_t>("first"),
             static_cast<int>(columns),
-            static_cast<float>(1.0 / reader.value<double>("temperature"))};
+            reader.logit_maps(rows)};
+}
+
+// Calls body(std::bool_constant).
+template <typename Body>
+void by_flag(bool flag, Body body) {
+    if (flag) body(std::true_type());
+    else body(std::false_type());
 }
 
 template <typename Arguments>
@@ -79,7 +86,9 @@ Tensors head_product(const ArgumentReader& reader) {
 }
 
 bool tiles_can(const ArgumentReader& reader) {
-    return suits_tiles(reader.tensor("hidden"), reader.tensor("weight"), reader.has("bias"));
+    // A tile's epilogue has one factor for all rows, and no cap.
+    const bool plain = !reader.has("temperatures") && reader.value<double>("softcap") == 0.0;
+    return suits_tiles(reader.tensor("hidden"), reader.tensor("weight"), reader.has("bias")) && plain;
 }
 
 // The products of a chunk, where its logits will be.
@@ -103,7 +112,9 @@ Tensors head_statistics(const ArgumentReader& reader) {
         return {};
     }
     multiply_chunk(reader);
-    launch_rows(head_statistics_kernel<kHeadThreads>, arguments, logits);
+    by_flag(arguments.rows.maps.capped(), [&](auto capped) {
+        launch_rows(head_statistics_kernel<kHeadThreads, decltype(capped)::value>, arguments, logits);
+    });
     return {};
 }
 
@@ -121,7 +132,10 @@ Tensors head_gradient(const ArgumentReader& reader) {
         multiply_chunk(reader);
     }
     by_type(type, [&](auto* element) {
-        launch_rows(head_gradient_kernel<std::remove_pointer_t<decltype(element)>>, arguments, reader.tensor("logits"));
+        by_flag(arguments.rows.maps.capped(), [&](auto capped) {
+            launch_rows(head_gradient_kernel<std::remove_pointer_t<decltype(element)>, decltype(capped)::value>,
+                        arguments, reader.tensor("logits"));
+        });
     });
     return {};
 }

@@ -5,6 +5,7 @@
 // logits 2.5 GB and 3.7 GB in all, where the product of that shape at D = 3584 takes 4.5 TFLOP.
 #pragma once
 
+#include "../logit_map.h"
 #include "vector.cuh"
 
 namespace vgpo {
@@ -24,11 +25,11 @@ struct HeadRows {
     const int64_t* targets;  // [N], ids in the whole vocabulary
     int64_t first;           // id of the first column
     int columns;             // V
-    float factor;            // one over the temperature
+    LogitMaps maps;
 
     __device__ float* row(int64_t index) const { return products + index * stride; }
-    __device__ float logit(const float* row, int column) const {
-        return (row[column] + (bias == nullptr ? 0.0f : bias[column])) * factor;
+    __device__ float offset_product(const float* row, int column) const {
+        return row[column] + (bias == nullptr ? 0.0f : bias[column]);
     }
     // The column of a row's target, or -1.
     __device__ int target(int64_t row) const { return static_cast<int>(column_of(targets[row], first, columns)); }
@@ -58,11 +59,15 @@ struct HeadPass {
           whole(begin >= 0 && begin + kHeadVectors * step <= columns) {}
 
     __device__ int64_t column(int vector) const { return own + vector * step; }
+    __device__ bool inside(int vector, int element, int columns) const {
+        const int64_t place = column(vector) + element;
+        return whole || (place >= 0 && place < columns);
+    }
 
-    // The logits; -infinity outside the row. In a whole pass no branch stands between the loads: all are on their way
-    // before the first one is waited for.
+    // Products plus bias; -infinity outside the row. In a whole pass no branch stands between the loads: all are on
+    // their way before the first one is waited for.
     __device__ __forceinline__ void load(const HeadRows& rows, const float* row,
-                                         float (&logits)[kHeadVectors][4]) const {
+                                         float (&products)[kHeadVectors][4]) const {
         float4 fours[kHeadVectors];
         if (whole) {
 #pragma unroll
@@ -75,18 +80,17 @@ struct HeadPass {
         }
 #pragma unroll
         for (int i = 0; i < kHeadVectors; ++i) {
-            logits[i][0] = fours[i].x;
-            logits[i][1] = fours[i].y;
-            logits[i][2] = fours[i].z;
-            logits[i][3] = fours[i].w;
+            products[i][0] = fours[i].x;
+            products[i][1] = fours[i].y;
+            products[i][2] = fours[i].z;
+            products[i][3] = fours[i].w;
         }
         if (rows.bias != nullptr) {
             each([&](int i, int j) {
                 const int64_t place = column(i) + j;
-                if (place >= 0 && place < rows.columns) logits[i][j] += rows.bias[place];
+                if (place >= 0 && place < rows.columns) products[i][j] += rows.bias[place];
             });
         }
-        each([&](int i, int j) { logits[i][j] *= rows.factor; });
     }
 
     template <typename Body>
@@ -128,16 +132,26 @@ struct HeadStatisticsArguments {
     int64_t statistics_stride;
 };
 
-template <int kBlockThreads>
+template <int kBlockThreads, bool kCapped>
 __global__ void __launch_bounds__(kBlockThreads)
     head_statistics_kernel(const __grid_constant__ HeadStatisticsArguments arguments) {
     const HeadRows& rows = arguments.rows;
     const int64_t index = blockIdx.x;
+    const LogitMap map = rows.maps.of_row(index);
     const float* row = rows.row(index);
     LogitStatistics own = LogitStatistics::identity();
     for (int64_t begin = -misalignment(row); begin < rows.columns; begin += kHeadVectors * 4 * blockDim.x) {
         float logits[kHeadVectors][4];
-        HeadPass(begin, rows.columns).load(rows, row, logits);
+        const HeadPass pass(begin, rows.columns);
+        pass.load(rows, row, logits);
+        HeadPass::each([&](int i, int j) {
+            if constexpr (kCapped) {
+                const bool inside = pass.inside(i, j, rows.columns);
+                logits[i][j] = inside ? hyperbolic_tangent(logits[i][j] * map.squeeze) * map.factor : -INFINITY;
+            } else {
+                logits[i][j] *= map.factor;
+            }
+        });
         LogitStatistics part = LogitStatistics::identity();
         HeadPass::each([&](int i, int j) { part.maximum = fmaxf(part.maximum, logits[i][j]); });
         // A bias may forbid every entry: there is nothing to measure distances from.
@@ -159,7 +173,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     running[stride] = all.total;
     running[2 * stride] = all.weighted;
     const int target = rows.target(index);
-    if (target >= 0) running[3 * stride] = rows.logit(row, target);
+    if (target >= 0) running[3 * stride] = map.logit(rows.offset_product(row, target));
 }
 
 // ---- gradient --------------------------------------------------------------------------------------------------
@@ -179,12 +193,14 @@ __device__ __forceinline__ void store_gradient(T* to, const float (&values)[4]) 
     const uint2 words = {pack(values[0], values[1], to), pack(values[2], values[3], to)};
     __stcg(reinterpret_cast<uint2*>(to), words);
 }
+
 // Turns a row of products into its gradient, of type T, from the row's beginning on.
-template <typename T>
+template <typename T, bool kCapped>
 __global__ void __launch_bounds__(kHeadThreads)
     head_gradient_kernel(const __grid_constant__ HeadGradientArguments arguments) {
     const HeadRows& rows = arguments.rows;
     const int64_t index = blockIdx.x, stride = arguments.coefficients_stride;
+    const LogitMap map = rows.maps.of_row(index);
     const float* row = rows.row(index);
     T* gradient = reinterpret_cast<T*>(rows.row(index));
     const float* coefficients = arguments.coefficients + index;
@@ -201,9 +217,11 @@ __global__ void __launch_bounds__(kHeadThreads)
         const int64_t distance = target - pass.own;
         const int place = distance >= 0 && distance < kHeadVectors * pass.step ? static_cast<int>(distance) : -1;
         HeadPass::each([&](int i, int j) {
-            const float log_probability = values[i][j] - maximum - log_sum;
+            const float bounded = kCapped ? hyperbolic_tangent(values[i][j] * map.squeeze) : values[i][j];
+            const float log_probability = bounded * map.factor - maximum - log_sum;
             values[i][j] = expf(log_probability) * fmaf(slope, fmaxf(log_probability, kFarthestLogit), level);
             values[i][j] += i * pass.step + j == place ? at_target : 0.0f;
+            if constexpr (kCapped) values[i][j] *= slope_of_cap(bounded);
         });
         // Narrow numbers take the place of wide ones that other threads may still have to read, but only of this pass:
         // those behind it are never reached.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vgpo_kernels import backend, linear_logprob, linear_policy_loss
 from vgpo_kernels.ops.lm_head import HeadKernels, compiled_kernels, finished, new_statistics
+from vgpo_kernels.reference.logits import LogitMap
 
 pytestmark = NEEDS_HOPPER_KERNELS
 
@@ -56,7 +57,7 @@ def statistics(case: Case, *, tiles: bool, temperature: float = 1.0, first: int 
     assert columns, "no tiles for this call"
     workspace = torch.full((case.hidden.shape[0], columns if tiles else case.weight.shape[0]), torch.nan, device="cuda")
     kernels().statistics(
-        case.hidden, case.weight, None, case.targets + first, first, temperature, running, workspace, False
+        case.hidden, case.weight, None, case.targets + first, first, *LogitMap(temperature), running, workspace, False
     )
     return finished(running)
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from vgpo_kernels.ops import linear_logprob
 from vgpo_kernels.reference import linear_logprob as reference
 from vgpo_kernels.reference.linear_logprob import gradient_of
+from vgpo_kernels.reference.logits import LogitMap
 
 adopt(globals())
 
-FIRST, TEMPERATURE = 30, 0.9
+FIRST, LOGITS = 30, LogitMap(temperature=1.8, logit_scale=2.0)
 OTHER_GPU, HOPPER = Shape(blocks=2), Shape(blocks=2, hopper=True)
 SHAPES = {
     "forward": HOPPER,
@@ -45,7 +46,7 @@ def workspace(head: Head) -> Tensor:
 def statistics(emulator: Emulator, head: Head, running: Tensor | None = None, first: int = FIRST) -> Tensor:
     """Update running statistics in tiles."""
     found = new_running(head) if running is None else running.clone()
-    arguments = (head.hidden, head.weight, None, head.targets, first, TEMPERATURE)
+    arguments = (head.hidden, head.weight, None, head.targets, first, *LOGITS)
     emulator.head_statistics(*arguments, found, workspace(head), False)
     assert [name.partition("<")[0] for name in emulator.launched] == ["head_tiles_kernel", "head_merge_kernel"]
     return found
@@ -59,7 +60,7 @@ def new_running(head: Head) -> Tensor:
 def expected_statistics(head: Head, dtype: torch.dtype) -> Tensor:
     running = new_running(head).to(dtype)
     logits = torch.empty(head.hidden.shape[0], head.weight.shape[0])
-    arguments = (head.hidden, head.weight, None, head.targets, FIRST, TEMPERATURE)
+    arguments = (head.hidden, head.weight, None, head.targets, FIRST, *LOGITS)
     reference.head_statistics(*arguments, running, logits, False, dtype=dtype)
     return running
 
@@ -79,7 +80,7 @@ def place_for(head: Head, padding: int = 0) -> Tensor:
 def gradient(emulator: Emulator, head: Head, padding: int = 0) -> Tensor:
     """Compute a gradient in tiles; behind it a row stays as it was."""
     logits, dtype = place_for(head, padding), head.hidden.dtype
-    arguments = (head.hidden, head.weight, None, head.targets, FIRST, TEMPERATURE)
+    arguments = (head.hidden, head.weight, None, head.targets, FIRST, *LOGITS)
     emulator.head_gradient(*arguments, coefficients_of(head), logits, True)
     assert [name.partition("<")[0] for name in emulator.launched] == ["head_tiles_kernel"]
     behind = logits.contiguous().view(torch.int16)[:, head.weight.shape[0] :]
@@ -89,7 +90,7 @@ def gradient(emulator: Emulator, head: Head, padding: int = 0) -> Tensor:
 
 def expected_gradient(head: Head, dtype: torch.dtype) -> Tensor:
     logits = place_for(head)
-    arguments = (head.hidden, head.weight, None, head.targets, FIRST, TEMPERATURE)
+    arguments = (head.hidden, head.weight, None, head.targets, FIRST, *LOGITS)
     reference.head_gradient(*arguments, coefficients_of(head), logits, True, dtype=dtype)
     return gradient_of(logits, head.hidden.dtype).clone()
 
@@ -169,7 +170,7 @@ def test_numbers_that_are_not_finite(emulator: Emulator) -> None:
         head.hidden[row] = 0.0
         head.hidden[row, 0] = value
     head.hidden[6, 3] = float("inf")  # logits of both signs
-    arguments = (head.hidden, head.weight, None, head.targets, FIRST, TEMPERATURE)
+    arguments = (head.hidden, head.weight, None, head.targets, FIRST, *LOGITS)
     logits = place_for(head)
     with emulator.launched_as(HOPPER):
         found, slopes = statistics(emulator, head), gradient(emulator, head)
@@ -188,7 +189,7 @@ def test_numbers_that_are_not_finite(emulator: Emulator) -> None:
 
 def plain(emulator: Emulator, head: Head, shape: Shape) -> list[Tensor]:
     """Statistics with a place for logits, and the gradient, by whatever kernels the device takes."""
-    arguments = (head.hidden, head.weight, head.bias, head.targets, FIRST, TEMPERATURE)
+    arguments = (head.hidden, head.weight, head.bias, head.targets, FIRST, *LOGITS)
     running, logits = new_running(head), place_for(head)
     with emulator.launched_as(shape):
         emulator.head_statistics(*arguments, running, logits, False)
@@ -215,7 +216,7 @@ def test_what_does_not_suit_tiles(emulator: Emulator, name: str) -> None:
     assert [name.partition("<")[0] for name in emulator.launched] == ["head_gradient_kernel"]
     for found, expected in zip(on_hopper, plain(emulator, head, OTHER_GPU), strict=True):
         assert torch.equal(found, expected)
-    arguments = (head.hidden, head.weight, head.bias, head.targets, FIRST, TEMPERATURE, new_running(head))
+    arguments = (head.hidden, head.weight, head.bias, head.targets, FIRST, *LOGITS, new_running(head))
     with emulator.launched_as(HOPPER), pytest.raises(ValueError, match="logits"):
         emulator.head_statistics(*arguments, workspace(head), False)
 
@@ -223,7 +224,7 @@ def test_what_does_not_suit_tiles(emulator: Emulator, name: str) -> None:
 def test_where_tiles_are_not_asked_for(emulator: Emulator) -> None:
     """Products that are kept need their place, and so does every other GPU. A place for them asks for no tiles."""
     head = head_of(9, 16, 300)
-    arguments = (head.hidden, head.weight, None, head.targets, FIRST, TEMPERATURE, new_running(head))
+    arguments = (head.hidden, head.weight, None, head.targets, FIRST, *LOGITS, new_running(head))
     for shape, keep in ((HOPPER, True), (OTHER_GPU, False)):
         with emulator.launched_as(shape), pytest.raises(ValueError, match="logits"):
             emulator.head_statistics(*arguments, workspace(head), keep)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vgpo_kernels.reference import linear_logprob as reference
 from vgpo_kernels.reference.linear_logprob import gradient_of
+from vgpo_kernels.reference.logits import LogitMap
 
 adopt(globals(), test_linear_logprob, test_linear_arguments, test_linear_minus_infinity)
 
@@ -29,9 +30,9 @@ SHAPES = {
 
 
 def chunk(columns: int, dtype: torch.dtype, bias: bool) -> tuple[Tensor, ...]:
-    """Hidden to temperature, as both kernels take them."""
+    """Hidden to softcap, as both kernels take them."""
     head = make_head(3, 16, columns, dtype=dtype, bias=bias)
-    return head.hidden, head.weight, head.bias, head.targets + 30, 30, 0.9
+    return head.hidden, head.weight, head.bias, head.targets + 30, 30, *LogitMap(0.9)
 
 
 def run(statistics: Kernel, gradient: Kernel, head: tuple[Tensor, ...], **options: torch.dtype) -> list[Tensor]:

@@ -14,7 +14,8 @@ namespace cuda {
     template __global__ void causal_prototype_kernel<T>(const __grid_constant__ CausalPrototypeArguments<T>); \
     template __global__ void visual_focus_kernel<T>(const __grid_constant__ VisualFocusArguments<T>); \
     template __global__ void vgpo_loss_kernel<T>(const __grid_constant__ VgpoLossArguments<T>); \
-    template __global__ void head_gradient_kernel<T>(const __grid_constant__ HeadGradientArguments);
+    template __global__ void head_gradient_kernel<T, false>(const __grid_constant__ HeadGradientArguments); \
+    template __global__ void head_gradient_kernel<T, true>(const __grid_constant__ HeadGradientArguments);
 
 // The sizes of heads with kernels of their own, and 0 for any other.
 #define EVERY_HEAD_SIZE(T, size) \
@@ -61,7 +62,8 @@ template __global__ void visual_weights_kernel<kThreads>(const __grid_constant__
 template __global__ void group_weights_kernel<kGroupThreads>(const __grid_constant__ GroupWeightsArguments);
 template __global__ void policy_loss_kernel<kThreads>(const __grid_constant__ PolicyLossArguments);
 template __global__ void head_mean_kernel<kAttentionThreads>(const __grid_constant__ HeadMeanArguments);
-template __global__ void head_statistics_kernel<kHeadThreads>(const __grid_constant__ HeadStatisticsArguments);
+template __global__ void head_statistics_kernel<kHeadThreads, false>(const __grid_constant__ HeadStatisticsArguments);
+template __global__ void head_statistics_kernel<kHeadThreads, true>(const __grid_constant__ HeadStatisticsArguments);
 template __global__ void head_merge_kernel<kMergeWarps>(const __grid_constant__ TileMergeArguments);
 
 }  // namespace cuda

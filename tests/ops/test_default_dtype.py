@@ -39,6 +39,8 @@ NUMBERS = {
     "vespo_k_neg": 3.017,
     "vespo_lambda_neg": 2.017,
     "temperature": 0.913,
+    "logit_scale": 1.087,
+    "softcap": 7.013,
     "num_tokens": 1001,
     "num_sequences": 257,
     "scale": 0.313,

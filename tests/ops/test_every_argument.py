@@ -34,8 +34,8 @@ SUBJECTS = {
 # What public functions make of other arguments. (The fields of options are keywords.)
 DERIVED = {
     "attention_heatmap": {"key_segments", "lse", "query_weights"},  # of the masks
-    "linear_logprob": {"first"},  # of linear_logprob_slice
-    "linear_policy_loss": {"gradients", "options"},  # what is differentiable
+    "linear_logprob": {"first", "temperatures"},  # of linear_logprob_slice; a temperature that is a tensor
+    "linear_policy_loss": {"gradients", "options", "temperatures"},  # what is differentiable
     "policy_loss": {"options"},
     "vgpo_loss": {"causal", "options"},
     "visual_focus": {"causal"},  # visibility
@@ -71,6 +71,11 @@ def changed(change: Callable[[Tensor], Tensor], name: str) -> tuple[Callable[[Ma
 
 def every_other(mask: Tensor) -> Tensor:
     return mask & (torch.arange(mask.numel()) % 2 == 0).view_as(mask)
+
+
+def of_targets(targets: Tensor) -> Tensor:
+    """Temperatures, one for each target."""
+    return torch.linspace(0.5, 1.5, targets.numel()).view_as(targets)
 
 
 def without_one(boundaries: Tensor) -> Tensor:
@@ -146,7 +151,9 @@ CASES = {
     "inter_clamp": Case((None, (0.9, 1.1))),
     "num_tokens": Case((30, 60)),
     "num_sequences": Case((4, 8), {"aggregation": "seq-mean-token-mean"}),
-    "temperature": Case((1.0, 0.7)),
+    "temperature": Case((1.0, 0.7, lambda good: of_targets(good["targets"]))),
+    "logit_scale": Case((1.0, 1.3)),
+    "softcap": Case((None, 2.0)),
     "ignore_index": Case((-100, lambda good: int(good["targets"][0]))),
     "first": Case((3, 2)),
     "return_entropy": Case((False, True)),

@@ -18,8 +18,10 @@ from torch import Tensor
 from vgpo_kernels import backend, backends, linear_logprob
 from vgpo_kernels.ops import liger_head
 from vgpo_kernels.reference.linear_logprob import IGNORED
+from vgpo_kernels.reference.logits import LogitMap
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+PLAIN = LogitMap()
 CHECK = "LIGER_SCALED_CE_SM90_VALIDATE_TARGETS"
 
 
@@ -112,18 +114,21 @@ def of(rows: int, features: int, vocabulary: int, dtype: torch.dtype = torch.bfl
 
 def test_it_covers_what_it_takes_as_it_is() -> None:
     hidden, weight = of(3, 64, 72)
-    assert liger_head.covers(hidden, weight, None)
-    assert liger_head.covers(hidden.view(3, 1, 64), weight, None)
-    assert liger_head.covers(of(64, 3, 1)[0].T, weight, None), "rows are copied, a weight is not"
-    assert not liger_head.covers(hidden, weight, torch.zeros(72))
-    assert not liger_head.covers(hidden[:0], weight, None)
-    assert not liger_head.covers(hidden.float(), weight, None)
-    assert not liger_head.covers(hidden, weight.float(), None)
-    assert not liger_head.covers(*of(3, 64, 72, torch.float16), None)
-    assert not liger_head.covers(*of(3, 72, 72), None)
-    assert not liger_head.covers(*of(3, 64, 70), None)
-    assert not liger_head.covers(hidden, torch.zeros(64, 72, dtype=torch.bfloat16).T, None)
-    assert not liger_head.covers(hidden, torch.zeros(72 * 64 + 1, dtype=torch.bfloat16)[1:].view(72, 64), None)
+    assert liger_head.covers(hidden, weight, None, PLAIN)
+    assert liger_head.covers(hidden.view(3, 1, 64), weight, None, PLAIN)
+    assert liger_head.covers(of(64, 3, 1)[0].T, weight, None, PLAIN), "rows are copied, a weight is not"
+    assert not liger_head.covers(hidden, weight, torch.zeros(72), PLAIN)
+    assert not liger_head.covers(hidden[:0], weight, None, PLAIN)
+    assert not liger_head.covers(hidden.float(), weight, None, PLAIN)
+    assert not liger_head.covers(hidden, weight.float(), None, PLAIN)
+    assert not liger_head.covers(*of(3, 64, 72, torch.float16), None, PLAIN)
+    assert not liger_head.covers(*of(3, 72, 72), None, PLAIN)
+    assert not liger_head.covers(*of(3, 64, 70), None, PLAIN)
+    assert liger_head.covers(hidden, weight, None, LogitMap(temperature=0.7, logit_scale=0.1))
+    assert not liger_head.covers(hidden, weight, None, LogitMap(softcap=30.0))
+    assert not liger_head.covers(hidden, weight, None, LogitMap(temperatures=torch.ones(3)))
+    assert not liger_head.covers(hidden, torch.zeros(64, 72, dtype=torch.bfloat16).T, None, PLAIN)
+    assert not liger_head.covers(hidden, torch.zeros(72 * 64 + 1, dtype=torch.bfloat16)[1:].view(72, 64), None, PLAIN)
 
 
 # ---- what it computes ----------------------------------------------------------------------------------------------
@@ -141,7 +146,9 @@ def in_fp32(served: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let it serve fp32 as well, in which the fallback is precise enough for the tolerance of our own kernels."""
     covers = liger_head.covers
     monkeypatch.setattr(
-        liger_head, "covers", lambda *head: covers(*(one if one is None else one.bfloat16() for one in head))
+        liger_head,
+        "covers",
+        lambda *head: covers(*(one.bfloat16() if isinstance(one, Tensor) else one for one in head)),
     )
 
 

@@ -161,6 +161,9 @@ def chunk(device: torch.device) -> dict[str, Any]:
         "targets": head.targets,
         "first": 0,
         "temperature": 1.0,
+        "temperatures": None,
+        "logit_scale": 1.0,
+        "softcap": 0.0,
     }
 
 

@@ -16,6 +16,7 @@ from vgpo_kernels import combine_slices, linear_logprob, linear_logprob_slice
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.lm_head import TILE_COLUMNS, TILE_ROWS, whole_waves
 from vgpo_kernels.reference.linear_logprob import IGNORED
+from vgpo_kernels.reference.logits import LogitMap
 
 # (rows, features, vocabulary, bytes of a workspace): tails in every dimension, one chunk and many, and the least.
 SHAPES = {
@@ -290,11 +291,12 @@ def test_opcheck(exact_backend: str, device: torch.device, bias: bool) -> None:
     head = make_head(10, 16, 40, bias=bias).to(device)
     leaves = head.leaves()
     offsets = leaves[2] if bias else None
-    arguments = (leaves[0], leaves[1], offsets, head.targets, 0, 0.8, IGNORED, 0)
+    logit_map = LogitMap(0.8, torch.rand(10, device=device) + 0.5, 1.3, 5.0) if bias else LogitMap(0.8)
+    arguments = (leaves[0], leaves[1], offsets, head.targets, 0, *logit_map, IGNORED, 0)
     operator = registry.implementation("linear_logprob", exact_backend)
     torch.library.opcheck(operator, arguments)
     statistics = operator(*arguments).detach()
-    detached = (*(None if leaf is None else leaf.detach() for leaf in arguments[:3]), *arguments[3:7])
+    detached = (*(None if leaf is None else leaf.detach() for leaf in arguments[:3]), *arguments[3:-1])
     torch.library.opcheck(
         registry.implementation("linear_logprob_backward", exact_backend),
         (torch.ones_like(statistics), statistics, *detached, [True, True, bias], 0),

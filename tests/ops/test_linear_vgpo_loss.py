@@ -21,6 +21,7 @@ from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.linear_vgpo_loss import _warn_of_detached, linear_policy_loss
 from vgpo_kernels.ops.vgpo_loss import METRICS
 from vgpo_kernels.reference.linear_logprob import linear_policy_loss as definition
+from vgpo_kernels.reference.logits import LogitMap
 
 VOCABULARY = 90
 # Several chunks, the last of them short.
@@ -72,7 +73,7 @@ def by_definition(batch: Batch, head: Head, leaves: list[Tensor], **options: Any
         response_mask=batch.response_mask,
         factors=weights.factors,
         cu_seqlens=boundaries,
-        temperature=0.9,
+        **LogitMap(0.9)._asdict(),
         options=PolicyLossOptions(**options).as_floats(),
         dtype=hidden.dtype,
         **given,
@@ -281,7 +282,7 @@ def test_opcheck(exact_backend: str, device: torch.device, packed: bool) -> None
         weight=head.weight.clone().requires_grad_(),
         bias=head.bias,
         targets=head.targets,
-        temperature=0.9,
+        **LogitMap(0.9, softcap=3.0, logit_scale=0.7)._asdict(),
         gradients=[True, True, False],
         chunk_bytes=CHUNK_BYTES,
         # The loss is positive without, and opcheck's gradient of its magnitude 1: backward, which scales results in

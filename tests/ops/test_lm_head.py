@@ -21,6 +21,7 @@ from vgpo_kernels.ops.linear_logprob import compute, compute_backward
 from vgpo_kernels.ops.lm_head import HeadKernels, compiled_kernels
 from vgpo_kernels.reference import linear_logprob as reference
 from vgpo_kernels.reference.linear_logprob import IGNORED, gradient_of
+from vgpo_kernels.reference.logits import LogitMap
 
 if backends.describe()["built"]["cpp"]:
     from vgpo_kernels import _C
@@ -69,7 +70,7 @@ def counted(kernels: HeadKernels) -> Counted:
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True), (False, False)])
 def test_what_is_frozen_costs_no_product(counted: Counted, device: torch.device, needed: tuple[bool, bool]) -> None:
     head = make_head(16, 8, 2048).to(device)
-    arguments = (head.hidden, head.weight, None, head.targets, 0, 1.0, None)
+    arguments = (head.hidden, head.weight, None, head.targets, 0, *LogitMap(), None)
     statistics = compute(counted.kernels, *arguments, 4 * 16 * 1024)
     assert counted.calls == {"statistics": 2}
     found = compute_backward(
@@ -92,7 +93,7 @@ def test_a_chunk_is_bounded_and_ignored_rows_are_left_out(counted: Counted, devi
     head = make_head(64, 8, 4096, ignored=0.5).to(device)
     kept = int((head.targets != IGNORED).sum())
     chunk_bytes = 4 * 20 * 1024
-    compute(counted.kernels, head.hidden, head.weight, None, head.targets, 0, 1.0, IGNORED, chunk_bytes)
+    compute(counted.kernels, head.hidden, head.weight, None, head.targets, 0, *LogitMap(), IGNORED, chunk_bytes)
     assert counted.logits <= chunk_bytes // 4
     # 1024 columns at a time, and as many of the kept rows as fit beside them.
     assert counted.calls["statistics"] == 4 * -(-kept // 20)

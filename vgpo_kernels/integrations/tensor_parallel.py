@@ -21,7 +21,9 @@ def parallel_logprob(
     first: int,
     group: dist.ProcessGroup | None = None,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     return_entropy: bool = False,
     ignore_index: int | None = IGNORED,
     chunk_bytes: int | None = None,
@@ -40,7 +42,9 @@ def parallel_logprob(
         first: Where this rank's rows begin in the vocabulary. Together the ranks cover each row once.
         group: The ranks; default: all.
         bias: The bias of these rows, ``[v]``.
-        temperature: What logits are divided by, > 0.
+        temperature: As in :func:`vgpo_kernels.linear_logprob`; a tensor is the same on every rank.
+        logit_scale: As in :func:`vgpo_kernels.linear_logprob`.
+        softcap: As in :func:`vgpo_kernels.linear_logprob`.
         return_entropy: Return the entropies as well.
         ignore_index: As in :func:`vgpo_kernels.linear_logprob`.
         chunk_bytes: As in :func:`vgpo_kernels.linear_logprob`.
@@ -61,6 +65,8 @@ def parallel_logprob(
         first=first,
         bias=bias,
         temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
         ignore_index=ignore_index,
         chunk_bytes=chunk_bytes,
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 from vgpo_kernels import backends
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.lm_head import kept_rows, without_autocast
+from vgpo_kernels.reference.logits import LogitMap
 
 # Other widths it would pad, which copies the weight.
 FEATURES, ENTRIES = 64, 8
@@ -33,17 +34,19 @@ _NO_TARGET = -100  # rows to ignore are gone when the kernel is called
 _lock = threading.Lock()
 
 
-def serves(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def serves(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_map: LogitMap) -> bool:
     """Return whether Liger's kernel computes a call: turned on, made for this GPU, and covering the call."""
     if torch.compiler.is_compiling() or not backends.liger_serves(hidden.device):
         return False
-    return covers(hidden, weight, bias) and not registry.transformed()
+    return covers(hidden, weight, bias, logit_map) and not registry.transformed()
 
 
-def covers(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def covers(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_map: LogitMap) -> bool:
     """Return whether the kernel takes hidden states ``[..., D]`` and a head ``[V, D]`` as they are."""
     return (
         bias is None
+        and logit_map.temperatures is None
+        and not logit_map.softcap
         and hidden.dtype == weight.dtype == torch.bfloat16
         and weight.is_contiguous()
         and weight.data_ptr() % ALIGNMENT == 0

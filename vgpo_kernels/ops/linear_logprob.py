@@ -12,6 +12,7 @@ from vgpo_kernels.ops import liger_head, registry
 from vgpo_kernels.ops.lm_head import Head, HeadKernels, chunk_elements, compiled_kernels, kept_rows, without_autocast
 from vgpo_kernels.reference import linear_logprob as reference
 from vgpo_kernels.reference.linear_logprob import FARTHEST, IGNORED, logp_and_entropy
+from vgpo_kernels.reference.logits import LogitMap
 
 
 def linear_logprob(
@@ -20,12 +21,17 @@ def linear_logprob(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     return_entropy: bool = False,
     ignore_index: int | None = IGNORED,
     chunk_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probabilities of targets under ``softmax((hidden @ weight.T + bias) / temperature)``, and their entropies.
+
+    Models that do more to their logits have ``cap(logit_scale * (hidden @ weight.T + bias)) / temperature``, where
+    ``cap(x) = softcap * tanh(x / softcap)``.
 
     The logits are computed in chunks and not kept: the backward pass computes each chunk again, and overwrites it with
     its gradient. Logits, log-sum-exp and entropy are fp32 for every dtype of the inputs, and so is the sum over tokens
@@ -45,7 +51,12 @@ def linear_logprob(
         weight: The LM head, ``[V, D]``, in any of these dtypes.
         targets: Token ids, integer ``[N]`` or ``[...]``.
         bias: The head's bias ``[V]``.
-        temperature: What logits are divided by, from 2**-126 to 2**126.
+        temperature: What logits are divided by, from 2**-126 to 2**126; or a tensor of one for each row, in targets'
+            shape, detached. Those of skipped rows are not read.
+        logit_scale: What products are multiplied by before they are capped (Cohere's ``logit_scale``; one over
+            Granite's ``logits_scaling``), in the same range.
+        softcap: Cap of the logits (Gemma's ``final_logit_softcapping``), above 0; ``None``: none. It makes a finite
+            logit, ``-softcap``, of a bias of minus infinity.
         return_entropy: Return the entropies as well.
         ignore_index: Targets of this value are skipped: their rows are not read, and give zeros without a gradient. On
             a GPU the host waits for their number. ``None``: no row is skipped, and the host does not wait.
@@ -62,10 +73,13 @@ def linear_logprob(
 
     """
     both = checks.flag("return_entropy", return_entropy)
-    head = _checked(hidden, weight, targets, bias, 0, temperature, ignore_index, chunk_bytes, whole=True)
-    if liger_head.serves(head["hidden"], head["weight"], head["bias"]):
-        names = ("hidden", "weight", "targets", "temperature", "ignore_index")
-        found = liger_head.logp_and_entropy(**{name: head[name] for name in names}, entropy=both)
+    head = _checked(
+        hidden, weight, targets, bias, 0, (temperature, logit_scale, softcap), ignore_index, chunk_bytes, whole=True
+    )
+    if liger_head.serves(head["hidden"], head["weight"], head["bias"], _logit_map(head)):
+        divisor = head["temperature"] / head["logit_scale"]
+        names = ("hidden", "weight", "targets", "ignore_index")
+        found = liger_head.logp_and_entropy(**{name: head[name] for name in names}, temperature=divisor, entropy=both)
         return found if both else found[0]
     logp, entropy = logp_and_entropy(_statistics(head))
     return (logp, entropy) if both else logp
@@ -78,7 +92,9 @@ def linear_logprob_slice(
     *,
     first: int,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     ignore_index: int | None = IGNORED,
     chunk_bytes: int | None = None,
 ) -> Tensor:
@@ -96,6 +112,8 @@ def linear_logprob_slice(
         first: Where the slice begins in the vocabulary.
         bias: The bias of these rows, ``[v]``.
         temperature: As in :func:`linear_logprob`.
+        logit_scale: As in :func:`linear_logprob`.
+        softcap: As in :func:`linear_logprob`.
         ignore_index: As in :func:`linear_logprob`.
         chunk_bytes: As in :func:`linear_logprob`.
 
@@ -110,7 +128,17 @@ def linear_logprob_slice(
 
     """
     return _statistics(
-        _checked(hidden, weight, targets, bias, first, temperature, ignore_index, chunk_bytes, whole=False)
+        _checked(
+            hidden,
+            weight,
+            targets,
+            bias,
+            first,
+            (temperature, logit_scale, softcap),
+            ignore_index,
+            chunk_bytes,
+            whole=False,
+        )
     )
 
 
@@ -165,7 +193,7 @@ def _checked(
     targets: Tensor,
     bias: Tensor | None,
     first: int,
-    temperature: float,
+    mapping: tuple[object, object, object],
     ignore_index: int | None,
     chunk_bytes: int | None,
     *,
@@ -178,7 +206,7 @@ def _checked(
     ids = checks.targets(targets, hidden.shape[:-1], "hidden's without its last dimension", hidden.device)
     read = torch.ones_like(ids, dtype=torch.bool) if skipped is None else ids != skipped
     checks.target_values(ids, read, weight.shape[0] if whole else None)
-    divisor = checks.temperature(temperature)
+    logit_map = checks.logit_map(*mapping, hidden, read, "targets'")
     size = checks.chunk_bytes(chunk_bytes)
     return {
         "hidden": hidden,
@@ -186,10 +214,14 @@ def _checked(
         "bias": bias,
         "targets": ids,
         "first": begin,
-        "temperature": divisor,
+        **logit_map,
         "ignore_index": skipped,
         "chunk_bytes": size,
     }
+
+
+def _logit_map(head: dict[str, Any]) -> LogitMap:
+    return LogitMap(**{name: head[name] for name in LogitMap._fields})
 
 
 def _statistics(head: dict[str, Any]) -> Tensor:
@@ -197,6 +229,8 @@ def _statistics(head: dict[str, Any]) -> Tensor:
     hidden, ids = head["hidden"], head["targets"]
     dtype = checks.compute_dtype(hidden, head["weight"], head["bias"])
     flat = {"hidden": hidden.reshape(-1, hidden.shape[-1]), "targets": ids.reshape(-1)}
+    if head["temperatures"] is not None:
+        flat["temperatures"] = head["temperatures"].reshape(-1)
     statistics = registry.call("linear_logprob", hidden.device, dtype, **(head | flat))
     return statistics.to(dtype).reshape(4, *ids.shape)  # type: ignore[no-any-return]
 
@@ -209,6 +243,9 @@ def compute(
     targets: Tensor,
     first: int,
     temperature: float,
+    temperatures: Tensor | None,
+    logit_scale: float,
+    softcap: float,
     ignore_index: int | None,
     chunk_bytes: int,
 ) -> Tensor:
@@ -216,8 +253,9 @@ def compute(
     index = kept_rows(targets, ignore_index)
     rows, ids = (hidden, targets) if index is None else (hidden[index], targets[index])
     elements = chunk_elements(chunk_bytes, rows.shape[0], weight)
+    logit_map = LogitMap(temperature, temperatures, logit_scale, softcap).of_rows(index)
     with without_autocast(hidden):
-        statistics = Head(kernels, rows, weight, bias, ids, first, temperature, elements).statistics()
+        statistics = Head(kernels, rows, weight, bias, ids, first, logit_map, elements).statistics()
     if index is None:
         return statistics
     everything = statistics.new_zeros((4, targets.shape[0]))
@@ -235,6 +273,9 @@ def compute_backward(
     targets: Tensor,
     first: int,
     temperature: float,
+    temperatures: Tensor | None,
+    logit_scale: float,
+    softcap: float,
     ignore_index: int | None,
     gradients: list[bool],
     chunk_bytes: int,
@@ -245,7 +286,8 @@ def compute_backward(
     if index is not None:
         targets, statistics, grad_statistics = targets[index], statistics[:, index], grad_statistics[:, index]
     elements = chunk_elements(chunk_bytes, rows.shape[0], weight)
-    head = Head(kernels, rows, weight, bias, targets, first, temperature, elements)
+    logit_map = LogitMap(temperature, temperatures, logit_scale, softcap).of_rows(index)
+    head = Head(kernels, rows, weight, bias, targets, first, logit_map, elements)
     with without_autocast(hidden):
         by_hidden, by_weight, by_bias = head.gradients(statistics, grad_statistics, gradients, weight.dtype)
     if by_hidden is not None:
@@ -302,7 +344,10 @@ def _backward(ctx: Any, needed: set[str], grad_statistics: Tensor) -> dict[str, 
     }
 
 
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int first, float temperature"
+_HEAD = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int first, float temperature, Tensor? temperatures, "
+    "float logit_scale, float softcap"
+)
 
 registry.define(
     reference.linear_logprob,

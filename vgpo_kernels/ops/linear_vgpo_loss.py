@@ -20,6 +20,7 @@ from vgpo_kernels.ops.lm_head import (
     chunk_elements,
     compiled_kernels,
     gradient_by_statistics,
+    tile_columns,
     without_autocast,
 )
 from vgpo_kernels.ops.policy_loss import (
@@ -33,6 +34,7 @@ from vgpo_kernels.ops.visual_focus import visual_focus
 from vgpo_kernels.ops.visual_weights import visual_weights
 from vgpo_kernels.reference import linear_logprob as reference
 from vgpo_kernels.reference.linear_logprob import first_tokens, logp_and_entropy, predicting_rows
+from vgpo_kernels.reference.logits import LogitMap
 from vgpo_kernels.reference.policy_loss import SEQUENCE_LEVEL
 
 
@@ -48,7 +50,9 @@ def linear_vgpo_loss(
     config: VGPOConfig,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     prototype: Tensor | None = None,
     prototype_index: Tensor | None = None,
@@ -83,7 +87,10 @@ def linear_vgpo_loss(
         group_ids: Responses to one prompt share an id, integer ``[B]``.
         config: The settings of the factors.
         bias: The head's bias ``[V]``.
-        temperature: What logits are divided by, from 2**-126 to 2**126.
+        temperature: What logits are divided by, from 2**-126 to 2**126; or a tensor of one for each token, in
+            response_mask's shape, detached. Those off the mask are not read.
+        logit_scale: As in :func:`linear_logprob`.
+        softcap: As in :func:`linear_logprob`.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         prototype: As in :func:`visual_focus`: ``[P, D]``, or one for each position.
         prototype_index: As in :func:`visual_focus`: a row for each response ``[B]``, or for each token.
@@ -122,6 +129,8 @@ def linear_vgpo_loss(
         factors=weights.factors,
         bias=bias,
         temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
         cu_seqlens=cu_seqlens,
         chunk_bytes=chunk_bytes,
         **policy_loss_options,
@@ -139,7 +148,9 @@ def linear_policy_loss(
     *,
     factors: Tensor | None = None,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_bytes: int | None = None,
     **policy_loss_options: Any,
@@ -168,7 +179,10 @@ def linear_policy_loss(
             token of a sequence.
         factors: Factor of each token's advantage, in response_mask's shape, from :func:`visual_weights`.
         bias: The head's bias ``[V]``; differentiable.
-        temperature: What logits are divided by, from 2**-126 to 2**126.
+        temperature: What logits are divided by, from 2**-126 to 2**126; or a tensor of one for each token, in
+            response_mask's shape, detached. Those off the mask are not read.
+        logit_scale: As in :func:`linear_logprob`.
+        softcap: As in :func:`linear_logprob`.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them (on a
             GPU 1/4) where the gradients take one sweep over the logits.
@@ -202,7 +216,7 @@ def linear_policy_loss(
         "targets": ids,
         "old_logp": checks.optional_per_token("old_logp", old_logp, mask),
         "factors": checks.optional_per_token("factors", factors, mask),
-        "temperature": checks.temperature(temperature),
+        **checks.logit_map(temperature, logit_scale, softcap, states, mask, "response_mask's"),
         "gradients": [
             tensor is not None and tensor.requires_grad and differentiable for tensor in (states, rows, offsets)
         ],
@@ -244,6 +258,9 @@ def compute(
     response_mask: Tensor,
     cu_seqlens: Tensor | None,
     temperature: float,
+    temperatures: Tensor | None,
+    logit_scale: float,
+    softcap: float,
     options: list[float],
     gradients: list[bool],
     chunk_bytes: int,
@@ -284,15 +301,17 @@ def compute(
         return gradient_by_statistics(statistics, by_logp, by_entropy)
 
     everything, states = slice(0, index.shape[0]), hidden[place]
+    of_tokens = None if temperatures is None else temperatures.reshape(-1)[index]
+    logit_map = LogitMap(temperature, of_tokens, logit_scale, softcap)
     one_sweep = any(gradients) and PolicyLossOptions.from_floats(options).loss_type not in SEQUENCE_LEVEL
     # fp16 gradients need a scale, or small ones become zero. It can only be chosen when all of them are known.
     one_sweep = one_sweep and hidden.dtype != torch.float16 and index.shape[0] > 0
     one_sweep = one_sweep and not (kernels.packs and hidden.dtype == torch.bfloat16)
     # Tiles compute logits twice in the time that a sweep takes to keep them and to add up the weight's gradient, and
     # need no fp32 gradient of the whole weight.
-    one_sweep = one_sweep and not kernels.tile_columns(states, weight, bias is not None)
+    one_sweep = one_sweep and not tile_columns(kernels, states, weight, bias, logit_map)
     elements = chunk_elements(chunk_bytes, index.shape[0], weight, SWEEP_SHARE if one_sweep else LOGITS_SHARE)
-    head = Head(kernels, states, weight, bias, targets.view(-1)[index], 0, temperature, elements, whole_rows=one_sweep)
+    head = Head(kernels, states, weight, bias, targets.view(-1)[index], 0, logit_map, elements, whole_rows=one_sweep)
     found: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     with without_autocast(hidden):
         if one_sweep:
@@ -375,7 +394,8 @@ registry.define(
     reference.linear_policy_loss,
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? old_logp, Tensor advantages, "
     f"Tensor response_mask, Tensor? factors, Tensor? cu_seqlens, Tensor? ref_logp, {SHARED_TENSORS}, "
-    "float temperature, float[] options, bool[3] gradients, int chunk_bytes) "
+    "float temperature, Tensor? temperatures, float logit_scale, float softcap, float[] options, "
+    "bool[3] gradients, int chunk_bytes) "
     "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor metrics)",
     _fake,
     setup_context=_save,

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from vgpo_kernels import checks, extension
 from vgpo_kernels.reference.linear_logprob import columns_of, gradient_of, is_distribution
+from vgpo_kernels.reference.logits import LogitMap
 
 # The default workspace is this share of the fp32 logits, in bounds. With what 16-bit gradients need beside it (their
 # sums in fp32, and on CPUs packed copies) peak memory stays at about an eighth of the logits.
@@ -149,6 +150,13 @@ def rounded_down(value: int, multiple: int) -> int:
     return value // multiple * multiple if value >= multiple else max(value, 1)
 
 
+def tile_columns(kernels: HeadKernels, hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_map: LogitMap) -> int:
+    """Return the columns of the workspace with which tiles compute the statistics; 0 where they cannot."""
+    if logit_map.softcap or logit_map.temperatures is not None:
+        return 0
+    return kernels.tile_columns(hidden, weight, bias is not None)
+
+
 class Head:
     """The rows of one call before an LM head, and the workspace that their logits pass through.
 
@@ -160,7 +168,7 @@ class Head:
         bias: ``[V]`` fp32 or ``None``.
         targets: Ids in the whole vocabulary, int64 ``[N]``. Kept as places among the weight's rows, -1 for others.
         first: Where the weight's rows begin in the vocabulary.
-        temperature: What logits are divided by.
+        logit_map: How products become logits.
         elements: fp32 numbers that the workspace may hold.
         whole_rows: Make the workspace hold rows of V logits, at least one, for :meth:`sweep`.
 
@@ -174,7 +182,7 @@ class Head:
         bias: Tensor | None,
         targets: Tensor,
         first: int,
-        temperature: float,
+        logit_map: LogitMap,
         elements: int,
         *,
         whole_rows: bool = False,
@@ -186,7 +194,7 @@ class Head:
         self.weight = weight
         self.bias = bias
         self.targets = columns_of(targets, first, weight.shape[0])
-        self.temperature = temperature
+        self.logit_map = logit_map
         rows, size = hidden.shape
         vocabulary = max(weight.shape[0], 1)
         on_gpu = hidden.device.type == "cuda"
@@ -224,23 +232,16 @@ class Head:
     def statistics(self) -> Tensor:
         """Maximum, log-sum, target and mean of every row, ``[4, N]``, as ``linear_logprob`` defines them."""
         running = new_statistics(self.hidden)
-        tiles = self.kernels.tile_columns(self.hidden, self.weight, self.bias is not None)
+        tiles = tile_columns(self.kernels, self.hidden, self.weight, self.bias, self.logit_map)
         if tiles:
             for rows in slices(self.hidden.shape[0], rounded_down(max(self.elements // tiles, 1), CLUSTER_ROWS)):
-                hidden = self.hidden[rows]
-                parts = hidden.new_empty((hidden.shape[0], tiles), dtype=torch.float32)
-                self.kernels.statistics(
-                    hidden, self.weight, None, self.targets[rows], 0, self.temperature, running[:, rows], parts, False
-                )
+                parts = self.hidden.new_empty((rows.stop - rows.start, tiles), dtype=torch.float32)
+                self._statistics(rows, 0, self.weight, None, running[:, rows], parts, keep=False)
             return finished(running)
         for columns, weight, bias in self.weight_slices():
             for rows in slices(self.hidden.shape[0], self.rows):
-                hidden = self.hidden[rows]
-                logits = self.logits(hidden.shape[0], weight.shape[0])
-                targets, begin = self.targets[rows], columns.start
-                self.kernels.statistics(
-                    hidden, weight, bias, targets, begin, self.temperature, running[:, rows], logits, False
-                )
+                logits = self.logits(rows.stop - rows.start, weight.shape[0])
+                self._statistics(rows, columns.start, weight, bias, running[:, rows], logits, keep=False)
         return finished(running)
 
     def gradients(
@@ -250,7 +251,7 @@ class Head:
         by_hidden, by_weight, by_bias = new_gradients(self.hidden, self.weight, gradients, weight_dtype)
         if not self.hidden.shape[0]:
             return by_hidden, by_weight, by_bias
-        coefficients, unscale = self._coefficients(self.targets, statistics, grad_statistics)
+        coefficients, unscale = self._coefficients(slice(None), statistics, grad_statistics)
         for columns, weight, bias in self.weight_slices():
             of_slice = None
             if by_weight is not None:
@@ -258,7 +259,7 @@ class Head:
                 of_slice = by_weight[columns] if exact else torch.empty_like(weight, dtype=torch.float32)
             for rows in slices(self.hidden.shape[0], self.rows):
                 logits = self.logits(rows.stop - rows.start, weight.shape[0])
-                self._gradient(rows, columns, weight, bias, coefficients[:, rows], logits, recompute=True)
+                self._gradient(rows, columns.start, weight, bias, coefficients[:, rows], logits, recompute=True)
                 gradient = gradient_of(logits, self.hidden.dtype)
                 self._products(rows, columns, weight, gradient, by_hidden, of_slice, by_bias)
             if of_slice is not None and unscale is not None:
@@ -285,33 +286,45 @@ class Head:
         """
         by_hidden, by_weight, by_bias = new_gradients(self.hidden, self.weight, gradients, torch.float32)
         for rows in slices(self.hidden.shape[0], self.rows):
-            hidden, targets = self.hidden[rows], self.targets[rows]
+            hidden = self.hidden[rows]
             logits = self.logits(hidden.shape[0], self.weight.shape[0])
             running = new_statistics(hidden)
             for columns, weight, bias in self.weight_slices():
-                part = logits[:, columns]
-                self.kernels.statistics(
-                    hidden, weight, bias, targets, columns.start, self.temperature, running, part, True
-                )
+                self._statistics(rows, columns.start, weight, bias, running, logits[:, columns], keep=True)
             statistics = finished(running)
             grad_statistics = loss_gradient(rows, statistics)
-            coefficients, _ = self._coefficients(targets, statistics, grad_statistics)
+            coefficients, _ = self._coefficients(rows, statistics, grad_statistics)
             for columns, weight, bias in self.weight_slices():
                 part = logits[:, columns]
-                self._gradient(rows, columns, weight, bias, coefficients, part, recompute=False)
+                self._gradient(rows, columns.start, weight, bias, coefficients, part, recompute=False)
                 of_slice = None if by_weight is None else by_weight[columns]
                 self._products(rows, columns, weight, gradient_of(part, hidden.dtype), by_hidden, of_slice, by_bias)
         return by_hidden, by_weight, by_bias
 
-    def _coefficients(
-        self, targets: Tensor, statistics: Tensor, grad_statistics: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        return gradient_coefficients(statistics, grad_statistics, targets >= 0, self.temperature, self.hidden.dtype)
+    def _coefficients(self, rows: slice, statistics: Tensor, grad_statistics: Tensor) -> tuple[Tensor, Tensor | None]:
+        own, divisor = self.targets[rows] >= 0, self.logit_map.of_rows(rows).divisor()
+        return gradient_coefficients(statistics, grad_statistics, own, divisor, self.hidden.dtype)
+
+    def _statistics(
+        self,
+        rows: slice,
+        first: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        running: Tensor,
+        logits: Tensor,
+        *,
+        keep: bool,
+    ) -> None:
+        logit_map = self.logit_map.of_rows(rows)
+        self.kernels.statistics(
+            self.hidden[rows], weight, bias, self.targets[rows], first, *logit_map, running, logits, keep
+        )
 
     def _gradient(
         self,
         rows: slice,
-        columns: slice,
+        first: int,
         weight: Tensor,
         bias: Tensor | None,
         coefficients: Tensor,
@@ -319,8 +332,10 @@ class Head:
         *,
         recompute: bool,
     ) -> None:
-        hidden, targets, begin = self.hidden[rows], self.targets[rows], columns.start
-        self.kernels.gradient(hidden, weight, bias, targets, begin, self.temperature, coefficients, logits, recompute)
+        logit_map = self.logit_map.of_rows(rows)
+        self.kernels.gradient(
+            self.hidden[rows], weight, bias, self.targets[rows], first, *logit_map, coefficients, logits, recompute
+        )
 
     def _products(
         self,
@@ -374,14 +389,15 @@ def gradient_coefficients(
     statistics: Tensor,  # [4, N]
     grad_statistics: Tensor,  # [4, N]
     own: Tensor,  # [N], whether the target is in this slice of the vocabulary
-    temperature: float,
+    divisor: float | Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``head_gradient``'s coefficients ``[5, N]``, and the factor to multiply its results by (``None``: 1).
 
     With p the probabilities and z - m the logits minus their maximum, the gradient w.r.t. a chunk's logits is
     ``p grad_log_sum + p (1 + z - m - mean) grad_mean``, plus ``grad_target`` at the target. Written in the
-    log-probability ``x = z - m - log_sum``, it is ``exp(x) (scale + slope x)``.
+    log-probability ``x = z - m - log_sum``, it is ``exp(x) (scale + slope x)``. ``divisor`` is what the gradient w.r.t.
+    the products is divided by, :meth:`LogitMap.divisor`; the slope of a cap is left to the kernels.
     """
     maximum, log_sum, _, mean = statistics
     _, grad_log_sum, grad_target, grad_mean = grad_statistics
@@ -389,9 +405,9 @@ def gradient_coefficients(
     nothing = log_sum == -torch.inf
     maximum, log_sum = torch.where(nothing, 0.0, maximum), torch.where(nothing, 0.0, log_sum)
     # A target in another slice of the vocabulary has no column here, and its gradient may be anything.
-    at_target = torch.where(own, grad_target, 0.0) / temperature
-    slope = grad_mean / temperature
-    scale = grad_log_sum / temperature + slope * (1 + log_sum - mean)
+    at_target = torch.where(own, grad_target, 0.0) / divisor
+    slope = grad_mean / divisor
+    scale = grad_log_sum / divisor + slope * (1 + log_sum - mean)
     unscale = None
     if dtype == torch.float16:
         largest = torch.stack([scale, slope, at_target]).nan_to_num(0, 0, 0).abs().amax(-1).amax()

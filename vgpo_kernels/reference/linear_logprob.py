@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import checks
+from vgpo_kernels.reference.logits import LogitMap
 from vgpo_kernels.reference.policy_loss import policy_loss
 
 IGNORED = -100  # the target of a row to skip, as in torch's cross-entropy
@@ -24,6 +25,9 @@ def linear_logprob(
     targets: Tensor,  # [N], ids in the whole vocabulary
     first: int,
     temperature: float,
+    temperatures: Tensor | None,  # [N]
+    logit_scale: float,
+    softcap: float,
     ignore_index: int | None,
     chunk_bytes: int = 0,
     *,
@@ -38,10 +42,8 @@ def linear_logprob(
     kept = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
     # An ignored row may be NaN, and NaN times zero is NaN: replace it instead of multiplying by zero.
     rows = torch.where(kept[:, None], hidden.to(dtype), torch.zeros((), dtype=dtype, device=hidden.device))
-    logits = rows @ weight.to(dtype).T
-    if bias is not None:
-        logits = logits + bias.to(dtype)
-    logits = logits / temperature
+    of_rows = None if temperatures is None else torch.where(kept, temperatures, 1.0)
+    logits = LogitMap(temperature, of_rows, logit_scale, softcap).logits(rows @ weight.to(dtype).T, bias)
     maximum = logits.detach().amax(-1)
     # Of minus infinities alone there is nothing to measure distances from, and no probability to differentiate.
     nothing = maximum == -math.inf
@@ -75,6 +77,9 @@ def linear_logprob_backward(
     targets: Tensor,
     first: int,
     temperature: float,
+    temperatures: Tensor | None,  # [N]
+    logit_scale: float,
+    softcap: float,
     ignore_index: int | None,
     gradients: list[bool],
     chunk_bytes: int = 0,
@@ -89,7 +94,14 @@ def linear_logprob_backward(
     assert wide_hidden is not None and wide_weight is not None
     with torch.enable_grad():
         output = linear_logprob(
-            wide_hidden, wide_weight, wide_bias, targets, first, temperature, ignore_index, dtype=dtype
+            wide_hidden,
+            wide_weight,
+            wide_bias,
+            targets,
+            first,
+            *(temperature, temperatures, logit_scale, softcap),
+            ignore_index,
+            dtype=dtype,
         )
     wanted = [tensor for tensor, needed in zip(inputs, gradients, strict=True) if needed and tensor is not None]
     found = iter(torch.autograd.grad(output, wanted, grad_statistics.to(dtype)) if wanted else ())
@@ -104,6 +116,9 @@ def head_statistics(
     targets: Tensor,  # [N]
     first: int,
     temperature: float,
+    temperatures: Tensor | None,  # [N]
+    logit_scale: float,
+    softcap: float,
     statistics: Tensor,  # [4, N], updated
     logits: Tensor,  # [N, V], scratch
     keep: bool,
@@ -120,7 +135,7 @@ def head_statistics(
     products = hidden.to(dtype) @ weight.to(dtype).T
     if keep:
         logits.copy_(products)
-    scaled = (products if bias is None else products + bias.to(dtype)) / temperature
+    scaled = LogitMap(temperature, temperatures, logit_scale, softcap).logits(products, bias)
     maximum, total, weighted, target = (row.to(dtype) for row in statistics)
     largest = torch.maximum(maximum, scaled.amax(-1))
     # Before the first entry of the vocabulary the sums are zero and the maximum is minus infinity: do not rescale.
@@ -144,6 +159,9 @@ def head_gradient(
     targets: Tensor,  # [N]
     first: int,
     temperature: float,
+    temperatures: Tensor | None,  # [N]
+    logit_scale: float,
+    softcap: float,
     coefficients: Tensor,  # [5, N]: maximum, log_sum, scale, slope, at_target
     logits: Tensor,  # [N, V]
     recompute: bool,
@@ -152,18 +170,20 @@ def head_gradient(
 ) -> None:
     """Overwrite logits with their gradient, ``exp(x) (scale + slope x) + at_target [v = target]``.
 
-    x is the log-probability of vocabulary entry v. Without ``recompute``, ``logits`` holds hidden @ weight.T. The
-    gradient has hidden's dtype and is written to the first V elements of each row.
+    x is the log-probability of vocabulary entry v. With a cap, all of it is multiplied by the cap's slope. Without
+    ``recompute``, ``logits`` holds hidden @ weight.T. The gradient has hidden's dtype and is written to the first V
+    elements of each row.
     """
     checks.require_separate_rows("logits", logits)
     products = hidden.to(dtype) @ weight.to(dtype).T if recompute else logits.to(dtype)
-    scaled = (products if bias is None else products + bias.to(dtype)) / temperature
+    logit_map = LogitMap(temperature, temperatures, logit_scale, softcap)
+    scaled = logit_map.logits(products, bias)
     maximum, log_sum, scale, slope, at_target = (row.to(dtype)[:, None] for row in coefficients)
     log_probability = scaled - maximum - log_sum
     gradient = log_probability.exp() * (scale + slope * log_probability.clamp(min=FARTHEST))
     columns = torch.arange(weight.shape[0], device=targets.device)
     own = columns_of(targets, first, weight.shape[0])[:, None] == columns
-    gradient = gradient + torch.where(own, at_target, 0.0)
+    gradient = (gradient + torch.where(own, at_target, 0.0)) * logit_map.slope_of_cap(products, bias)
     gradient_of(logits, hidden.dtype).copy_(gradient)
 
 
@@ -207,6 +227,9 @@ def linear_policy_loss(
     old_logp: Tensor | None,  # targets' shape
     response_mask: Tensor,  # targets' shape
     temperature: float,
+    temperatures: Tensor | None,  # targets' shape
+    logit_scale: float,
+    softcap: float,
     gradients: list[bool] | None = None,
     chunk_bytes: int = 0,
     dtype: torch.dtype = torch.float64,
@@ -221,7 +244,10 @@ def linear_policy_loss(
     # A token off the mask may have no row (-1). Its result is not used.
     rows = hidden.reshape(-1, hidden.shape[-1])[predicting_rows(response_mask, hidden).clamp(min=0)]
     scored = torch.where(valid, targets.reshape(-1), IGNORED)
-    statistics = linear_logprob(rows, weight, bias, scored, 0, temperature, IGNORED, dtype=dtype)
+    of_rows = None if temperatures is None else temperatures.reshape(-1)
+    statistics = linear_logprob(
+        rows, weight, bias, scored, 0, temperature, of_rows, logit_scale, softcap, IGNORED, dtype=dtype
+    )
     logp, entropy = (values.reshape(response_mask.shape) for values in logp_and_entropy(statistics))
     return policy_loss(
         logp=logp,

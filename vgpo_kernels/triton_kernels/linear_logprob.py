@@ -30,12 +30,33 @@ FARTHEST = tl.constexpr(-128.0)
 
 
 @triton.jit
-def logits_of(products, bias, columns, inside, factor):
-    """Logits of a block's columns: (product + bias) / temperature."""
-    logits = tl.load(products + columns, mask=inside, other=0.0)
+def hyperbolic_tangent(x):
+    """Tanh to a few units in the last place, also of small numbers, where the form with exponentials would cancel."""
+    square = x * x
+    series = (((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square) + 1.33314422036e-1
+    small = x + x * square * (series * square - 3.33332819422e-1)
+    magnitude = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
+    return tl.where(magnitude >= 0.625, tl.where(x < 0.0, -large, large), small)
+
+
+@triton.jit
+def bounded_of(products, bias, columns, inside, squeeze, CAPPED: tl.constexpr):
+    """Products of a block's columns plus bias, and with a cap the tanh of them: logits but for the row's factor."""
+    bounded = tl.load(products + columns, mask=inside, other=0.0)
     if bias is not None:
-        logits += tl.load(bias + columns, mask=inside, other=0.0)
-    return logits * factor
+        bounded += tl.load(bias + columns, mask=inside, other=0.0)
+    if CAPPED:
+        bounded = hyperbolic_tangent(bounded * squeeze)
+    return bounded
+
+
+@triton.jit
+def factor_of(factor, temperatures, row):
+    """What a row's products, or their tanh, are multiplied by."""
+    if temperatures is not None:
+        factor = factor / tl.load(temperatures + row)
+    return factor
 
 
 @triton.jit
@@ -53,13 +74,17 @@ def head_statistics_kernel(
     statistics,  # [4, N], updated
     columns,
     first,
-    factor,  # one over the temperature
+    temperatures,  # [N] or None
+    factor,  # of products, or of a cap's tanh
+    squeeze,  # of products inside the tanh
     row_stride,
     statistics_stride,
+    CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     products = logits + row * row_stride
+    factor = factor_of(factor, temperatures, row)
     maximum = tl.load(statistics + row)
     total = tl.load(statistics + statistics_stride + row)
     weighted = tl.load(statistics + 2 * statistics_stride + row)
@@ -67,7 +92,8 @@ def head_statistics_kernel(
     for begin in range(0, columns, BLOCK):
         column = begin + lanes
         inside = column < columns
-        block = tl.where(inside, logits_of(products, bias, column, inside, factor), -float("inf"))
+        bounded = bounded_of(products, bias, column, inside, squeeze, CAPPED)
+        block = tl.where(inside, bounded * factor, -float("inf"))
         largest = tl.maximum(maximum, tl.max(block, 0))
         # A bias of minus infinity may have excluded every entry so far: then distances have no origin.
         origin = tl.where(largest == -float("inf"), 0.0, largest)
@@ -83,7 +109,7 @@ def head_statistics_kernel(
     tl.store(statistics + 2 * statistics_stride + row, weighted)
     target = column_of(tl.load(targets + row), first)
     own = (target >= 0) & (target < columns)
-    logit = logits_of(products, bias, target, own, factor)
+    logit = bounded_of(products, bias, target, own, squeeze, CAPPED) * factor
     tl.store(statistics + 3 * statistics_stride + row, logit, mask=own)
 
 
@@ -96,14 +122,18 @@ def head_gradient_kernel(
     coefficients,  # [5, N]: maximum, log_sum, scale, slope, at_target
     columns,
     first,
-    factor,  # one over the temperature
+    temperatures,  # [N] or None
+    factor,  # of products, or of a cap's tanh
+    squeeze,  # of products inside the tanh
     row_stride,
     gradient_stride,
     coefficients_stride,
+    CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     products = logits + row * row_stride
+    factor = factor_of(factor, temperatures, row)
     maximum = tl.load(coefficients + row)
     log_sum = tl.load(coefficients + coefficients_stride + row)
     level = tl.load(coefficients + 2 * coefficients_stride + row)
@@ -114,12 +144,20 @@ def head_gradient_kernel(
     for begin in range(0, columns, BLOCK):
         column = begin + lanes
         inside = column < columns
-        log_probability = logits_of(products, bias, column, inside, factor) - maximum - log_sum
+        bounded = bounded_of(products, bias, column, inside, squeeze, CAPPED)
+        log_probability = bounded * factor - maximum - log_sum
         value = tl.exp(log_probability) * (level + slope * tl.maximum(log_probability, FARTHEST))
         value += tl.where(column == target, at_target, 0.0)
+        if CAPPED:
+            value *= 1.0 - bounded * bounded
         # 16-bit numbers overwrite fp32 ones that other threads may still have to read, but only those of this block.
         tl.debug_barrier()
         tl.store(gradient + row * gradient_stride + column, value.to(gradient.dtype.element_ty), mask=inside)
+
+
+def factors(temperature: float, logit_scale: float, softcap: float) -> tuple[float, float]:
+    """Return what products are multiplied by after a cap and inside it (0: there is none)."""
+    return ((softcap or logit_scale) / temperature, logit_scale / softcap if softcap else 0.0)
 
 
 def head_statistics(
@@ -129,6 +167,9 @@ def head_statistics(
     targets: Tensor,
     first: int,
     temperature: float,
+    temperatures: Tensor | None,
+    logit_scale: float,
+    softcap: float,
     statistics: Tensor,
     logits: Tensor,
     keep: bool,
@@ -146,9 +187,11 @@ def head_statistics(
             statistics,
             columns,
             first,
-            1.0 / temperature,
+            temperatures,
+            *factors(temperature, logit_scale, softcap),
             logits.stride(0),
             statistics.stride(0),
+            CAPPED=softcap != 0,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
@@ -161,6 +204,9 @@ def head_gradient(
     targets: Tensor,
     first: int,
     temperature: float,
+    temperatures: Tensor | None,
+    logit_scale: float,
+    softcap: float,
     coefficients: Tensor,
     logits: Tensor,
     recompute: bool,
@@ -180,10 +226,12 @@ def head_gradient(
             coefficients,
             columns,
             first,
-            1.0 / temperature,
+            temperatures,
+            *factors(temperature, logit_scale, softcap),
             logits.stride(0),
             gradient.stride(0),
             coefficients.stride(0),
+            CAPPED=softcap != 0,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )

@@ -28,38 +28,60 @@ inline void for_logits(const float* products, const float* bias, int64_t begin, 
     }
 }
 
-inline void logit_statistics(const float* products, const float* bias, int64_t columns, float factor,
+// Capped logits of products [begin, end), and the slopes of the cap there where `slopes` is not null.
+inline void cap_block(const float* products, const float* bias, int64_t begin, int64_t end, const LogitMap& map,
+                      float* logits, float* slopes) {
+    const Vector factor(map.factor);
+    for_logits(products, bias, begin, end, Vector(map.squeeze), [&](int64_t column, Vector squeezed, int) {
+        const Vector bounded = hyperbolic_tangent(squeezed);
+        store(logits + (column - begin), bounded * factor);
+        if (slopes != nullptr) store(slopes + (column - begin), slope_of_cap(bounded));
+    });
+}
+
+// Takes at most kLogitBlock logits into a row's statistics.
+inline void block_statistics(const float* products, const float* bias, int64_t begin, int64_t end, Vector factor,
                              LogitStatistics& statistics) {
-    const Vector scale(factor), farthest(kFarthestLogit);
-    const Vector nothing(-std::numeric_limits<float>::infinity());
+    const Vector farthest(kFarthestLogit), nothing(-std::numeric_limits<float>::infinity());
+    Vector largest = nothing;
+    for_logits(products, bias, begin, end, factor, [&](int64_t, Vector logits, int lanes) {
+        if (lanes < Vector::kWidth) logits = select(first_lanes(lanes), logits, nothing);
+        largest = maximum(logits, largest);
+    });
+    const float shift = maximum(highest(largest), statistics.maximum);
+    if (shift == -std::numeric_limits<float>::infinity()) {
+        // A bias may forbid every entry seen so far: there is nothing to measure distances from. But a comparison
+        // passes over a NaN, and a sum does not.
+        Vector all(0.0f);
+        for_logits(products, bias, begin, end, factor, [&](int64_t, Vector logits, int lanes) {
+            all = all + (lanes < Vector::kWidth ? select(first_lanes(lanes), logits, nothing) : logits);
+        });
+        if (sum(all) != sum(all)) statistics.total = sum(all);
+        return;
+    }
+    const Vector origin(shift);
+    Vector total(0.0f), weighted(0.0f);
+    for_logits(products, bias, begin, end, factor, [&](int64_t, Vector logits, int lanes) {
+        const Vector distance = logits - origin;
+        Vector share = exponential(distance);
+        if (lanes < Vector::kWidth) share = select(first_lanes(lanes), share, Vector(0.0f));
+        total = total + share;
+        weighted = multiply_add(share, maximum(distance, farthest), weighted);
+    });
+    statistics.merge({shift, sum(total), sum(weighted)});
+}
+
+inline void logit_statistics(const float* products, const float* bias, int64_t columns, const LogitMap& map,
+                             LogitStatistics& statistics) {
+    float capped[kLogitBlock];
     for (int64_t begin = 0; begin < columns; begin += kLogitBlock) {
         const int64_t end = begin + kLogitBlock < columns ? begin + kLogitBlock : columns;
-        Vector largest = nothing;
-        for_logits(products, bias, begin, end, scale, [&](int64_t, Vector logits, int lanes) {
-            if (lanes < Vector::kWidth) logits = select(first_lanes(lanes), logits, nothing);
-            largest = maximum(logits, largest);
-        });
-        const float shift = maximum(highest(largest), statistics.maximum);
-        if (shift == -std::numeric_limits<float>::infinity()) {
-            // A bias may forbid every entry seen so far: there is nothing to measure distances from. But a comparison
-            // passes over a NaN, and a sum does not.
-            Vector all(0.0f);
-            for_logits(products, bias, begin, end, scale, [&](int64_t, Vector logits, int lanes) {
-                all = all + (lanes < Vector::kWidth ? select(first_lanes(lanes), logits, nothing) : logits);
-            });
-            if (sum(all) != sum(all)) statistics.total = sum(all);
-            continue;
+        if (map.capped()) {
+            cap_block(products, bias, begin, end, map, capped, nullptr);
+            block_statistics(capped, nullptr, 0, end - begin, Vector(1.0f), statistics);
+        } else {
+            block_statistics(products, bias, begin, end, Vector(map.factor), statistics);
         }
-        const Vector origin(shift);
-        Vector total(0.0f), weighted(0.0f);
-        for_logits(products, bias, begin, end, scale, [&](int64_t, Vector logits, int lanes) {
-            const Vector distance = logits - origin;
-            Vector share = exponential(distance);
-            if (lanes < Vector::kWidth) share = select(first_lanes(lanes), share, Vector(0.0f));
-            total = total + share;
-            weighted = multiply_add(share, maximum(distance, farthest), weighted);
-        });
-        statistics.merge({shift, sum(total), sum(weighted)});
     }
 }
 
@@ -79,21 +101,32 @@ inline void store_gradient(const float* values, int64_t count, BFloat16* gradien
 }
 
 template <typename T>
-void logit_gradient(const float* products, const float* bias, int64_t columns, float factor, const LogitGradient& row,
-                    void* gradient) {
-    const Vector scale(factor), farthest(kFarthestLogit);
+void logit_gradient(const float* products, const float* bias, int64_t columns, const LogitMap& map,
+                    const LogitGradient& row, void* gradient) {
+    const Vector farthest(kFarthestLogit);
     const Vector origin(row.maximum), log_sum(row.log_sum), level(row.scale), slope(row.slope);
     T* const out = static_cast<T*>(gradient);
     // `gradient` may be the products' own memory: a block is stored when all of it has been read, and never past it.
-    float block[kLogitBlock];
-    for (int64_t begin = 0; begin < columns; begin += kLogitBlock) {
-        const int64_t end = begin + kLogitBlock < columns ? begin + kLogitBlock : columns;
-        for_logits(products, bias, begin, end, scale, [&](int64_t column, Vector logits, int) {
+    float block[kLogitBlock], slopes[kLogitBlock];
+    const auto turn = [&](const float* values, const float* offsets, int64_t begin, int64_t end, Vector factor) {
+        for_logits(values, offsets, begin, end, factor, [&](int64_t column, Vector logits, int) {
             const Vector log_probability = logits - origin - log_sum;
             const Vector level_and_slope = multiply_add(slope, maximum(log_probability, farthest), level);
             store(block + (column - begin), exponential(log_probability) * level_and_slope);
         });
+    };
+    for (int64_t begin = 0; begin < columns; begin += kLogitBlock) {
+        const int64_t end = begin + kLogitBlock < columns ? begin + kLogitBlock : columns;
+        if (map.capped()) {
+            cap_block(products, bias, begin, end, map, block, slopes);
+            turn(block, nullptr, 0, end - begin, Vector(1.0f));
+        } else {
+            turn(products, bias, begin, end, Vector(map.factor));
+        }
         if (begin <= row.target && row.target < end) block[row.target - begin] += row.at_target;
+        if (map.capped()) {
+            for (int64_t i = 0; i < end - begin; ++i) block[i] *= slopes[i];
+        }
         store_gradient(block, end - begin, out + begin);
     }
 }

@@ -24,6 +24,23 @@ inline Vector exponential(Vector x) {
     return scaled_by_power_of_two(p, n);
 }
 
+// tanh to two units in the last place, also of small numbers; NaN stays NaN.
+inline Vector hyperbolic_tangent(Vector x) {
+    // Odd polynomial for |x| < 0.625 (Cephes), where the form with exponentials would cancel.
+    const Vector square = x * x;
+    Vector p(-5.70498872745e-3f);
+    p = multiply_add(p, square, Vector(2.06390887954e-2f));
+    p = multiply_add(p, square, Vector(-5.37397155531e-2f));
+    p = multiply_add(p, square, Vector(1.33314422036e-1f));
+    p = multiply_add(p, square, Vector(-3.33332819422e-1f));
+    const Vector small = multiply_add(p * square, x, x);
+    // 1 - 2 / (e^2|x| + 1), which is 1 where the exponential is infinite. The sign is put back last.
+    const Vector magnitude = maximum(x, Vector(0.0f) - x);
+    const Vector large = Vector(1.0f) - Vector(2.0f) / (exponential(magnitude + magnitude) + Vector(1.0f));
+    const Vector with_sign = select(x < Vector(0.0f), Vector(0.0f) - large, large);
+    return select(magnitude >= Vector(0.625f), with_sign, small);
+}
+
 // Lane by lane: only an exponential schedule with an exponent other than 2 comes here.
 inline Vector power(Vector base, float exponent) {
     float lanes[Vector::kWidth];
