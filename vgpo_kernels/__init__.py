@@ -11,6 +11,13 @@ from vgpo_kernels import backends
 from vgpo_kernels.backends import backend
 from vgpo_kernels.config import PolicyLossOptions, VGPOConfig
 from vgpo_kernels.ops.attention_mass import attention_heatmap, attention_mass
+from vgpo_kernels.ops.linear_divergence import (
+    LinearDivergence,
+    combine_divergences,
+    divergence_totals,
+    linear_divergence,
+    linear_divergence_slice,
+)
 from vgpo_kernels.ops.linear_logprob import combine_slices, linear_logprob, linear_logprob_slice
 from vgpo_kernels.ops.linear_vgpo_loss import linear_policy_loss, linear_vgpo_loss
 from vgpo_kernels.ops.policy_loss import PolicyLoss, policy_loss
@@ -21,6 +28,7 @@ from vgpo_kernels.ops.visual_weights import VisualWeights, combine_factors, grou
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearDivergence",
     "PolicyLoss",
     "PolicyLossOptions",
     "VGPOConfig",
@@ -29,9 +37,13 @@ __all__ = [
     "attention_mass",
     "backend",
     "backends",
+    "combine_divergences",
     "combine_factors",
     "combine_slices",
+    "divergence_totals",
     "group_weights",
+    "linear_divergence",
+    "linear_divergence_slice",
     "linear_logprob",
     "linear_logprob_slice",
     "linear_policy_loss",

@@ -7,6 +7,7 @@ wait for a GPU, so they run for CPU tensors only; GPU kernels clamp the values t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -399,6 +400,41 @@ def head(hidden: object, weight: object, bias: object) -> tuple[Tensor, Tensor, 
     return states, rows_apart(rows), bias
 
 
+def other_view(
+    other: object, other_weight: object, other_bias: object, hidden: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Check the other view of hidden states ``[..., D]`` before a head ``[V, D]``, which may have a head of its own.
+
+    Returns:
+        The states in hidden's dtype, and the other head's weight and bias, or ``None``.
+
+    """
+    states = require_floating("other", other)
+    if states.shape[:-1] != hidden.shape[:-1] or states.dim() != hidden.dim():
+        raise ValueError(f"other must have hidden's shape {list(hidden.shape)}, got {describe(states)}")
+    require_device("other", states, hidden.device, "hidden")
+    if other_weight is None:
+        if other_bias is not None:
+            raise ValueError("other_bias is the bias of other_weight, which is missing; bias is that of both views")
+        if states.shape[-1] != hidden.shape[-1]:
+            raise ValueError(
+                f"other must have {hidden.shape[-1]} features like hidden, got {describe(states)}; a view with other "
+                "features needs an other_weight"
+            )
+        return states.to(hidden.dtype), None, None
+    rows = require_floating("other_weight", other_weight)
+    require_shape(
+        "other_weight", rows, (weight.shape[0], states.shape[-1]), "weight's rows, and a column per feature of other"
+    )
+    require_device("other_weight", rows, hidden.device, "hidden")
+    if other_bias is None:
+        return states.to(hidden.dtype), rows_apart(rows), None
+    offsets = require_floating("other_bias", other_bias)
+    require_shape("other_bias", offsets, rows.shape[:1], "one entry per row of other_weight")
+    require_device("other_bias", offsets, hidden.device, "hidden")
+    return states.to(hidden.dtype), rows_apart(rows), _computable(offsets, detach=False)
+
+
 def targets(value: object, shape: tuple[int, ...], meaning: str, device: torch.device, other: str = "hidden") -> Tensor:
     """Return target ids of ``shape`` as int64."""
     ids = integers("targets", value)
@@ -417,14 +453,26 @@ def target_values(ids: Tensor, read: Tensor, vocabulary: int | None) -> None:
         raise ValueError(f"targets must be at least 0{bound}, got {low} to {high}")
 
 
-def vocabulary_slices(value: object, ids: object) -> tuple[Tensor, Tensor]:
-    """Return the results ``[R, 4, ...]`` of slices of the vocabulary, fp32 (or fp64), and their targets ``[...]``."""
+def vocabulary_slices(value: object, statistics: int) -> Tensor:
+    """Return the results ``[R, statistics, ...]`` of slices of the vocabulary, fp32 (or fp64)."""
     slices = require_floating("slices", value)
-    if slices.dim() < 2 or slices.shape[0] == 0 or slices.shape[1] != 4:
-        raise ValueError(f"slices must have shape [R, 4, ...] with R > 0, got {describe(slices)}")
-    meaning = f"what follows [R, 4] in the shape of slices {describe(slices)}"
-    ids = targets(ids, slices.shape[2:], meaning, slices.device, "slices")
-    return _computable(slices, detach=False), ids
+    if slices.dim() < 2 or slices.shape[0] == 0 or slices.shape[1] != statistics:
+        raise ValueError(f"slices must have shape [R, {statistics}, ...] with R > 0, got {describe(slices)}")
+    return _computable(slices, detach=False)
+
+
+def slice_targets(value: object, slices: Tensor) -> Tensor:
+    """Return the targets of slices of the vocabulary ``[R, _, ...]``."""
+    meaning = f"what follows [R, {slices.shape[1]}] in the shape of slices {describe(slices)}"
+    return targets(value, slices.shape[2:], meaning, slices.device, "slices")
+
+
+def vocabulary_totals(value: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the normalisers ``[4, ...]`` of both views over the whole vocabulary, fp32 (or fp64)."""
+    tensor = require_floating("totals", value)
+    require_shape("totals", tensor, (4, *shape), "maximum and log-sum of both views for each row")
+    require_device("totals", tensor, device, "hidden")
+    return _computable(tensor, detach=False)
 
 
 def ignore_index(value: object) -> int | None:
@@ -522,6 +570,25 @@ def predicted_tokens(response_mask: Tensor, first_tokens: Tensor) -> None:
 def positive_integer(name: str, value: object, most: int = _LARGEST) -> int:
     """Return ``value`` if it is an integer above zero, at most ``most``."""
     return _bounded_integer(name, value, 1, most)
+
+
+def fraction(name: str, value: object) -> float:
+    """Return ``value`` as a float if it lies between 0 and 1, without them."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {type_name(value)}")
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must be above 0 and below 1, got {spell(value)}")
+    return float(value)
+
+
+def choices(name: str, value: object, known: Sequence[str]) -> tuple[str, ...]:
+    """Return ``value`` as a tuple if it is a list or tuple of known names."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
+        raise TypeError(f"{name} must be a list or tuple of names, got {type_name(value)}")
+    for one in value:
+        if one not in known:
+            raise ValueError(f"{name} must be of {', '.join(known)}, got {one!r}")
+    return tuple(value)
 
 
 def flag(name: str, value: object) -> bool:

@@ -7,6 +7,7 @@
 
 #include "../inputs.h"
 #include "../logit_map.h"
+#include "../logit_statistics.h"
 
 namespace vgpo {
 
@@ -39,33 +40,24 @@ struct LossSums {
     int64_t tokens = 0, nonfinite_advantages = 0;
 };
 
-// Running statistics of a row of logits z, as head_statistics keeps them.
-struct LogitStatistics {
-    float maximum = -std::numeric_limits<float>::infinity();
-    float total = 0.0f;     // of e^(z - maximum)
-    float weighted = 0.0f;  // of e^(z - maximum) (z - maximum)
-
-    // Takes in statistics of other logits. Of minus infinities alone there are none.
-    VGPO_HD inline void merge(const LogitStatistics& other) {
-        const float largest = vgpo::maximum(other.maximum, maximum);
-        const LogitStatistics mine = moved_to(largest), theirs = other.moved_to(largest);
-        *this = {largest, mine.total + theirs.total, mine.weighted + theirs.weighted};
-    }
-
-    // The same, measured from a larger logit.
-    VGPO_HD inline LogitStatistics moved_to(float largest) const {
-        if (maximum == largest) return *this;
-        // Nothing so far, unless a NaN among it has made the total NaN.
-        if (maximum == -std::numeric_limits<float>::infinity()) return {largest, total, total};
-        const float drop = maximum - largest, factor = expf(drop);
-        return {largest, total * factor, (weighted + total * drop) * factor};
-    }
-};
-
 // What turns a row of logits into their gradient, as head_gradient defines it.
 struct LogitGradient {
     float maximum, log_sum, scale, slope, at_target;
     int64_t target;  // its column; outside [0, columns): none
+};
+
+// Products of the two views of a token before some columns.
+struct PairRow {
+    const float* products[2];
+    const float* bias[2];  // null: none
+    LogitMap map;
+    int64_t target;  // its column; outside [0, columns): none
+};
+
+// What turns the logits of both views into their gradients, and where those go.
+struct PairGradient {
+    ViewGradient view[2];
+    void* out[2];
 };
 
 struct Kernels {
@@ -122,6 +114,15 @@ struct Kernels {
     // products' place.
     void (*logit_gradient[2])(const float* products, const float* bias, int64_t columns, const LogitMap& map,
                               const LogitGradient& row, void* gradient);
+
+    // The same of two views of a token.
+    void (*pair_statistics)(const PairRow& row, int64_t columns, PairStatistics& statistics);
+    // Adds the columns' shares in sums over the vocabulary.
+    void (*pair_shares)(const PairRow& row, int64_t columns, const PairNormalisers& totals, float js_beta,
+                        PairShares& shares);
+    // Gradients by the logits of both views, as logit_gradient.
+    void (*pair_gradient[2])(const PairRow& row, int64_t columns, const PairNormalisers& totals,
+                             const PairGradient& gradient, float js_beta);
 
     // Reads memory as fast as the processor can: the ceiling that benchmarks compare with.
     float (*read)(const float* values, int64_t length);

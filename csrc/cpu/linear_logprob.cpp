@@ -1,22 +1,15 @@
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "../arguments.h"
-#include "bf16_product.h"
+#include "head_products.h"
 #include "kernels.h"
 #include "parallel.h"
 
 namespace vgpo {
 namespace {
-
-// Columns whose statistics are summed on their own, and then merged in order: the same for any number of threads.
-constexpr int64_t kGroupColumns = 4 * kTileColumns;
-// Rows of one item of work where the products are there already.
-constexpr int64_t kStripRows = 16;
 
 // Some rows before some entries of the vocabulary.
 struct Chunk {
@@ -33,109 +26,15 @@ struct Chunk {
     int64_t target(int64_t row) const { return column_of(targets[row], first, columns()); }
 };
 
-// Rows of fp32, each contiguous.
-struct Rows {
-    float* data;
-    int64_t stride;
-
-    float* at(int64_t row, int64_t column) const { return data + row * stride + column; }
-};
-
-// Products of rows [row, row + rows) and columns [column, column + columns); columns begin and end with a group, or
-// lie in one.
-struct Tile {
-    Rows products;
-    int64_t row, rows, column, columns;
-};
-
-bool in_bf16(const at::Tensor& left, const at::Tensor& right) {
-    return left.scalar_type() == at::kBFloat16 && right.scalar_type() == at::kBFloat16 && has_bf16_products();
-}
-
-BFloat16Matrix matrix_of(const at::Tensor& tensor) {
-    return {static_cast<const BFloat16*>(tensor.const_data_ptr()), tensor.size(0), tensor.size(1), tensor.stride(0),
-            tensor.stride(1)};
-}
-
-Rows rows_of(const ArgumentReader& reader, const char* name, int64_t rows, int64_t columns) {
-    return {reader.rows(name, rows, columns), reader.tensor(name).stride(0)};
-}
-
-Rows written_rows_of(const ArgumentReader& reader, const char* name, int64_t rows, int64_t columns) {
-    return {reader.written_rows(name, rows, columns), reader.tensor(name).stride(0)};
-}
-
 Chunk chunk_of(const ArgumentReader& reader) {
     const at::Tensor &hidden = reader.tensor("hidden"), &weight = reader.tensor("weight");
-    for (const at::Tensor* tensor : {&hidden, &weight}) {
-        TORCH_CHECK_VALUE(tensor->device().is_cpu() && tensor->dim() == 2 && tensor->stride(1) == 1 &&
-                              (tensor->scalar_type() == at::kFloat || tensor->scalar_type() == at::kBFloat16),
-                          "hidden and weight must be fp32 or bf16 matrices with contiguous rows on the CPU, got ",
-                          tensor->scalar_type(), " ", tensor->sizes());
-    }
-    TORCH_CHECK_VALUE(hidden.size(1) == weight.size(1) && hidden.size(1) > 0 &&
-                          hidden.scalar_type() == weight.scalar_type(),
-                      "hidden and weight must have one dtype and as many columns, at least one, got ", hidden.sizes(),
-                      " and ", weight.sizes());
+    check_head(hidden, weight);
     return {hidden,
             weight,
             reader.data<float>("bias", {weight.size(0)}),
             reader.data<int64_t>("targets", {hidden.size(0)}),
             reader.value<int64_t>("first"),
             reader.logit_maps(hidden.size(0))};
-}
-
-// Writes left @ right to `result`, or adds it, where the processor has no units for it that torch opens to us.
-void torch_product(const at::Tensor& left, const at::Tensor& right, at::Tensor result, bool accumulate) {
-    const at::Tensor wide_left = left.to(at::kFloat), wide_right = right.to(at::kFloat);
-    if (accumulate) {
-        at::addmm_out(result, result, wide_left, wide_right);
-    } else {
-        at::mm_out(result, wide_left, wide_right);
-    }
-}
-
-int64_t groups_of(int64_t columns) { return (columns + kGroupColumns - 1) / kGroupColumns; }
-
-// Calls work(tile) for tiles that cover products already there: whole groups of a few rows.
-template <typename Work>
-void for_each_strip(const Chunk& chunk, const Rows& products, const Work& work) {
-    parallel_items((chunk.rows() + kStripRows - 1) / kStripRows, [&](int64_t strip) {
-        const int64_t row = strip * kStripRows, rows = std::min(kStripRows, chunk.rows() - row);
-        for (int64_t column = 0; column < chunk.columns(); column += kGroupColumns) {
-            const int64_t columns = std::min(kGroupColumns, chunk.columns() - column);
-            work(Tile{{products.at(row, column), products.stride}, row, rows, column, columns});
-        }
-    });
-}
-
-// Calls work(tile) for tiles of products as they are computed, while they are in the cache. They are written to
-// `kept`, or to the thread's own memory if that is null.
-template <typename Work>
-void for_each_product(const Chunk& chunk, const Rows& kept, const Work& work) {
-    const PackedColumns right(matrix_of(chunk.weight.t()));
-    const BFloat16Matrix left = matrix_of(chunk.hidden);
-    const int64_t blocks = (chunk.rows() + kTileRows - 1) / kTileRows, groups = groups_of(chunk.columns());
-    // Columns are shared out only where there are too few rows for all threads.
-    const int64_t wanted = 4 * static_cast<int64_t>(at::get_num_threads());
-    const int64_t parts = std::clamp<int64_t>(wanted / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(groups, 1));
-    const int64_t groups_of_part = (groups + parts - 1) / parts;
-    parallel_items(blocks * parts, [&](int64_t item) {
-        const int64_t row = item / parts * kTileRows, rows = std::min(kTileRows, chunk.rows() - row);
-        const int64_t begin = item % parts * groups_of_part * kGroupColumns;
-        const int64_t end = std::min(begin + groups_of_part * kGroupColumns, chunk.columns());
-        if (begin >= end) return;
-        const LeftRows states(left, row, rows);
-        const LineAligned<float> own(kept.data == nullptr ? kTileRows * kTileColumns : 0);
-        for (int64_t column = begin; column < end; column += kTileColumns) {
-            const int64_t columns = std::min(kTileColumns, end - column);
-            const Rows products = kept.data == nullptr ? Rows{own.data(), kTileColumns}
-                                                       : Rows{kept.at(row, column), kept.stride};
-            multiply(states, right, column, columns, products.data, products.stride, false);
-            work(Tile{products, row, rows, column, columns});
-        }
-        release_products();
-    });
 }
 
 }  // namespace
@@ -166,10 +65,10 @@ Tensors head_statistics(const ArgumentReader& reader) {
         }
     };
     if (in_bf16(chunk.hidden, chunk.weight)) {
-        for_each_product(chunk, keep ? products : Rows{nullptr, 0}, take);
+        for_each_product(chunk.hidden, chunk.weight, keep ? products : Rows{nullptr, 0}, take);
     } else {
         torch_product(chunk.hidden, chunk.weight.t(), reader.tensor("logits"), false);
-        for_each_strip(chunk, products, take);
+        for_each_strip(chunk.rows(), chunk.columns(), products, take);
     }
     at::parallel_for(0, rows, 1024, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
@@ -208,12 +107,12 @@ Tensors head_gradient(const ArgumentReader& reader) {
         }
     };
     if (recompute && in_bf16(chunk.hidden, chunk.weight)) {
-        for_each_product(chunk, {nullptr, 0}, turn);
+        for_each_product(chunk.hidden, chunk.weight, {nullptr, 0}, turn);
         return {};
     }
     if (recompute) torch_product(chunk.hidden, chunk.weight.t(), reader.tensor("logits"), false);
     // A row's narrow gradient overtakes none of its products as long as one thread goes through it in order.
-    for_each_strip(chunk, products, turn);
+    for_each_strip(chunk.rows(), chunk.columns(), products, turn);
     return {};
 }
 

@@ -159,7 +159,8 @@ def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None 
         ValueError: Shapes or devices do not fit together.
 
     """
-    slices, targets = checks.vocabulary_slices(slices, targets)
+    slices = checks.vocabulary_slices(slices, 4)
+    targets = checks.slice_targets(targets, slices)
     skipped = checks.ignore_index(ignore_index)
     kept = None if skipped is None else targets != skipped
     if kept is not None:  # what is not read has no part in a gradient, where zero times NaN is NaN
@@ -169,7 +170,7 @@ def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None 
     shift = (maximum - maximum.amax(0)).detach()
     total = (shift + log_sum).logsumexp(0)
     share = (shift + log_sum - total).exp()
-    logp = _of_one_slice(target + shift) - total
+    logp = of_one_slice(target + shift) - total
     # A slice of minus infinities is infinitely far away, and zero times infinity is NaN.
     entropy = total - (share * (shift.clamp(min=FARTHEST) + mean)).sum(0)
     if kept is not None:
@@ -177,7 +178,7 @@ def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None 
     return logp, entropy
 
 
-def _of_one_slice(target: Tensor) -> Tensor:
+def of_one_slice(target: Tensor) -> Tensor:
     """Return the target's logit, of the slices ``[R, ...]`` the one that is not minus infinity.
 
     If none is, the logit is minus infinity, and values do not tell whose it is. The gradient goes to every slice then:

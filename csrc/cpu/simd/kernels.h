@@ -9,6 +9,7 @@
 
 #include "attention_kernels.h"
 #include "logit_kernels.h"
+#include "divergence_kernels.h"
 #include "loss_kernels.h"
 
 const Kernels kTable = {
@@ -30,5 +31,8 @@ const Kernels kTable = {
     add_probabilities,
     logit_statistics,
     {logit_gradient<float>, logit_gradient<BFloat16>},
+    pair_statistics,
+    pair_shares,
+    {pair_gradient<float>, pair_gradient<BFloat16>},
     read,
 };

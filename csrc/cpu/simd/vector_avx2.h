@@ -87,6 +87,17 @@ inline Vector select(Mask mask, Vector yes, Vector no) {
 inline Vector minimum(Vector value, Vector bound) { return Vector(_mm256_min_ps(bound.value, value.value)); }
 inline Vector maximum(Vector value, Vector bound) { return Vector(_mm256_max_ps(bound.value, value.value)); }
 
+struct Parts {
+    Vector exponent, mantissa;
+};
+
+inline Parts parts_of(Vector v) {
+    const __m256i bits = _mm256_castps_si256(v.value);
+    const __m256i exponent = _mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(127));
+    const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff));
+    return {Vector(_mm256_cvtepi32_ps(exponent)),
+            Vector(_mm256_castsi256_ps(_mm256_or_si256(fraction, _mm256_set1_epi32(0x3f800000))))};
+}
 inline Vector rounded(Vector v) {
     return Vector(_mm256_round_ps(v.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }

@@ -86,6 +86,15 @@ inline Vector maximum(Vector value, Vector bound) { return Vector(_mm512_max_ps(
 inline Vector scaled_by_power_of_two(Vector value, Vector n) {
     return Vector(_mm512_scalef_ps(value.value, n.value));
 }
+// A normal number above zero as exponent and mantissa in [1, 2).
+struct Parts {
+    Vector exponent, mantissa;
+};
+
+inline Parts parts_of(Vector v) {
+    return {Vector(_mm512_getexp_ps(v.value)),
+            Vector(_mm512_getmant_ps(v.value, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src))};
+}
 inline Vector rounded(Vector v) {
     return Vector(_mm512_roundscale_ps(v.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }

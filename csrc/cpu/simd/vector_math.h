@@ -24,6 +24,23 @@ inline Vector exponential(Vector x) {
     return scaled_by_power_of_two(p, n);
 }
 
+// Natural logarithm of a normal number above zero, to two units in the last place, also near one.
+inline Vector logarithm(Vector x) {
+    const Parts parts = parts_of(x);
+    // The mantissa in [sqrt(1/2), sqrt(2)), so that the exponent of a number near one is zero.
+    const Mask high = parts.mantissa > Vector(1.41421356f);
+    const Vector m = select(high, parts.mantissa * Vector(0.5f), parts.mantissa);
+    const Vector e = select(high, parts.exponent + Vector(1.0f), parts.exponent);
+    // log m = 2 artanh r, |r| <= 0.1716: truncation below 1e-8.
+    const Vector above = m - Vector(1.0f), r = above / (m + Vector(1.0f)), square = r * r;
+    Vector p(2.0f / 9.0f);
+    p = multiply_add(p, square, Vector(2.0f / 7.0f));
+    p = multiply_add(p, square, Vector(2.0f / 5.0f));
+    p = multiply_add(p, square, Vector(2.0f / 3.0f));
+    const Vector of_mantissa = multiply_add(p * square, r, r + r);
+    return multiply_add(e, Vector(0.693147181f), of_mantissa);
+}
+
 // tanh to two units in the last place, also of small numbers; NaN stays NaN.
 inline Vector hyperbolic_tangent(Vector x) {
     // Odd polynomial for |x| < 0.625 (Cephes), where the form with exponentials would cancel.

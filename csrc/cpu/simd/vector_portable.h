@@ -98,6 +98,15 @@ inline Vector select(Mask mask, Vector yes, Vector no) {
 inline Vector minimum(Vector value, Vector bound) { return select(bound < value, bound, value); }
 inline Vector maximum(Vector value, Vector bound) { return select(bound > value, bound, value); }
 
+struct Parts {
+    Vector exponent, mantissa;
+};
+
+inline Parts parts_of(Vector v) {
+    const Int4 bits = (Int4)v.value;
+    return {Vector(__builtin_convertvector((bits >> 23) - 127, Float4)),
+            Vector((Float4)((bits & 0x007fffff) | 0x3f800000))};
+}
 // To nearest even for |v| < 2^22: the addition leaves no room for fraction bits.
 inline Vector rounded(Vector v) {
     const Float4 shift = {12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f};
