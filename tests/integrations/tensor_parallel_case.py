@@ -36,11 +36,45 @@ def run_rank(rank: int, backend: str, hidden: Tensor, weight: Tensor, bias: Tens
         return [logp.detach(), entropy.detach(), *torch.autograd.grad(objective(logp, entropy), leaves)]
 
 
+def divergence_objective(found: Any) -> Tensor:
+    """A number that depends on every measure of every row in its own way."""
+    total = torch.zeros((), dtype=found.kl.dtype)
+    for place, values in enumerate(found):
+        total = total + (torch.linspace(-1, 2, values.numel(), dtype=values.dtype).view_as(values) * values).sum() / (
+            place + 1
+        )
+    return total
+
+
+def run_divergence(
+    rank: int, backend: str, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor
+) -> list[Tensor]:
+    """Every measure, and gradients by both views and by this rank's rows of weight and bias."""
+    from vgpo_kernels import backends
+    from vgpo_kernels.integrations.tensor_parallel import parallel_divergence
+    from vgpo_kernels.reference.linear_divergence import MEASURES
+
+    own = slice(FIRST[rank], FIRST[rank + 1])
+    leaves = [part.clone().requires_grad_() for part in (hidden, other_view(hidden), weight[own], bias[own])]
+    settings: dict[str, Any] = {"temperature": TEMPERATURE, "measures": MEASURES, "js_beta": 0.3}
+    with backends.backend(backend):
+        found = parallel_divergence(*leaves[:3], targets, first=own.start, bias=leaves[3], **settings)
+        return [*(value.detach() for value in found), *torch.autograd.grad(divergence_objective(found), leaves)]
+
+
+def other_view(hidden: Tensor) -> Tensor:
+    """Other hidden states than these."""
+    return hidden + hidden.roll(1, -1) / 2
+
+
 def main(rank: int, world: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     cases = torch.load(folder / "cases.pt")
-    results = {key: run_rank(rank, key[0], *tensors) for key, tensors in cases.items()}
+    results = {
+        key: (run_rank(rank, key[0], *tensors), run_divergence(rank, key[0], *tensors))
+        for key, tensors in cases.items()
+    }
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from integrations.tensor_parallel_case import FIRST, TEMPERATURE, objective
+from integrations.tensor_parallel_case import FIRST, TEMPERATURE, divergence_objective, objective, other_view
 from linear_cases import DTYPES, Head, make_head
 from tolerance import assert_close, floor_of
 from torch import Tensor
 
-from vgpo_kernels import backend, backends, linear_logprob
+from vgpo_kernels import LinearDivergence, backend, backends, linear_divergence, linear_logprob
+from vgpo_kernels.reference.linear_divergence import MEASURES
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = 2
@@ -33,7 +34,9 @@ def head_of(dtype: str, kind: str) -> Head:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str, str], list[Tensor]]]:
+def ranks(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[dict[tuple[str, str, str], tuple[list[Tensor], list[Tensor]]]]:
     """What each of two processes computes for every case."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(
@@ -62,7 +65,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str,
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_two_ranks_are_one_head(
-    ranks: list[dict[tuple[str, str, str], list[Tensor]]], case: tuple[str, str, str]
+    ranks: list[dict[tuple[str, str, str], tuple[list[Tensor], list[Tensor]]]], case: tuple[str, str, str]
 ) -> None:
     head = head_of(*case[1:])
     hidden, weight, bias = head.double().leaves()
@@ -72,12 +75,40 @@ def test_two_ranks_are_one_head(
     floor = floor_of(head.hidden.dtype, FIRST[-1])
     for rank, results in enumerate(ranks):
         rows = slice(FIRST[rank], FIRST[rank + 1])
-        logp, entropy, *gradients = results[case]
+        logp, entropy, *gradients = results[case][0]
         assert_close(logp, values[0], name=f"logp of rank {rank}")
         assert_close(entropy, values[1], name=f"entropy of rank {rank}")
         assert_close(gradients[0], by_hidden, name=f"gradient by hidden of rank {rank}", floor=floor)
         assert_close(gradients[1], by_weight[rows], name=f"gradient by the rows of rank {rank}", floor=floor)
         assert_close(gradients[2], by_bias[rows], name=f"gradient by the bias of rank {rank}", floor=floor)
     # Ranks that differ in a bit would drift apart.
-    one, other = (results[case][:3] for results in ranks)
+    one, other = (results[case][0][:3] for results in ranks)
     assert all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_divergences_of_two_ranks_are_those_of_one_head(
+    ranks: list[dict[tuple[str, str, str], tuple[list[Tensor], list[Tensor]]]], case: tuple[str, str, str]
+) -> None:
+    head = head_of(*case[1:])
+    other = other_view(head.hidden).double().requires_grad_()
+    hidden, weight, bias = head.double().leaves()
+    with backend("reference"):
+        values = linear_divergence(
+            hidden, other, weight, head.targets, bias=bias, temperature=TEMPERATURE, measures=MEASURES, js_beta=0.3
+        )
+    by_hidden, by_other, by_weight, by_bias = torch.autograd.grad(
+        divergence_objective(values), (hidden, other, weight, bias)
+    )
+    # The gradients of nine results add up, of which some are of opposite signs.
+    floor = 2 * floor_of(head.hidden.dtype, FIRST[-1])
+    for rank, results in enumerate(ranks):
+        rows = slice(FIRST[rank], FIRST[rank + 1])
+        found, gradients = LinearDivergence(*results[case][1][:9]), results[case][1][9:]
+        for name, value in found._asdict().items():
+            assert_close(value, getattr(values, name), name=f"{name} of rank {rank}")
+        expected = {"hidden": by_hidden, "other": by_other, "weight": by_weight[rows], "bias": by_bias[rows]}
+        for (name, exact), gradient in zip(expected.items(), gradients, strict=True):
+            assert_close(gradient, exact, name=f"gradient by {name} of rank {rank}", floor=floor)
+    one, another = (results[case][1][:11] for results in ranks)
+    assert all(torch.equal(left, right) for left, right in zip(one, another, strict=True))

@@ -1,7 +1,8 @@
-"""Log-probabilities of an LM head whose vocabulary is split over the ranks of a process group."""
+"""Log-probabilities and divergences of an LM head whose vocabulary is split over the ranks of a process group."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vgpo_kernels import checks
+from vgpo_kernels.ops.divergence_measures import LinearDivergence, combine_divergences, divergence_totals
+from vgpo_kernels.ops.linear_divergence import by_totals, linear_divergence_slice
 from vgpo_kernels.ops.linear_logprob import combine_slices, linear_logprob_slice
 from vgpo_kernels.reference.linear_logprob import IGNORED
 
@@ -70,12 +73,120 @@ def parallel_logprob(
         ignore_index=ignore_index,
         chunk_bytes=chunk_bytes,
     )
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, own.detach(), group=group)
-    # The other ranks' slices are constants here: each rank differentiates its own.
-    gathered[dist.get_rank(group)] = own
-    logp, entropy = combine_slices(torch.stack(gathered), targets, ignore_index=ignore_index)
+    logp, entropy = combine_slices(_of_every_rank(own, group), targets, ignore_index=ignore_index)
     return (logp, entropy) if both else logp
+
+
+def parallel_divergence(
+    hidden: Tensor,
+    other: Tensor,
+    weight: Tensor,
+    targets: Tensor | None = None,
+    *,
+    first: int,
+    group: dist.ProcessGroup | None = None,
+    other_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    other_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    measures: Sequence[str] = ("kl",),
+    js_beta: float = 0.5,
+    ignore_index: int | None = IGNORED,
+    chunk_bytes: int | None = None,
+) -> LinearDivergence:
+    """:func:`vgpo_kernels.linear_divergence` where each rank holds some rows of the weights.
+
+    As in :func:`parallel_logprob`, every rank gets the same results, and the gradients are those of one process with
+    the whole weights. The ranks exchange fifteen numbers per row, and as many again for ``js`` and ``tv``, which take a
+    second pass.
+
+    Args:
+        hidden: As in :func:`vgpo_kernels.linear_divergence`, ``[..., D]``, the same on every rank.
+        other: Likewise.
+        weight: This rank's rows of the LM head, ``[v, D]``. Ranks may hold different numbers of rows.
+        targets: Token ids in the whole vocabulary, ``[...]``, the same on every rank, or ``None``.
+        first: Where this rank's rows begin in the vocabulary. Together the ranks cover each row once.
+        group: The ranks; default: all.
+        other_weight: The same rows of the other view's head, ``[v, E]``.
+        bias: The bias of these rows, ``[v]``.
+        other_bias: Likewise of the other head.
+        temperature: As in :func:`vgpo_kernels.linear_divergence`; a tensor is the same on every rank.
+        logit_scale: As in :func:`vgpo_kernels.linear_divergence`.
+        softcap: Likewise.
+        measures: Likewise.
+        js_beta: Likewise.
+        ignore_index: Likewise.
+        chunk_bytes: Likewise.
+
+    Returns:
+        A :class:`vgpo_kernels.LinearDivergence`, float32 in targets' shape.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or settings do not fit together, or a measure is unknown.
+
+    """
+    states, others = (
+        _Replicated.apply(checks.require_floating(name, tensor), group)  # type: ignore[no-untyped-call]
+        for name, tensor in (("hidden", hidden), ("other", other))
+    )
+
+    def of_every_rank(totals: Tensor | None) -> Tensor:
+        own = linear_divergence_slice(
+            states,
+            others,
+            weight,
+            targets,
+            first=first,
+            other_weight=other_weight,
+            bias=bias,
+            other_bias=other_bias,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            totals=totals,
+            js_beta=js_beta,
+            ignore_index=ignore_index,
+            chunk_bytes=chunk_bytes,
+        )
+        return _of_every_rank(own, group)
+
+    slices = of_every_rank(None)
+    if "js" in measures or "tv" in measures:
+        totals = divergence_totals(slices)
+        shares = of_every_rank(totals)
+        # Every rank's shares depend on this rank's logits, by the normalisers.
+        others = torch.arange(len(shares), device=shares.device) != dist.get_rank(group)
+        through_totals = _ByTotals.apply(shares.detach(), totals, js_beta)  # type: ignore[no-untyped-call]
+        slices = slices + torch.where(others.view(-1, *[1] * (shares.dim() - 1)), through_totals, shares)
+    return combine_divergences(slices, targets, measures=measures, ignore_index=ignore_index)
+
+
+def _of_every_rank(own: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Gather what each rank has of a slice of the vocabulary, ``[R, ...]``; the others' are constants to autograd."""
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own.detach().contiguous(), group=group)
+    # Each rank differentiates its own slice.
+    gathered[dist.get_rank(group)] = own
+    return torch.stack(gathered)
+
+
+class _ByTotals(torch.autograd.Function):
+    """Marks shares of slices of the vocabulary as functions of the normalisers, and of nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, shares: Tensor, totals: Tensor, js_beta: float) -> Tensor:
+        ctx.save_for_backward(shares)
+        ctx.js_beta = js_beta
+        return shares.view_as(shares)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        (shares,) = ctx.saved_tensors
+        of_slices = [by_totals(*pair, ctx.js_beta) for pair in zip(shares, gradients[0], strict=True)]
+        return None, torch.stack(of_slices).sum(0), None
 
 
 class _Replicated(torch.autograd.Function):

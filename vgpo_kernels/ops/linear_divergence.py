@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vgpo_kernels import checks
 from vgpo_kernels.ops import registry
-from vgpo_kernels.ops.linear_logprob import of_one_slice
-from vgpo_kernels.ops.lm_head import chunk_elements, kept_rows, without_autocast
-from vgpo_kernels.ops.paired_head import VIEWS, PairedHead, PairKernels, compiled_kernels, pair_coefficients
+from vgpo_kernels.ops.divergence_measures import LinearDivergence, measures_of
+from vgpo_kernels.ops.lm_head import LOGITS_SHARE, SWEEP_SHARE, chunk_elements, kept_rows, without_autocast
+from vgpo_kernels.ops.paired_head import PairedHead, PairKernels, compiled_kernels, pair_coefficients
 from vgpo_kernels.reference import linear_divergence as reference
-from vgpo_kernels.reference.linear_divergence import MEASURES, ROW, SHARES, STATISTICS
-from vgpo_kernels.reference.linear_logprob import FARTHEST, IGNORED
+from vgpo_kernels.reference.linear_divergence import MEASURES, SHARES, STATISTICS
+from vgpo_kernels.reference.linear_logprob import IGNORED
 from vgpo_kernels.reference.logits import LogitMap
-
-
-class LinearDivergence(NamedTuple):
-    """What :func:`linear_divergence` computes of each row, float32 in targets' shape; ``None`` where not asked for.
-
-    With p the distribution of ``hidden``, q that of ``other``, in nats:
-
-    Attributes:
-        kl: ``KL(p || q)``; infinite where q forbids what p does not.
-        reverse_kl: ``KL(q || p)``.
-        js: ``js_beta KL(p || m) + (1 - js_beta) KL(q || m)`` with ``m = js_beta p + (1 - js_beta) q``.
-        tv: Total variation, half of the sum of ``|p - q|``.
-        hellinger: Squared Hellinger distance, 1 less the sum of ``sqrt(p q)``.
-        entropy: Entropy of p.
-        other_entropy: Entropy of q.
-        logp: Log-probability of the target under p; with ``targets``.
-        other_logp: Log-probability of the target under q; with ``targets``.
-
-    """
-
-    kl: Tensor | None = None
-    reverse_kl: Tensor | None = None
-    js: Tensor | None = None
-    tv: Tensor | None = None
-    hellinger: Tensor | None = None
-    entropy: Tensor | None = None
-    other_entropy: Tensor | None = None
-    logp: Tensor | None = None
-    other_logp: Tensor | None = None
 
 
 def linear_divergence(
@@ -128,7 +99,7 @@ def linear_divergence(
         whole=True,
     )
     statistics = _statistics(arguments)
-    return _measures(statistics[None], arguments["targets"], arguments["ignore_index"], names, targets is not None)
+    return measures_of(statistics[None], arguments["targets"], arguments["ignore_index"], names, targets is not None)
 
 
 def linear_divergence_slice(
@@ -151,9 +122,10 @@ def linear_divergence_slice(
 ) -> Tensor:
     """Return the part of divergences that a slice of the vocabulary gives, for tensor parallelism.
 
-    Each rank calls this with its rows of the weights, all ranks gather the results, and :func:`combine_divergences`
+    Each rank calls this with its rows of the weights, all ranks gather the results, and
+    :func:`vgpo_kernels.combine_divergences`
     computes the measures. For ``js`` and ``tv`` each rank calls it once more with ``totals``, which
-    :func:`divergence_totals` computes of the gathered results, and adds the second result to its first.
+    :func:`vgpo_kernels.divergence_totals` computes of the gathered results, and adds the second result to its first.
     Differentiable like :func:`linear_divergence`; the gradients w.r.t. hidden and other are this slice's share.
     :func:`vgpo_kernels.integrations.tensor_parallel.parallel_divergence` does all of this in a process group.
 
@@ -202,116 +174,6 @@ def linear_divergence_slice(
         whole=False,
     )
     return _statistics(arguments)
-
-
-def divergence_totals(slices: Tensor) -> Tensor:
-    """Compute both views' normalisers from the results of :func:`linear_divergence_slice` for every slice.
-
-    Args:
-        slices: Results of all slices of the vocabulary, ``[R, 15, ...]``, in any order. Differentiable.
-
-    Returns:
-        float32 ``[4, ...]``: largest logit, and log of the sum of exp(z - largest), of each view.
-
-    Raises:
-        TypeError: Not a floating-point tensor.
-        ValueError: Not in this shape.
-
-    """
-    slices = checks.vocabulary_slices(slices, len(STATISTICS))
-    found = [_totals_of(slices[:, row], slices[:, row + 1]) for row in (ROW["maximum"], ROW["other_maximum"])]
-    return torch.stack([value for maximum, log_sum, _ in found for value in (maximum, log_sum)])
-
-
-def combine_divergences(
-    slices: Tensor,
-    targets: Tensor | None = None,
-    *,
-    measures: Sequence[str] = ("kl",),
-    ignore_index: int | None = IGNORED,
-) -> LinearDivergence:
-    """Compute measures from the results of :func:`linear_divergence_slice` for every slice.
-
-    Args:
-        slices: Results of all slices of the vocabulary, ``[R, 15, ...]``, in any order. Differentiable. For ``js`` and
-            ``tv`` with the shares of the second call added.
-        targets: The targets, ``[...]``, where the slices were computed with them.
-        measures: As in :func:`linear_divergence`.
-        ignore_index: As given for the slices.
-
-    Returns:
-        A :class:`LinearDivergence`.
-
-    Raises:
-        TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes or devices do not fit together, or a measure is unknown.
-
-    """
-    names = checks.choices("measures", measures, MEASURES)
-    slices = checks.vocabulary_slices(slices, len(STATISTICS))
-    ids = None if targets is None else checks.slice_targets(targets, slices)
-    skipped = None if ids is None else checks.ignore_index(ignore_index)
-    return _measures(slices, ids, skipped, names, ids is not None)
-
-
-def _totals_of(maxima: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return maximum and log-sum over slices ``[R, ...]``, and the logs of the slices' shares in the sum."""
-    # The maxima are constants to autograd: what depends on them cancels.
-    maximum = maxima.amax(0).detach()
-    shift = torch.where(maximum == -torch.inf, 0.0, maxima.detach() - maximum)
-    parts = shift + log_sums
-    log_sum = parts.logsumexp(0)
-    return maximum, log_sum, parts - log_sum
-
-
-def _measures(
-    slices: Tensor, targets: Tensor | None, ignore_index: int | None, names: Sequence[str], with_targets: bool
-) -> LinearDivergence:
-    """Compute measures of slices ``[R, 15, ...]``, 0 where the target is ``ignore_index``."""
-    kept = None if targets is None or ignore_index is None else targets != ignore_index
-    if kept is not None:  # what is not read has no part in a gradient, where zero times NaN is NaN
-        slices = torch.where(kept, slices, 0.0)
-    rows = {name: slices[:, row] for name, row in ROW.items()}
-    _, log_sums, shares = zip(
-        *(_totals_of(rows[f"{view}maximum"], rows[f"{view}log_sum"]) for view in VIEWS), strict=True
-    )
-    defined = torch.ones_like(log_sums[0]).masked_fill(
-        (log_sums[0] == -torch.inf) | (log_sums[1] == -torch.inf), torch.nan
-    )
-    shifts = [rows[f"{view}maximum"].detach() for view in VIEWS]
-    shifts = [torch.where(one == -torch.inf, one, one - one.amax(0)) for one in shifts]
-
-    def of(view: int) -> dict[str, Tensor]:
-        """Compute what is asked of one view: its entropy, its divergence from the other, the target's logit."""
-        prefix, away = VIEWS[view], 1 - view
-        share = shares[view].exp()
-        found = {}
-        if f"{prefix}entropy" in names:
-            # A slice of minus infinities is infinitely far away, and zero times infinity is NaN.
-            mean = shifts[view].clamp(min=FARTHEST) + rows[f"{prefix}mean"]
-            found[f"{prefix}entropy"] = log_sums[view] - (share * mean).sum(0)
-        if with_targets:
-            target = rows[f"{prefix}target"] + shifts[view]
-            found[f"{prefix}logp"] = of_one_slice(target) - log_sums[view]
-        divergence = ("kl", "reverse_kl")[view]
-        if divergence in names:
-            apart = rows[f"{prefix}distance"] + torch.where(share > 0, shifts[view] - shifts[away], 0.0)
-            apart = torch.where(share > 0, apart, 0.0)
-            found[divergence] = (share * apart).sum(0) - log_sums[view] + log_sums[away]
-        return found
-
-    found = of(0) | of(1)
-    if "hellinger" in names:
-        found["hellinger"] = 1 - (rows["affinity"] * ((shares[0] + shares[1]) / 2).exp()).sum(0)
-    for name in ("js", "tv"):
-        if name in names:
-            found[name] = rows[name].sum(0)
-    for name, value in found.items():
-        if name not in ("logp", "other_logp"):  # rounding may leave a little less than nothing
-            value = value.clamp(min=0.0)
-        value = value * defined
-        found[name] = value if kept is None else torch.where(kept, value, 0.0)
-    return LinearDivergence(**found)
 
 
 def _checked(
@@ -402,9 +264,11 @@ def _paired(
     logit_map: LogitMap,
     chunk_bytes: int,
 ) -> PairedHead:
-    elements = chunk_elements(chunk_bytes, hidden.shape[0], weight)
+    elements, most = (
+        chunk_elements(chunk_bytes, hidden.shape[0], weight, share) for share in (LOGITS_SHARE, SWEEP_SHARE)
+    )
     return PairedHead(
-        kernels, hidden, other, weight, other_weight, bias, other_bias, targets, first, logit_map, elements
+        kernels, hidden, other, weight, other_weight, bias, other_bias, targets, first, logit_map, elements, most
     )
 
 
@@ -429,23 +293,21 @@ def compute(
     rows = _kept(index, hidden=hidden, other=other, targets=targets, temperatures=temperatures, totals=totals)
     logit_map = LogitMap(temperature, rows.pop("temperatures"), logit_scale, softcap)
     given = rows.pop("totals")
-    found = hidden.new_zeros((len(STATISTICS), rows["targets"].shape[0]), dtype=torch.float32)
     with without_autocast(hidden):
         paired = _paired(kernels, **rows, **head, logit_map=logit_map)
-        if given is None:
-            found[:SHARES] = paired.statistics()
-        if shares:
-            found[SHARES:] = paired.shares(totals_of_one(found) if given is None else given, js_beta)
+        if given is None and shares:
+            found = paired.everything(js_beta)
+        else:
+            found = hidden.new_zeros((len(STATISTICS), paired.number), dtype=torch.float32)
+            if given is None:
+                found[:SHARES] = paired.statistics()
+            else:
+                found[SHARES:] = paired.shares(given, js_beta)
     if index is None:
         return found
     everything = found.new_zeros((len(STATISTICS), targets.shape[0]))
     everything[:, index] = found
     return everything
-
-
-def totals_of_one(statistics: Tensor) -> Tensor:
-    """Return maximum and log-sum of both views, ``[4, N]``, where one slice is the whole vocabulary."""
-    return statistics[[ROW[f"{view}{name}"] for view in VIEWS for name in ("maximum", "log_sum")]]
 
 
 def compute_backward(
@@ -461,6 +323,7 @@ def compute_backward(
     logit_scale: float,
     softcap: float,
     totals: Tensor | None,
+    shares: bool,
     js_beta: float,
     ignore_index: int | None,
     gradients: list[bool],
@@ -480,6 +343,9 @@ def compute_backward(
     )
     logit_map = LogitMap(temperature, rows.pop("temperatures"), logit_scale, softcap)
     given, values, incoming = (rows.pop(name) for name in ("totals", "statistics", "grad_statistics"))
+    # Results that were not computed are constant zeros.
+    constant = slice(0, SHARES) if given is not None else slice(len(STATISTICS) if shares else SHARES, None)
+    incoming = incoming.index_fill(0, torch.arange(len(STATISTICS), device=incoming.device)[constant], 0.0)
     weights = [head["weight"], head["other_weight"]]
     with without_autocast(hidden):
         paired = _paired(kernels, **rows, **head, logit_map=logit_map)
@@ -542,7 +408,7 @@ def _backward(ctx: Any, needed: set[str], grad_statistics: Tensor) -> dict[str, 
             checks.compute_dtype(*(arguments[name] for name in _DIFFERENTIABLE)),
             grad_statistics=grad_statistics,
             gradients=[name in needed for name in _DIFFERENTIABLE],
-            **{name: value for name, value in arguments.items() if name != "shares"},
+            **arguments,
         )
         found = {
             name: gradient.to(arguments[name].dtype)
@@ -550,11 +416,11 @@ def _backward(ctx: Any, needed: set[str], grad_statistics: Tensor) -> dict[str, 
             if name in needed
         }
     if "totals" in needed:
-        found["totals"] = _by_totals(arguments["statistics"], grad_statistics, arguments["js_beta"])
+        found["totals"] = by_totals(arguments["statistics"], grad_statistics, arguments["js_beta"])
     return found
 
 
-def _by_totals(statistics: Tensor, grad_statistics: Tensor, js_beta: float) -> Tensor:
+def by_totals(statistics: Tensor, grad_statistics: Tensor, js_beta: float) -> Tensor:
     """Gradient w.r.t. totals, ``[4, N]``: probabilities of the shares are ``exp(z - maximum - log_sum)``.
 
     The maxima are constants to autograd, like those of the statistics.
@@ -584,9 +450,9 @@ registry.define(
 )
 registry.define(
     reference.linear_divergence_backward,
-    f"(Tensor grad_statistics, Tensor statistics, {_HEADS}, float js_beta, int? ignore_index, bool[6] gradients, "
-    "int chunk_bytes) -> (Tensor grad_hidden, Tensor grad_other, Tensor grad_weight, Tensor grad_other_weight, "
-    "Tensor grad_bias, Tensor grad_other_bias)",
+    f"(Tensor grad_statistics, Tensor statistics, {_HEADS}, bool shares, float js_beta, int? ignore_index, "
+    "bool[6] gradients, int chunk_bytes) -> (Tensor grad_hidden, Tensor grad_other, Tensor grad_weight, "
+    "Tensor grad_other_weight, Tensor grad_bias, Tensor grad_other_bias)",
     _fake_backward,
     implementation=_compiled_backward,
 )

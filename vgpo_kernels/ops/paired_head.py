@@ -8,6 +8,7 @@ the weight's. Where the other view has a head of its own, its products go to the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from vgpo_kernels.ops import lm_head
 from vgpo_kernels.ops.lm_head import HALF_MAGNITUDE, Head, HeadKernels, finished, new_gradients, slices
-from vgpo_kernels.reference.linear_divergence import SHARE_SUMS, STATISTICS, SUMS
+from vgpo_kernels.reference.linear_divergence import SHARE_SUMS, SHARES, STATISTICS, SUMS
 from vgpo_kernels.reference.linear_logprob import columns_of, gradient_of
 from vgpo_kernels.reference.logits import LogitMap
 
@@ -87,6 +88,7 @@ class PairedHead:
         first: Where the weights' rows begin in the vocabulary.
         logit_map: How products become logits.
         elements: fp32 numbers that the workspace may hold.
+        most: As many where products are kept for a second pass.
 
     """
 
@@ -103,6 +105,7 @@ class PairedHead:
         first: int,
         logit_map: LogitMap,
         elements: int,
+        most: int,
     ) -> None:
         self.kernels = kernels
         self.logit_map = logit_map
@@ -122,6 +125,8 @@ class PairedHead:
             for head in heads:
                 head.columns = columns
         self.heads = heads
+        self.most = most
+        self.kept: Tensor | None = None
         self.targets = columns_of(targets, first, weight.shape[0])
         self.number = hidden.shape[0]
 
@@ -131,24 +136,69 @@ class PairedHead:
         return head.hidden.new_empty(2 * self.pairs * head.columns, dtype=torch.float32)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yield every chunk, by slices of the vocabulary, with its products under way."""
+        """Yield every chunk, by slices of the vocabulary."""
         for parts in zip(*(head.weight_slices() for head in self.heads), strict=True):
             columns, weights = parts[0][0], tuple(weight for _, weight, _ in parts)
             biases = tuple(None if bias is None else bias[columns] for bias in self.biases)
             for pairs in slices(self.number, self.pairs):
                 number, width = pairs.stop - pairs.start, columns.stop - columns.start
-                logits = self.workspace[: 2 * number * width].view(2 * number, width)
-                if not self.shared:
-                    for view, (head, weight) in enumerate(zip(self.heads, weights, strict=True)):
-                        self.kernels.head.product(head.hidden[pairs], weight.T, logits[view::2], False)
-                rows = self.rows(pairs)[0]
-                yield Chunk(pairs, columns, weights, (rows, weights[0], *biases), logits, self.shared)
+                if self.kept is not None:
+                    logits = self.kept[2 * pairs.start : 2 * pairs.stop, columns]
+                else:
+                    logits = self.workspace[: 2 * number * width].view(2 * number, width)
+                fused = self.shared and self.kept is None
+                rows = self.rows(pairs)
+                if self.kept is None and not fused:
+                    self.multiply(rows, weights, logits)
+                yield Chunk(pairs, columns, weights, (rows[0], weights[0], *biases), logits, fused)
 
     def rows(self, pairs: slice) -> tuple[Tensor, ...]:
         """Return the hidden states of some pairs, of every head."""
-        if self.shared:
-            return (self.heads[0].hidden[2 * pairs.start : 2 * pairs.stop],)
-        return tuple(head.hidden[pairs] for head in self.heads)
+        views = 2 if self.shared else 1
+        return tuple(head.hidden[views * pairs.start : views * pairs.stop] for head in self.heads)
+
+    def multiply(self, rows: tuple[Tensor, ...], weights: tuple[Tensor, ...], logits: Tensor) -> None:
+        """Write the products of every head to ``logits [2 n, v]``."""
+        for view, (states, weight) in enumerate(zip(rows, weights, strict=True)):
+            part = logits if self.shared else logits[view::2]
+            self.kernels.head.product(states, weight.T, part, False)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a second pass finds the products of the first one: it is not faster to compute them again.
+
+        A CPU's matrix units would have to pack the whole weight for every few pairs, and so would a conversion.
+        """
+        head = self.heads[0]
+        converted = any(one.weight.dtype != one.hidden.dtype for one in self.heads)
+        return not converted and not (head.kernels.packs and head.hidden.dtype == torch.bfloat16)
+
+    def everything(self, js_beta: float) -> Tensor:
+        """Return ``STATISTICS`` of the whole vocabulary, ``[15, N]``."""
+        found = self.heads[0].hidden.new_empty((len(STATISTICS), self.number), dtype=torch.float32)
+        vocabulary = self.heads[0].weight.shape[0]
+        together = max(self.most // (2 * vocabulary), 1)
+        kept = found.new_empty((2 * min(together, self.number), vocabulary)) if self.keeps else None
+        for pairs in slices(self.number, max(self.number, 1) if kept is None else together):
+            part = self if kept is None else self._with_products(pairs, kept)
+            found[:SHARES, pairs] = part.statistics()
+            found[SHARES:, pairs] = part.shares(totals_of(found[:, pairs]), js_beta)
+        return found
+
+    def _with_products(self, pairs: slice, kept: Tensor) -> PairedHead:
+        """Return the head of some pairs, whose products over the whole vocabulary are in ``kept``."""
+        part = copy(self)
+        part.number = pairs.stop - pairs.start
+        part.kept = kept[: 2 * part.number]
+        part.targets = self.targets[pairs]
+        part.logit_map = self.logit_map.of_rows(pairs)
+        part.heads = [copy(head) for head in self.heads]
+        for head, rows in zip(part.heads, self.rows(pairs), strict=True):
+            head.hidden = rows
+        for chunk_columns in slices(kept.shape[1], self.heads[0].columns):
+            weights = tuple(head.weight[chunk_columns] for head in self.heads)
+            self.multiply(self.rows(pairs), weights, part.kept[:, chunk_columns])
+        return part
 
     def statistics(self) -> Tensor:
         """Return the first rows of ``STATISTICS``: all but the shares, ``[11, N]``."""
@@ -222,6 +272,11 @@ class PairedHead:
         by_view = [gradient for own in sums for gradient in own.finished()]
         by_weight, by_bias = ([*(getattr(own, name) for own in sums), None][:2] for name in ("by_weight", "by_bias"))
         return [*by_view, *by_weight, *by_bias]
+
+
+def totals_of(statistics: Tensor) -> Tensor:
+    """Return maximum and log-sum of both views, ``[4, N]``, where ``STATISTICS`` are of the whole vocabulary."""
+    return statistics[[STATISTICS.index(f"{view}{name}") for view in VIEWS for name in ("maximum", "log_sum")]]
 
 
 class GradientSums:
@@ -313,6 +368,10 @@ def pair_coefficients(
     """
     value = dict(zip(STATISTICS, statistics.unbind(), strict=True))
     grad = dict(zip(STATISTICS, grad_statistics.unbind(), strict=True))
+    for view in VIEWS:  # what is infinitely far away has no gradient
+        infinite = value[f"{view}distance"] == torch.inf
+        for one in (value, grad):
+            one[f"{view}distance"] = one[f"{view}distance"].masked_fill(infinite, 0.0)
     normalisers = anchored(torch.stack([value[f"{view}{name}"] for view in VIEWS for name in ("maximum", "log_sum")]))
     log_sums = normalisers[1::2]
     zero = torch.zeros_like(log_sums[0])
@@ -326,7 +385,7 @@ def pair_coefficients(
         constant = (
             grad[f"{view}log_sum"]
             + grad[f"{view}mean"] * (1 + log_sums[i] - value[f"{view}mean"])
-            + _times(grad[f"{view}distance"], 1 + log_sums[i] - log_sums[1 - i] - value[f"{view}distance"])
+            + grad[f"{view}distance"] * (1 + log_sums[i] - log_sums[1 - i] - value[f"{view}distance"])
             - grad["affinity"] * value["affinity"] / 2
         )
         if totals is None:
@@ -343,11 +402,6 @@ def pair_coefficients(
             torch.where(own, grad[f"{view}target"], zero),
         ]
     return torch.cat([normalisers if totals is None else anchored(totals), torch.stack(found) / logit_map.divisor()])
-
-
-def _times(gradient: Tensor, value: Tensor) -> Tensor:
-    """Multiply, where a value without a gradient may be infinite: a divergence that is not asked for."""
-    return torch.where(gradient == 0, 0.0, gradient * value)
 
 
 def scaled(coefficients: Tensor, first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -99,7 +99,8 @@ def linear_divergence(
     to the slice's own normalisers. ``chunk_bytes`` is not read.
     """
     kept = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
-    logit_map = LogitMap(temperature, temperatures, logit_scale, softcap)
+    of_rows = None if temperatures is None else torch.where(kept, temperatures, 1.0)
+    logit_map = LogitMap(temperature, of_rows, logit_scale, softcap)
 
     def logits(states: Tensor, head: Tensor, offsets: Tensor | None) -> Tensor:
         # An ignored row may be NaN, and NaN times zero is NaN: replace it instead of multiplying by zero.
@@ -131,11 +132,12 @@ def of_one_view(view: View, column: Tensor) -> list[Tensor]:
 def mean_distance(p: View, q: View) -> Tensor:
     """Mean under p of what p's logits are more than q's, each relative to its maximum, ``[N]``.
 
-    Infinite where p has probability and q none.
+    Infinite, without a gradient, where p has probability and q none.
     """
     probability = p.log_probability().exp()
-    difference = torch.where(probability > 0, p.distance - q.distance, 0.0)
-    return (probability * difference).sum(-1)
+    infinite = (probability > 0) & (q.distance == -math.inf)
+    difference = torch.where((probability == 0) | infinite, 0.0, p.distance - q.distance)
+    return torch.where(infinite.any(-1), math.inf, (probability * difference).sum(-1))
 
 
 def shares_of(x: Tensor, y: Tensor, js_beta: float) -> list[Tensor]:
@@ -164,6 +166,7 @@ def linear_divergence_backward(
     logit_scale: float,
     softcap: float,
     totals: Tensor | None,
+    shares: bool,
     js_beta: float,
     ignore_index: int | None,
     gradients: list[bool],
@@ -196,7 +199,7 @@ def linear_divergence_backward(
             logit_scale,
             softcap,
             totals,
-            True,
+            shares,
             js_beta,
             ignore_index,
             dtype=dtype,
