@@ -66,6 +66,18 @@ GROUPS = (
         "Log-probabilities and losses without the logits.",
     ),
     Group(
+        "Two views",
+        "vgpo_kernels",
+        (
+            "linear_divergence",
+            "LinearDivergence",
+            "linear_divergence_slice",
+            "divergence_totals",
+            "combine_divergences",
+        ),
+        "How far apart the distributions of two hidden states are, without the logits.",
+    ),
+    Group(
         "Attention",
         "vgpo_kernels",
         ("attention_mass", "attention_heatmap"),
@@ -101,7 +113,9 @@ GROUPS = (
             "unwrap",
         ),
     ),
-    Group("Tensor parallelism", "vgpo_kernels.integrations.tensor_parallel", ("parallel_logprob",)),
+    Group(
+        "Tensor parallelism", "vgpo_kernels.integrations.tensor_parallel", ("parallel_logprob", "parallel_divergence")
+    ),
     Group(
         "verl",
         "vgpo_kernels.integrations.verl",

@@ -164,6 +164,19 @@ def choices() -> list[Bad]:
     return [Bad(f"{value!r}", value, ValueError, re.escape(repr(value))) for value in ("another", 3, ["linear"])]
 
 
+def fractions() -> list[Bad]:
+    return numbers(0.0, 1.0, -0.5, 1.5)
+
+
+def names() -> list[Bad]:
+    return [
+        Bad("text", "kl", TypeError, "str"),
+        Bad("a set", {"kl"}, TypeError, "set"),
+        Bad("no names", [3], TypeError, "list"),
+        Bad("another", ("kl", "wasserstein"), ValueError, "'wasserstein'"),
+    ]
+
+
 def clamps() -> list[Bad]:
     return [
         Bad("one number", 0.5, TypeError, "0.5"),
@@ -294,6 +307,7 @@ KINDS: dict[str, Callable[[Tensor], list[Bad]]] = {
     ),
     **dict.fromkeys(("factors", "cos", "psi", "phi", "score", "prototype"), floating),
     **dict.fromkeys(("weight", "bias", "q", "k", "slices"), floating),
+    **dict.fromkeys(("other", "other_weight", "other_bias", "totals"), floating),
     **dict.fromkeys(("visual_mask", "response_mask", "has_visual", "weighted"), mask),
     **dict.fromkeys(("key_mask", "query_mask", "attention_mask"), mask),
     **dict.fromkeys(("group_ids", "prototype_index", "targets", "key_segments", "query_positions"), integers),
@@ -313,6 +327,8 @@ OTHERS: dict[str, list[Bad]] = {
     "logit_scale": numbers(0.0, -1.0),
     "softcap": numbers(0.0, -1.0),
     "ignore_index": whole_numbers(-(2**70)),
+    "measures": names(),
+    "js_beta": fractions(),
     "chunk_bytes": whole_numbers(0, -1),
     "first": whole_numbers(-1),
     "visibility": choices(),
@@ -485,11 +501,31 @@ def _head_subjects() -> dict[str, Subject]:
     everywhere = torch.ones(rows, dtype=torch.bool)
     outside = _outside_vocabulary(head["targets"], everywhere)
     negative = [value for value in outside if value.why.startswith("-1")]
+    views = head | {
+        "other": torch.randn(rows, features - 3, generator=generator),
+        "other_weight": torch.randn(VOCABULARY, features - 3, generator=generator),
+        "other_bias": torch.randn(VOCABULARY, generator=generator),
+    }
+    totals = {"totals": torch.rand(4, rows, generator=generator)}
+    of_views = {"slices": torch.randn(2, 15, rows, generator=generator)}
+    any_number = {"slices": without(KINDS["slices"](of_views["slices"]), "1 of dimension 0")}
     gathered = {"slices": torch.randn(2, 4, rows, generator=generator), "targets": head["targets"]}
     return {
         "linear_logprob": subject(vgpo_kernels.linear_logprob, head, targets=[*ids, *outside]),
         "linear_logprob_slice": subject(
             vgpo_kernels.linear_logprob_slice, head | {"first": 3}, targets=[*ids, *negative]
+        ),
+        "linear_divergence": subject(vgpo_kernels.linear_divergence, views, targets=[*ids, *outside]),
+        "linear_divergence_slice": subject(
+            vgpo_kernels.linear_divergence_slice, views | totals | {"first": 3}, targets=[*ids, *negative]
+        ),
+        "combine_divergences": subject(
+            vgpo_kernels.combine_divergences, of_views | {"targets": head["targets"]}, **any_number
+        ),
+        "divergence_totals": subject(
+            vgpo_kernels.divergence_totals,
+            of_views,
+            slices=without(any_number["slices"], "1 of dimension 2", f"{rows - 1} of dimension 2", "on another device"),
         ),
         "combine_slices": subject(
             vgpo_kernels.combine_slices,

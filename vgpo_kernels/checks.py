@@ -423,9 +423,8 @@ def other_view(
             )
         return states.to(hidden.dtype), None, None
     rows = require_floating("other_weight", other_weight)
-    require_shape(
-        "other_weight", rows, (weight.shape[0], states.shape[-1]), "weight's rows, and a column per feature of other"
-    )
+    meaning = f"weight's rows, and a column per feature of other {describe(states)}"
+    require_shape("other_weight", rows, (weight.shape[0], states.shape[-1]), meaning)
     require_device("other_weight", rows, hidden.device, "hidden")
     if other_bias is None:
         return states.to(hidden.dtype), rows_apart(rows), None

@@ -122,11 +122,31 @@ def head_arguments() -> dict[str, dict[str, Any]]:
         "result": torch.zeros(rows, vocabulary),
         "accumulate": False,
     }
-    return {name: schema_order(name, **given) for name in (*HEADS, "head_product")}
+    return {name: schema_order(name, **given) for name in (*HEADS, "head_product")} | pair_arguments(given)
 
 
+def pair_arguments(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Arguments of the operators of two views, of as many pairs as the head's have rows."""
+    rows, vocabulary = given["hidden"].shape[0], given["weight"].shape[0]
+    given = {name: value for name, value in given.items() if name not in ("statistics", "coefficients", "logits")}
+    given |= {
+        "rows": torch.cat([given["hidden"], given["hidden"].flip(0)]),
+        "other_bias": torch.rand(vocabulary),
+        "logits": torch.zeros(2 * rows, vocabulary),
+        "js_beta": 0.5,
+    }
+    special = {
+        "pair_statistics": {"sums": torch.zeros(11, rows)},
+        "pair_shares": {"sums": torch.zeros(4, rows), "totals": torch.ones(4, rows)},
+        "pair_gradient": {"coefficients": torch.ones(20, rows)},
+    }
+    return {name: schema_order(name, **given, **of_one) for name, of_one in special.items()}
+
+
+WRITTEN = ("statistics", "sums", "logits", "result")
 FOCUSING = ("visual_focus", "vgpo_loss")
 HEADS = ("head_statistics", "head_gradient")
+PAIRS = ("pair_statistics", "pair_shares", "pair_gradient")
 ATTENTION = tuple(name for name in OPERATORS if name.startswith("attention"))
 ARGUMENTS = {"padded": good_arguments(False), "packed": good_arguments(True)}
 # Changes that make another call, as good as the first.
@@ -151,6 +171,7 @@ ACCEPTED_BY_CUDA: dict[str, set[str]] = {
     "visual_prototype, packed: cu_seqlens": OTHER_LENGTHS,
     **{f"{name}, {layout}: prototype": OTHER_LENGTHS for name, layout in product(FOCUSING, LAYOUTS)},
     **{f"{name}, {layout}: {side}": {"gaps"} for name, side, layout in product(HEADS, ("hidden", "weight"), LAYOUTS)},
+    **{f"{name}, {layout}: {side}": {"gaps"} for name, side, layout in product(PAIRS, ("rows", "weight"), LAYOUTS)},
     **{f"head_product, {layout}: {side}": {"gaps"} for side, layout in product(("left", "right"), LAYOUTS)},
 }
 CASES = [
@@ -184,7 +205,7 @@ def call(device: str, layout: str, operator: str, **changed: Any) -> tuple[Tenso
     } | changed
     result = operators_of(device)[operator](**arguments)
     if result is None:
-        return tuple(arguments[name] for name in ("statistics", "logits", "result") if name in arguments)
+        return tuple(arguments[name] for name in WRITTEN if name in arguments)
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 

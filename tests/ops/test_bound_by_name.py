@@ -38,7 +38,7 @@ for name, (_, arguments) in calls.items():
         found[name] = str(error)
         continue
     if result is None:
-        result = [arguments[name] for name in ("statistics", "logits", "result") if name in arguments]
+        result = [arguments[name] for name in ("statistics", "sums", "logits", "result") if name in arguments]
     found[name] = [result] if isinstance(result, torch.Tensor) else list(result)
 torch.save(found, f"{folder}/found.pt")
 """

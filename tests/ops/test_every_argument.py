@@ -34,6 +34,7 @@ SUBJECTS = {
 # What public functions make of other arguments. (The fields of options are keywords.)
 DERIVED = {
     "attention_heatmap": {"key_segments", "lse", "query_weights"},  # of the masks
+    "linear_divergence": {"first", "temperatures", "totals", "shares"},  # those of linear_divergence_slice; measures
     "linear_logprob": {"first", "temperatures"},  # of linear_logprob_slice; a temperature that is a tensor
     "linear_policy_loss": {"gradients", "options", "temperatures"},  # what is differentiable
     "policy_loss": {"options"},
@@ -172,6 +173,14 @@ CASES = {
     ),
     "group_weights: config": Case((VGPOConfig(), VGPOConfig(inter=False))),
     "group_weights: score": Case(changed(torch.cos, "score")),
+    "measures": Case((("kl",), ("js",), ())),
+    "js_beta": Case((0.5, 0.2), {"measures": ("js",)}),
+    "linear_divergence_slice: js_beta": Case((0.5, 0.2)),
+    "linear_divergence_slice: first": Case((3, 2), {"totals": None}),
+    "linear_divergence_slice: targets": Case(changed(lambda targets: targets.roll(1), "targets"), {"totals": None}),
+    "linear_divergence_slice: ignore_index": Case((-100, lambda good: int(good["targets"][0]))),
+    "other_bias": Case(changed(torch.cos, "other_bias")),
+    "combine_divergences: targets": Case(changed(lambda targets: targets.clone().fill_(-100), "targets")),
     "combine_slices: targets": Case(changed(lambda targets: targets.clone().fill_(-100), "targets")),
 }
 # How the work is cut, which no result depends on.
@@ -215,7 +224,7 @@ def flat(results: Any) -> list[Tensor]:
     if isinstance(results, Tensor):
         return [results]
     parts = results.values() if isinstance(results, dict) else results
-    return [tensor for part in parts for tensor in flat(part)]
+    return [tensor for part in parts if part is not None for tensor in flat(part)]
 
 
 def differ(one: Tensor, other: Tensor) -> bool:

@@ -104,14 +104,14 @@ def parallel_divergence(
 
     Args:
         hidden: As in :func:`vgpo_kernels.linear_divergence`, ``[..., D]``, the same on every rank.
-        other: Likewise.
+        other: As in :func:`vgpo_kernels.linear_divergence`, the same on every rank.
         weight: This rank's rows of the LM head, ``[v, D]``. Ranks may hold different numbers of rows.
         targets: Token ids in the whole vocabulary, ``[...]``, the same on every rank, or ``None``.
         first: Where this rank's rows begin in the vocabulary. Together the ranks cover each row once.
         group: The ranks; default: all.
         other_weight: The same rows of the other view's head, ``[v, E]``.
         bias: The bias of these rows, ``[v]``.
-        other_bias: Likewise of the other head.
+        other_bias: The bias of the other head's rows, ``[v]``.
         temperature: As in :func:`vgpo_kernels.linear_divergence`; a tensor is the same on every rank.
         logit_scale: As in :func:`vgpo_kernels.linear_divergence`.
         softcap: Likewise.

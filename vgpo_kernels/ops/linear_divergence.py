@@ -58,8 +58,9 @@ def linear_divergence(
         targets: Token ids, integer ``[N]`` or ``[...]``, for ``logp`` and ``other_logp``.
         other_weight: The head of the other view, ``[V, E]``; ``None``: the same.
         bias: The head's bias ``[V]``.
-        other_bias: The bias of ``other_weight``.
-        temperature: What logits are divided by, from 2**-126 to 2**126; a tensor has one for each row.
+        other_bias: The bias of ``other_weight``, ``[V]``.
+        temperature: What logits are divided by, from 2**-126 to 2**126; or a tensor of one for each row,
+            in targets' shape, detached. Those of skipped rows are not read.
         logit_scale: What the products are multiplied by before.
         softcap: Logits are capped to ``softcap tanh(logits / softcap)`` before they are divided by the temperature.
         measures: Any of ``"kl"``, ``"reverse_kl"``, ``"js"``, ``"tv"``, ``"hellinger"``, ``"entropy"`` and
@@ -131,13 +132,13 @@ def linear_divergence_slice(
 
     Args:
         hidden: As in :func:`linear_divergence`, the same on every rank.
-        other: Likewise.
+        other: As in :func:`linear_divergence`, the same on every rank.
         weight: Rows ``first`` to ``first + v`` of the head's weight, ``[v, D]``.
         targets: Token ids in the whole vocabulary, integer ``[...]``, or ``None``.
         first: Where the slice begins in the vocabulary.
         other_weight: These rows of the other view's head, ``[v, E]``.
         bias: The bias of these rows, ``[v]``.
-        other_bias: Likewise of the other head.
+        other_bias: The bias of the other head's rows, ``[v]``.
         temperature: As in :func:`linear_divergence`.
         logit_scale: Likewise.
         softcap: Likewise.

@@ -51,8 +51,8 @@ def linear_logprob(
         weight: The LM head, ``[V, D]``, in any of these dtypes.
         targets: Token ids, integer ``[N]`` or ``[...]``.
         bias: The head's bias ``[V]``.
-        temperature: What logits are divided by, from 2**-126 to 2**126; or a tensor of one for each row, in targets'
-            shape, detached. Those of skipped rows are not read.
+        temperature: What logits are divided by, from 2**-126 to 2**126; or a tensor of one for each row,
+            in targets' shape, detached. Those of skipped rows are not read.
         logit_scale: What products are multiplied by before they are capped (Cohere's ``logit_scale``; one over
             Granite's ``logits_scaling``), in the same range.
         softcap: Cap of the logits (Gemma's ``final_logit_softcapping``), above 0; ``None``: none. It makes a finite
