@@ -55,7 +55,7 @@ class Counted:
         def count(*arguments: Any) -> None:
             self.calls[name] = self.calls.get(name, 0) + 1
             if name != "product":
-                self.logits = max(self.logits, arguments[7].numel())
+                self.logits = max(self.logits, arguments[10].numel())
             kernel(*arguments)
 
         return count
@@ -181,17 +181,19 @@ def run_kernels(
     return dict(zip(names, (running, kept, *slopes), strict=True))
 
 
+@pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_match_their_definition(
-    kernels: HeadKernels, exact_backend: str, device: torch.device, dtype: str, with_bias: bool
+    kernels: HeadKernels, exact_backend: str, device: torch.device, dtype: str, with_bias: bool, capped: bool
 ) -> None:
     head = make_head(19, 40, 333, dtype=DTYPES[dtype], bias=with_bias).to(device)
     begun = torch.stack([torch.full((19,), 1.5), torch.full((19,), 3.0), torch.full((19,), -2.0), torch.zeros(19)])
     coefficients = torch.randn(5, 19, generator=torch.Generator().manual_seed(2))
     coefficients[0] += 9  # a maximum, so that no probability explodes
     # A few targets lie before these columns of the vocabulary.
-    arguments = (head.hidden, head.weight, head.bias, head.targets + 950, 1000, 0.9)
+    logit_map = LogitMap(0.9, torch.linspace(0.5, 2, 19, device=device), 1.5, 4.0) if capped else LogitMap(0.9)
+    arguments = (head.hidden, head.weight, head.bias, head.targets + 950, 1000, *logit_map)
     arguments += (begun.to(device), coefficients.to(device))
     exact, narrow = (
         run_kernels(
