@@ -16,6 +16,9 @@ VGPO_HD inline F slope_of_cap(F bounded) {
     return F(1.0f) - bounded * bounded;
 }
 
+// The row of statistics [4, N] or [5, N] that has the sum of squares, where there is one.
+constexpr int64_t kSquaresRow = 4;
+
 // Of one row.
 struct LogitMap {
     float factor;

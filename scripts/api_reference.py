@@ -62,7 +62,14 @@ GROUPS = (
     Group(
         "From the LM head",
         "vgpo_kernels",
-        ("linear_logprob", "linear_policy_loss", "linear_vgpo_loss", "linear_logprob_slice", "combine_slices"),
+        (
+            "linear_logprob",
+            "linear_policy_loss",
+            "linear_vgpo_loss",
+            "linear_logprob_slice",
+            "combine_slices",
+            "LinearLogprob",
+        ),
         "Log-probabilities and losses without the logits.",
     ),
     Group(

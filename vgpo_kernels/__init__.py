@@ -13,7 +13,7 @@ from vgpo_kernels.config import PolicyLossOptions, VGPOConfig
 from vgpo_kernels.ops.attention_mass import attention_heatmap, attention_mass
 from vgpo_kernels.ops.divergence_measures import LinearDivergence, combine_divergences, divergence_totals
 from vgpo_kernels.ops.linear_divergence import linear_divergence, linear_divergence_slice
-from vgpo_kernels.ops.linear_logprob import combine_slices, linear_logprob, linear_logprob_slice
+from vgpo_kernels.ops.linear_logprob import LinearLogprob, combine_slices, linear_logprob, linear_logprob_slice
 from vgpo_kernels.ops.linear_vgpo_loss import linear_policy_loss, linear_vgpo_loss
 from vgpo_kernels.ops.policy_loss import PolicyLoss, policy_loss
 from vgpo_kernels.ops.vgpo_loss import vgpo_loss
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LinearDivergence",
+    "LinearLogprob",
     "PolicyLoss",
     "PolicyLossOptions",
     "VGPOConfig",

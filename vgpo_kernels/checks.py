@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels.config import FLOAT32_LEAST, FLOAT32_MOST, Visibility, is_number, spell, type_name
+from vgpo_kernels.reference.truncation import Truncation
 
 T = TypeVar("T")
 
@@ -452,11 +453,15 @@ def target_values(ids: Tensor, read: Tensor, vocabulary: int | None) -> None:
         raise ValueError(f"targets must be at least 0{bound}, got {low} to {high}")
 
 
-def vocabulary_slices(value: object, statistics: int) -> Tensor:
-    """Return the results ``[R, statistics, ...]`` of slices of the vocabulary, fp32 (or fp64)."""
+def vocabulary_slices(value: object, *statistics: int) -> Tensor:
+    """Return the results ``[R, statistics, ...]`` of slices of the vocabulary, fp32 (or fp64).
+
+    ``statistics`` are the numbers of them that there may be.
+    """
     slices = require_floating("slices", value)
-    if slices.dim() < 2 or slices.shape[0] == 0 or slices.shape[1] != statistics:
-        raise ValueError(f"slices must have shape [R, {statistics}, ...] with R > 0, got {describe(slices)}")
+    if slices.dim() < 2 or slices.shape[0] == 0 or slices.shape[1] not in statistics:
+        shapes = " or ".join(f"[R, {number}, ...]" for number in statistics)
+        raise ValueError(f"slices must have shape {shapes} with R > 0, got {describe(slices)}")
     return _computable(slices, detach=False)
 
 
@@ -514,6 +519,25 @@ def logit_map(
         if not _FACTORS[0] <= above / below <= _FACTORS[1]:
             raise ValueError(f"{name} must be from 2^-126 to 2^126, got {spell(above)} / {spell(below)}")
     return {"temperature": divisor, "temperatures": rows, "logit_scale": scale, "softcap": cap}
+
+
+def truncation(top_k: object, top_p: object, min_p: object) -> Truncation | None:
+    """Return the settings of a sampler that truncates, or ``None`` where none is given."""
+    if top_k is None and top_p is None and min_p is None:
+        return None
+    count = 0 if top_k is None else positive_integer("top_k", top_k)
+    mass = 1.0 if top_p is None else _share("top_p", top_p)
+    if mass == 0:
+        raise ValueError(f"top_p must be above 0, got {spell(top_p)}")
+    return Truncation(count, mass, 0.0 if min_p is None else _share("min_p", min_p))
+
+
+def _share(name: str, value: object) -> float:
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {type_name(value)}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be from 0 to 1, got {spell(value)}")
+    return float(value)
 
 
 # One over such a number is a normal fp32 number as well.

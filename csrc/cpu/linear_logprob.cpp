@@ -46,9 +46,10 @@ Tensors head_statistics(const ArgumentReader& reader) {
     const Chunk chunk = chunk_of(reader);
     const bool keep = reader.value<bool>("keep");
     const int64_t rows = chunk.rows(), groups = groups_of(chunk.columns());
-    const Rows running = written_rows_of(reader, "statistics", 4, rows);
+    const bool squares = reader.shape("statistics")[0] == kSquaresRow + 1;
+    const Rows running = written_rows_of(reader, "statistics", squares ? kSquaresRow + 1 : kSquaresRow, rows);
     const Rows products = written_rows_of(reader, "logits", rows, chunk.columns());
-    const Kernels& simd = kernels();
+    const auto statistics_of = kernels().logit_statistics[squares ? 1 : 0];
     std::vector<LogitStatistics> partial(static_cast<size_t>(groups * rows));
     const auto take = [&](const Tile& tile) {
         const float* offsets = chunk.bias == nullptr ? nullptr : chunk.bias + tile.column;
@@ -56,8 +57,7 @@ Tensors head_statistics(const ArgumentReader& reader) {
             const int64_t row = tile.row + r, target = chunk.target(row) - tile.column;
             const LogitMap map = chunk.maps.of_row(row);
             const float* values = tile.products.at(r, 0);
-            simd.logit_statistics(values, offsets, tile.columns, map,
-                                  partial[tile.column / kGroupColumns * rows + row]);
+            statistics_of(values, offsets, tile.columns, map, partial[tile.column / kGroupColumns * rows + row]);
             if (0 <= target && target < tile.columns) {
                 const float offset = offsets == nullptr ? 0.0f : offsets[target];
                 *running.at(3, row) = map.logit(values[target] + offset);
@@ -72,7 +72,8 @@ Tensors head_statistics(const ArgumentReader& reader) {
     }
     at::parallel_for(0, rows, 1024, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-            LogitStatistics total = {*running.at(0, row), *running.at(1, row), *running.at(2, row)};
+            LogitStatistics total = {*running.at(0, row), *running.at(1, row), *running.at(2, row), 0.0f};
+            if (squares) total.squares = *running.at(kSquaresRow, row);
             for (int64_t group = 0; group < groups; ++group) {
                 const LogitStatistics& other = partial[group * rows + row];
                 if (other.total != 0.0f) total.merge(other);
@@ -80,6 +81,7 @@ Tensors head_statistics(const ArgumentReader& reader) {
             *running.at(0, row) = total.maximum;
             *running.at(1, row) = total.total;
             *running.at(2, row) = total.weighted;
+            if (squares) *running.at(kSquaresRow, row) = total.squares;
         }
     });
     return {};

@@ -174,11 +174,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     if (warp != 0 || row >= arguments.rows) return;
     float* running = arguments.statistics + row;
     const int64_t stride = arguments.statistics_stride;
-    LogitStatistics all = {running[0], running[stride], running[2 * stride]};
+    LogitStatistics all = LogitStatistics::load(running, stride);
     for (int i = 0; i < kWarps; ++i) all.merge(of_warps[i][lane_index()]);
-    running[0] = all.maximum;
-    running[stride] = all.total;
-    running[2 * stride] = all.weighted;
+    all.store(running, stride);
 }
 
 // ---- gradient --------------------------------------------------------------------------------------------------

@@ -100,12 +100,13 @@ Tensors head_statistics(const ArgumentReader& reader) {
     const at::Tensor &hidden = reader.tensor("hidden"), &weight = reader.tensor("weight");
     const at::Tensor& logits = reader.tensor("logits");
     const int64_t columns = weight.dim() == 2 ? weight.size(0) : 0, width = tile_workspace_columns(columns);
+    const bool squares = reader.shape("statistics")[0] == kSquaresRow + 1;
     // Products stay in any case. Only tiles have no place for them: a narrower workspace asks for those.
-    const bool in_tiles = !reader.value<bool>("keep") && width < columns && logits.dim() == 2 &&
+    const bool in_tiles = !squares && !reader.value<bool>("keep") && width < columns && logits.dim() == 2 &&
                           logits.size(1) == width && logits.is_contiguous() && tiles_can(reader);
     HeadStatisticsArguments arguments = {};
     arguments.rows = head_rows(reader, in_tiles ? width : columns);
-    arguments.statistics = reader.written_rows("statistics", 4, reader.shape("hidden")[0]);
+    arguments.statistics = reader.written_rows("statistics", squares ? kSquaresRow + 1 : kSquaresRow, reader.shape("hidden")[0]);
     arguments.statistics_stride = reader.tensor("statistics").stride(0);
     if (in_tiles) {
         launch_tile_statistics(hidden, weight, arguments);
@@ -113,7 +114,10 @@ Tensors head_statistics(const ArgumentReader& reader) {
     }
     multiply_chunk(reader);
     by_flag(arguments.rows.maps.capped(), [&](auto capped) {
-        launch_rows(head_statistics_kernel<kHeadThreads, decltype(capped)::value>, arguments, logits);
+        by_flag(squares, [&](auto with_squares) {
+            constexpr bool kCapped = decltype(capped)::value, kSquares = decltype(with_squares)::value;
+            launch_rows(head_statistics_kernel<kHeadThreads, kCapped, kSquares>, arguments, logits);
+        });
     });
     return {};
 }

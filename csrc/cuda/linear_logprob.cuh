@@ -112,6 +112,19 @@ struct LogitStatistics {
     float weighted;
 
     __device__ static LogitStatistics identity() { return {-INFINITY, 0.0f, 0.0f}; }
+    __device__ static LogitStatistics load(const float* running, int64_t stride) {
+        return {running[0], running[stride], running[2 * stride]};
+    }
+    __device__ void store(float* running, int64_t stride) const {
+        running[0] = maximum;
+        running[stride] = total;
+        running[2 * stride] = weighted;
+    }
+    __device__ float& largest() { return maximum; }
+    __device__ void add_share(float share, float distance) {
+        total += share;
+        weighted = fmaf(share, fmaxf(distance, kFarthestLogit), weighted);
+    }
     // What the smaller maximum's sums are relative to moves to the larger one. Of equal ones the distance is zero, and
     // so the order does not matter to the bit.
     __device__ void merge(const LogitStatistics& other) {
@@ -126,20 +139,48 @@ struct LogitStatistics {
     }
 };
 
+// The same, and the sum of e^2.
+struct SquaredLogitStatistics {
+    LogitStatistics plain;
+    float squares;
+
+    __device__ static SquaredLogitStatistics identity() { return {LogitStatistics::identity(), 0.0f}; }
+    __device__ static SquaredLogitStatistics load(const float* running, int64_t stride) {
+        return {LogitStatistics::load(running, stride), running[kSquaresRow * stride]};
+    }
+    __device__ void store(float* running, int64_t stride) const {
+        plain.store(running, stride);
+        running[kSquaresRow * stride] = squares;
+    }
+    __device__ float& largest() { return plain.maximum; }
+    __device__ void add_share(float share, float distance) {
+        plain.add_share(share, distance);
+        squares = fmaf(share, share, squares);
+    }
+    __device__ void merge(const SquaredLogitStatistics& other) {
+        const bool rises = other.plain.maximum > plain.maximum;
+        const SquaredLogitStatistics large = rises ? other : *this, small = rises ? *this : other;
+        const float drop = small.plain.total > 0.0f ? small.plain.maximum - large.plain.maximum : 0.0f;
+        squares = large.squares + small.squares * expf(2.0f * drop);
+        plain.merge(other.plain);
+    }
+};
+
 struct HeadStatisticsArguments {
     HeadRows rows;
-    float* statistics;  // [4, N], updated: maximum, total, weighted, target
+    float* statistics;  // [4, N], updated: maximum, total, weighted, target; [5, N]: squares, too
     int64_t statistics_stride;
 };
 
-template <int kBlockThreads, bool kCapped>
+template <int kBlockThreads, bool kCapped, bool kSquares>
 __global__ void __launch_bounds__(kBlockThreads)
     head_statistics_kernel(const __grid_constant__ HeadStatisticsArguments arguments) {
     const HeadRows& rows = arguments.rows;
     const int64_t index = blockIdx.x;
     const LogitMap map = rows.maps.of_row(index);
     const float* row = rows.row(index);
-    LogitStatistics own = LogitStatistics::identity();
+    using Statistics = std::conditional_t<kSquares, SquaredLogitStatistics, LogitStatistics>;
+    Statistics own = Statistics::identity();
     for (int64_t begin = -misalignment(row); begin < rows.columns; begin += kHeadVectors * 4 * blockDim.x) {
         float logits[kHeadVectors][4];
         const HeadPass pass(begin, rows.columns);
@@ -152,14 +193,14 @@ __global__ void __launch_bounds__(kBlockThreads)
                 logits[i][j] *= map.factor;
             }
         });
-        LogitStatistics part = LogitStatistics::identity();
-        HeadPass::each([&](int i, int j) { part.maximum = fmaxf(part.maximum, logits[i][j]); });
+        Statistics part = Statistics::identity();
+        float& largest = part.largest();
+        HeadPass::each([&](int i, int j) { largest = fmaxf(largest, logits[i][j]); });
         // A bias may forbid every entry: there is nothing to measure distances from.
-        const float origin = part.maximum == -INFINITY ? 0.0f : part.maximum;
+        const float origin = largest == -INFINITY ? 0.0f : largest;
         HeadPass::each([&](int i, int j) {
-            const float distance = logits[i][j] - origin, share = expf(distance);
-            part.total += share;
-            part.weighted = fmaf(share, fmaxf(distance, kFarthestLogit), part.weighted);
+            const float distance = logits[i][j] - origin;
+            part.add_share(expf(distance), distance);
         });
         own.merge(part);
     }
@@ -167,11 +208,9 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (threadIdx.x != 0) return;
     float* running = arguments.statistics + index;
     const int64_t stride = arguments.statistics_stride;
-    LogitStatistics all = {running[0], running[stride], running[2 * stride]};
+    Statistics all = Statistics::load(running, stride);
     all.merge(own);
-    running[0] = all.maximum;
-    running[stride] = all.total;
-    running[2 * stride] = all.weighted;
+    all.store(running, stride);
     const int target = rows.target(index);
     if (target >= 0) running[3 * stride] = map.logit(rows.offset_product(row, target));
 }

@@ -187,9 +187,9 @@ def test_numbers_that_are_not_finite(emulator: Emulator) -> None:
     assert found[1].isnan().sum() == 3
 
 
-def plain(emulator: Emulator, head: Head, shape: Shape) -> list[Tensor]:
+def plain(emulator: Emulator, head: Head, shape: Shape, logit_map: LogitMap = LOGITS) -> list[Tensor]:
     """Statistics with a place for logits, and the gradient, by whatever kernels the device takes."""
-    arguments = (head.hidden, head.weight, head.bias, head.targets, FIRST, *LOGITS)
+    arguments = (head.hidden, head.weight, head.bias, head.targets, FIRST, *logit_map)
     running, logits = new_running(head), place_for(head)
     with emulator.launched_as(shape):
         emulator.head_statistics(*arguments, running, logits, False)
@@ -205,18 +205,21 @@ FALLBACKS = {
     "stride": Head(head_of(9, 12, 300).hidden, head_of(9, 12, 300).weight, None, torch.arange(9) + FIRST),
     # Rows of 32 bytes, of which nine numbers count: with guards behind the last one all begin askew.
     "address": Head(*(one[:, :9] for one in head_of(9, 16, 300).tensors()), None, torch.arange(9) + FIRST),
+    "cap": head_of(9, 16, 300),
+    "temperatures": head_of(9, 16, 300),
 }
+OTHER_LOGITS = {"cap": LogitMap(softcap=3.0), "temperatures": LogitMap(temperatures=torch.linspace(0.5, 2, 9))}
 
 
 @pytest.mark.parametrize("name", FALLBACKS)
 def test_what_does_not_suit_tiles(emulator: Emulator, name: str) -> None:
     """On a Hopper GPU, too, other calls end with the kernels for all of them, to the bit."""
-    head = FALLBACKS[name]
-    on_hopper = plain(emulator, head, HOPPER)
+    head, logit_map = FALLBACKS[name], OTHER_LOGITS.get(name, LOGITS)
+    on_hopper = plain(emulator, head, HOPPER, logit_map)
     assert [name.partition("<")[0] for name in emulator.launched] == ["head_gradient_kernel"]
-    for found, expected in zip(on_hopper, plain(emulator, head, OTHER_GPU), strict=True):
+    for found, expected in zip(on_hopper, plain(emulator, head, OTHER_GPU, logit_map), strict=True):
         assert torch.equal(found, expected)
-    arguments = (head.hidden, head.weight, head.bias, head.targets, FIRST, *LOGITS, new_running(head))
+    arguments = (head.hidden, head.weight, head.bias, head.targets, FIRST, *logit_map, new_running(head))
     with emulator.launched_as(HOPPER), pytest.raises(ValueError, match="logits"):
         emulator.head_statistics(*arguments, workspace(head), False)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import test_linear_arguments
+import test_linear_logits
 import test_linear_logprob
 import test_linear_minus_infinity
 import torch
@@ -19,7 +21,7 @@ from vgpo_kernels.reference import linear_logprob as reference
 from vgpo_kernels.reference.linear_logprob import gradient_of
 from vgpo_kernels.reference.logits import LogitMap
 
-adopt(globals(), test_linear_logprob, test_linear_arguments, test_linear_minus_infinity)
+adopt(globals(), test_linear_logprob, test_linear_logits, test_linear_arguments, test_linear_minus_infinity)
 
 Kernel = Callable[..., None]
 SHAPES = {
@@ -29,13 +31,16 @@ SHAPES = {
 }
 
 
-def chunk(columns: int, dtype: torch.dtype, bias: bool) -> tuple[Tensor, ...]:
+MAPS = {"plain": LogitMap(0.9), "capped": LogitMap(0.9, torch.tensor([0.5, 1.0, 2.0]), 1.5, 4.0)}
+
+
+def chunk(columns: int, dtype: torch.dtype, bias: bool, logit_map: LogitMap) -> tuple[Any, ...]:
     """Hidden to softcap, as both kernels take them."""
     head = make_head(3, 16, columns, dtype=dtype, bias=bias)
-    return head.hidden, head.weight, head.bias, head.targets + 30, 30, *LogitMap(0.9)
+    return head.hidden, head.weight, head.bias, head.targets + 30, 30, *logit_map
 
 
-def run(statistics: Kernel, gradient: Kernel, head: tuple[Tensor, ...], **options: torch.dtype) -> list[Tensor]:
+def run(statistics: Kernel, gradient: Kernel, head: tuple[Any, ...], **options: torch.dtype) -> list[Tensor]:
     """Statistics, gradient and products of a chunk whose rows are 7 floats longer than its columns."""
     columns = head[1].shape[0]
     running = torch.tensor([1.5, 3.0, -2.0, 0.0])[:, None].repeat(1, 3)
@@ -50,9 +55,10 @@ def run(statistics: Kernel, gradient: Kernel, head: tuple[Tensor, ...], **option
 
 @pytest.mark.parametrize("columns", [1, 3, 64, 4097, 8300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_rows_at_any_address_of_any_length(emulator: Emulator, dtype: torch.dtype, columns: int) -> None:
+@pytest.mark.parametrize("name", MAPS)
+def test_rows_at_any_address_of_any_length(emulator: Emulator, name: str, dtype: torch.dtype, columns: int) -> None:
     """Rows that begin and end inside a vector or inside a pass of the block; every order of threads."""
-    head = chunk(columns, dtype, bias=columns % 2 == 1)
+    head = chunk(columns, dtype, columns % 2 == 1, MAPS[name])
     exact, narrow = (
         run(reference.head_statistics, reference.head_gradient, head, dtype=precision)
         for precision in (torch.float64, torch.float32)

@@ -62,8 +62,13 @@ template __global__ void visual_weights_kernel<kThreads>(const __grid_constant__
 template __global__ void group_weights_kernel<kGroupThreads>(const __grid_constant__ GroupWeightsArguments);
 template __global__ void policy_loss_kernel<kThreads>(const __grid_constant__ PolicyLossArguments);
 template __global__ void head_mean_kernel<kAttentionThreads>(const __grid_constant__ HeadMeanArguments);
-template __global__ void head_statistics_kernel<kHeadThreads, false>(const __grid_constant__ HeadStatisticsArguments);
-template __global__ void head_statistics_kernel<kHeadThreads, true>(const __grid_constant__ HeadStatisticsArguments);
+#define STATISTICS_KERNELS(capped, squares)                                \
+    template __global__ void head_statistics_kernel<kHeadThreads, capped, squares>( \
+        const __grid_constant__ HeadStatisticsArguments);
+STATISTICS_KERNELS(false, false)
+STATISTICS_KERNELS(false, true)
+STATISTICS_KERNELS(true, false)
+STATISTICS_KERNELS(true, true)
 template __global__ void head_merge_kernel<kMergeWarps>(const __grid_constant__ TileMergeArguments);
 
 }  // namespace cuda

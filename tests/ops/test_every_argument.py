@@ -35,7 +35,8 @@ SUBJECTS = {
 DERIVED = {
     "attention_heatmap": {"key_segments", "lse", "query_weights"},  # of the masks
     "linear_divergence": {"first", "temperatures", "totals", "shares"},  # those of linear_divergence_slice; measures
-    "linear_logprob": {"first", "temperatures"},  # of linear_logprob_slice; a temperature that is a tensor
+    # Of linear_logprob_slice; a temperature that is a tensor; return_sum_squares; top_k, top_p and min_p.
+    "linear_logprob": {"first", "temperatures", "squares", "truncated"},
     "linear_policy_loss": {"gradients", "options", "temperatures"},  # what is differentiable
     "policy_loss": {"options"},
     "vgpo_loss": {"causal", "options"},
@@ -158,6 +159,10 @@ CASES = {
     "ignore_index": Case((-100, lambda good: int(good["targets"][0]))),
     "first": Case((3, 2)),
     "return_entropy": Case((False, True)),
+    "return_sum_squares": Case((False, True)),
+    "top_k": Case((None, 2, 3)),
+    "top_p": Case((None, 0.5, 0.8)),
+    "min_p": Case((None, 0.1, 0.7)),
     "num_segments": Case((3, 4)),
     "scale": Case((None, 1.0)),
     "window": Case((None, 1)),

@@ -293,9 +293,10 @@ def test_opcheck(exact_backend: str, device: torch.device, bias: bool) -> None:
     offsets = leaves[2] if bias else None
     logit_map = LogitMap(0.8, torch.rand(10, device=device) + 0.5, 1.3, 5.0) if bias else LogitMap(0.8)
     arguments = (leaves[0], leaves[1], offsets, head.targets, 0, *logit_map, IGNORED, 0)
+    more = (True, True, 3, 0.9, 0.0) if bias else (False, False, 0, 1.0, 0.0)
     operator = registry.implementation("linear_logprob", exact_backend)
-    torch.library.opcheck(operator, arguments)
-    statistics = operator(*arguments).detach()
+    torch.library.opcheck(operator, (*arguments, *more))
+    statistics = operator(*arguments, *more)[:4].detach()
     detached = (*(None if leaf is None else leaf.detach() for leaf in arguments[:3]), *arguments[3:-1])
     torch.library.opcheck(
         registry.implementation("linear_logprob_backward", exact_backend),

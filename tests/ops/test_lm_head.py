@@ -200,7 +200,7 @@ def test_kernels_match_their_definition(
             partial(reference.head_statistics, dtype=precision),
             partial(reference.head_gradient, dtype=precision),
             head.hidden.dtype,
-            *(value.double() if index >= 6 else value for index, value in enumerate(arguments)),
+            *(value.double() if index >= 9 else value for index, value in enumerate(arguments)),
         )
         for precision in (torch.float64, torch.float32)
     )

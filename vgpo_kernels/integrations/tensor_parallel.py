@@ -12,7 +12,7 @@ from torch import Tensor
 from vgpo_kernels import checks
 from vgpo_kernels.ops.divergence_measures import LinearDivergence, combine_divergences, divergence_totals
 from vgpo_kernels.ops.linear_divergence import by_totals, linear_divergence_slice
-from vgpo_kernels.ops.linear_logprob import combine_slices, linear_logprob_slice
+from vgpo_kernels.ops.linear_logprob import LinearLogprob, combine_slices, linear_logprob_slice
 from vgpo_kernels.reference.linear_logprob import IGNORED
 
 
@@ -28,15 +28,16 @@ def parallel_logprob(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    return_sum_squares: bool = False,
     ignore_index: int | None = IGNORED,
     chunk_bytes: int | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Any, ...]:
     """:func:`vgpo_kernels.linear_logprob` where each rank holds some rows of the weight.
 
     Every rank calls it with the same hidden states and targets, gets the same results, and has to compute the same loss
-    from them. The ranks exchange four numbers per target; no logit leaves its rank. The gradient w.r.t. this rank's
-    rows of the weight is complete, and the one w.r.t. hidden is summed over ranks: both are those of one process with
-    the whole weight.
+    from them. The ranks exchange four numbers per target, five with sums of squares; no logit leaves its rank. The
+    gradient w.r.t. this rank's rows of the weight is complete, and the one w.r.t. hidden is summed over ranks: both are
+    those of one process with the whole weight.
 
     Args:
         hidden: As in :func:`vgpo_kernels.linear_logprob`, ``[..., D]``, the same on every rank.
@@ -49,11 +50,14 @@ def parallel_logprob(
         logit_scale: As in :func:`vgpo_kernels.linear_logprob`.
         softcap: As in :func:`vgpo_kernels.linear_logprob`.
         return_entropy: Return the entropies as well.
+        return_sum_squares: Return the sums of squared probabilities as well, detached. (What a sampler keeps is not
+            known of slices.)
         ignore_index: As in :func:`vgpo_kernels.linear_logprob`.
         chunk_bytes: As in :func:`vgpo_kernels.linear_logprob`.
 
     Returns:
-        Log-probabilities in targets' shape, float32; with ``return_entropy`` a pair, with the entropies in nats.
+        Log-probabilities in targets' shape, float32; with ``return_entropy`` a pair, with the entropies in nats;
+        with ``return_sum_squares`` a :class:`vgpo_kernels.LinearLogprob`.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -61,6 +65,7 @@ def parallel_logprob(
 
     """
     both = checks.flag("return_entropy", return_entropy)
+    squares = checks.flag("return_sum_squares", return_sum_squares)
     own = linear_logprob_slice(
         _Replicated.apply(checks.require_floating("hidden", hidden), group),  # type: ignore[no-untyped-call]
         weight,
@@ -70,11 +75,14 @@ def parallel_logprob(
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,
+        return_sum_squares=squares,
         ignore_index=ignore_index,
         chunk_bytes=chunk_bytes,
     )
-    logp, entropy = combine_slices(_of_every_rank(own, group), targets, ignore_index=ignore_index)
-    return (logp, entropy) if both else logp
+    found = combine_slices(_of_every_rank(own, group), targets, ignore_index=ignore_index)
+    if isinstance(found, LinearLogprob):
+        return found if both else found._replace(entropy=None)
+    return found if both else found[0]
 
 
 def parallel_divergence(

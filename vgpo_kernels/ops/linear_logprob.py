@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vgpo_kernels import checks
 from vgpo_kernels.ops import liger_head, registry
-from vgpo_kernels.ops.lm_head import Head, HeadKernels, chunk_elements, compiled_kernels, kept_rows, without_autocast
+from vgpo_kernels.ops.lm_head import (
+    TRUNCATION_COPIES,
+    Head,
+    HeadKernels,
+    chunk_elements,
+    compiled_kernels,
+    kept_rows,
+    without_autocast,
+)
 from vgpo_kernels.reference import linear_logprob as reference
-from vgpo_kernels.reference.linear_logprob import FARTHEST, IGNORED, logp_and_entropy
+from vgpo_kernels.reference.linear_logprob import FARTHEST, IGNORED, is_distribution, logp_and_entropy
 from vgpo_kernels.reference.logits import LogitMap
+from vgpo_kernels.reference.truncation import Truncation
+
+
+class LinearLogprob(NamedTuple):
+    """What :func:`linear_logprob` returns where more than log-probabilities and entropies is asked for.
+
+    All are fp32 in targets' shape, but for ``kept``; ``None`` where not asked for. Only the first two are
+    differentiable.
+
+    Attributes:
+        logp: Log-probabilities of the targets.
+        entropy: Entropies in nats.
+        sum_squares: Sum over the vocabulary of squared probabilities: the probability that two draws agree.
+        log_mass: Log of the probability of all tokens that the sampler keeps. ``logp - log_mass`` is the
+            log-probability of a kept token under the renormalised distribution that the sampler draws from.
+        kept: Whether the target is one of them, bool. Where it is not, the sampler, by these logits, cannot have drawn
+            it: its log-probability is minus infinity, and ``logp - log_mass`` has no meaning. Between a rollout and the
+            same tokens scored again that happens to tokens at the edge, whose logits differ by rounding.
+
+    """
+
+    logp: Tensor
+    entropy: Tensor | None = None
+    sum_squares: Tensor | None = None
+    log_mass: Tensor | None = None
+    kept: Tensor | None = None
 
 
 def linear_logprob(
@@ -25,9 +59,13 @@ def linear_logprob(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    return_sum_squares: bool = False,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
     ignore_index: int | None = IGNORED,
     chunk_bytes: int | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Any, ...]:
     """Log-probabilities of targets under ``softmax((hidden @ weight.T + bias) / temperature)``, and their entropies.
 
     Models that do more to their logits have ``cap(logit_scale * (hidden @ weight.T + bias)) / temperature``, where
@@ -58,6 +96,14 @@ def linear_logprob(
         softcap: Cap of the logits (Gemma's ``final_logit_softcapping``), above 0; ``None``: none. It makes a finite
             logit, ``-softcap``, of a bias of minus infinity.
         return_entropy: Return the entropies as well.
+        return_sum_squares: Return the sums of squared probabilities as well, detached.
+        top_k: Return what a sampler keeps that draws from so many of the likeliest tokens, and from all that are as
+            likely as the last of them (as transformers and vLLM do). At least 1; ``None``: it does not cut.
+        top_p: The sampler keeps the likeliest of the tokens that top-k leaves until their renormalised probabilities
+            reach this, the token that crosses it included. Above 0, at most 1. With it rows are sorted, which takes
+            longer than everything else.
+        min_p: The sampler first leaves out tokens with less than this share of the largest probability, in [0, 1].
+            (vLLM does this first, transformers after top-p, which differs only where both cut.)
         ignore_index: Targets of this value are skipped: their rows are not read, and give zeros without a gradient. On
             a GPU the host waits for their number. ``None``: no row is skipped, and the host does not wait.
         chunk_bytes: Size of the workspace for the fp32 logits of a chunk; by default 1/24 of all logits, on a GPU 1/16,
@@ -65,7 +111,7 @@ def linear_logprob(
 
     Returns:
         Log-probabilities (natural logarithm) in targets' shape, float32; with ``return_entropy`` a pair, with the
-        entropies in nats.
+        entropies in nats; with more a :class:`LinearLogprob`. Zeros (and False) where the target is ``ignore_index``.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -73,9 +119,13 @@ def linear_logprob(
 
     """
     both = checks.flag("return_entropy", return_entropy)
+    squares = checks.flag("return_sum_squares", return_sum_squares)
+    truncation = checks.truncation(top_k, top_p, min_p)
     head = _checked(
         hidden, weight, targets, bias, 0, (temperature, logit_scale, softcap), ignore_index, chunk_bytes, whole=True
     )
+    if squares or truncation is not None:
+        return _more(head, both, squares, truncation)
     if liger_head.serves(head["hidden"], head["weight"], head["bias"], _logit_map(head)):
         divisor = head["temperature"] / head["logit_scale"]
         names = ("hidden", "weight", "targets", "ignore_index")
@@ -83,6 +133,25 @@ def linear_logprob(
         return found if both else found[0]
     logp, entropy = logp_and_entropy(_statistics(head))
     return (logp, entropy) if both else logp
+
+
+def _more(head: dict[str, Any], entropy: bool, squares: bool, truncation: Truncation | None) -> LinearLogprob:
+    """Return what checked arguments give, with more than log-probabilities and entropies."""
+    cuts = truncation is not None and truncation.cuts()
+    statistics = _statistics(head, squares=squares, truncation=truncation if cuts else None)
+    constants = iter(statistics[4:].detach())
+    logp, entropies = logp_and_entropy(statistics)
+    found = LinearLogprob(logp, entropies if entropy else None)
+    if squares:
+        found = found._replace(sum_squares=next(constants) * is_distribution(statistics))
+    if cuts:
+        return found._replace(log_mass=next(constants), kept=next(constants) > 0)
+    if truncation is None:
+        return found
+    # Everything is kept.
+    skipped = head["ignore_index"]
+    kept = torch.ones_like(head["targets"], dtype=torch.bool) if skipped is None else head["targets"] != skipped
+    return found._replace(log_mass=torch.zeros_like(logp, requires_grad=False), kept=kept)
 
 
 def linear_logprob_slice(
@@ -95,6 +164,7 @@ def linear_logprob_slice(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    return_sum_squares: bool = False,
     ignore_index: int | None = IGNORED,
     chunk_bytes: int | None = None,
 ) -> Tensor:
@@ -114,19 +184,23 @@ def linear_logprob_slice(
         temperature: As in :func:`linear_logprob`.
         logit_scale: As in :func:`linear_logprob`.
         softcap: As in :func:`linear_logprob`.
+        return_sum_squares: Return the slice's part of the sum of squared probabilities as well, detached.
         ignore_index: As in :func:`linear_logprob`.
         chunk_bytes: As in :func:`linear_logprob`.
 
     Returns:
         float32 ``[4, ...]`` for targets ``[...]``: largest logit of the slice m, log of the sum of exp(z - m), z - m of
         the target (-infinity if it is not in the slice), and the mean of z - m under the slice's softmax. Where every
-        logit of the slice is -infinity: -infinity thrice, and 0. Such a slice counts as nothing.
+        logit of the slice is -infinity: -infinity thrice, and 0. Such a slice counts as nothing. With
+        ``return_sum_squares`` ``[5, ...]``: the sum of squares of the slice's softmax, too. What a sampler keeps is not
+        known of slices: it takes :func:`linear_logprob` and the whole vocabulary.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: Shapes, devices or settings do not fit together.
 
     """
+    squares = checks.flag("return_sum_squares", return_sum_squares)
     return _statistics(
         _checked(
             hidden,
@@ -138,34 +212,36 @@ def linear_logprob_slice(
             ignore_index,
             chunk_bytes,
             whole=False,
-        )
+        ),
+        squares=squares,
     )
 
 
-def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None = IGNORED) -> tuple[Tensor, Tensor]:
+def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None = IGNORED) -> tuple[Any, ...]:
     """Compute log-probabilities and entropies from the results of :func:`linear_logprob_slice` for every slice.
 
     Args:
-        slices: Results of all slices of the vocabulary, ``[R, 4, ...]``, in any order. Differentiable.
+        slices: Results of all slices of the vocabulary, ``[R, 4, ...]`` or, with sums of squares, ``[R, 5, ...]``, in
+            any order. Differentiable.
         targets: The targets, ``[...]``.
         ignore_index: As given for the slices.
 
     Returns:
         Log-probabilities and entropies, float32 in targets' shape; 0 where the target is ``ignore_index``, NaN where
-        every slice is all -infinity.
+        every slice is all -infinity. With sums of squares a :class:`LinearLogprob`.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: Shapes or devices do not fit together.
 
     """
-    slices = checks.vocabulary_slices(slices, 4)
+    slices = checks.vocabulary_slices(slices, 4, 5)
     targets = checks.slice_targets(targets, slices)
     skipped = checks.ignore_index(ignore_index)
     kept = None if skipped is None else targets != skipped
     if kept is not None:  # what is not read has no part in a gradient, where zero times NaN is NaN
         slices = torch.where(kept, slices, 0.0)
-    maximum, log_sum, target, mean = slices.unbind(1)
+    maximum, log_sum, target, mean, *squares = slices.unbind(1)
     # The maxima are constants to autograd: what depends on them cancels.
     shift = (maximum - maximum.amax(0)).detach()
     total = (shift + log_sum).logsumexp(0)
@@ -175,7 +251,10 @@ def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None 
     entropy = total - (share * (shift.clamp(min=FARTHEST) + mean)).sum(0)
     if kept is not None:
         logp, entropy = torch.where(kept, logp, 0.0), torch.where(kept, entropy, 0.0)
-    return logp, entropy
+    if not squares:
+        return logp, entropy
+    sum_squares = (share.square() * squares[0]).sum(0).detach()
+    return LinearLogprob(logp, entropy, sum_squares if kept is None else torch.where(kept, sum_squares, 0.0))
 
 
 def of_one_slice(target: Tensor) -> Tensor:
@@ -225,15 +304,16 @@ def _logit_map(head: dict[str, Any]) -> LogitMap:
     return LogitMap(**{name: head[name] for name in LogitMap._fields})
 
 
-def _statistics(head: dict[str, Any]) -> Tensor:
-    """Compute the statistics ``[4, ...]`` of checked arguments, in targets' shape."""
+def _statistics(head: dict[str, Any], *, squares: bool = False, truncation: Truncation | None = None) -> Tensor:
+    """Compute the statistics ``[4, ...]`` of checked arguments, and what else is asked for, in targets' shape."""
     hidden, ids = head["hidden"], head["targets"]
     dtype = checks.compute_dtype(hidden, head["weight"], head["bias"])
     flat = {"hidden": hidden.reshape(-1, hidden.shape[-1]), "targets": ids.reshape(-1)}
     if head["temperatures"] is not None:
         flat["temperatures"] = head["temperatures"].reshape(-1)
-    statistics = registry.call("linear_logprob", hidden.device, dtype, **(head | flat))
-    return statistics.to(dtype).reshape(4, *ids.shape)  # type: ignore[no-any-return]
+    more = {"squares": squares, "truncated": truncation is not None, **(truncation or Truncation())._asdict()}
+    statistics = registry.call("linear_logprob", hidden.device, dtype, **(head | flat | more))
+    return statistics.to(dtype).reshape(statistics.shape[0], *ids.shape)  # type: ignore[no-any-return]
 
 
 def compute(
@@ -249,6 +329,11 @@ def compute(
     softcap: float,
     ignore_index: int | None,
     chunk_bytes: int,
+    squares: bool = False,
+    truncated: bool = False,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> Tensor:
     """Implement the operator ``linear_logprob`` by a backend's kernels."""
     index = kept_rows(targets, ignore_index)
@@ -256,10 +341,16 @@ def compute(
     elements = chunk_elements(chunk_bytes, rows.shape[0], weight)
     logit_map = LogitMap(temperature, temperatures, logit_scale, softcap).of_rows(index)
     with without_autocast(hidden):
-        statistics = Head(kernels, rows, weight, bias, ids, first, logit_map, elements).statistics()
+        if truncated:
+            elements = max(elements // TRUNCATION_COPIES, 1)
+            head = Head(kernels, rows, weight, bias, ids, first, logit_map, elements, whole_rows=True)
+            statistics = head.truncated(Truncation(top_k, top_p, min_p), squares=squares)
+        else:
+            head = Head(kernels, rows, weight, bias, ids, first, logit_map, elements)
+            statistics = head.statistics(squares=squares)
     if index is None:
         return statistics
-    everything = statistics.new_zeros((4, targets.shape[0]))
+    everything = statistics.new_zeros((statistics.shape[0], targets.shape[0]))
     everything[:, index] = statistics
     return everything
 
@@ -309,8 +400,8 @@ def _compiled_backward(hidden: Tensor, **arguments: Any) -> tuple[Tensor, Tensor
     return compute_backward(compiled_kernels(hidden.device), hidden=hidden, **arguments)
 
 
-def _fake(hidden: Tensor) -> Tensor:
-    return hidden.new_empty((4, hidden.shape[0]), dtype=torch.float32)
+def _fake(hidden: Tensor, squares: bool, truncated: bool) -> Tensor:
+    return hidden.new_empty((4 + squares + 2 * truncated, hidden.shape[0]), dtype=torch.float32)
 
 
 def _fake_backward(hidden: Tensor, weight: Tensor, gradients: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,18 +416,28 @@ def _fake_nothing() -> None:
     return None
 
 
-def _save(ctx: Any, output: Tensor, **arguments: Any) -> None:
+def _save(
+    ctx: Any,
+    output: Tensor,
+    squares: bool,
+    truncated: bool,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    **arguments: Any,
+) -> None:
     registry.keep(ctx, statistics=output, **arguments)
 
 
 def _backward(ctx: Any, needed: set[str], grad_statistics: Tensor) -> dict[str, Tensor]:
     arguments = registry.kept(ctx)
+    arguments["statistics"] = arguments["statistics"][:4]  # the others are constants
     inputs = {name: arguments[name] for name in ("hidden", "weight", "bias")}
     found = registry.call(
         "linear_logprob_backward",
         grad_statistics.device,
         checks.compute_dtype(arguments["hidden"], arguments["weight"]),
-        grad_statistics=grad_statistics,
+        grad_statistics=grad_statistics[:4],
         gradients=[name in needed for name in inputs],
         **arguments,
     )
@@ -352,7 +453,8 @@ _HEAD = (
 
 registry.define(
     reference.linear_logprob,
-    f"({_HEAD}, int? ignore_index, int chunk_bytes) -> Tensor",
+    f"({_HEAD}, int? ignore_index, int chunk_bytes, bool squares, bool truncated, int top_k, float top_p, "
+    "float min_p) -> Tensor",
     _fake,
     setup_context=_save,
     backward=_backward,

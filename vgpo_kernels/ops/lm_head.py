@@ -28,6 +28,7 @@ from torch import Tensor
 from vgpo_kernels import checks, extension
 from vgpo_kernels.reference.linear_logprob import columns_of, gradient_of, is_distribution
 from vgpo_kernels.reference.logits import LogitMap
+from vgpo_kernels.reference.truncation import Truncation
 
 # The default workspace is this share of the fp32 logits, in bounds. With what 16-bit gradients need beside it (their
 # sums in fp32, and on CPUs packed copies) peak memory stays at about an eighth of the logits.
@@ -35,6 +36,8 @@ LOGITS_SHARE = {"cpu": 24, "cuda": 16}
 # In one sweep every chunk adds to the gradient w.r.t. the whole weight, so fewer and larger chunks are faster: on GPUs
 # by so much that the gradient's traffic stays below the time of the products.
 SWEEP_SHARE = {"cpu": 8, "cuda": 4}
+# Of the size of a row's logits, what a sampler's cut takes beside them: sorted ones, their indices, shares in fp64.
+TRUNCATION_COPIES = 10
 LEAST_CHUNK = 4 * 2**20
 MOST_CHUNK = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}
 # Entries of the vocabulary that a chunk should have at least, so that reading its tokens costs little beside them.
@@ -170,7 +173,7 @@ class Head:
         first: Where the weight's rows begin in the vocabulary.
         logit_map: How products become logits.
         elements: fp32 numbers that the workspace may hold.
-        whole_rows: Make the workspace hold rows of V logits, at least one, for :meth:`sweep`.
+        whole_rows: Make the workspace hold rows of V logits, at least one, for :meth:`sweep` and :meth:`truncated`.
 
     """
 
@@ -229,11 +232,14 @@ class Head:
         """Return the workspace as fp32 logits ``[rows, columns]``."""
         return self.workspace[: rows * columns].view(rows, columns)
 
-    def statistics(self) -> Tensor:
-        """Maximum, log-sum, target and mean of every row, ``[4, N]``, as ``linear_logprob`` defines them."""
-        running = new_statistics(self.hidden)
+    def statistics(self, *, squares: bool = False) -> Tensor:
+        """Maximum, log-sum, target and mean of every row, ``[4, N]``, as ``linear_logprob`` defines them.
+
+        With ``squares`` ``[5, N]``: the sum of squared probabilities, too.
+        """
+        running = new_statistics(self.hidden, squares=squares)
         tiles = tile_columns(self.kernels, self.hidden, self.weight, self.bias, self.logit_map)
-        if tiles:
+        if tiles and not squares:
             for rows in slices(self.hidden.shape[0], rounded_down(max(self.elements // tiles, 1), CLUSTER_ROWS)):
                 parts = self.hidden.new_empty((rows.stop - rows.start, tiles), dtype=torch.float32)
                 self._statistics(rows, 0, self.weight, None, running[:, rows], parts, keep=False)
@@ -243,6 +249,24 @@ class Head:
                 logits = self.logits(rows.stop - rows.start, weight.shape[0])
                 self._statistics(rows, columns.start, weight, bias, running[:, rows], logits, keep=False)
         return finished(running)
+
+    def truncated(self, truncation: Truncation, *, squares: bool = False) -> Tensor:
+        """Return the statistics, and what a sampler keeps below them (:meth:`Truncation.kept`), of whole rows."""
+        found = []
+        for rows in slices(self.hidden.shape[0], self.rows):
+            statistics, logits = self._whole_rows(rows, squares=squares)
+            logits = self.logit_map.of_rows(rows).logits(logits, self.bias)
+            found.append(torch.cat([statistics, truncation.kept(logits, self.targets[rows].clamp(min=0))]))
+        return torch.cat(found, -1) if found else self.hidden.new_empty((6 + squares, 0), dtype=torch.float32)
+
+    def _whole_rows(self, rows: slice, *, squares: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the statistics of some rows, and all their products in the workspace."""
+        hidden = self.hidden[rows]
+        logits = self.logits(hidden.shape[0], self.weight.shape[0])
+        running = new_statistics(hidden, squares=squares)
+        for columns, weight, bias in self.weight_slices():
+            self._statistics(rows, columns.start, weight, bias, running, logits[:, columns], keep=True)
+        return finished(running), logits
 
     def gradients(
         self, statistics: Tensor, grad_statistics: Tensor, gradients: list[bool], weight_dtype: torch.dtype
@@ -286,19 +310,16 @@ class Head:
         """
         by_hidden, by_weight, by_bias = new_gradients(self.hidden, self.weight, gradients, torch.float32)
         for rows in slices(self.hidden.shape[0], self.rows):
-            hidden = self.hidden[rows]
-            logits = self.logits(hidden.shape[0], self.weight.shape[0])
-            running = new_statistics(hidden)
-            for columns, weight, bias in self.weight_slices():
-                self._statistics(rows, columns.start, weight, bias, running, logits[:, columns], keep=True)
-            statistics = finished(running)
+            statistics, logits = self._whole_rows(rows)
             grad_statistics = loss_gradient(rows, statistics)
             coefficients, _ = self._coefficients(rows, statistics, grad_statistics)
             for columns, weight, bias in self.weight_slices():
                 part = logits[:, columns]
                 self._gradient(rows, columns.start, weight, bias, coefficients, part, recompute=False)
                 of_slice = None if by_weight is None else by_weight[columns]
-                self._products(rows, columns, weight, gradient_of(part, hidden.dtype), by_hidden, of_slice, by_bias)
+                self._products(
+                    rows, columns, weight, gradient_of(part, self.hidden.dtype), by_hidden, of_slice, by_bias
+                )
         return by_hidden, by_weight, by_bias
 
     def _coefficients(self, rows: slice, statistics: Tensor, grad_statistics: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -356,20 +377,21 @@ class Head:
             by_bias[columns] += gradient.sum(0, dtype=torch.float32)
 
 
-def new_statistics(hidden: Tensor) -> Tensor:
-    """Return running statistics ``[4, N]`` before the first entry of the vocabulary."""
-    running = hidden.new_zeros((4, hidden.shape[0]), dtype=torch.float32)
-    running[0::3] = -torch.inf
+def new_statistics(hidden: Tensor, *, squares: bool = False) -> Tensor:
+    """Return running statistics ``[4, N]``, with squares ``[5, N]``, before the first entry of the vocabulary."""
+    running = hidden.new_zeros((4 + squares, hidden.shape[0]), dtype=torch.float32)
+    running[:4:3] = -torch.inf
     return running
 
 
 def finished(running: Tensor) -> Tensor:
     """Turn running statistics into what ``linear_logprob`` returns: relative to the maximum, which is more precise."""
-    maximum, total, weighted, target = running
+    maximum, total, weighted, target, *squares = running
     # Without a logit above minus infinity there is no distance. (A NaN among them makes the total NaN.)
     nothing = total == 0
     distance = torch.where(nothing, -torch.inf, target - maximum)
-    return torch.stack([maximum, total.log(), distance, torch.where(nothing, 0.0, weighted / total)])
+    shares = [torch.where(nothing, 0.0, value / total) for value in (weighted, *(one / total for one in squares))]
+    return torch.stack([maximum, total.log(), distance, *shares])
 
 
 def new_gradients(

@@ -11,6 +11,7 @@ from torch import Tensor
 from vgpo_kernels import checks
 from vgpo_kernels.reference.logits import LogitMap
 from vgpo_kernels.reference.policy_loss import policy_loss
+from vgpo_kernels.reference.truncation import Truncation
 
 IGNORED = -100  # the target of a row to skip, as in torch's cross-entropy
 
@@ -30,6 +31,11 @@ def linear_logprob(
     softcap: float,
     ignore_index: int | None,
     chunk_bytes: int = 0,
+    squares: bool = False,
+    truncated: bool = False,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     *,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
@@ -38,6 +44,9 @@ def linear_logprob(
     With z the logits of a row and m the largest: m (a constant to autograd), log sum exp(z - m), z_target - m
     (-infinity if the target is not in these rows of the vocabulary), and the mean of z - m under softmax(z). Where
     every z is -infinity, so are the first three, and the mean is 0. ``chunk_bytes`` is not read.
+
+    Behind them, constants to autograd: with ``squares`` the sum of softmax(z)^2; with ``truncated`` the two rows of
+    :meth:`Truncation.kept`.
     """
     kept = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
     # An ignored row may be NaN, and NaN times zero is NaN: replace it instead of multiplying by zero.
@@ -56,6 +65,13 @@ def linear_logprob(
     target = distance.gather(-1, column.clamp(min=0)[:, None]).squeeze(-1)
     target = torch.where(own, target, torch.full_like(target, -math.inf))
     statistics = torch.stack([maximum, log_sum, target, mean])
+    constants = distance.detach()
+    if squares:
+        sum_squares = torch.where(nothing, 0.0, (2 * (constants - log_sum.detach()[:, None])).exp().sum(-1))
+        statistics = torch.cat([statistics, sum_squares[None]])
+    if truncated:
+        kept_by_sampler = Truncation(top_k, top_p, min_p).kept(constants, column.clamp(min=0))
+        statistics = torch.cat([statistics, kept_by_sampler])
     return torch.where(kept, statistics, torch.zeros_like(statistics))
 
 
@@ -119,7 +135,7 @@ def head_statistics(
     temperatures: Tensor | None,  # [N]
     logit_scale: float,
     softcap: float,
-    statistics: Tensor,  # [4, N], updated
+    statistics: Tensor,  # [4, N] or [5, N], updated
     logits: Tensor,  # [N, V], scratch
     keep: bool,
     *,
@@ -128,7 +144,8 @@ def head_statistics(
     """Update the running statistics of a chunk with these rows of the vocabulary.
 
     They are the largest logit m so far, the sums of e and of e (z - m) with e = exp(z - m), and the target's logit.
-    They start as minus infinity, 0, 0 and minus infinity. With ``keep``, ``logits`` is hidden @ weight.T afterwards.
+    They start as minus infinity, 0, 0 and minus infinity. A fifth row, from 0, is the sum of e^2. With
+    ``keep``, ``logits`` is hidden @ weight.T afterwards.
     """
     checks.require_separate_rows("statistics", statistics)
     checks.require_separate_rows("logits", logits)
@@ -136,7 +153,7 @@ def head_statistics(
     if keep:
         logits.copy_(products)
     scaled = LogitMap(temperature, temperatures, logit_scale, softcap).logits(products, bias)
-    maximum, total, weighted, target = (row.to(dtype) for row in statistics)
+    maximum, total, weighted, target, *squares = (row.to(dtype) for row in statistics)
     largest = torch.maximum(maximum, scaled.amax(-1))
     # Before the first entry of the vocabulary the sums are zero and the maximum is minus infinity: do not rescale.
     drop = torch.where(total > 0, maximum - largest, torch.zeros_like(largest))
@@ -149,7 +166,8 @@ def head_statistics(
     total = total * drop.exp() + exponentials.sum(-1)
     column = columns_of(targets, first, weight.shape[0])
     target = torch.where(column >= 0, scaled.gather(-1, column.clamp(min=0)[:, None]).squeeze(-1), target)
-    statistics.copy_(torch.stack([largest, total, weighted, target]))
+    squares = [sum_squares * (2 * drop).exp() + exponentials.square().sum(-1) for sum_squares in squares]
+    statistics.copy_(torch.stack([largest, total, weighted, target, *squares]))
 
 
 def head_gradient(
@@ -264,7 +282,7 @@ def logp_and_entropy(statistics: Tensor) -> tuple[Tensor, Tensor]:
 
     The statistics are those of the whole vocabulary: where every logit is minus infinity, both are NaN.
     """
-    _, log_sum, target, mean = statistics
+    _, log_sum, target, mean = statistics[:4]
     defined = is_distribution(statistics)
     return (target - log_sum) * defined, (log_sum - mean) * defined
 

@@ -71,7 +71,7 @@ def head_statistics_kernel(
     logits,  # [N, V] fp32: hidden @ weight.T
     bias,  # [V] or None
     targets,  # [N]
-    statistics,  # [4, N], updated
+    statistics,  # [4, N], updated; [5, N] with SQUARES
     columns,
     first,
     temperatures,  # [N] or None
@@ -80,6 +80,7 @@ def head_statistics_kernel(
     row_stride,
     statistics_stride,
     CAPPED: tl.constexpr,
+    SQUARES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -88,6 +89,8 @@ def head_statistics_kernel(
     maximum = tl.load(statistics + row)
     total = tl.load(statistics + statistics_stride + row)
     weighted = tl.load(statistics + 2 * statistics_stride + row)
+    if SQUARES:
+        squares = tl.load(statistics + 4 * statistics_stride + row)
     lanes = tl.arange(0, BLOCK)
     for begin in range(0, columns, BLOCK):
         column = begin + lanes
@@ -103,10 +106,14 @@ def head_statistics_kernel(
         scale = tl.exp(drop)
         weighted = (weighted + total * drop) * scale + tl.sum(share * tl.maximum(distance, FARTHEST), 0)
         total = total * scale + tl.sum(share, 0)
+        if SQUARES:
+            squares = squares * scale * scale + tl.sum(share * share, 0)
         maximum = largest
     tl.store(statistics + row, maximum)
     tl.store(statistics + statistics_stride + row, total)
     tl.store(statistics + 2 * statistics_stride + row, weighted)
+    if SQUARES:
+        tl.store(statistics + 4 * statistics_stride + row, squares)
     target = column_of(tl.load(targets + row), first)
     own = (target >= 0) & (target < columns)
     logit = bounded_of(products, bias, target, own, squeeze, CAPPED) * factor
@@ -192,6 +199,7 @@ def head_statistics(
             logits.stride(0),
             statistics.stride(0),
             CAPPED=softcap != 0,
+            SQUARES=statistics.shape[0] == 5,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )

@@ -29,7 +29,7 @@ const Kernels kTable = {
     softmax_update,
     probabilities,
     add_probabilities,
-    logit_statistics,
+    {logit_statistics<false>, logit_statistics<true>},
     {logit_gradient<float>, logit_gradient<BFloat16>},
     pair_statistics,
     pair_shares,

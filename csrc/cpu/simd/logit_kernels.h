@@ -40,6 +40,7 @@ inline void cap_block(const float* products, const float* bias, int64_t begin, i
 }
 
 // Takes at most kLogitBlock logits into a row's statistics.
+template <bool kSquares>
 inline void block_statistics(const float* products, const float* bias, int64_t begin, int64_t end, Vector factor,
                              LogitStatistics& statistics) {
     const Vector farthest(kFarthestLogit), nothing(-std::numeric_limits<float>::infinity());
@@ -60,27 +61,29 @@ inline void block_statistics(const float* products, const float* bias, int64_t b
         return;
     }
     const Vector origin(shift);
-    Vector total(0.0f), weighted(0.0f);
+    Vector total(0.0f), weighted(0.0f), squares(0.0f);
     for_logits(products, bias, begin, end, factor, [&](int64_t, Vector logits, int lanes) {
         const Vector distance = logits - origin;
         Vector share = exponential(distance);
         if (lanes < Vector::kWidth) share = select(first_lanes(lanes), share, Vector(0.0f));
         total = total + share;
         weighted = multiply_add(share, maximum(distance, farthest), weighted);
+        if constexpr (kSquares) squares = multiply_add(share, share, squares);
     });
-    statistics.merge({shift, sum(total), sum(weighted)});
+    statistics.merge({shift, sum(total), sum(weighted), kSquares ? sum(squares) : 0.0f});
 }
 
-inline void logit_statistics(const float* products, const float* bias, int64_t columns, const LogitMap& map,
-                             LogitStatistics& statistics) {
+template <bool kSquares>
+void logit_statistics(const float* products, const float* bias, int64_t columns, const LogitMap& map,
+                      LogitStatistics& statistics) {
     float capped[kLogitBlock];
     for (int64_t begin = 0; begin < columns; begin += kLogitBlock) {
         const int64_t end = begin + kLogitBlock < columns ? begin + kLogitBlock : columns;
         if (map.capped()) {
             cap_block(products, bias, begin, end, map, capped, nullptr);
-            block_statistics(capped, nullptr, 0, end - begin, Vector(1.0f), statistics);
+            block_statistics<kSquares>(capped, nullptr, 0, end - begin, Vector(1.0f), statistics);
         } else {
-            block_statistics(products, bias, begin, end, Vector(map.factor), statistics);
+            block_statistics<kSquares>(products, bias, begin, end, Vector(map.factor), statistics);
         }
     }
 }
