@@ -1,9 +1,9 @@
-// How an LM head's products become logits, and what that does to their gradients: written once for the CPU and for CUDA.
+// How an LM head's products become logits, and what that does to their gradients: written once for the CPU and CUDA.
 // (vgpo_kernels/reference/logits.py defines the same.)
 //
-// With x a product plus its bias, a logit is bounded(x) * factor. Without a cap bounded(x) is x; with one it is tanh(x *
-// squeeze). A gradient w.r.t. x is one w.r.t. the logit times slope(bounded(x)), and times what is the same for a whole
-// row: the caller's coefficients have that.
+// With x a product plus its bias, a logit is bounded(x) * factor. Without a cap bounded(x) is x; with one it is
+// tanh(x * squeeze). A gradient w.r.t. x is one w.r.t. the logit times slope_of_cap(bounded(x)), and times what is the
+// same for a whole row: the caller's coefficients have that.
 #pragma once
 
 #include "math.h"

@@ -100,13 +100,14 @@ Tensors head_statistics(const ArgumentReader& reader) {
     const at::Tensor &hidden = reader.tensor("hidden"), &weight = reader.tensor("weight");
     const at::Tensor& logits = reader.tensor("logits");
     const int64_t columns = weight.dim() == 2 ? weight.size(0) : 0, width = tile_workspace_columns(columns);
-    const bool squares = reader.shape("statistics")[0] == kSquaresRow + 1;
+    const bool squares = reader.shape("statistics")[0] == kSquaresRow + 1, keep = reader.value<bool>("keep");
     // Products stay in any case. Only tiles have no place for them: a narrower workspace asks for those.
-    const bool in_tiles = !squares && !reader.value<bool>("keep") && width < columns && logits.dim() == 2 &&
-                          logits.size(1) == width && logits.is_contiguous() && tiles_can(reader);
+    const bool in_tiles = !keep && !squares && width < columns && logits.dim() == 2 && logits.size(1) == width &&
+                          logits.is_contiguous() && tiles_can(reader);
     HeadStatisticsArguments arguments = {};
     arguments.rows = head_rows(reader, in_tiles ? width : columns);
-    arguments.statistics = reader.written_rows("statistics", squares ? kSquaresRow + 1 : kSquaresRow, reader.shape("hidden")[0]);
+    const int64_t running = squares ? kSquaresRow + 1 : kSquaresRow;
+    arguments.statistics = reader.written_rows("statistics", running, reader.shape("hidden")[0]);
     arguments.statistics_stride = reader.tensor("statistics").stride(0);
     if (in_tiles) {
         launch_tile_statistics(hidden, weight, arguments);

@@ -5,9 +5,11 @@ the same call: from the decoder's last hidden states and the head's weight, only
 logits at a time. Inside ``forward``, wrappers for data parallelism, sharding and mixed precision keep working, and
 what reads hidden states on the way keeps reading them.
 
-Many models do more to their logits than multiplying hidden states by the head: they cap, scale, cut or mask them. No
-list of settings tells which, so the log-probabilities of a few tokens are compared with those of the model's own logits
-at the start. Where ours differ TRL's head is tried, and where that differs too all logits are computed.
+Many models do more to their logits than multiplying hidden states by the head: they scale, cap, cut or mask them. What
+``linear_logprob`` can do as well is looked for in the configuration (:func:`candidates`), where names mean different
+things in different models. So whatever is found there, and nothing at all, is proven on a few tokens at the start,
+against the model's own logits. Where ours differ TRL's head is tried, and where that differs too all logits are
+computed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -29,6 +31,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from vgpo_kernels import linear_logprob
 from vgpo_kernels.integrations.transformers import final_norm, unwrap
+
+T = TypeVar("T")
 
 OURS, TRLS, ALL_LOGITS = "linear_logprob", "TRL's head", "all logits"
 PROBE_TOKENS = 8
@@ -69,10 +73,11 @@ def fuse_heads(
             )
         return TRLS
 
-    def ours(model: PreTrainedModel) -> None:
-        fuse_head(model, temperature, fp32, norm)
+    mapping, why_not_linear = agreed(linear_head(policy, norm))
 
-    why_not_linear = agreed(why_no_linear_head(policy, norm))
+    def ours(model: PreTrainedModel) -> None:
+        fuse_head(model, temperature, fp32, norm, mapping)
+
     reason = why_not_linear or agreed(why_wrong(policy, temperature, ours, norm)) if fused else ""
     if reason is None:
         for model in present:
@@ -93,31 +98,86 @@ def fuse_heads(
     return TRLS
 
 
-def agreed(reason: str | None) -> str | None:
+def agreed(found: T) -> T:
     """Return what the first process found: others may not have the weights yet (FSDP loads them on one)."""
-    found: list[str | None] = broadcast_object_list([reason])
-    return found[0]
+    everybody: list[T] = broadcast_object_list([found])
+    return everybody[0]
 
 
-def why_no_linear_head(model: PreTrainedModel, norm: str | nn.Module | None) -> str | None:
-    """Return why a model's logits are not its hidden states times its LM head, or ``None`` if they are."""
+class Mapping(NamedTuple):
+    """What a model does to its logits: ``cap(logit_scale * product)``, the arguments of :func:`linear_logprob`."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, products: Tensor) -> Tensor:
+        """Return the logits, fp32, of what the LM head gives."""
+        scaled = products.float() * self.logit_scale
+        return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
+
+
+NOTHING = Mapping()
+# Settings of text models, and the scale that each may stand for: Granite divides by what HyperCLOVA X multiplies by.
+SCALES: tuple[tuple[str, Callable[[float], float]], ...] = (
+    ("logit_scale", lambda value: value),
+    ("logits_scaling", lambda value: 1 / value),
+    ("logits_scaling", lambda value: value),
+    ("output_multiplier", lambda value: value),
+    ("lm_head_multiplier", lambda value: value),
+)
+CAP = "final_logit_softcapping"
+
+
+def candidates(config: PreTrainedConfig) -> list[Mapping]:
+    """Return what a configuration says, or may say, of its logits, and last that it says nothing.
+
+    Where several agree with a model, the first is taken: a cap that a few tokens do not reach is there all the same.
+    """
+
+    def positive(name: str) -> float | None:
+        value = getattr(text, name, None)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return float(value) if number and value > 0 else None
+
+    text = config.get_text_config()
+    scales = [scale(value) for name, scale in SCALES if (value := positive(name)) is not None]
+    found = (Mapping(scale, cap) for cap in (positive(CAP), None) for scale in (*scales, 1.0))
+    return list(dict.fromkeys(found))
+
+
+def linear_head(model: PreTrainedModel, norm: str | nn.Module | None) -> tuple[Mapping, str | None]:
+    """Return what a model does to the products of its hidden states and its LM head.
+
+    Returns:
+        The mapping, and ``None``; or the empty mapping, and why the model's logits are none of these.
+
+    """
     name, head = type(model).__name__, model.get_output_embeddings()
     linear = getattr(head, "original_module", head)  # PEFT trains a copy of it
     if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
-        return f"the LM head of {name} is no linear layer of floating-point numbers but {type(linear).__name__}"
+        why = f"the LM head of {name} is no linear layer of floating-point numbers but {type(linear).__name__}"
+        return NOTHING, why
+    left = candidates(model.config)
 
     def compare(inputs: dict[str, Tensor]) -> str | None:
         logits = model(**inputs).logits
         hidden = last_hidden_states(model, model.forward, norm, **inputs, use_cache=False)
-        expected = nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias)
-        rounding = torch.finfo(expected.dtype).eps
-        # Half a unit in the last place each, and sums in another order.
-        allowed = expected.float().abs() * max(1.5 * rounding, 1e-5) + 1e-5 * float(expected.abs().max())
-        if logits.shape == expected.shape and bool(((logits.float() - expected.float()).abs() <= allowed).all()):
-            return None
-        return f"{name} does more to its logits than its LM head says"
+        products = nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias)
+        left[:] = [one for one in left if agree(logits, products, one)]
+        return None if left else f"{name} does more to its logits than its LM head and its configuration say"
 
-    return probed(model, norm, compare)
+    why_not = probed(model, norm, compare)
+    return (NOTHING, why_not) if why_not is not None else (left[0], None)
+
+
+def agree(logits: Tensor, products: Tensor, mapping: Mapping) -> bool:
+    """Whether a model's logits are a mapping of its head's products, to the rounding of the model's dtype."""
+    expected = mapping.logits(products)
+    # Half a unit in the last place for each step: the product, a scale, and the three of a cap. Sums in another order.
+    steps = 1 + (mapping.logit_scale != 1) + 3 * (mapping.softcap is not None)
+    rounding = max((0.5 + steps) * torch.finfo(products.dtype).eps, 1e-5)
+    allowed = expected.abs() * rounding + 1e-5 * float(expected.abs().max())
+    return logits.shape == expected.shape and bool(((logits.float() - expected).abs() <= allowed).all())
 
 
 def why_wrong(
@@ -203,7 +263,13 @@ def last_states_scaled(model: PreTrainedModel, norm: str | nn.Module | None, fac
         hook.remove()
 
 
-def fuse_head(model: PreTrainedModel, temperature: float, fp32: bool, norm: str | nn.Module | None = None) -> None:
+def fuse_head(
+    model: PreTrainedModel,
+    temperature: float,
+    fp32: bool,
+    norm: str | nn.Module | None = None,
+    mapping: Mapping = NOTHING,
+) -> None:
     """Replace what ``model(..., labels=labels, fused_lm_head=True)`` computes; every other call stays as it is."""
 
     def compute(self: PreTrainedModel, plain: Callable[..., Any], labels: Tensor, *arguments: Any, **named: Any) -> Any:
@@ -226,6 +292,7 @@ def fuse_head(model: PreTrainedModel, temperature: float, fp32: bool, norm: str 
                 bias=bias,
                 temperature=temperature,
                 return_entropy=True,
+                **mapping._asdict(),
             )
         return FusedCausalLMOutput(log_probs=logp, entropy=entropy)
 

@@ -23,7 +23,8 @@ Tried with {versions}.
 - **Attention shares**: `capture_attention_mass` gives the shares of the model's own attention weights, to 1e-4, in a
   pass and in every step of `generate`, with eager and SDPA; layers are named where only some have attention.
 - **Log-probs**: the trainer's log-probabilities are those of the model's own logits; by `linear_logprob` without
-  logits, or by TRL's head or from all logits where the model does more to its logits than its LM head says.
+  logits, scaled and capped as the configuration says, or by TRL's head or from all logits where the model does more to
+  its logits.
 - **LoRA**: `--lora-rank` reaches every linear layer of the decoder's layers, and nothing else. In some mixtures of
   experts PEFT adapts the experts in the place of shared ones.
 

@@ -10,6 +10,7 @@ import test_linear_arguments
 import test_linear_logits
 import test_linear_logprob
 import test_linear_minus_infinity
+import test_linear_more
 import torch
 from emulation.harness import Emulator, Shape
 from emulation.serving import adopt
@@ -21,7 +22,14 @@ from vgpo_kernels.reference import linear_logprob as reference
 from vgpo_kernels.reference.linear_logprob import gradient_of
 from vgpo_kernels.reference.logits import LogitMap
 
-adopt(globals(), test_linear_logprob, test_linear_logits, test_linear_arguments, test_linear_minus_infinity)
+adopt(
+    globals(),
+    test_linear_logprob,
+    test_linear_logits,
+    test_linear_more,
+    test_linear_arguments,
+    test_linear_minus_infinity,
+)
 
 Kernel = Callable[..., None]
 SHAPES = {

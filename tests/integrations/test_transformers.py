@@ -289,23 +289,27 @@ def test_the_pages_loss_without_logits_trains_the_decoder(family):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6 + 1e-5 * float(gradient.abs().max()))
 
 
-@pytest.mark.parametrize(("family", "temperature"), [("Granite", 4.0), ("Cohere", 1 / 0.25), ("Gemma2", None)])
-def test_what_the_page_says_of_heads_that_scale_or_cap(family, temperature):
-    """A scale is a temperature; a cap is found by the comparison that the page gives."""
-    scale = {"Granite": {"logits_scaling": 4.0}, "Cohere": {"logit_scale": 0.25}}
-    text = TEXT | scale.get(family, {"final_logit_softcapping": 0.05, "head_dim": 8})
+@pytest.mark.parametrize(
+    ("family", "setting", "given"),
+    [
+        ("Granite", {"logits_scaling": 4.0}, {"logit_scale": 0.25}),
+        ("Cohere", {"logit_scale": 0.25}, {"logit_scale": 0.25}),
+        ("Gemma2", {"final_logit_softcapping": 0.05, "head_dim": 8}, {"softcap": 0.05}),
+    ],
+)
+def test_what_the_page_says_of_heads_that_scale_or_cap(family, setting, given):
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**text)).eval()
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**TEXT | setting))
+    model.eval()
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
         hidden, logits = model.model(input_ids=ids).last_hidden_state, model(input_ids=ids).logits
         head = model.get_output_embeddings()
         with pytest.raises(AssertionError):
             torch.testing.assert_close(head(hidden), logits)
-        if temperature is not None:
-            found = linear_logprob(hidden, head.weight, ids, bias=head.bias, temperature=temperature)
-            expected = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-            torch.testing.assert_close(found, expected)
+        found = linear_logprob(hidden, head.weight, ids, bias=head.bias, **given)
+        expected = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+        torch.testing.assert_close(found, expected)
 
 
 def test_detached_states_train_the_head_alone_and_it_is_said():

@@ -206,7 +206,7 @@ def assert_head(trainer: Any, *, is_ours: bool, monkeypatch: pytest.MonkeyPatch)
         from_trainer(trainer, batch)
 
 
-def test_a_cap_on_logits_that_trl_knows_stays_with_trl(tmp_path, monkeypatch):
+def test_a_cap_that_small_logits_do_not_reach_is_kept(tmp_path, monkeypatch):
     """The cap does not show on the small logits of this model, and would in a trained one."""
     model = transforming(lambda logits: 5000 * torch.tanh(logits / 5000))
     model.config.get_text_config().final_logit_softcapping = 5000.0
@@ -214,6 +214,32 @@ def test_a_cap_on_logits_that_trl_knows_stays_with_trl(tmp_path, monkeypatch):
         ids = torch.arange(10, 18)[None]
         plain = (5000 * torch.atanh(model(ids).logits.double() / 5000)).float()
         torch.testing.assert_close(model(ids).logits, plain, rtol=1e-5, atol=0)
+    trainer = build(tmp_path, model=model)
+    assert fused_head.linear_head(model, None) == (fused_head.Mapping(softcap=5000.0), None)
+    assert_head(trainer, is_ours=True, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize(
+    ("name", "value", "factor"),
+    [("logit_scale", 0.25, 0.25), ("logits_scaling", 3.0, 1 / 3), ("logits_scaling", 3.0, 3.0)],
+    ids=["Cohere", "Granite", "HyperCLOVA X"],
+)
+def test_scales_and_caps_of_a_configuration(tmp_path, monkeypatch, name, value, factor, cap):
+    """One name has two meanings. The model's own logits say which it is."""
+    model = transforming(lambda logits: logits * factor if cap is None else cap * torch.tanh(logits * factor / cap))
+    text = model.config.get_text_config()
+    setattr(text, name, value)
+    text.final_logit_softcapping = cap
+    trainer = build(tmp_path, model=model)
+    assert fused_head.linear_head(model, None) == (fused_head.Mapping(factor, cap), None)
+    assert_head(trainer, is_ours=True, monkeypatch=monkeypatch)
+
+
+def test_a_scale_below_zero_stays_with_trl(tmp_path, monkeypatch):
+    """TRL multiplies by whatever the configuration says; linear_logprob's scale is above 0."""
+    model = transforming(lambda logits: logits * -0.5)
+    model.config.get_text_config().logit_scale = -0.5
     with pytest.warns(UserWarning, match=r"fused_head: Qwen2_5_VL.* does more to its logits.*TRL's own head"):
         trainer = build(tmp_path, model=model)
     assert_head(trainer, is_ours=False, monkeypatch=monkeypatch)

@@ -6,8 +6,8 @@ constexpr int64_t kLogitBlock = 256;
 // Behind this, e^x is zero. A finite bound keeps zero times the distance from being NaN.
 constexpr float kFarthestLogit = -128.0f;
 
-// Calls visit(column, logits, lanes) over [begin, end), where logits are (products + bias) * factor. The last ones may be
-// fewer than a register holds: the lanes behind them are undefined.
+// Calls visit(column, logits, lanes) over [begin, end), where logits are (products + bias) * factor. The last ones may
+// be fewer than a register holds: the lanes behind them are undefined.
 template <typename Visit>
 inline void for_logits(const float* products, const float* bias, int64_t begin, int64_t end, Vector factor,
                        const Visit& visit) {
