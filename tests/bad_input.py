@@ -331,6 +331,7 @@ OTHERS: dict[str, list[Bad]] = {
     "logit_scale": numbers(0.0, -1.0),
     "softcap": numbers(0.0, -1.0),
     "ignore_index": whole_numbers(-(2**70)),
+    "recompute": [value for value in flags() if value.value is not None],
     "measures": names(),
     "js_beta": fractions(),
     "chunk_bytes": whole_numbers(0, -1),

@@ -189,7 +189,7 @@ CASES = {
     "combine_slices: targets": Case(changed(lambda targets: targets.clone().fill_(-100), "targets")),
 }
 # How the work is cut, which no result depends on.
-NO_RESULT = {"chunk_bytes"}
+NO_RESULT = {"chunk_bytes", "recompute"}
 
 
 def names_of(function: str) -> set[str]:

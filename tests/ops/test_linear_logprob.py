@@ -224,6 +224,55 @@ def test_slices_of_the_vocabulary_combine(backend_name: str, device: torch.devic
         assert_close(one, other, name="gradient of slices")
 
 
+# ---- logits that are kept ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kept_logits_give_the_same_gradients(backend_name: str, device: torch.device, dtype: str) -> None:
+    head = make_head(41, 24, 530, dtype=DTYPES[dtype], bias=True, ignored=0.4)
+    options = {"temperature": 0.7, "softcap": 6.0, "chunk_bytes": 4 * 20 * 128, "recompute": False}
+    check(head, device, **options)
+    again, kept = (logprob(head.to(device), **{**options, "recompute": recompute}) for recompute in (True, False))
+    assert all(torch.equal(one, other) for one, other in zip(again, kept, strict=True))
+
+
+def test_kept_logits_serve_twice(backend_name: str, device: torch.device) -> None:
+    head = make_head(20, 16, 90, ignored=0.3).to(device)
+    leaves = head.leaves()
+    logp, _ = logprob(head, leaves, recompute=False)
+    first, second = (torch.autograd.grad(logp.sum(), leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_products_are_computed_once_where_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a CPU's call of few logits in fp32, and by every call that says so; never without a gradient."""
+    called: list[str] = []
+    plain = registry.call
+
+    def counted(name: str, *arguments: Any, **named: Any) -> Any:
+        called.append(name)
+        return plain(name, *arguments, **named)
+
+    monkeypatch.setattr(registry, "call", counted)
+    narrow, wide = make_head(6, 8, 40, dtype=torch.bfloat16), make_head(6, 8, 40)
+    keeping = {
+        "small": (wide, None, True),
+        "small, not to be kept": (wide, True, False),
+        "16 bits": (narrow, None, False),
+        "16 bits, to be kept": (narrow, False, True),
+    }
+    for why, (head, recompute, expected) in keeping.items():
+        hidden, weight = head.leaves()
+        called.clear()
+        linear_logprob(hidden, weight, head.targets, recompute=recompute)
+        assert called == ["linear_logprob_keeping" if expected else "linear_logprob"], why
+    called.clear()
+    with torch.no_grad():
+        linear_logprob(*wide.leaves(), wide.targets, recompute=False)
+    linear_logprob(wide.hidden, wide.weight, wide.targets, recompute=False)
+    assert called == ["linear_logprob"] * 2
+
+
 # ---- inside models ----------------------------------------------------------------------------------------------
 
 

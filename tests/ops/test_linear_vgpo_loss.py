@@ -61,6 +61,7 @@ def by_definition(batch: Batch, head: Head, leaves: list[Tensor], **options: Any
     config = options.pop("config", VGPOConfig.paper())
     weights = visual_weights(cos, batch.response_mask, batch.group_ids, config, has_visual=batch.has_visual, **packed)
     boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.long()
+    options.pop("recompute", None)
     given = {name: options.pop(name, None) for name in ("ref_logp", "importance_weights")}
     hidden, weight, bias = leaves
     loss, _ = definition(
@@ -115,6 +116,17 @@ def test_every_loss(backend_name: str, device: torch.device, loss_type: str) -> 
     batch, head = with_predicting_rows(make_batch(FEW), VOCABULARY)
     batch, head = batch.to(device), head.to(device)
     check(batch, head, loss_type=loss_type, ref_logp=batch.ref_logp, kl_coef=0.1, entropy_coef=0.05, max_length=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_all_logits_at_the_same_time(
+    backend_name: str, device: torch.device, loss_type: str, dtype: torch.dtype
+) -> None:
+    batch, head = with_predicting_rows(make_batch(FEW), VOCABULARY)
+    head = replace(head, hidden=head.hidden.to(dtype), weight=head.weight.to(dtype))
+    batch = replace(batch, hidden=batch.hidden.to(dtype))
+    check(batch.to(device), head.to(device), loss_type=loss_type, entropy_coef=0.05, recompute=False)
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "gspo"])

@@ -11,7 +11,7 @@ from torch import Tensor
 from vgpo_kernels import checks
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.divergence_measures import LinearDivergence, measures_of
-from vgpo_kernels.ops.lm_head import LOGITS_SHARE, SWEEP_SHARE, chunk_elements, kept_rows, without_autocast
+from vgpo_kernels.ops.lm_head import chunk_elements, kept_rows, without_autocast
 from vgpo_kernels.ops.paired_head import PairedHead, PairKernels, compiled_kernels, pair_coefficients
 from vgpo_kernels.reference import linear_divergence as reference
 from vgpo_kernels.reference.linear_divergence import MEASURES, SHARES, STATISTICS
@@ -265,9 +265,7 @@ def _paired(
     logit_map: LogitMap,
     chunk_bytes: int,
 ) -> PairedHead:
-    elements, most = (
-        chunk_elements(chunk_bytes, hidden.shape[0], weight, share) for share in (LOGITS_SHARE, SWEEP_SHARE)
-    )
+    elements, most = (chunk_elements(chunk_bytes, hidden.shape[0], weight, sweep=sweep) for sweep in (False, True))
     return PairedHead(
         kernels, hidden, other, weight, other_weight, bias, other_bias, targets, first, logit_map, elements, most
     )

@@ -23,6 +23,9 @@ from vgpo_kernels.reference.linear_logprob import FARTHEST, IGNORED, is_distribu
 from vgpo_kernels.reference.logits import LogitMap
 from vgpo_kernels.reference.truncation import Truncation
 
+# Bytes of products that a call keeps for its backward pass without being asked to.
+KEPT = 64 * 2**20
+
 
 class LinearLogprob(NamedTuple):
     """What :func:`linear_logprob` returns where more than log-probabilities and entropies is asked for.
@@ -65,16 +68,17 @@ def linear_logprob(
     min_p: float | None = None,
     ignore_index: int | None = IGNORED,
     chunk_bytes: int | None = None,
+    recompute: bool | None = None,
 ) -> Tensor | tuple[Any, ...]:
     """Log-probabilities of targets under ``softmax((hidden @ weight.T + bias) / temperature)``, and their entropies.
 
     Models that do more to their logits have ``cap(logit_scale * (hidden @ weight.T + bias)) / temperature``, where
     ``cap(x) = softcap * tanh(x / softcap)``.
 
-    The logits are computed in chunks and not kept: the backward pass computes each chunk again, and overwrites it with
-    its gradient. Logits, log-sum-exp and entropy are fp32 for every dtype of the inputs, and so is the sum over tokens
-    in the weight's gradient. Differentiable in hidden, weight and bias, through both results; no time is spent on the
-    gradient of an input that needs none.
+    The logits are computed in chunks and not kept (but see ``recompute``): the backward pass computes each chunk again,
+    and overwrites it with its gradient. Logits, log-sum-exp and entropy are fp32 for every dtype of the inputs, and so
+    is the sum over tokens in the weight's gradient. Differentiable in hidden, weight and bias, through both results; no
+    time is spent on the gradient of an input that needs none.
 
     :func:`vgpo_kernels.backends.liger_head` lets Liger's kernel compute it on an NVIDIA Hopper GPU, with more rounding.
 
@@ -109,6 +113,10 @@ def linear_logprob(
         chunk_bytes: Size of the workspace for the fp32 logits of a chunk; by default 1/24 of all logits, on a GPU 1/16,
             within bounds. More is faster only where a chunk has few tokens.
 
+        recompute: ``False``: keep what the backward pass would compute again, the logits of all rows in hidden's dtype.
+            It takes three matrix products then instead of four, with the precision of that dtype. ``True``: do not.
+            ``None``: keep at most 64 MiB, of fp32 on a CPU. Calls that return more than entropies keep nothing.
+
     Returns:
         Log-probabilities (natural logarithm) in targets' shape, float32; with ``return_entropy`` a pair, with the
         entropies in nats; with more a :class:`LinearLogprob`. Zeros (and False) where the target is ``ignore_index``.
@@ -124,8 +132,12 @@ def linear_logprob(
     head = _checked(
         hidden, weight, targets, bias, 0, (temperature, logit_scale, softcap), ignore_index, chunk_bytes, whole=True
     )
+    again = None if recompute is None else checks.flag("recompute", recompute)
     if squares or truncation is not None:
         return _more(head, both, squares, truncation)
+    if _keeps(head, again):
+        logp, entropy = logp_and_entropy(_statistics(head, keep=True))
+        return (logp, entropy) if both else logp
     if liger_head.serves(head["hidden"], head["weight"], head["bias"], _logit_map(head)):
         divisor = head["temperature"] / head["logit_scale"]
         names = ("hidden", "weight", "targets", "ignore_index")
@@ -304,13 +316,30 @@ def _logit_map(head: dict[str, Any]) -> LogitMap:
     return LogitMap(**{name: head[name] for name in LogitMap._fields})
 
 
-def _statistics(head: dict[str, Any], *, squares: bool = False, truncation: Truncation | None = None) -> Tensor:
+def _keeps(head: dict[str, Any], recompute: bool | None) -> bool:
+    """Return whether a call keeps its products for the backward pass: as it says, or by their size."""
+    inputs = (head["hidden"], head["weight"], head["bias"])
+    if not torch.is_grad_enabled() or not any(one is not None and one.requires_grad for one in inputs):
+        return False
+    if recompute is not None or torch.compiler.is_compiling():
+        return recompute is False
+    hidden: Tensor = head["hidden"]
+    small = 4 * head["targets"].numel() * head["weight"].shape[0] <= KEPT
+    return bool(small) and hidden.device.type == "cpu" and hidden.dtype == torch.float32
+
+
+def _statistics(
+    head: dict[str, Any], *, squares: bool = False, truncation: Truncation | None = None, keep: bool = False
+) -> Tensor:
     """Compute the statistics ``[4, ...]`` of checked arguments, and what else is asked for, in targets' shape."""
     hidden, ids = head["hidden"], head["targets"]
     dtype = checks.compute_dtype(hidden, head["weight"], head["bias"])
     flat = {"hidden": hidden.reshape(-1, hidden.shape[-1]), "targets": ids.reshape(-1)}
     if head["temperatures"] is not None:
         flat["temperatures"] = head["temperatures"].reshape(-1)
+    if keep:
+        statistics, _ = registry.call("linear_logprob_keeping", hidden.device, dtype, **(head | flat))
+        return statistics.to(dtype).reshape(4, *ids.shape)  # type: ignore[no-any-return]
     more = {"squares": squares, "truncated": truncation is not None, **(truncation or Truncation())._asdict()}
     statistics = registry.call("linear_logprob", hidden.device, dtype, **(head | flat | more))
     return statistics.to(dtype).reshape(statistics.shape[0], *ids.shape)  # type: ignore[no-any-return]
@@ -355,6 +384,36 @@ def compute(
     return everything
 
 
+def compute_keeping(
+    kernels: HeadKernels,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    first: int,
+    temperature: float,
+    temperatures: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int | None,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Implement the operator ``linear_logprob_keeping`` by a backend's kernels."""
+    index = kept_rows(targets, ignore_index)
+    rows, ids = (hidden, targets) if index is None else (hidden[index], targets[index])
+    logit_map = LogitMap(temperature, temperatures, logit_scale, softcap).of_rows(index)
+    elements = chunk_elements(chunk_bytes, rows.shape[0], weight)
+    products = hidden.new_empty((hidden.shape[0], weight.shape[0]))
+    with without_autocast(hidden):
+        head = Head(kernels, rows, weight, bias, ids, first, logit_map, elements)
+        found = head.statistics(products=products)
+    if index is None:
+        return found, products
+    statistics = found.new_zeros((4, targets.shape[0]))
+    statistics[:, index] = found
+    return statistics, products
+
+
 def compute_backward(
     kernels: HeadKernels,
     grad_statistics: Tensor,
@@ -371,6 +430,7 @@ def compute_backward(
     ignore_index: int | None,
     gradients: list[bool],
     chunk_bytes: int,
+    products: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implement the operator ``linear_logprob_backward`` by a backend's kernels."""
     index = kept_rows(targets, ignore_index)
@@ -381,7 +441,7 @@ def compute_backward(
     logit_map = LogitMap(temperature, temperatures, logit_scale, softcap).of_rows(index)
     head = Head(kernels, rows, weight, bias, targets, first, logit_map, elements)
     with without_autocast(hidden):
-        by_hidden, by_weight, by_bias = head.gradients(statistics, grad_statistics, gradients, weight.dtype)
+        by_hidden, by_weight, by_bias = head.gradients(statistics, grad_statistics, gradients, weight.dtype, products)
     if by_hidden is not None:
         by_hidden = by_hidden.to(hidden.dtype)
         if index is not None:
@@ -396,12 +456,20 @@ def _compiled(hidden: Tensor, **arguments: Any) -> Tensor:
     return compute(compiled_kernels(hidden.device), hidden=hidden, **arguments)
 
 
+def _compiled_keeping(hidden: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    return compute_keeping(compiled_kernels(hidden.device), hidden=hidden, **arguments)
+
+
 def _compiled_backward(hidden: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return compute_backward(compiled_kernels(hidden.device), hidden=hidden, **arguments)
 
 
 def _fake(hidden: Tensor, squares: bool, truncated: bool) -> Tensor:
     return hidden.new_empty((4 + squares + 2 * truncated, hidden.shape[0]), dtype=torch.float32)
+
+
+def _fake_keeping(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return _fake(hidden, False, False), hidden.new_empty((hidden.shape[0], weight.shape[0]))
 
 
 def _fake_backward(hidden: Tensor, weight: Tensor, gradients: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -426,7 +494,16 @@ def _save(
     min_p: float,
     **arguments: Any,
 ) -> None:
-    registry.keep(ctx, statistics=output, **arguments)
+    registry.keep(ctx, statistics=output, products=None, **arguments)
+
+
+def _save_keeping(ctx: Any, output: tuple[Tensor, Tensor], **arguments: Any) -> None:
+    ctx.set_materialize_grads(False)  # nobody differentiates the products, and theirs would be as large
+    registry.keep(ctx, statistics=output[0], products=output[1], **arguments)
+
+
+def _backward_keeping(ctx: Any, needed: set[str], grad_statistics: Tensor, _: None) -> dict[str, Tensor]:
+    return _backward(ctx, needed, grad_statistics)
 
 
 def _backward(ctx: Any, needed: set[str], grad_statistics: Tensor) -> dict[str, Tensor]:
@@ -461,9 +538,17 @@ registry.define(
     implementation=_compiled,
 )
 registry.define(
+    reference.linear_logprob_keeping,
+    f"({_HEAD}, int? ignore_index, int chunk_bytes) -> (Tensor statistics, Tensor products)",
+    _fake_keeping,
+    setup_context=_save_keeping,
+    backward=_backward_keeping,
+    implementation=_compiled_keeping,
+)
+registry.define(
     reference.linear_logprob_backward,
-    f"(Tensor grad_statistics, Tensor statistics, {_HEAD}, int? ignore_index, bool[3] gradients, int chunk_bytes) "
-    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    f"(Tensor grad_statistics, Tensor statistics, {_HEAD}, int? ignore_index, bool[3] gradients, int chunk_bytes, "
+    "Tensor? products) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _fake_backward,
     implementation=_compiled_backward,
 )

@@ -13,8 +13,6 @@ from vgpo_kernels import checks
 from vgpo_kernels.config import PolicyLossOptions, VGPOConfig, Visibility
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.lm_head import (
-    LOGITS_SHARE,
-    SWEEP_SHARE,
     Head,
     HeadKernels,
     chunk_elements,
@@ -58,6 +56,7 @@ def linear_vgpo_loss(
     prototype_index: Tensor | None = None,
     visibility: Visibility = "all",
     chunk_bytes: int | None = None,
+    recompute: bool = True,
     **policy_loss_options: Any,
 ) -> PolicyLoss:
     """Visual focus, factors, log-probabilities and policy loss of whole groups, from hidden states and an LM head
@@ -97,6 +96,7 @@ def linear_vgpo_loss(
         visibility: ``"all"``, or ``"causal"`` for images that arrive late, as in :func:`visual_focus`.
         chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them (on a
             GPU 1/4) where the gradients take one sweep over the logits.
+        recompute: As in :func:`linear_policy_loss`.
         **policy_loss_options: Every keyword of :func:`policy_loss` but ``factors`` and ``entropy``.
 
     Returns:
@@ -133,6 +133,7 @@ def linear_vgpo_loss(
         softcap=softcap,
         cu_seqlens=cu_seqlens,
         chunk_bytes=chunk_bytes,
+        recompute=recompute,
         **policy_loss_options,
     )
     return PolicyLoss(loss, metrics | weights.metrics)
@@ -153,6 +154,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_bytes: int | None = None,
+    recompute: bool = True,
     **policy_loss_options: Any,
 ) -> PolicyLoss:
     """:func:`policy_loss` (paper, Eq. 11) of :func:`linear_logprob`, with every gradient computed in the forward pass.
@@ -186,6 +188,9 @@ def linear_policy_loss(
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them (on a
             GPU 1/4) where the gradients take one sweep over the logits.
+        recompute: ``False``: hold the fp32 logits of all scored tokens at the same time. Then every loss takes three
+            matrix products and no longer adds up its gradient by chunks, at four bytes a logit. (Of fp16 states it
+            changes nothing.)
         **policy_loss_options: Every other keyword of :func:`policy_loss` but ``entropy``. ``entropy_coef`` works:
             entropies are computed from the logits.
 
@@ -221,6 +226,7 @@ def linear_policy_loss(
             tensor is not None and tensor.requires_grad and differentiable for tensor in (states, rows, offsets)
         ],
         "chunk_bytes": checks.chunk_bytes(chunk_bytes),
+        "recompute": checks.flag("recompute", recompute),
         **shared,
     }
     dtype = checks.compute_dtype(*arguments.values())
@@ -264,6 +270,7 @@ def compute(
     options: list[float],
     gradients: list[bool],
     chunk_bytes: int,
+    recompute: bool,
     **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Implement the operator ``linear_policy_loss`` by a backend's kernels; the rest goes to ``policy_loss``."""
@@ -310,7 +317,10 @@ def compute(
     # Tiles compute logits twice in the time that a sweep takes to keep them and to add up the weight's gradient, and
     # need no fp32 gradient of the whole weight.
     one_sweep = one_sweep and not tile_columns(kernels, states, weight, bias, logit_map)
-    elements = chunk_elements(chunk_bytes, index.shape[0], weight, SWEEP_SHARE if one_sweep else LOGITS_SHARE)
+    elements = chunk_elements(chunk_bytes, index.shape[0], weight, sweep=one_sweep)
+    if not recompute and any(gradients) and hidden.dtype != torch.float16:
+        # All logits at the same time: the loss is that of every token, so that sequences may need each other's.
+        one_sweep, elements = index.shape[0] > 0, max(index.shape[0] * weight.shape[0], 1)
     head = Head(kernels, states, weight, bias, targets.view(-1)[index], 0, logit_map, elements, whole_rows=one_sweep)
     found: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     with without_autocast(hidden):
@@ -395,7 +405,7 @@ registry.define(
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? old_logp, Tensor advantages, "
     f"Tensor response_mask, Tensor? factors, Tensor? cu_seqlens, Tensor? ref_logp, {SHARED_TENSORS}, "
     "float temperature, Tensor? temperatures, float logit_scale, float softcap, float[] options, "
-    "bool[3] gradients, int chunk_bytes) "
+    "bool[3] gradients, int chunk_bytes, bool recompute) "
     "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor metrics)",
     _fake,
     setup_context=_save,

@@ -16,7 +16,7 @@ and runs inside opaque operators, where shapes may depend on data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
 from importlib import import_module
@@ -39,6 +39,8 @@ SWEEP_SHARE = {"cpu": 8, "cuda": 4}
 # Of the size of a row's logits, what a sampler's cut takes beside them: sorted ones, their indices, shares in fp64.
 TRUNCATION_COPIES = 10
 LEAST_CHUNK = 4 * 2**20
+# Every chunk of a sweep reads and writes the gradient w.r.t. the whole weight: below this size a CPU waits for it.
+LEAST_SWEEP = {"cpu": 64 * 2**20}
 MOST_CHUNK = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}
 # Entries of the vocabulary that a chunk should have at least, so that reading its tokens costs little beside them.
 CHUNK_COLUMNS = 1024
@@ -105,12 +107,17 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def chunk_elements(chunk_bytes: int, rows: int, weight: Tensor, shares: Mapping[str, int] = LOGITS_SHARE) -> int:
-    """Return how many fp32 logits a workspace holds; ``chunk_bytes`` 0 takes the device's share of them, in bounds."""
+def chunk_elements(chunk_bytes: int, rows: int, weight: Tensor, *, sweep: bool = False) -> int:
+    """Return how many fp32 logits a workspace holds; ``chunk_bytes`` 0 takes the device's share of them, in bounds.
+
+    With ``sweep`` it is to hold whole rows, for :meth:`Head.sweep`.
+    """
     if chunk_bytes == 0:
         logits, device = 4 * rows * weight.shape[0], weight.device.type
+        shares = SWEEP_SHARE if sweep else LOGITS_SHARE
         share = shares.get(device, shares["cpu"])
-        chunk_bytes = min(max(logits // share, LEAST_CHUNK), MOST_CHUNK.get(device, LEAST_CHUNK))
+        least = LEAST_SWEEP.get(device, LEAST_CHUNK) if sweep else LEAST_CHUNK
+        chunk_bytes = min(max(logits // share, least), MOST_CHUNK.get(device, LEAST_CHUNK))
     return max(chunk_bytes // 4, 1)
 
 
@@ -232,14 +239,17 @@ class Head:
         """Return the workspace as fp32 logits ``[rows, columns]``."""
         return self.workspace[: rows * columns].view(rows, columns)
 
-    def statistics(self, *, squares: bool = False) -> Tensor:
+    def statistics(self, *, squares: bool = False, products: Tensor | None = None) -> Tensor:
         """Maximum, log-sum, target and mean of every row, ``[4, N]``, as ``linear_logprob`` defines them.
 
-        With ``squares`` ``[5, N]``: the sum of squared probabilities, too.
+        Args:
+            squares: Return ``[5, N]``: the sum of squared probabilities, too.
+            products: ``[N, V]``, where the products are written for :meth:`gradients`; ``None``: they are not kept.
+
         """
         running = new_statistics(self.hidden, squares=squares)
         tiles = tile_columns(self.kernels, self.hidden, self.weight, self.bias, self.logit_map)
-        if tiles and not squares:
+        if tiles and not squares and products is None:
             for rows in slices(self.hidden.shape[0], rounded_down(max(self.elements // tiles, 1), CLUSTER_ROWS)):
                 parts = self.hidden.new_empty((rows.stop - rows.start, tiles), dtype=torch.float32)
                 self._statistics(rows, 0, self.weight, None, running[:, rows], parts, keep=False)
@@ -247,7 +257,10 @@ class Head:
         for columns, weight, bias in self.weight_slices():
             for rows in slices(self.hidden.shape[0], self.rows):
                 logits = self.logits(rows.stop - rows.start, weight.shape[0])
-                self._statistics(rows, columns.start, weight, bias, running[:, rows], logits, keep=False)
+                keep = products is not None
+                self._statistics(rows, columns.start, weight, bias, running[:, rows], logits, keep=keep)
+                if products is not None:
+                    products[rows, columns] = logits
         return finished(running)
 
     def truncated(self, truncation: Truncation, *, squares: bool = False) -> Tensor:
@@ -269,9 +282,17 @@ class Head:
         return finished(running), logits
 
     def gradients(
-        self, statistics: Tensor, grad_statistics: Tensor, gradients: list[bool], weight_dtype: torch.dtype
+        self,
+        statistics: Tensor,
+        grad_statistics: Tensor,
+        gradients: list[bool],
+        weight_dtype: torch.dtype,
+        products: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients w.r.t. the rows (fp32), the weight (``weight_dtype``) and the bias (fp32), where asked for."""
+        """Gradients w.r.t. the rows (fp32), the weight (``weight_dtype``) and the bias (fp32), where asked for.
+
+        ``products`` are those that :meth:`statistics` kept; without them they are computed again.
+        """
         by_hidden, by_weight, by_bias = new_gradients(self.hidden, self.weight, gradients, weight_dtype)
         if not self.hidden.shape[0]:
             return by_hidden, by_weight, by_bias
@@ -283,7 +304,10 @@ class Head:
                 of_slice = by_weight[columns] if exact else torch.empty_like(weight, dtype=torch.float32)
             for rows in slices(self.hidden.shape[0], self.rows):
                 logits = self.logits(rows.stop - rows.start, weight.shape[0])
-                self._gradient(rows, columns.start, weight, bias, coefficients[:, rows], logits, recompute=True)
+                if products is not None:
+                    logits.copy_(products[rows, columns])
+                recompute = products is None
+                self._gradient(rows, columns.start, weight, bias, coefficients[:, rows], logits, recompute=recompute)
                 gradient = gradient_of(logits, self.hidden.dtype)
                 self._products(rows, columns, weight, gradient, by_hidden, of_slice, by_bias)
             if of_slice is not None and unscale is not None:

@@ -75,6 +75,44 @@ def linear_logprob(
     return torch.where(kept, statistics, torch.zeros_like(statistics))
 
 
+def linear_logprob_keeping(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N]
+    first: int,
+    temperature: float,
+    temperatures: Tensor | None,  # [N]
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int | None,
+    chunk_bytes: int = 0,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`linear_logprob`'s statistics, and the products ``[N, V]``, constants to autograd.
+
+    First come the products of rows that are not ignored; what lies behind them is not defined.
+    """
+    statistics = linear_logprob(
+        hidden,
+        weight,
+        bias,
+        targets,
+        first,
+        temperature,
+        temperatures,
+        logit_scale,
+        softcap,
+        ignore_index,
+        chunk_bytes,
+        dtype=dtype,
+    )
+    ignored = torch.zeros_like(targets, dtype=torch.bool) if ignore_index is None else targets == ignore_index
+    rows = hidden.detach()[ignored.to(torch.uint8).argsort(stable=True)]
+    return statistics, (rows.to(dtype) @ weight.detach().to(dtype).T).to(hidden.dtype)
+
+
 def columns_of(targets: Tensor, first: int, length: int) -> Tensor:
     """Place of each target among entries ``first .. first + length`` of the vocabulary, -1 outside them.
 
@@ -99,10 +137,14 @@ def linear_logprob_backward(
     ignore_index: int | None,
     gradients: list[bool],
     chunk_bytes: int = 0,
+    products: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`linear_logprob` w.r.t. hidden, weight and bias; empty where ``gradients`` is false."""
+    """Gradients of :func:`linear_logprob` w.r.t. hidden, weight and bias; empty where ``gradients`` is false.
+
+    ``products`` are those of :func:`linear_logprob_keeping`, and not read here.
+    """
     inputs = [
         None if tensor is None else tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight, bias)
     ]
@@ -250,13 +292,14 @@ def linear_policy_loss(
     softcap: float,
     gradients: list[bool] | None = None,
     chunk_bytes: int = 0,
+    recompute: bool = True,
     dtype: torch.dtype = torch.float64,
     **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the policy metrics. Without ``old_logp`` the log-probs are their own old ones.
 
-    The rest are the other arguments of :func:`policy_loss`. ``gradients`` and ``chunk_bytes`` are not read: autograd
-    differentiates this.
+    The rest are the other arguments of :func:`policy_loss`. ``gradients``, ``chunk_bytes`` and ``recompute`` are not
+    read: autograd differentiates this.
     """
     valid = response_mask.reshape(-1)
     # A token off the mask may have no row (-1). Its result is not used.

@@ -283,5 +283,6 @@ KERNELS = HeadKernels(head_statistics, head_gradient, head_product, policy_loss,
 
 
 linear_logprob = opaque_operator("linear_logprob", partial(head_ops.compute, KERNELS))
+linear_logprob_keeping = opaque_operator("linear_logprob_keeping", partial(head_ops.compute_keeping, KERNELS))
 linear_logprob_backward = opaque_operator("linear_logprob_backward", partial(head_ops.compute_backward, KERNELS))
 linear_policy_loss = opaque_operator("linear_policy_loss", partial(loss_ops.compute, KERNELS))
