@@ -10,9 +10,11 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from architectures.verdicts import Verdict, refused, run, works
+from architectures.view_checks import blind_pass, views
 from architectures.zoo import ANSWER, Example
 from eager_attention import assert_same
 from torch import Tensor, nn
@@ -31,26 +33,6 @@ from vgpo_kernels.integrations.transformers import (
 
 LOG_PROBS = 2e-4
 NEW_TOKENS = 6
-
-
-class Verdict(NamedTuple):
-    """What a check found: ``works``, or ``refused`` by the adapter itself; with what there is to add."""
-
-    outcome: str
-    note: str = ""
-
-
-def works(note: str = "") -> Verdict:
-    return Verdict("works", note)
-
-
-def refused(error: Exception) -> Verdict:
-    return Verdict("refused", str(error))
-
-
-def run(model: nn.Module, inputs: dict[str, Any], **more: Any) -> Any:
-    with torch.no_grad():
-        return model(**inputs, **more)
 
 
 def head_of(model: Any) -> nn.Module:
@@ -245,4 +227,6 @@ CHECKS: dict[str, Callable[[Example], Verdict]] = {
     "attention shares": attention_shares,
     "log-probs": log_probs,
     "LoRA": lora,
+    "views": views,
+    "blind pass": blind_pass,
 }

@@ -270,9 +270,11 @@ def phi4_multimodal() -> Example:
     # Without padding the vision tower is causal under sdpa, and not under eager attention.
     mask = torch.ones(2, 2, 4, 4)
     mask[:, 1, 2:] = 0
+    crops = torch.randn(2, 2, 3, 16, 16)
+    crops[:, 1, :, 8:] = 0
     inputs = {
         **rows_of([IMAGE] * (3 + 1 + 6)),
-        "image_pixel_values": torch.randn(2, 2, 3, 16, 16),
+        "image_pixel_values": crops,
         "image_sizes": torch.tensor([[16, 16], [16, 16]]),
         "image_attention_mask": mask,
     }

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from architectures.checks import CHECKS, Verdict
+from architectures.checks import CHECKS
+from architectures.verdicts import Verdict
 from architectures.zoo import NOT_APPLICABLE
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -27,6 +28,10 @@ Tried with {versions}.
   its logits.
 - **LoRA**: `--lora-rank` reaches every linear layer of the decoder's layers, and nothing else. In some mixtures of
   experts PEFT adapts the experts in the place of shared ones.
+- **Views**: `spoilt_view` changes images, the logits of the rows that have them, and nothing else: rows of text alone
+  keep theirs bit for bit. A swap is the batch with its images exchanged; without images no token sees their places.
+- **Blind pass**: under `blind_attention` text gives images no weight in any layer, and the answer's logits are those of
+  an explicit mask, whatever the images; after it the model is as before. `reuse_vision_tower` runs the tower once.
 
 Refused means: an error says what is quoted here, and there is no number.
 

@@ -79,7 +79,7 @@ def capture_attention(
             "prompt and prefix tuning put tokens before those of input_ids: their attention is not captured"
         )
     _, decoder = decoder_of(model, norm)
-    attentions = _attention_modules(decoder)
+    attentions = attention_modules(decoder)
     chosen = {id(attentions[index]): index for index in _chosen_layers(decoder, attentions, layers)}
     under_way: list[Pass] = []
     follower = Follower()
@@ -102,7 +102,7 @@ def capture_attention(
             if layer in pass_.reached:
                 raise ValueError(f"layer {layer} of {pass_.decoder} attends twice in a pass: its shares are ambiguous")
             pass_.check_keys(layer, key)
-            causal = name != "eager" and _is_causal(module, options)
+            causal = name != "eager" and is_causal(module, options)
             first = pass_.tokens_before + pass_.tokens - query.shape[2]
             call = read_call(layer, query, key, attention_mask, first, options, causal=causal, masks=masks)
             call = call._replace(sequence=pass_.sequence, reordered=pass_.reordered)
@@ -138,7 +138,7 @@ def capture_attention(
             hook.remove()
 
 
-def _is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
+def is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
     told = options.get("is_causal")
     return bool(getattr(module, "is_causal", True) if told is None else told)
 
@@ -335,7 +335,7 @@ def capture_attention_mass(
 
     """
     _, decoder = decoder_of(model, norm)
-    chosen = tuple(_chosen_layers(decoder, _attention_modules(decoder), layers))
+    chosen = tuple(_chosen_layers(decoder, attention_modules(decoder), layers))
     if checks.integers("segments", segments).dim() != 2:
         raise ValueError(f"segments must have shape [B, S], got {checks.describe(segments)}")
     attention_checks.segment_count(num_segments)
@@ -429,7 +429,7 @@ def resolve_layers(layers: Sequence[int], number: int) -> list[int]:
     return found
 
 
-def _attention_modules(decoder: Any) -> dict[int, nn.Module]:
+def attention_modules(decoder: Any) -> dict[int, nn.Module]:
     """Return the self-attention of every layer that has one, by the layer's index.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Hidden states, attention shares and visual tokens of an unmodified vision-language model of transformers.
+"""Hidden states, attention shares, visual tokens and second views of a model of transformers as it is.
 
 VGPO reads the decoder's hidden states after its final norm. ``output_hidden_states=True`` would keep those of every
 layer. A hook on the final norm keeps a reference to one tensor, the one that the LM head reads anyway, so it needs no
@@ -15,6 +15,12 @@ The attention of its layers is captured the same way, without the attention matr
     with capture_attention_mass(model, segments, layers=(-1,)) as captured:
         sequences = model.generate(**inputs)
     image_share = captured.masses[..., IMAGE]
+
+What the model would say of other images, or of none, is computed in a second pass::
+
+    spoilt = model(**spoilt_view(inputs, "mask", model, seed=0)).logits
+    with blind_attention(model, images):
+        blind = model(**inputs).logits
 
 Importing this imports no transformers.
 """
@@ -40,6 +46,7 @@ from vgpo_kernels.integrations.attention_capture import (
     capture_attention,
     capture_attention_mass,
 )
+from vgpo_kernels.integrations.blind_attention import blind_attention, reuse_vision_tower
 from vgpo_kernels.integrations.model_surface import (
     NORM_NAMES,
     VISUAL_TOKEN_NAMES,
@@ -49,11 +56,13 @@ from vgpo_kernels.integrations.model_surface import (
     visual_mask,
     visual_token_ids,
 )
+from vgpo_kernels.integrations.views import KINDS, spoilt_view
 
 __all__ = [
     "GENERATED",
     "IGNORED",
     "IMAGE",
+    "KINDS",
     "NORM_NAMES",
     "QUESTION",
     "SEGMENT_NAMES",
@@ -62,11 +71,14 @@ __all__ = [
     "CapturedHiddenStates",
     "CapturedMasses",
     "attention_segments",
+    "blind_attention",
     "capture_attention",
     "capture_attention_mass",
     "capture_hidden_states",
     "decoder_of",
     "final_norm",
+    "reuse_vision_tower",
+    "spoilt_view",
     "unwrap",
     "visual_mask",
     "visual_token_ids",
