@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels.config import FLOAT32_LEAST, FLOAT32_MOST, Visibility, is_number, spell, type_name
-from vgpo_kernels.reference.truncation import Truncation
 
 T = TypeVar("T")
 
@@ -521,15 +520,15 @@ def logit_map(
     return {"temperature": divisor, "temperatures": rows, "logit_scale": scale, "softcap": cap}
 
 
-def truncation(top_k: object, top_p: object, min_p: object) -> Truncation | None:
-    """Return the settings of a sampler that truncates, or ``None`` where none is given."""
+def truncation(top_k: object, top_p: object, min_p: object) -> tuple[int, float, float] | None:
+    """Return ``top_k``, ``top_p`` and ``min_p`` of a sampler that truncates, or ``None`` where none is given."""
     if top_k is None and top_p is None and min_p is None:
         return None
     count = 0 if top_k is None else positive_integer("top_k", top_k)
     mass = 1.0 if top_p is None else _share("top_p", top_p)
     if mass == 0:
         raise ValueError(f"top_p must be above 0, got {spell(top_p)}")
-    return Truncation(count, mass, 0.0 if min_p is None else _share("min_p", min_p))
+    return count, mass, 0.0 if min_p is None else _share("min_p", min_p)
 
 
 def _share(name: str, value: object) -> float:

@@ -128,7 +128,8 @@ def linear_logprob(
     """
     both = checks.flag("return_entropy", return_entropy)
     squares = checks.flag("return_sum_squares", return_sum_squares)
-    truncation = checks.truncation(top_k, top_p, min_p)
+    settings = checks.truncation(top_k, top_p, min_p)
+    truncation = None if settings is None else Truncation(*settings)
     head = _checked(
         hidden, weight, targets, bias, 0, (temperature, logit_scale, softcap), ignore_index, chunk_bytes, whole=True
     )
