@@ -1,20 +1,18 @@
 // Running statistics of logits, of one view of a token and of two: written once for the CPU and for CUDA.
 #pragma once
 
-#include <limits>
-
 #include "math.h"
 
 namespace vgpo {
 
 // What logits are measured from. Of minus infinities alone there is nothing to measure from.
 VGPO_HD inline float origin_of(float maximum) {
-    return maximum == -std::numeric_limits<float>::infinity() ? 0.0f : maximum;
+    return maximum == -INFINITY ? 0.0f : maximum;
 }
 
 // Of a row of logits z, as head_statistics keeps them.
 struct LogitStatistics {
-    float maximum = -std::numeric_limits<float>::infinity();
+    float maximum = -INFINITY;
     float total = 0.0f;     // of e^(z - maximum)
     float weighted = 0.0f;  // of e^(z - maximum) (z - maximum)
     float squares = 0.0f;   // of e^2(z - maximum), where they are asked for
@@ -30,7 +28,7 @@ struct LogitStatistics {
     VGPO_HD inline LogitStatistics moved_to(float largest) const {
         if (maximum == largest) return *this;
         // Nothing so far, unless a NaN among it has made the total NaN.
-        if (maximum == -std::numeric_limits<float>::infinity()) return {largest, total, total, total};
+        if (maximum == -INFINITY) return {largest, total, total, total};
         const float drop = maximum - largest, factor = expf(drop);
         return {largest, total * factor, (weighted + total * drop) * factor, squares * factor * factor};
     }

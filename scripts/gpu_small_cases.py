@@ -38,6 +38,7 @@ MIXED = (
 )
 
 
+MEASURES = ("kl", "reverse_kl", "js", "tv", "hellinger", "entropy", "other_entropy")
 VISIBILITIES = ("all", "causal")
 DEVICE, BACKEND = ("cpu", "cpp") if "--dry-run" in sys.argv[1:] else ("cuda", "cuda")
 
@@ -157,6 +158,39 @@ def check_head(dtype: torch.dtype, with_bias: bool) -> None:
         assert_close(one.cpu() / unit, wide / unit, name=f"{name}, {dtype}", floor=floor)
 
 
+def check_divergence(dtype: torch.dtype, own_head: bool) -> None:
+    """Divergences of two views and their gradients, in chunks that are no multiple of anything."""
+    heads = [make_head(45, 40, 5003, dtype=dtype, bias=own_head, ignored=0.2, seed=seed) for seed in range(2)]
+    targets = heads[0].targets.masked_fill(heads[1].targets < 0, -100)
+    used = [heads[0].tensors(), heads[1].tensors() if own_head else [heads[1].hidden]]
+
+    def results(tensors: list[list[Tensor]], ids: Tensor) -> dict[str, Tensor]:
+        p, q = ([one.requires_grad_() for one in view] for view in tensors)
+        of_other = {"other_weight": q[1], "bias": p[2], "other_bias": q[2]} if own_head else {}
+        found = vgpo_kernels.linear_divergence(
+            *(p[0], q[0], p[1], ids),
+            **of_other,
+            temperature=2.0,
+            measures=MEASURES,
+            js_beta=0.3,
+            chunk_bytes=4 * 30 * 1100,
+        )
+        loss = torch.stack([(value * value.detach().cos()).sum() for value in found]).sum()
+        gradients = enumerate(torch.autograd.grad(loss, [*p, *q]))
+        values = {name: value.detach() for name, value in found._asdict().items()}
+        return values | {f"gradient by input {index}": gradient for index, gradient in gradients}
+
+    with backend(BACKEND):
+        found = results([[one.to(DEVICE) for one in view] for view in used], targets.to(DEVICE))
+    with backend("reference"):
+        exact = results([[one.double() for one in view] for view in used], targets)
+    for name, wide in exact.items():
+        gradient = name.startswith("gradient")
+        unit = wide.abs().max() if gradient else 1.0
+        floor = max(4 * torch.finfo(dtype).eps, 1e-5) if gradient else 1e-5
+        assert_close(found[name].cpu() / unit, wide / unit, name=f"{name}, {dtype}", floor=floor)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Every element type in both layouts, aligned and unaligned, with a name each."""
     configs = (VGPOConfig.paper(), VGPOConfig.released())
@@ -172,6 +206,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"attention, {about}, heads of {size}", partial(check_attention, dtype, packed, size)
     for dtype, with_bias in product(dtypes, (True, False)):  # without one, 16-bit numbers go in tiles on Hopper
         yield f"LM head, {dtype}, {'with' if with_bias else 'without'} bias", partial(check_head, dtype, with_bias)
+        number = "two heads" if with_bias else "one head"
+        yield f"LM head, {dtype}, divergences by {number}", partial(check_divergence, dtype, with_bias)
 
 
 def main() -> int:

@@ -34,7 +34,7 @@ TABLE = ROOT / "benchmarks" / "results" / "triton_resources.csv"
 from vgpo_kernels import PolicyLossOptions, VGPOConfig  # noqa: E402
 from vgpo_kernels.config import CHOICES  # noqa: E402
 from vgpo_kernels.ops import registry  # noqa: E402
-from vgpo_kernels.triton_kernels import attention_mass, linear_logprob  # noqa: E402
+from vgpo_kernels.triton_kernels import attention_mass, linear_divergence, linear_logprob  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -183,6 +183,7 @@ def calls(loss_types: Iterable[str]) -> dict[str, Callable[[], Any]]:
         **{f"policy_loss, {name}": policy(name) for name in loss_types},
         **attention_calls(),
         **head_calls(),
+        **pair_calls(),
     }
 
 
@@ -220,6 +221,25 @@ def head_calls() -> dict[str, Callable[[], Any]]:
     return {
         "head_statistics": lambda: linear_logprob.head_statistics(*chunk, torch.zeros(4, rows), logits, True),
         "head_gradient, bfloat16": lambda: linear_logprob.head_gradient(*chunk, torch.zeros(5, rows), logits, False),
+    }
+
+
+def pair_calls() -> dict[str, Callable[[], Any]]:
+    """Return calls of the epilogues of an LM head before two views, on the logits of a chunk."""
+    pairs, columns = 4, 64
+    rows, weight = torch.zeros(2 * pairs, 16, dtype=torch.bfloat16), torch.zeros(columns, 16, dtype=torch.bfloat16)
+    targets, logits, bias = torch.zeros(pairs, dtype=torch.int64), torch.zeros(2 * pairs, columns), torch.zeros(columns)
+    head, logit_map = (rows, weight, bias, bias), (1.0, None, 1.0, 0.0)
+    coefficients, totals = torch.zeros(20, pairs), torch.zeros(4, pairs)
+    module = linear_divergence
+    return {
+        "pair_statistics": lambda: module.pair_statistics(
+            *head, targets, 0, *logit_map, torch.zeros(11, pairs), logits, False
+        ),
+        "pair_shares": lambda: module.pair_shares(*head, *logit_map, totals, 0.5, torch.zeros(4, pairs), logits, False),
+        "pair_gradient, bfloat16": lambda: module.pair_gradient(
+            *head, targets, 0, *logit_map, coefficients, 0.5, logits, False
+        ),
     }
 
 

@@ -1,13 +1,8 @@
 // The arithmetic of an LM head's chunks on CUDA: products by cuBLAS through ATen, epilogues, registration.
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include <atomic>
-
-#include "binding.cuh"
+#include "head_products.cuh"
 #include "head_tiles.h"
-#include "linear_logprob.cuh"
 
 namespace vgpo {
 namespace cuda {
@@ -30,48 +25,6 @@ HeadRows head_rows(const ArgumentReader& reader, int64_t width) {
             reader.value<int64_t>("first"),
             static_cast<int>(columns),
             reader.logit_maps(rows)};
-}
-
-// Calls body(std::bool_constant).
-template <typename Body>
-void by_flag(bool flag, Body body) {
-    if (flag) body(std::true_type());
-    else body(std::false_type());
-}
-
-template <typename Arguments>
-void launch_rows(void (*kernel)(Arguments), const Arguments& arguments, const at::Tensor& logits) {
-    if (logits.size(1) == 0) return;
-    launch_blocks(kernel, arguments, dim3(static_cast<unsigned>(logits.size(0))), kHeadThreads, 0, logits.device());
-}
-
-// Adds the product of 16-bit matrices to an fp32 matrix where it lies, or returns false with nothing done.
-//
-// Torch 2.8 has the overload with a dtype of the result, but its releases differ in whether what is added to may have
-// that dtype or must have that of the matrices. They check before they compute, so the first call finds out.
-bool add_product(const at::Tensor& left, const at::Tensor& right, at::Tensor result) {
-    static std::atomic<bool> refused{false};
-    // A single row may be taken for a bias, which a kernel would read while it writes the row.
-    if (result.size(0) == 1 || refused.load(std::memory_order_relaxed)) return false;
-    try {
-        at::addmm_out(result, result, left, right, at::kFloat);
-        return true;
-    } catch (const c10::OutOfMemoryError&) {
-        throw;
-    } catch (const c10::Error&) {  // where the product itself fails, its next call says why
-        refused.store(true, std::memory_order_relaxed);
-        return false;
-    }
-}
-
-void multiply(const at::Tensor& left, const at::Tensor& right, at::Tensor result, bool accumulate) {
-    if (left.scalar_type() == at::kFloat) {
-        at::addmm_out(result, result, left, right, accumulate ? 1.0 : 0.0);
-    } else if (!accumulate) {
-        at::mm_out(result, left, right, at::kFloat);
-    } else if (!add_product(left, right, result)) {
-        result.add_(at::mm(left, right, at::kFloat));
-    }
 }
 
 Tensors head_product(const ArgumentReader& reader) {

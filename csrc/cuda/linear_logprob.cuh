@@ -40,9 +40,11 @@ __device__ inline int misalignment(const float* row) {
     return static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(float) % 4);
 }
 
-// Products [column, column + 4) of a row, -infinity outside it; `column` lies on a 16-byte boundary.
-__device__ __forceinline__ float4 load_guarded(const HeadRows& rows, const float* row, int64_t column) {
-    if (column >= 0 && column + 4 <= rows.columns) return __ldcs(reinterpret_cast<const float4*>(row + column));
+// Products [column, column + 4) of a row, -infinity outside it; `aligned`: `column` lies on a 16-byte boundary.
+__device__ __forceinline__ float4 load_guarded(const HeadRows& rows, const float* row, int64_t column, bool aligned) {
+    if (aligned && column >= 0 && column + 4 <= rows.columns) {
+        return __ldcs(reinterpret_cast<const float4*>(row + column));
+    }
     const auto one = [&](int64_t i) { return i >= 0 && i < rows.columns ? row[i] : -INFINITY; };
     return make_float4(one(column), one(column + 1), one(column + 2), one(column + 3));
 }
@@ -64,20 +66,20 @@ struct HeadPass {
         return whole || (place >= 0 && place < columns);
     }
 
-    // Products plus bias; -infinity outside the row. In a whole pass no branch stands between the loads: all are on
-    // their way before the first one is waited for.
-    __device__ __forceinline__ void load(const HeadRows& rows, const float* row,
-                                         float (&products)[kHeadVectors][4]) const {
-        float4 fours[kHeadVectors];
-        if (whole) {
+    // Products; -infinity outside the row. Only of a pass that is not whole may vectors not be aligned.
+    template <bool kWhole>
+    __device__ __forceinline__ void fetch(const HeadRows& rows, const float* row, float4 (&fours)[kHeadVectors],
+                                          bool aligned = true) const {
 #pragma unroll
-            for (int i = 0; i < kHeadVectors; ++i) {
-                fours[i] = __ldcs(reinterpret_cast<const float4*>(row + column(i)));
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < kHeadVectors; ++i) fours[i] = load_guarded(rows, row, column(i));
+        for (int i = 0; i < kHeadVectors; ++i) {
+            if constexpr (kWhole) fours[i] = __ldcs(reinterpret_cast<const float4*>(row + column(i)));
+            else fours[i] = load_guarded(rows, row, column(i), aligned);
         }
+    }
+
+    // The same by element, plus bias.
+    __device__ __forceinline__ void unpack(const HeadRows& rows, const float4 (&fours)[kHeadVectors],
+                                           float (&products)[kHeadVectors][4]) const {
 #pragma unroll
         for (int i = 0; i < kHeadVectors; ++i) {
             products[i][0] = fours[i].x;
@@ -91,6 +93,15 @@ struct HeadPass {
                 if (place >= 0 && place < rows.columns) products[i][j] += rows.bias[place];
             });
         }
+    }
+
+    // In a whole pass no branch stands between the loads: all are on their way before the first one is waited for.
+    __device__ __forceinline__ void load(const HeadRows& rows, const float* row,
+                                         float (&products)[kHeadVectors][4]) const {
+        float4 fours[kHeadVectors];
+        if (whole) fetch<true>(rows, row, fours);
+        else fetch<false>(rows, row, fours);
+        unpack(rows, fours, products);
     }
 
     template <typename Body>
@@ -233,6 +244,29 @@ __device__ __forceinline__ void store_gradient(T* to, const float (&values)[4]) 
     __stcg(reinterpret_cast<uint2*>(to), words);
 }
 
+// Stores a pass over a row's gradient; in vectors where those of its elements are aligned.
+template <typename T>
+__device__ __forceinline__ void store_pass(const HeadPass& pass, T* gradient, int columns, bool vectors,
+                                           const float (&values)[kHeadVectors][4]) {
+    if (pass.whole && vectors) {
+#pragma unroll
+        for (int i = 0; i < kHeadVectors; ++i) store_gradient(gradient + pass.column(i), values[i]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < kHeadVectors; ++i) {
+        const int64_t column = pass.column(i);
+        if (vectors && column >= 0 && column + 4 <= columns) {
+            store_gradient(gradient + column, values[i]);
+            continue;
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            if (column + j >= 0 && column + j < columns) store_float(gradient + column + j, values[i][j]);
+        }
+    }
+}
+
 // Turns a row of products into its gradient, of type T, from the row's beginning on.
 template <typename T, bool kCapped>
 __global__ void __launch_bounds__(kHeadThreads)
@@ -265,23 +299,7 @@ __global__ void __launch_bounds__(kHeadThreads)
         // Narrow numbers take the place of wide ones that other threads may still have to read, but only of this pass:
         // those behind it are never reached.
         __syncthreads();
-        if (pass.whole && vectors) {
-#pragma unroll
-            for (int i = 0; i < kHeadVectors; ++i) store_gradient(gradient + pass.column(i), values[i]);
-            continue;
-        }
-#pragma unroll
-        for (int i = 0; i < kHeadVectors; ++i) {
-            const int64_t column = pass.column(i);
-            if (vectors && column >= 0 && column + 4 <= rows.columns) {
-                store_gradient(gradient + column, values[i]);
-                continue;
-            }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                if (column + j >= 0 && column + j < rows.columns) store_float(gradient + column + j, values[i][j]);
-            }
-        }
+        store_pass(pass, gradient, rows.columns, vectors, values);
     }
 }
 

@@ -17,6 +17,7 @@ THREADS = {
     **dict.fromkeys(("attention_mass", "attention_warpgroup", "attention_heatmap", "head_mean"), 128),
     **dict.fromkeys(("attention_query_gradient", "attention_key_gradient"), 128),
     **dict.fromkeys(("head_statistics", "head_gradient"), 256),
+    **dict.fromkeys(("pair_statistics", "pair_shares", "pair_gradient"), 128),
     "head_tiles": 384,
     "head_merge": 512,
     "group_weights": 32,
@@ -63,7 +64,7 @@ def test_bindings_compile(nvcc: str, tmp_path: Path) -> None:
     bindings = sorted(CUDA.glob("*.cu"))
     stems = [path.stem for path in bindings]
     assert stems == [
-        *("attention_mass", "head_tiles", "linear_logprob", "policy_loss", "vgpo_loss"),
+        *("attention_mass", "head_tiles", "linear_divergence", "linear_logprob", "policy_loss", "vgpo_loss"),
         *("visual_focus", "visual_weights"),
     ]
     together = tmp_path / "bindings.cu"

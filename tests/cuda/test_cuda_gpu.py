@@ -19,6 +19,7 @@ from vgpo_kernels import (
     backend,
     backends,
     group_weights,
+    linear_divergence,
     linear_logprob,
     policy_loss,
     vgpo_loss,
@@ -69,6 +70,12 @@ def calls(batch: Batch) -> dict[str, Callable[[], Any]]:
     weight = torch.randn(3001, rows.shape[-1], generator=generator).to(device, rows.dtype)
     targets = torch.arange(len(rows), device=device)
 
+    def divergences(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        found = linear_divergence(
+            rows, rows.flip(0), weight, targets, measures=("kl", "js"), ignore_index=None, chunk_bytes=4 * 30 * 1024
+        )
+        return tuple(one for one in found if one is not None)
+
     def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
         return torch.autograd.grad(function(*leaves).square().sum(), leaves)
@@ -83,6 +90,10 @@ def calls(batch: Batch) -> dict[str, Callable[[], Any]]:
         ),
         "linear_logprob's gradient": lambda: gradients(
             lambda rows, weight: linear_logprob(rows, weight, targets, ignore_index=None), rows, weight
+        ),
+        "linear_divergence": lambda: divergences(rows, weight),
+        "linear_divergence's gradient": lambda: gradients(
+            lambda rows, weight: torch.stack(divergences(rows, weight)), rows, weight
         ),
         "visual_prototype": lambda: visual_prototype(batch.hidden, batch.visual_mask),
         "causal_prototype": lambda: visual_prototype(batch.hidden, batch.visual_mask, visibility="causal"),
@@ -104,6 +115,7 @@ OPERATORS = (
     *ONE_LAUNCH,
     *("attention_mass", "attention_mass's gradient", "attention_heatmap", "attention_heatmap's gradient"),
     *("linear_logprob", "linear_logprob's gradient"),
+    *("linear_divergence", "linear_divergence's gradient"),
 )
 
 

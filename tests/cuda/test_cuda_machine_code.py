@@ -22,7 +22,7 @@ ELEMENTS = {"float32": "f", "float16": "6__half", "bfloat16": "13__nv_bfloat16"}
 HALVES = ("float16", "bfloat16")
 # Attention has kernels for single sizes of heads, and one for the rest, which is not looked at.
 TESTED = (
-    "(visual_(focus|prototype)|head_(statistics|gradient)|policy_loss)_kernelI"
+    "(visual_(focus|prototype)|head_(statistics|gradient)|pair_(statistics|shares|gradient)|policy_loss)_kernelI"
     "|vgpo_loss_kernelI13|attention_.*Li(64|128)E|head_tiles"
 )
 
@@ -97,7 +97,7 @@ def test_rows_are_read_in_batches(name: str, element: str) -> None:
     ("name", "element"), [("head_statistics", "Li256E"), *(("head_gradient", element) for element in ELEMENTS)]
 )
 def test_logits_are_read_in_batches(name: str, element: str) -> None:
-    code = kernel(name, ELEMENTS.get(element, element))  # of statistics: threads
+    code = kernel(name, ELEMENTS.get(element, element), "Lb0E")  # of statistics: threads
     check_no_local_memory(code)
     (loop,) = code.loops
     path = check_batch(loop, 4)
@@ -112,6 +112,45 @@ def test_logits_are_read_in_batches(name: str, element: str) -> None:
         width = "128" if element == "float32" else "64"
         assert path.number(f"STG.{width}") == path.number("STG") == 4, "gradients should leave in whole vectors"
     assert len(path) <= {"Li256E": 281, "float32": 350}.get(element, 333) * SLACK
+
+
+class Pairs(NamedTuple):
+    """A pass over both views' rows: 16 entries of the vocabulary a thread."""
+
+    exponentials: int
+    compares: int
+    branches: int
+    instructions: int
+
+
+PAIRS = {
+    # Half the distance of both views, and five to move sums to larger logits.
+    "pair_statistics": Pairs(37, 54, 12, 864),
+    # Two and the mixture's, whose logarithm looks for subnormal numbers.
+    "pair_shares": Pairs(48, 102, 4, 1240),
+    "pair_gradient": Pairs(32, 43, 7, 874),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "element"),
+    [("pair_statistics", "Li128E"), ("pair_shares", "Li128E"), *(("pair_gradient", element) for element in ELEMENTS)],
+)
+def test_pairs_of_logits_are_read_in_batches(name: str, element: str) -> None:
+    code, expected = kernel(name, ELEMENTS.get(element, element), "Lb0E"), PAIRS[name]
+    check_no_local_memory(code)
+    (loop,) = code.loops
+    check_batch(loop, 8)  # four of each view
+    # Of a gradient the way without shares, where nothing else is computed.
+    path = loop.path("LDG.128") if name == "pair_gradient" else loop.path("LDG.128", "MUFU.EX2")
+    assert path.number("MUFU.EX2") == expected.exponentials
+    assert path.number(*COMPARES) <= expected.compares + 2
+    assert name == "pair_shares" or path.guarded_products == 0, GUARDED
+    assert path.branches <= expected.branches
+    if name == "pair_gradient":
+        width = "128" if element == "float32" else "64"
+        assert path.number(f"STG.{width}") == path.number("STG") == 8, "gradients should leave in whole vectors"
+    assert len(path) <= expected.instructions * SLACK
 
 
 @pytest.mark.parametrize(

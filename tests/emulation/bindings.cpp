@@ -24,6 +24,7 @@ constexpr bool emulation::kFollowsGrid<vgpo::cuda::CausalPrototypeArguments<T>> 
 #include "../../csrc/arguments.cpp"
 #include "../../csrc/cuda/attention_mass.cu"
 #include "../../csrc/cuda/head_tiles.cu"
+#include "../../csrc/cuda/linear_divergence.cu"
 #include "../../csrc/cuda/linear_logprob.cu"
 #include "../../csrc/cuda/policy_loss.cu"
 #include "../../csrc/cuda/vgpo_loss.cu"

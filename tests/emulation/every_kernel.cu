@@ -3,7 +3,7 @@
 #include "../../csrc/cuda/attention_warpgroup.cuh"
 #include "../../csrc/cuda/causal_prototype.cuh"
 #include "../../csrc/cuda/head_tiles.cuh"
-#include "../../csrc/cuda/linear_logprob.cuh"
+#include "../../csrc/cuda/linear_divergence.cuh"
 #include "../../csrc/cuda/vgpo_loss.cuh"
 
 namespace vgpo {
@@ -15,7 +15,9 @@ namespace cuda {
     template __global__ void visual_focus_kernel<T>(const __grid_constant__ VisualFocusArguments<T>); \
     template __global__ void vgpo_loss_kernel<T>(const __grid_constant__ VgpoLossArguments<T>); \
     template __global__ void head_gradient_kernel<T, false>(const __grid_constant__ HeadGradientArguments); \
-    template __global__ void head_gradient_kernel<T, true>(const __grid_constant__ HeadGradientArguments);
+    template __global__ void head_gradient_kernel<T, true>(const __grid_constant__ HeadGradientArguments); \
+    template __global__ void pair_gradient_kernel<T, false>(const __grid_constant__ PairGradientArguments); \
+    template __global__ void pair_gradient_kernel<T, true>(const __grid_constant__ PairGradientArguments);
 
 // The sizes of heads with kernels of their own, and 0 for any other.
 #define EVERY_HEAD_SIZE(T, size) \
@@ -69,6 +71,10 @@ STATISTICS_KERNELS(false, false)
 STATISTICS_KERNELS(false, true)
 STATISTICS_KERNELS(true, false)
 STATISTICS_KERNELS(true, true)
+template __global__ void pair_statistics_kernel<kPairThreads, false>(const __grid_constant__ PairStatisticsArguments);
+template __global__ void pair_statistics_kernel<kPairThreads, true>(const __grid_constant__ PairStatisticsArguments);
+template __global__ void pair_shares_kernel<kPairThreads, false>(const __grid_constant__ PairSharesArguments);
+template __global__ void pair_shares_kernel<kPairThreads, true>(const __grid_constant__ PairSharesArguments);
 template __global__ void head_merge_kernel<kMergeWarps>(const __grid_constant__ TileMergeArguments);
 
 }  // namespace cuda

@@ -14,7 +14,7 @@ import torch
 from emulation.harness import Emulator, compiler
 
 from vgpo_kernels import backend, backends
-from vgpo_kernels.ops import linear_logprob, linear_vgpo_loss
+from vgpo_kernels.ops import linear_divergence, linear_logprob, linear_vgpo_loss
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +35,8 @@ def backend_name(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterato
     kernels = linear_logprob.compiled_kernels(torch.device("cpu"))._replace(half=True)
     for module in (linear_logprob, linear_vgpo_loss):
         monkeypatch.setattr(module, "compiled_kernels", lambda _: kernels)
+    of_pairs = linear_divergence.compiled_kernels(torch.device("cpu"))._replace(head=kernels)
+    monkeypatch.setattr(linear_divergence, "compiled_kernels", lambda _: of_pairs)
     with backend("cpp"):
         yield "cuda"
     library._destroy()
