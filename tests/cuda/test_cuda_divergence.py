@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import test_linear_divergence
 import torch
-from emulation.harness import Emulator, Shape, compiler
-from emulation.serving import emulator
+from emulation.harness import Emulator, Shape
+from emulation.serving import adopt
 from tolerance import assert_close
 from torch import Tensor
 
@@ -16,9 +17,7 @@ from vgpo_kernels.reference.linear_divergence import COEFFICIENTS
 from vgpo_kernels.reference.linear_logprob import gradient_of
 from vgpo_kernels.reference.logits import LogitMap
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ to build kernels for emulation")
-
-__all__ = ["emulator"]
+adopt(globals(), test_linear_divergence)
 
 Kernel = Callable[..., None]
 Kernels = tuple[Kernel, Kernel, Kernel]

@@ -354,7 +354,8 @@ def compute_backward(
     for place, states in enumerate((hidden, other)):
         by_rows = found[place]
         if by_rows is not None:
-            by_rows = by_rows.to(states.dtype)
+            # Copied, since both views' may lie in one tensor, and results do not share memory.
+            by_rows = by_rows.to(states.dtype, copy=True)
             found[place] = by_rows if index is None else torch.zeros_like(states).index_copy_(0, index, by_rows)
     return tuple(hidden.new_empty(0) if one is None else one.contiguous() for one in found)
 
