@@ -130,7 +130,6 @@ def divergence_op(name: str, measure: str, backward: bool) -> Op:
 OPS = (
     divergence_op("linear_divergence", "kl", False),
     divergence_op("linear_divergence and its gradient", "kl", True),
-    divergence_op("linear_divergence of JS", "js", False),
     divergence_op("linear_divergence of JS and its gradient", "js", True),
 )
 
