@@ -13,8 +13,8 @@
 namespace vgpo {
 namespace cuda {
 
-// By default a chunk of many pairs has some 4,700 columns, a pass 2,048: with more threads most of its last pass would
-// lie behind the end.
+// By default a chunk of thousands of pairs has 4,608 columns or so, and a pass 2,048: with more threads most of the last
+// pass would lie behind the end.
 constexpr int kPairThreads = 128;
 
 // The pairs of a chunk, as the rows of each view: those of hidden's are the even rows of the products.
@@ -48,20 +48,6 @@ struct PairPass {
         other.unpack(rows.view[1], other_fours, q);
     }
 };
-
-// Turns products of a pass into logits, and what lies outside the row into -infinity.
-template <bool kCapped>
-__device__ __forceinline__ void to_logits(const HeadPass& pass, int columns, const LogitMap& map,
-                                          float (&values)[kHeadVectors][4]) {
-    HeadPass::each([&](int i, int j) {
-        if constexpr (kCapped) {
-            const bool inside = pass.inside(i, j, columns);
-            values[i][j] = inside ? hyperbolic_tangent(values[i][j] * map.squeeze) * map.factor : -INFINITY;
-        } else {
-            values[i][j] *= map.factor;
-        }
-    });
-}
 
 // share * (own - other), and nothing where there is no share: both may be infinitely far away.
 __device__ __forceinline__ float apart(float share, float own, float other) {

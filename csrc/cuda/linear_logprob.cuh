@@ -114,6 +114,20 @@ struct HeadPass {
     }
 };
 
+// Turns products of a pass into logits, and what lies outside the row into -infinity.
+template <bool kCapped>
+__device__ __forceinline__ void to_logits(const HeadPass& pass, int columns, const LogitMap& map,
+                                          float (&values)[kHeadVectors][4]) {
+    HeadPass::each([&](int i, int j) {
+        if constexpr (kCapped) {
+            const float logit = hyperbolic_tangent(values[i][j] * map.squeeze) * map.factor;
+            values[i][j] = pass.inside(i, j, columns) ? logit : -INFINITY;
+        } else {
+            values[i][j] *= map.factor;
+        }
+    });
+}
+
 // ---- statistics ------------------------------------------------------------------------------------------------
 
 // The largest logit m, and the sums of e and of e (z - m) with e = exp(z - m).
@@ -196,14 +210,7 @@ __global__ void __launch_bounds__(kBlockThreads)
         float logits[kHeadVectors][4];
         const HeadPass pass(begin, rows.columns);
         pass.load(rows, row, logits);
-        HeadPass::each([&](int i, int j) {
-            if constexpr (kCapped) {
-                const bool inside = pass.inside(i, j, rows.columns);
-                logits[i][j] = inside ? hyperbolic_tangent(logits[i][j] * map.squeeze) * map.factor : -INFINITY;
-            } else {
-                logits[i][j] *= map.factor;
-            }
-        });
+        to_logits<kCapped>(pass, rows.columns, map, logits);
         Statistics part = Statistics::identity();
         float& largest = part.largest();
         HeadPass::each([&](int i, int j) { largest = fmaxf(largest, logits[i][j]); });

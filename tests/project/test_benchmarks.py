@@ -205,6 +205,11 @@ MEASURED_ON_GPUS = {
     "linear_logprob": {"PyTorch", "torch.compile", "products alone"},
     "linear_logprob and its gradient": {"PyTorch", "torch.compile", "products alone"},
     "linear_policy_loss and its gradient": {"PyTorch", "products alone"},
+    **{
+        f"linear_divergence{of}{by}": {"two linear_logprob", "PyTorch", "torch.compile", "products alone"}
+        for of in ("", " of JS")
+        for by in ("", " and its gradient")
+    },
     "training step": STEPS,
     "training step at 7B's widths": STEPS,
 }
