@@ -15,22 +15,21 @@ struct LogitStatistics {
     float maximum = -INFINITY;
     float total = 0.0f;     // of e^(z - maximum)
     float weighted = 0.0f;  // of e^(z - maximum) (z - maximum)
-    float squares = 0.0f;   // of e^2(z - maximum), where they are asked for
 
     // Takes in statistics of other logits. Of minus infinities alone there are none.
     VGPO_HD inline void merge(const LogitStatistics& other) {
         const float largest = vgpo::maximum(other.maximum, maximum);
         const LogitStatistics mine = moved_to(largest), theirs = other.moved_to(largest);
-        *this = {largest, mine.total + theirs.total, mine.weighted + theirs.weighted, mine.squares + theirs.squares};
+        *this = {largest, mine.total + theirs.total, mine.weighted + theirs.weighted};
     }
 
     // The same, measured from a larger logit.
     VGPO_HD inline LogitStatistics moved_to(float largest) const {
         if (maximum == largest) return *this;
         // Nothing so far, unless a NaN among it has made the total NaN.
-        if (maximum == -INFINITY) return {largest, total, total, total};
+        if (maximum == -INFINITY) return {largest, total, total};
         const float drop = maximum - largest, factor = expf(drop);
-        return {largest, total * factor, (weighted + total * drop) * factor, squares * factor * factor};
+        return {largest, total * factor, (weighted + total * drop) * factor};
     }
 };
 

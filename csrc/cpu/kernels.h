@@ -107,9 +107,10 @@ struct Kernels {
     void (*add_probabilities)(const float* scores, int64_t begin, int64_t end, float lse, float weight,
                               float* totals);
 
-    // Takes the logits of products plus bias into a row's statistics, [1] with their squares. `bias` may be null.
+    // Takes the logits of products plus bias into a row's statistics. `bias` may be null. [1] keeps the sum of
+    // e^2(z - maximum) in `squares`, too.
     void (*logit_statistics[2])(const float* products, const float* bias, int64_t columns, const LogitMap& map,
-                                LogitStatistics& statistics);
+                                LogitStatistics& statistics, float* squares);
     // Gradient by the logits, times the slope of a cap, in float or bfloat16 (kFloat, kBFloat16); it may take the
     // products' place.
     void (*logit_gradient[2])(const float* products, const float* bias, int64_t columns, const LogitMap& map,

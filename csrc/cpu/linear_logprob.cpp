@@ -51,13 +51,16 @@ Tensors head_statistics(const ArgumentReader& reader) {
     const Rows products = written_rows_of(reader, "logits", rows, chunk.columns());
     const auto statistics_of = kernels().logit_statistics[squares ? 1 : 0];
     std::vector<LogitStatistics> partial(static_cast<size_t>(groups * rows));
+    std::vector<float> partial_squares(squares ? partial.size() : 0);
     const auto take = [&](const Tile& tile) {
         const float* offsets = chunk.bias == nullptr ? nullptr : chunk.bias + tile.column;
         for (int64_t r = 0; r < tile.rows; ++r) {
             const int64_t row = tile.row + r, target = chunk.target(row) - tile.column;
             const LogitMap map = chunk.maps.of_row(row);
             const float* values = tile.products.at(r, 0);
-            statistics_of(values, offsets, tile.columns, map, partial[tile.column / kGroupColumns * rows + row]);
+            const int64_t place = tile.column / kGroupColumns * rows + row;
+            float* const of_row = squares ? &partial_squares[place] : nullptr;
+            statistics_of(values, offsets, tile.columns, map, partial[place], of_row);
             if (0 <= target && target < tile.columns) {
                 const float offset = offsets == nullptr ? 0.0f : offsets[target];
                 *running.at(3, row) = map.logit(values[target] + offset);
@@ -72,16 +75,21 @@ Tensors head_statistics(const ArgumentReader& reader) {
     }
     at::parallel_for(0, rows, 1024, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-            LogitStatistics total = {*running.at(0, row), *running.at(1, row), *running.at(2, row), 0.0f};
-            if (squares) total.squares = *running.at(kSquaresRow, row);
+            LogitStatistics total = {*running.at(0, row), *running.at(1, row), *running.at(2, row)};
+            float sum_squares = squares ? *running.at(kSquaresRow, row) : 0.0f;
             for (int64_t group = 0; group < groups; ++group) {
                 const LogitStatistics& other = partial[group * rows + row];
-                if (other.total != 0.0f) total.merge(other);
+                if (other.total == 0.0f) continue;
+                const float before = total.maximum;
+                total.merge(other);
+                if (!squares) continue;
+                sum_squares *= expf(2.0f * (before - total.maximum));
+                sum_squares += partial_squares[group * rows + row] * expf(2.0f * (other.maximum - total.maximum));
             }
             *running.at(0, row) = total.maximum;
             *running.at(1, row) = total.total;
             *running.at(2, row) = total.weighted;
-            if (squares) *running.at(kSquaresRow, row) = total.squares;
+            if (squares) *running.at(kSquaresRow, row) = sum_squares;
         }
     });
     return {};

@@ -41,11 +41,11 @@ inline void cap_block(const float* products, const float* bias, int64_t begin, i
 
 // Takes at most kLogitBlock logits into a row's statistics.
 template <bool kSquares>
-inline void block_statistics(const float* products, const float* bias, int64_t begin, int64_t end, Vector factor,
-                             LogitStatistics& statistics) {
+inline void block_statistics(const float* products, const float* bias, int64_t columns, Vector factor,
+                             LogitStatistics& statistics, float* of_row) {
     const Vector farthest(kFarthestLogit), nothing(-std::numeric_limits<float>::infinity());
     Vector largest = nothing;
-    for_logits(products, bias, begin, end, factor, [&](int64_t, Vector logits, int lanes) {
+    for_logits(products, bias, 0, columns, factor, [&](int64_t, Vector logits, int lanes) {
         if (lanes < Vector::kWidth) logits = select(first_lanes(lanes), logits, nothing);
         largest = maximum(logits, largest);
     });
@@ -54,7 +54,7 @@ inline void block_statistics(const float* products, const float* bias, int64_t b
         // A bias may forbid every entry seen so far: there is nothing to measure distances from. But a comparison
         // passes over a NaN, and a sum does not.
         Vector all(0.0f);
-        for_logits(products, bias, begin, end, factor, [&](int64_t, Vector logits, int lanes) {
+        for_logits(products, bias, 0, columns, factor, [&](int64_t, Vector logits, int lanes) {
             all = all + (lanes < Vector::kWidth ? select(first_lanes(lanes), logits, nothing) : logits);
         });
         if (sum(all) != sum(all)) statistics.total = sum(all);
@@ -62,7 +62,7 @@ inline void block_statistics(const float* products, const float* bias, int64_t b
     }
     const Vector origin(shift);
     Vector total(0.0f), weighted(0.0f), squares(0.0f);
-    for_logits(products, bias, begin, end, factor, [&](int64_t, Vector logits, int lanes) {
+    for_logits(products, bias, 0, columns, factor, [&](int64_t, Vector logits, int lanes) {
         const Vector distance = logits - origin;
         Vector share = exponential(distance);
         if (lanes < Vector::kWidth) share = select(first_lanes(lanes), share, Vector(0.0f));
@@ -70,21 +70,21 @@ inline void block_statistics(const float* products, const float* bias, int64_t b
         weighted = multiply_add(share, maximum(distance, farthest), weighted);
         if constexpr (kSquares) squares = multiply_add(share, share, squares);
     });
-    statistics.merge({shift, sum(total), sum(weighted), kSquares ? sum(squares) : 0.0f});
+    if constexpr (kSquares) *of_row = *of_row * expf(2.0f * (statistics.maximum - shift)) + sum(squares);
+    statistics.merge({shift, sum(total), sum(weighted)});
 }
 
 template <bool kSquares>
 void logit_statistics(const float* products, const float* bias, int64_t columns, const LogitMap& map,
-                      LogitStatistics& statistics) {
+                      LogitStatistics& statistics, float* squares) {
     float capped[kLogitBlock];
     for (int64_t begin = 0; begin < columns; begin += kLogitBlock) {
         const int64_t end = begin + kLogitBlock < columns ? begin + kLogitBlock : columns;
-        if (map.capped()) {
-            cap_block(products, bias, begin, end, map, capped, nullptr);
-            block_statistics<kSquares>(capped, nullptr, 0, end - begin, Vector(1.0f), statistics);
-        } else {
-            block_statistics<kSquares>(products, bias, begin, end, Vector(map.factor), statistics);
-        }
+        // One call, so that the compiler puts it in place.
+        const bool is_capped = map.capped();
+        if (is_capped) cap_block(products, bias, begin, end, map, capped, nullptr);
+        block_statistics<kSquares>(is_capped ? capped : products + begin, is_capped || !bias ? nullptr : bias + begin,
+                                   end - begin, Vector(is_capped ? 1.0f : map.factor), statistics, squares);
     }
 }
 
