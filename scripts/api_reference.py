@@ -116,6 +116,7 @@ GROUPS = (
             "capture_attention",
             "AttentionCall",
             "spoilt_view",
+            "NoOtherImageError",
             "blind_attention",
             "reuse_vision_tower",
             "final_norm",

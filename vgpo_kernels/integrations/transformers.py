@@ -56,7 +56,7 @@ from vgpo_kernels.integrations.model_surface import (
     visual_mask,
     visual_token_ids,
 )
-from vgpo_kernels.integrations.views import KINDS, spoilt_view
+from vgpo_kernels.integrations.views import KINDS, NoOtherImageError, spoilt_view
 
 __all__ = [
     "GENERATED",
@@ -70,6 +70,7 @@ __all__ = [
     "AttentionCall",
     "CapturedHiddenStates",
     "CapturedMasses",
+    "NoOtherImageError",
     "attention_segments",
     "blind_attention",
     "capture_attention",

@@ -37,6 +37,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 STRENGTHS: dict[str, float | None] = {"mask": 0.6, "noise": 0.8, "pixelation": None}
 
 
+class NoOtherImageError(ValueError):
+    """There is a single image in a batch, and so none to swap it for."""
+
+
 def spoilt_view(
     inputs: Mapping[str, Any],
     kind: Kind,
@@ -87,7 +91,8 @@ def spoilt_view(
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: ``kind`` or ``strength`` is out of range; the inputs hold videos, or images in a layout that is not
-            known; images cannot be assigned to rows; or ``"swap"`` finds a single image in the batch.
+            known; or images cannot be assigned to rows.
+        NoOtherImageError: ``"swap"`` finds a single image in the batch, or a single group; a ValueError.
 
     """
     if kind not in KINDS:
@@ -237,7 +242,7 @@ def _another_row(shown: Sequence[set[int]], groups: Sequence[int] | None, draw: 
     one size every row is taken once.
 
     Raises:
-        ValueError: There is one set only.
+        NoOtherImageError: There is one set only.
 
     """
     sets: list[tuple[set[Any], list[int]]] = []
@@ -251,7 +256,7 @@ def _another_row(shown: Sequence[set[int]], groups: Sequence[int] | None, draw: 
             keys, members = keys | other[0], [*other[1], *members]
         sets.append((keys, members))
     if len(sets) == 1:
-        raise ValueError(
+        raise NoOtherImageError(
             f"all {len(sets[0][1])} rows with images show the same one, or share a group, so that swap finds no other "
             "image: pass a batch with several, or sources="
         )
