@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
 
 from trl import GRPOConfig
 
 from vgpo_kernels import VGPOConfig
-from vgpo_trainer.signals import SIGNALS, signal_class
+from vgpo_trainer.signals import SIGNALS, VIEWS, ViewSignal, signal_class
 
 PRESETS = ("paper", "released")
 SOURCES = ("auto", "scoring", "loss")
+VIEW_ESTIMATORS = ("exact", "k3")
 
 
 @dataclass
@@ -25,8 +27,9 @@ class VGPOTrainingConfig(GRPOConfig):
         vgpo: Preset of :class:`vgpo_kernels.VGPOConfig`: ``"paper"``, ``"released"``, or ``None`` (``"none"``), which
             trains without the visual signal and gives TRL's own loss.
         signal: The visual signal, a name of :data:`vgpo_trainer.signals.SIGNALS`: ``"focus"``, the cosine of a token's
-            hidden state to its image prototype, or ``"attention"``, its query's share of attention on the image, which
-            takes the place of the focus score.
+            hidden state to its image prototype; ``"attention"``, its query's share of attention on the image, or
+            ``"dependency"``, the divergence of its distribution from that under a spoilt ``view`` of the image, which
+            take the place of the focus score.
         signal_layers: Decoder layers whose attention is averaged, negative ones counted from the last; default: all.
         vgpo_signal: The forward pass in which the visual signal is read.
 
@@ -39,6 +42,23 @@ class VGPOTrainingConfig(GRPOConfig):
               several optimisation steps), it is that pass and costs nothing more. Elsewhere it is one more pass of the
               decoder: about a third of the cost of the loss and its gradient, and nothing is generated again.
             - ``"auto"`` (default): ``"loss"`` where it gives the same factors, else ``"scoring"``.
+
+            With ``"dependency"`` each of these passes has one of the spoilt view before it, a slice at a time: the
+            decoder without its LM head and without gradient.
+        view: How images are spoilt, for ``signal="dependency"`` and ``view_coef``: a kind of
+            :func:`vgpo_kernels.integrations.transformers.spoilt_view`. ``"swap"`` (default) shows a row an image of
+            another prompt in this process's generation batch; ``"mask"``, ``"noise"``, ``"pixelation"`` and
+            ``"blank"`` spoil its own; ``"none"`` shows none. What is random comes from ``seed`` and the step. Dropout
+            differs between the two passes and counts as dependency; train without it.
+        view_strength: Of the kinds that have one; default: that of the kind.
+        view_coef: Weight of the term ``-view_coef * KL(with the image || with the spoilt one)`` of the loss, as in PAPO
+            (arXiv 2507.06448): what is maximised is how much a response depends on its image. Aggregated as the policy
+            loss is. It needs a pass of the spoilt view with gradient, with or without VGPO.
+        view_estimator: ``"exact"`` (default): that divergence, over the whole vocabulary. ``"k3"``: PAPO's estimate of
+            it from the sampled token, log-ratios bounded by +-20 and values by 10.
+        view_clamp: Largest value of a token, in nats; beyond it a token has no gradient. Default: no bound.
+        view_detach: No gradient goes through the spoilt view, neither to its states nor to the head, as in PAPO's code
+            unless told otherwise. Its pass then costs no backward.
         fused_head: Compute log-probabilities and entropies by :func:`vgpo_kernels.linear_logprob`, from hidden states
             and the LM head without all logits. A few tokens are compared with the model's own logits at the start;
             where they differ, TRL's own head or all logits are used, with a warning.
@@ -61,6 +81,12 @@ class VGPOTrainingConfig(GRPOConfig):
     vgpo_signal: str = field(
         default="auto", metadata={"help": "Forward pass that the signal is read in: auto, scoring or loss."}
     )
+    view: str = field(default="swap", metadata={"help": f"How images are spoilt: {', '.join(VIEWS)}."})
+    view_strength: float | None = field(default=None, metadata={"help": "Strength of mask, noise or pixelation."})
+    view_coef: float = field(default=0.0, metadata={"help": "Weight of PAPO's term: divergence of a spoilt view."})
+    view_estimator: str = field(default="exact", metadata={"help": "Its divergence: exact, or k3 of sampled tokens."})
+    view_clamp: float | None = field(default=None, metadata={"help": "Its largest value of a token, in nats."})
+    view_detach: bool = field(default=False, metadata={"help": "Leave the spoilt view out of its gradient."})
     fused_head: bool = field(default=True, metadata={"help": "Log-probabilities by linear_logprob, without logits."})
     vgpo_diagnostics: bool = field(
         default=False, metadata={"help": "Log the visual signal even without VGPO; the loss does not change."}
@@ -158,6 +184,29 @@ class VGPOTrainingConfig(GRPOConfig):
         if self.signal_layers is not None and not reads_layers:
             readers = " or ".join(repr(name) for name in SIGNALS if signal_class(name).reads_layers)
             raise ValueError(f"signal_layers has no effect with signal={self.signal!r}; it belongs to {readers}")
+        self._check_views()
+
+    def _check_views(self) -> None:
+        """Raise ValueError for settings of views that are out of range, or that nothing uses."""
+        for name, known in {"view": VIEWS, "view_estimator": VIEW_ESTIMATORS}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not 0 <= self.view_coef < math.inf:
+            raise ValueError(f"view_coef must be finite and not negative, got {self.view_coef}")
+        if self.view_clamp is not None and not self.view_clamp > 0:
+            raise ValueError(f"view_clamp must be positive, got {self.view_clamp}")
+        defaults = {setting.name: setting.default for setting in fields(self) if setting.name.startswith("view")}
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        of_term = [name for name in changed if name in ("view_estimator", "view_clamp", "view_detach")]
+        if of_term and not self.view_coef:
+            raise ValueError(f"{of_term[0]} has no effect with view_coef=0")
+        if changed and not self.passes_views():
+            raise ValueError(f"{changed[0]} has no effect with signal={self.signal!r} and view_coef=0")
+
+    def passes_views(self) -> bool:
+        """Whether batches pass the policy in two views, for the signal or for the loss."""
+        reads = self.vgpo is not None or self.vgpo_diagnostics
+        return bool(self.view_coef) or (reads and issubclass(signal_class(self.signal), ViewSignal))
 
     def vgpo_config(self) -> VGPOConfig | None:
         """Return the settings of the visual signal: the preset with the changes made to it; ``None`` without VGPO."""
@@ -170,10 +219,10 @@ class VGPOTrainingConfig(GRPOConfig):
         """Return where the hidden states of a training batch come from: ``"loss"`` or ``"scoring"``."""
         if self.vgpo_signal != "auto":
             return self.vgpo_signal
-        return "loss" if not self._scores_anyway() and self._loss_signal_is_exact() else "scoring"
+        return "loss" if not self.scores_anyway() and self._loss_signal_is_exact() else "scoring"
 
-    def _scores_anyway(self) -> bool:
-        """Whether TRL computes old log-probabilities, by a pass that hidden states can be read from."""
+    def scores_anyway(self) -> bool:
+        """Whether TRL computes old log-probabilities, by a pass that a signal can be read from."""
         uses = self.steps_per_generation * self.num_iterations
         corrects = self.use_vllm and self.vllm_importance_sampling_correction
         return bool(self.gradient_accumulation_steps % uses != 0 or corrects)

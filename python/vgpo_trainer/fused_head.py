@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import wraps
 from types import MethodType
 from typing import Any, NamedTuple, TypeVar
@@ -29,7 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import FusedCausalLMOutput
 
-from vgpo_kernels import linear_logprob
+from vgpo_kernels import linear_divergence, linear_logprob
 from vgpo_kernels.integrations.transformers import final_norm, unwrap
 
 T = TypeVar("T")
@@ -38,6 +39,46 @@ OURS, TRLS, ALL_LOGITS = "linear_logprob", "TRL's head", "all logits"
 PROBE_TOKENS = 8
 # Heads are probed with hidden states as they are, and so large that a cap on logits shows.
 PROBE_SCALES = (1.0, 64.0)
+
+
+@dataclass(frozen=True)
+class ViewCall:
+    """What ``model(..., labels=labels, fused_lm_head=True, view=ViewCall(...))`` is asked for beside log-probabilities.
+
+    Wrappers for data parallelism and sharding hand it through as it is, the states in it with their graph.
+
+    Attributes:
+        length: How many of the last tokens are meant, T.
+        other: The states that predict them in another view of the same tokens, ``[b, T, D]``. ``None``: the states of
+            this view are wanted, and the head does not run.
+        head: Whether log-probabilities and entropies are wanted too.
+        gradient: Whether the divergence needs a gradient.
+        detach: Whether none of it goes through the other view, neither to its states nor to the head that read them.
+    """
+
+    length: int
+    other: Tensor | None = None
+    head: bool = True
+    gradient: bool = False
+    detach: bool = False
+
+
+@dataclass
+class ViewOutput(FusedCausalLMOutput):
+    """TRL's output of a head, and what a :class:`ViewCall` asks for; fp32 but the states, 0 where a label is -100.
+
+    Attributes:
+        states: The states that predict the last T tokens, ``[b, T, D]``: that of a token is the one before it.
+        kl: KL(this view || the other) of the distribution that each of these tokens was drawn from, in nats,
+            ``[b, T]``.
+        view_logp: Log-probabilities of the tokens in this view, ``[b, T]``.
+        other_logp: The same in the other view.
+    """
+
+    states: Tensor | None = None
+    kl: Tensor | None = None
+    view_logp: Tensor | None = None
+    other_logp: Tensor | None = None
 
 
 def fuse_heads(
@@ -272,29 +313,51 @@ def fuse_head(
 ) -> None:
     """Replace what ``model(..., labels=labels, fused_lm_head=True)`` computes; every other call stays as it is."""
 
-    def compute(self: PreTrainedModel, plain: Callable[..., Any], labels: Tensor, *arguments: Any, **named: Any) -> Any:
+    def compute(
+        self: PreTrainedModel,
+        plain: Callable[..., Any],
+        labels: Tensor,
+        *arguments: Any,
+        view: ViewCall | None = None,
+        **named: Any,
+    ) -> Any:
         if named.get("output_router_logits"):  # a router's loss comes with TRL's head
             return plain(*arguments, labels=labels, fused_lm_head=True, **named)
         last = last_hidden_states(self, plain, norm, *arguments, **named)
+        if view is not None and view.other is None:
+            # A copy, so that the states of the prompt are not kept.
+            return ViewOutput(states=last[:, -view.length - 1 : -1].clone())
         # The head is looked up in each call: FSDP and PEFT replace its parameters.
         head: Any = self.get_output_embeddings()
         weight, bias = whole(head.weight), whole(head.bias)
         assert weight is not None
-        hidden = last[:, :-1].to(weight.device)
-        autocast: AbstractContextManager[Any] = nullcontext()
-        if fp32:
-            hidden, autocast = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
-        with autocast:
-            logp, entropy = linear_logprob(
-                hidden,
-                weight,
-                labels[:, 1:].to(weight.device),
-                bias=bias,
-                temperature=temperature,
-                return_entropy=True,
-                **mapping._asdict(),
-            )
-        return FusedCausalLMOutput(log_probs=logp, entropy=entropy)
+        logits = {"bias": bias, "temperature": temperature, **mapping._asdict()}
+        other_head: dict[str, Tensor | None] = {}
+        if view is not None and view.detach:
+            other_head = {"other_weight": weight.detach(), "other_bias": None if bias is None else bias.detach()}
+
+        def to_head(states: Tensor) -> Tensor:
+            states = states.to(weight.device, last.dtype)  # an output of a pass in mixed precision is fp32
+            return states.float() if fp32 else states
+
+        hidden, targets = to_head(last[:, :-1]), labels[:, 1:].to(weight.device)
+        found: dict[str, Tensor | None] = {}
+        with torch.autocast(hidden.device.type, enabled=False) if fp32 else nullcontext():
+            if view is None or view.head:
+                logp, entropy = linear_logprob(hidden, weight, targets, return_entropy=True, **logits)
+                found.update(log_probs=logp, entropy=entropy)
+            if view is not None:
+                with nullcontext() if view.gradient else torch.no_grad():
+                    both = linear_divergence(
+                        hidden[:, -view.length :],
+                        to_head(view.other),
+                        weight,
+                        targets[:, -view.length :],
+                        **other_head,
+                        **logits,
+                    )
+                found.update(kl=both.kl, view_logp=both.logp, other_logp=both.other_logp)
+        return ViewOutput(**found)
 
     answer(model, compute)
 

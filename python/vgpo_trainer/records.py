@@ -126,6 +126,13 @@ def loss_records(metrics: Mapping[str, Tensor], accelerator: Accelerator, factor
     return records
 
 
+def token_records(values: Mapping[str, Tensor], counted: Tensor, accelerator: Accelerator) -> dict[str, Statistic]:
+    """Return means of numbers ``[B, T]`` over the counted tokens of all processes, each of which must call this."""
+    sums = [value[counted].sum().float() for value in values.values()]
+    *totals, tokens = accelerator.reduce(torch.stack([*sums, counted.sum().float()]), reduction="sum").tolist()
+    return {name: Statistic(mean, (total, tokens)) for name, total in zip(values, totals, strict=True)}
+
+
 def mean(total: float, count: float) -> float:
     """A mean from a sum; NaN of nothing."""
     return total / count if count else math.nan

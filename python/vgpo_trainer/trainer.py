@@ -17,7 +17,8 @@ with TRL's ``log_metric("accuracy", value)``. Ours:
 
 =============================  =======================================================================================
 ``vgpo/visual_focus``          mean signal of response tokens: with ``signal="focus"`` their cosine to the image
-                               prototype, with ``"attention"`` their share of attention on the image
+                               prototype, with ``"attention"`` their share of attention on the image, with
+                               ``"dependency"`` their divergence from a spoilt view, in nats
 ``vgpo/gate_rate``             share of those tokens that the gate lets through
 ``vgpo/late_early_ratio``      score (visual focus, attention share) of a response's second half over its first
 ``vgpo/psi_std``               standard deviation of the token weights psi
@@ -31,15 +32,19 @@ with TRL's ``log_metric("accuracy", value)``. Ours:
 ``vgpo/factor_min``            the smallest of them; likewise ``vgpo/factor_max``
 ``vgpo/old_policy_kl``         mean divergence of the policy from the one that generated, over scored tokens
 ``vgpo/nonfinite_advantages``  number of scored tokens whose advantage is not finite
+``vgpo/view_kl``               with ``view_coef``, mean divergence of the policy from itself under a spoilt view, exact,
+                               in nats, over scored tokens that have seen an image
+``vgpo/view_k3``               mean of its estimates, before ``view_clamp`` (with ``view_estimator="k3"``)
+``vgpo/view_clamped``          share of tokens beyond ``view_clamp``, if that is set
 =============================  =======================================================================================
 
 Ours are of everything since the record before, over all processes: a mean is over all its tokens or responses,
 whichever batch they were in, and a count is the sum over batches. A number of nothing (no token scored) is ``None``.
-``factor_*``, ``old_policy_kl`` and ``nonfinite_advantages`` are of the loss, so every record has them, and a token
-counts each time it is used. The others are of the signal: with ``steps_per_generation`` or ``num_iterations`` above 1
-they stand in the records of the steps that scored a batch. Records of an evaluation, which are of all its batches (and
-of the rows with which accelerate fills the last one for several processes), have the same keys with the prefix
-``eval_``.
+``factor_*``, ``view_*``, ``old_policy_kl`` and ``nonfinite_advantages`` are of the loss, so every record has them, and
+a token counts each time it is used. The others are of the signal: with ``steps_per_generation`` or ``num_iterations``
+above 1 they stand in the records of the steps that scored a batch. Records of an evaluation, which are of all its
+batches (and of the rows with which accelerate fills the last one for several processes), have the same keys with the
+prefix ``eval_``.
 
 With and without VGPO, a loss that is not finite ends the run with a ``RunFailure``; so does a gradient, except with
 fp16 and DeepSpeed, which try loss scales.
@@ -62,8 +67,8 @@ and with ``"scoring"`` their factors are known before TRL shuffles; with ``"loss
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from functools import cache
 from pathlib import Path
@@ -77,11 +82,10 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from vgpo_kernels import VGPOConfig, policy_loss
-from vgpo_kernels.integrations.transformers import visual_token_ids
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.fused_head import fuse_heads
 from vgpo_trainer.generation_batch import RowFacts, group_ids, refuse_mixed, trl_rows, warn_of_sizes
-from vgpo_trainer.records import add_records, loss_records, signal_records
+from vgpo_trainer.records import add_records, loss_records, signal_records, token_records
 from vgpo_trainer.rollouts import (
     PendingRollout,
     RolloutRecorder,
@@ -92,14 +96,14 @@ from vgpo_trainer.rollouts import (
 from vgpo_trainer.runs.checkpoints import store_batch
 from vgpo_trainer.runs.metrics import MetricsFile
 from vgpo_trainer.runs.writing import RunFailure, writing
-from vgpo_trainer.signals import SignalSettings, VisualSignal, signal_class
+from vgpo_trainer.signals import SignalSettings, ViewSignal, VisualSignal, signal_class
 from vgpo_trainer.signals.factors import SignalFactors, compute_factors
-from vgpo_trainer.signals.reader import SignalReader, visual_tokens_told
+from vgpo_trainer.signals.reader import SignalReader, find_visual_tokens
+from vgpo_trainer.trl_loss import denominators, importance_weights, loss_options
 from vgpo_trainer.trl_metrics import policy_records
 from vgpo_trainer.trl_surface import (
     FORWARD_INPUTS,
     LOSS_TYPES,
-    VESPO_SETTINGS,
     Sequences,
     WithoutEmptyImages,
     WithoutHead,
@@ -111,6 +115,7 @@ from vgpo_trainer.trl_surface import (
     rollout_logp,
     why_not_mixed,
 )
+from vgpo_trainer.views import TwoViews, ViewPasses, check_views, has_view, view_term
 
 
 class VGPOTrainer(GRPOTrainer):
@@ -126,7 +131,8 @@ class VGPOTrainer(GRPOTrainer):
             if it has that column.
         eval_dataset: As TRL's.
         processing_class: As TRL's.
-        signal: Name of a visual signal (``"focus"``, ``"attention"``), in place of ``args.signal``.
+        signal: Name of a visual signal (``"focus"``, ``"attention"``, ``"dependency"``), in place of ``args.signal``.
+        view: How images are spoilt for ``"dependency"`` (``"swap"``, ``"mask"``, ...), in place of ``args.view``.
         visual_tokens: Ids of image and video tokens, for a model whose configuration and processor do not say.
         final_norm: The norm after the last decoder layer, or its name in the model (``"model.text.ln_out"``), for a
             model in which it is not found.
@@ -156,6 +162,7 @@ class VGPOTrainer(GRPOTrainer):
         processing_class: Any = None,
         *rest: Any,
         signal: str | None = None,
+        view: str | None = None,
         visual_tokens: Sequence[int] | None = None,
         final_norm: str | nn.Module | None = None,
         **others: Any,
@@ -165,9 +172,10 @@ class VGPOTrainer(GRPOTrainer):
             args = VGPOTrainingConfig(f"{Path(name).name}-VGPO")
         if not isinstance(args, VGPOTrainingConfig):
             args = VGPOTrainingConfig.from_trl(args)
-        if signal is not None:
+        told = {name: value for name, value in {"signal": signal, "view": view}.items() if value is not None}
+        if told:
             args = copy(args)
-            args.signal = signal
+            vars(args).update(told)
             args.check_signal()
         check_surface()
         refuse_unsupported(args)
@@ -175,30 +183,31 @@ class VGPOTrainer(GRPOTrainer):
         # What the signal is computed with; diagnostics without VGPO look at a run through the paper's eyes.
         self._signal_config = self._vgpo or (VGPOConfig.paper() if args.vgpo_diagnostics else None)
         self._reader: SignalReader | None = None
+        self._views: ViewPasses | None = None
+        self._loss_views: TwoViews | None = None  # while the loss passes them
         self._rewards: Tensor | None = None
         self._correct: list[Any] = []
         self._loss_inputs: dict[str, Any] = {}
         self._latest_logp = torch.empty(0, dtype=torch.float32)  # of the loss, which TRL keeps to itself
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **others)
-        fuse_heads(
+        head = fuse_heads(
             (self.model, self.ref_model),
             self.temperature,
             fp32=args.cast_lm_head_to_fp32,
             fused=args.fused_head,
             norm=final_norm,
         )
+        tokens: tuple[int, ...] = ()
         if self._signal_config is not None:
             kind = signal_class(args.signal)
             settings = SignalSettings(self._signal_config, args.signal_layers, final_norm)
             kind.check(self.model, settings)
-            told = visual_tokens_told(visual_tokens, self.model)
-            try:
-                tokens = told or visual_token_ids(self.model, self.processing_class)
-            except ValueError as error:
-                raise ValueError(
-                    f"{error} (visual_tokens=(id, ...)); vgpo=None trains without the visual signal"
-                ) from error
+            tokens = find_visual_tokens(visual_tokens, self.model, self.processing_class)
             self._reader = SignalReader(kind, settings, tokens)
+        if args.passes_views():
+            check_views(self, head)
+            tokens = tokens or find_visual_tokens(visual_tokens, self.model, self.processing_class)
+            self._views = ViewPasses(args, self.model, tokens, self.accelerator.process_index)
         capacity = args.rollout_samples if self.accelerator.is_main_process else 0
         self._group_warnings: set[str] = set()
         self._shown_images: list[list[Any]] | None = None
@@ -222,7 +231,11 @@ class VGPOTrainer(GRPOTrainer):
         groups = self._number_groups(inputs, mode)
         # In evaluation a batch is neither cut nor used twice.
         source = self.args.signal_source() if mode == "train" else "loss"
-        follows = self._reader is not None and source == "scoring"
+        scores = self._reader is not None and source == "scoring"
+        # TRL's pass does not know which completion tokens are tool output, hence which images a tool showed.
+        follows = scores and self.args.scores_anyway() and not self.tools
+        if self._views is not None:
+            self._views.begin(groups, self.state.global_step)
         with self._reader.following() if follows else nullcontext() as passes:
             batch: dict[str, Any] = super()._generate_and_score_completions(trl_rows(inputs))
 
@@ -234,14 +247,16 @@ class VGPOTrainer(GRPOTrainer):
             self._record(batch, mode)
         else:
             batch["prompt_group"] = groups
-        if passes is not None:
-            old_logp = batch.get("old_per_token_logps")
-            # TRL's pass does not know which completion tokens are tool output, hence which images a tool showed.
-            if old_logp is None or "tool_mask" in batch:
+        views = {} if self._views is None else self._views.end(Sequences.of(batch), batch)
+        batch.update(views)
+        if scores:
+            if passes is None or "tool_mask" in batch:
                 signal = self._scoring_pass(batch, mode)
             else:
-                signal = passes.that_returned(old_logp)
+                signal = passes.that_returned(batch["old_per_token_logps"])
             batch["visual_factors"] = self._signal_factors(batch, signal, mode).factors
+            if not self.args.view_coef:  # the loss does not pass them
+                batch = {name: value for name, value in batch.items() if name not in views}
         return batch
 
     def _number_groups(self, inputs: Sequence[Mapping[str, Any]], mode: str) -> Tensor:
@@ -313,16 +328,26 @@ class VGPOTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """TRL's pass; before the loss, the policy's signal is read on the way."""
         plain = WithoutEmptyImages(model) if 0 in (named.get("num_images") or ()) else model
-        arguments = (plain, input_ids, attention_mask, logits_to_keep, *rest)
         if self.is_fsdp_enabled and torch.is_grad_enabled():
             gather_head(model)
+        if self._loss_views is not None:
+            plain = self._loss_views.of(plain, logits_to_keep)
         reader = self._reader
-        if reader is None or reader.passes is None or model is not self.model:
-            result = super()._get_per_token_logps_and_entropies(*arguments, **named)
+        # With an adapter TRL passes the policy once more without it, as the reference.
+        if reader is None or reader.passes is None or model is not self.model or reader.passes.any:
+            result = super()._get_per_token_logps_and_entropies(
+                plain, input_ids, attention_mask, logits_to_keep, *rest, **named
+            )
             self._latest_logp = result[0].detach()
             return result
-        with reader.read(model, input_ids, attention_mask, attention_mask[:, -logits_to_keep:]) as signal:
-            result = super()._get_per_token_logps_and_entropies(*arguments, **named)
+        sequence = Sequences(input_ids, attention_mask, attention_mask[:, -logits_to_keep:])
+        with reader.read(model, *sequence) as signal:
+            if isinstance(signal, ViewSignal):
+                assert self._views is not None
+                plain = TwoViews(self._views.spoil(sequence, named), take=signal.take).of(plain, logits_to_keep)
+            result = super()._get_per_token_logps_and_entropies(
+                plain, input_ids, attention_mask, logits_to_keep, *rest, **named
+            )
         reader.passes.add(result[0], signal)
         return result
 
@@ -330,14 +355,20 @@ class VGPOTrainer(GRPOTrainer):
         """Read the signal of a whole generation batch: one forward pass of the policy without its LM head."""
         assert self._reader is not None
         sequence = Sequences.of(batch)
+        length = sequence.response_mask.shape[1]
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), checkpointing, self._reader.read(self.model, *sequence) as signal:
+            model: Any = WithoutEmptyImages(self.model)
+            if isinstance(signal, ViewSignal):
+                model = TwoViews(batch, take=signal.take, head=False).of(model, length)
+            else:
+                model = WithoutHead(model)
             super()._get_per_token_logps_and_entropies(
-                WithoutHead(WithoutEmptyImages(self.model)),
+                model,
                 sequence.input_ids,
                 sequence.attention_mask,
-                sequence.response_mask.shape[1],
+                length,
                 batch_size=size,
                 **{name: batch.get(name) for name in FORWARD_INPUTS},
             )
@@ -347,7 +378,8 @@ class VGPOTrainer(GRPOTrainer):
         """Compute the factors of a batch from its signal; both are recorded and logged."""
         assert self._signal_config is not None
         response_mask = Sequences.of(batch).response_mask
-        if batch.get("pixel_values") is None:  # of text, or one whose images TRL drops: those that a tool cut short
+        # A batch of text, or one whose images TRL drops, those that a tool cut short; or none to swap them for.
+        if batch.get("pixel_values") is None or (isinstance(signal, ViewSignal) and not has_view(batch)):
             signal.batch = signal.batch._replace(image_mask=torch.zeros_like(signal.batch.image_mask))
         found = compute_factors(
             signal.marked_values(),
@@ -390,14 +422,32 @@ class VGPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
         reads = self._reader is not None and "visual_factors" not in inputs
-        reading = self._reader.read(model, *Sequences.of(inputs)) if reads else nullcontext()
+        compares = self._views is not None and (bool(self.args.view_coef) or reads)
+        views = TwoViews(inputs, gradient=self.args.view_coef > 0, detach=self.args.view_detach) if compares else None
+        reading = self._read(model, inputs, views) if reads else nullcontext()
         compute = self._trl_loss if self._vgpo is None else self._vgpo_loss
-        loss = compute(model, inputs, mode, reading)
+        self._loss_views = views
+        try:
+            loss = compute(model, inputs, mode, reading)
+        finally:
+            self._loss_views = None
+        if self.args.view_coef:
+            loss = loss + self._view_term(inputs, views, mode)
         if mode == "train":
             self._loss_inputs = {**inputs, "logp": self._latest_logp, "loss": loss.detach()}
             if not loss.isfinite():
                 self._break_off(self.state.global_step + 1, f"loss is {loss.item()}")
         return loss
+
+    @contextmanager
+    def _read(self, model: nn.Module, inputs: Mapping[str, Any], views: TwoViews | None) -> Iterator[VisualSignal]:
+        """Read the signal of a batch from the pass of its loss in the block."""
+        assert self._reader is not None
+        with self._reader.read(model, *Sequences.of(inputs)) as signal:
+            if isinstance(signal, ViewSignal):
+                assert views is not None
+                views.take = signal.take
+            yield signal
 
     def _trl_loss(
         self, model: nn.Module, inputs: dict[str, Any], mode: str, reading: AbstractContextManager[VisualSignal | None]
@@ -435,7 +485,7 @@ class VGPOTrainer(GRPOTrainer):
         entropy_mask = None
         if self.top_entropy_quantile < 1.0:
             entropy_mask = self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
-        advantages, weights = self._importance_weights(inputs, logp, old, mask, entropy_mask)
+        advantages, weights = importance_weights(self, inputs, logp, old, mask, entropy_mask)
         loss, metrics = policy_loss(
             logp,
             old,
@@ -445,8 +495,8 @@ class VGPOTrainer(GRPOTrainer):
             ref_logp=inputs.get("ref_per_token_logps"),
             entropy=entropy.detach(),  # for the metric; TRL's bonus has a denominator of its own
             importance_weights=weights,
-            **self._denominators(inputs, mask, mode),
-            **self._loss_options(),
+            **denominators(self, inputs, mask, mode),
+            **loss_options(self),
         )
         self._log_policy(policy_records(self, inputs, logp, old, mask, metrics), metrics, mode)
 
@@ -461,6 +511,14 @@ class VGPOTrainer(GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulated
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         return loss
+
+    def _view_term(self, inputs: Mapping[str, Any], views: TwoViews | None, mode: str) -> Tensor:
+        """Return the term of the loss that compares its two views; what is logged of it is."""
+        assert self._views is not None and views is not None
+        counted = self._views.counted(inputs)
+        term, logged = view_term(self, inputs, views, counted, mode)
+        add_records(self._metrics[mode], token_records(logged, counted, self.accelerator))
+        return term
 
     # A run stops at a number that is not finite, before it is in a checkpoint, and leaves the batch that made it.
 
@@ -481,71 +539,6 @@ class VGPOTrainer(GRPOTrainer):
         path = Path(self.args.output_dir) / f"nonfinite-step-{step}{process}.safetensors"
         store_batch(path, self._loss_inputs, f"step {step}: {what}")
         raise RunFailure(f"step {step}: the {what}; its batch is in {path}")
-
-    def _loss_options(self) -> dict[str, Any]:
-        """Options of policy_loss that spell TRL's loss."""
-        loss_type = self.loss_type
-        if LOSS_TYPES[loss_type].clipped:  # they differ by their aggregation, which is given
-            loss_type = "gspo" if self.importance_sampling_level == "sequence" else "grpo"
-        return {
-            "loss_type": loss_type,
-            "aggregation": LOSS_TYPES[self.loss_type].aggregation,
-            "epsilon_low": self.epsilon_low,
-            "epsilon_high": self.epsilon_high,
-            "dual_clip": self.args.delta if LOSS_TYPES[self.loss_type].clipped else None,
-            "cispo_cap": self.epsilon_high if self.loss_type == "cispo" else None,
-            "sapo_temperature_positive": self.args.sapo_temperature_pos,
-            "sapo_temperature_negative": self.args.sapo_temperature_neg,
-            **{name: getattr(self.args, name) for name in VESPO_SETTINGS},
-            "kl_coef": self.beta,
-            "kl_estimator": "k3",
-            "kl_bias_correction": self.args.use_bias_correction_kl,
-            "ratio_clamp": None,
-        }
-
-    def _denominators(self, inputs: Mapping[str, Any], mask: Tensor, mode: str) -> dict[str, Any]:
-        """Denominators of TRL's normalisation, so that the sum over micro-batches and processes is the batch's loss."""
-        accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
-        average_over = LOSS_TYPES[self.loss_type].average_over
-        if average_over == "generation batch":
-            # The count spans the generation batches of all processes; gradients are averaged over processes.
-            tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-            if mode == "train":
-                tokens = tokens * accumulated / self.args.steps_per_generation
-            return {"num_tokens": tokens}
-        if average_over == "tokens":
-            return {"num_tokens": mask.sum().clamp(min=1) * accumulated}
-        return {"num_sequences": mask.shape[0] * accumulated, "max_length": self.max_completion_length}
-
-    def _importance_weights(
-        self,
-        inputs: Mapping[str, Any],
-        logp: Tensor,
-        old_logp: Tensor,
-        mask: Tensor,
-        entropy_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Advantages, and what multiplies the surrogate, ``[B, T]``: correction of vLLM's mismatch, and TRL's masks.
-
-        In vespo a correction belongs to the ratio of the response, so that the masks multiply the advantages.
-        """
-        advantages, ratio = inputs["advantages"], inputs.get("importance_sampling_ratio")
-        weights = None
-        if self.off_policy_mask_threshold is not None:
-            weights = self.get_off_policy_mask(
-                advantages=inputs["advantages"][:, None],
-                per_token_logps=logp,
-                sampling_per_token_logps=inputs.get("sampling_per_token_logps", old_logp),
-                mask=mask,
-                off_policy_threshold=self.off_policy_mask_threshold,
-            ).float()
-        in_ratio = self.loss_type == "vespo"
-        for factor in (entropy_mask, None if in_ratio else ratio):
-            if factor is not None:
-                weights = factor.float() if weights is None else weights * factor.float()
-        if in_ratio:
-            return advantages if weights is None else advantages[:, None] * weights.expand(mask.shape), ratio
-        return advantages, None if weights is None else weights.expand(mask.shape)
 
     # Checkpoints.
 

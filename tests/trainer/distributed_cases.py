@@ -28,6 +28,8 @@ RESPONSES = 24
 GENERATIONS = 8  # three prompts; two processes of twelve responses each share the second
 COMPLETION_LENGTH = 10
 
+# What a spoilt view of rows looks like must not depend on the rows beside them, if arrangements are to train alike.
+VIEWS = {"loss_type": "dapo", "signal": "dependency", "view": "blank", "view_coef": 0.1}
 # Settings of each case beside its arrangement.
 CASES: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo"},
@@ -38,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     # The rows of one process have an image, those of the other are text.
     "text on one process": {"loss_type": "dapo", "num_generations": 12, "images": [1, 0]},
     "two iterations": {"loss_type": "dapo", "num_iterations": 2, "max_steps": 2},
+    "two views": VIEWS,
+    "two views of sequences, and text": {**VIEWS, "loss_type": "grpo", "num_generations": 12, "images": [1, 0]},
 }
 
 
@@ -190,9 +194,11 @@ def main(out: str) -> None:
     micro_batches = 4 // processes
     results = {name: run_case(name, micro_batches, processes) for name in CASES}
     results["evaluation"] = evaluate(processes)
+    results["swapped"] = run_case("two views", micro_batches, processes, view="swap")
     results["logs"] = logs_beside_trls(micro_batches, processes)
     with processes_taken_for_gpus():
         results["sharded"] = run_case("dapo", micro_batches, processes, **SHARDED)
+        results["sharded views"] = run_case("two views", micro_batches, processes, **SHARDED)
         results["refused"] = refused_mixture(micro_batches, processes)
     state = PartialState()
     if state.is_main_process:

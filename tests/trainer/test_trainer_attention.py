@@ -96,7 +96,7 @@ def test_a_run_with_it(tmp_path):
 
 
 def test_settings_that_make_no_sense_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="signal must be one of focus, attention"):
+    with pytest.raises(ValueError, match="signal must be one of focus, attention, dependency"):
         VGPOTrainingConfig(str(tmp_path), signal="gaze", use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match="signal_layers has no effect"):
         VGPOTrainingConfig(str(tmp_path), signal_layers=[0], use_cpu=True, bf16=False)

@@ -76,6 +76,18 @@ def test_a_fully_sharded_model_trains_alike(two_processes):
     assert_same_training(in_one_piece("dapo"), two_processes["sharded"])
 
 
+def test_a_fully_sharded_model_passes_two_views_alike(two_processes):
+    assert two_processes["sharded views"]["kinds"] == {"DTensor"}
+    assert_same_training(in_one_piece("two views"), two_processes["sharded views"])
+
+
+def test_each_process_swaps_the_images_of_its_own_rows(two_processes):
+    """They hold responses to two prompts each."""
+    (record,) = two_processes["swapped"]["logged"]
+    assert record["vgpo/weighted_share"] == 1
+    assert record["vgpo/view_kl"] > 0 and record["vgpo/view_kl"] == pytest.approx(record["vgpo/visual_focus"], rel=1e-4)
+
+
 def test_two_processes_log_what_trls_do(two_processes):
     """Means, extremes of responses and the loss of the policy, over both."""
     ours, theirs = two_processes["logs"]["ours"], two_processes["logs"]["trl's"]

@@ -20,7 +20,7 @@ from vgpo_trainer.commands.arguments import positive
 from vgpo_trainer.runs.checkpoints import CheckpointError, check_checkpoint, checkpoints
 from vgpo_trainer.runs.folder import RunFolder, RunFolderError, versions_of_a_run
 from vgpo_trainer.runs.writing import RunFailure, writing
-from vgpo_trainer.signals import SIGNALS
+from vgpo_trainer.signals import SIGNALS, VIEWS
 
 if TYPE_CHECKING:
     from vgpo_trainer.config import VGPOTrainingConfig
@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(SIGNALS),
         default="focus",
         help="what tokens are weighed by: %(choices)s (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--view",
+        choices=VIEWS,
+        default="swap",
+        help="how images are spoilt for --signal dependency or view_coef: %(choices)s (default: %(default)s)",
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, help="optimisation steps")
@@ -196,6 +202,7 @@ def training_config(arguments: argparse.Namespace) -> VGPOTrainingConfig:
         "output_dir": str(arguments.out),
         "vgpo": arguments.vgpo,
         "signal": arguments.signal,
+        "view": arguments.view,
         "num_train_epochs": arguments.epochs,
         "per_device_train_batch_size": arguments.batch_size,
         "per_device_eval_batch_size": arguments.batch_size,
@@ -285,6 +292,7 @@ def run_identity(arguments: argparse.Namespace) -> dict[str, Any]:
         "dataset": str(arguments.dataset.resolve()),
         "vgpo": arguments.vgpo,
         "signal": arguments.signal,
+        "view": arguments.view,
         "lora_rank": arguments.lora_rank,
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 SIGNALS = {
     "focus": "vgpo_trainer.signals.focus:FocusSignal",
     "attention": "vgpo_trainer.signals.attention:AttentionSignal",
+    "dependency": "vgpo_trainer.signals.dependency:DependencySignal",
 }
+
+# The kinds of spoilt_view, for the same reason.
+VIEWS = ("mask", "noise", "pixelation", "blank", "swap", "none")
 
 
 def signal_class(name: str) -> type[VisualSignal]:
@@ -140,3 +144,22 @@ class VisualSignal(ABC):
 
     def _mark(self, found: Tensor) -> Tensor:
         return found.masked_fill(~self.batch.seen(), math.nan)
+
+
+class ViewSignal(VisualSignal):
+    """A signal that compares two views of a batch: the trainer passes both, and hands over how they differ."""
+
+    @classmethod
+    def check(cls, model: nn.Module, settings: SignalSettings) -> None:
+        """Nothing here: what two views need of a model and a run, the trainer checks, for its loss as well."""
+
+    def capture(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Read nothing on the way."""
+        return nullcontext()
+
+    @abstractmethod
+    def take(self, kl: Tensor) -> None:
+        """Take KL(this view || the spoilt one) of the distributions of the next b rows' tokens, ``[b, T]``, detached.
+
+        In nats, fp32, 0 at padding.
+        """

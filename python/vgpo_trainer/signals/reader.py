@@ -10,19 +10,23 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vgpo_kernels.integrations.transformers import visual_mask
+from vgpo_kernels.integrations.transformers import visual_mask, visual_token_ids
 from vgpo_trainer.signals import SignalBatch, SignalSettings, VisualSignal
 
 
 class PolicyPasses:
     """Signals that were read in TRL's own passes of the policy over a generation batch.
 
-    TRL makes up to two: for old log-probabilities and, where the reference is the policy with its adapter off, for the
-    reference's. What a pass returned tells which one it was.
+    That for old log-probabilities is one. What a pass returned tells which one it was.
     """
 
     def __init__(self) -> None:
         self._read: list[tuple[Tensor, VisualSignal]] = []
+
+    @property
+    def any(self) -> bool:
+        """Whether a signal was read."""
+        return bool(self._read)
 
     def add(self, logp: Tensor, signal: VisualSignal) -> None:
         """Keep the signal of the pass that returned these log-probabilities."""
@@ -81,6 +85,21 @@ class SignalReader:
             yield self.passes
         finally:
             self.passes = None
+
+
+def find_visual_tokens(told: Any, model: PreTrainedModel, processor: Any) -> tuple[int, ...]:
+    """Return ids of visual tokens: those that a caller gives, else those of the model.
+
+    Raises:
+        TypeError: Those given are no sequence of integers.
+        ValueError: One is no token of the model; or none is given, and neither the model nor its processor has any.
+
+    """
+    given = visual_tokens_told(told, model)
+    try:
+        return given or visual_token_ids(model, processor)
+    except ValueError as error:
+        raise ValueError(f"{error} (visual_tokens=(id, ...)); vgpo=None trains without the visual signal") from error
 
 
 def visual_tokens_told(ids: Any, model: PreTrainedModel) -> tuple[int, ...]:

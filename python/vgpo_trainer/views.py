@@ -1,0 +1,279 @@
+"""Passes of the policy over two views of a batch, its images as they are and spoilt, and the term of the loss of both.
+
+How far the policy's distribution of a token is from the one without its image says how much the token needs the image.
+That is the signal ``"dependency"``, and what PAPO (arXiv 2507.06448) maximises: ``-view_coef * KL`` in the loss. The
+distribution of token t comes from the state before it, so the divergence there belongs to token t.
+
+The other view is a pass of the decoder without its LM head. What differs in its inputs is made for a whole generation
+batch, as another row's image must come from some other prompt; rows of it travel with the micro-batches.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl import GRPOTrainer
+from trl.trainer.utils import split_pixel_values_by_grid
+
+from vgpo_kernels import policy_loss
+from vgpo_kernels.integrations.transformers import NoOtherImageError, spoilt_view
+from vgpo_trainer.config import VGPOTrainingConfig
+from vgpo_trainer.fused_head import OURS, ViewCall
+from vgpo_trainer.signals import SignalBatch
+from vgpo_trainer.signals.reader import image_positions
+from vgpo_trainer.trl_loss import denominators
+from vgpo_trainer.trl_surface import FORWARD_INPUTS, LOSS_TYPES, Sequences, WithoutEmptyImages
+
+PREFIX = "view_"  # of what a batch keeps of its spoilt view
+# Bounds of the estimator that PAPO takes from verl: of the log-ratio, and of its value.
+LOG_RATIO_LIMIT, K3_LIMIT = 20.0, 10.0
+IMAGES_PER_ROW = {"num_images", "num_tiles"}
+
+
+class ViewPasses:
+    """Spoils the images of generation batches as a run's settings say.
+
+    Args:
+        args: Of the run.
+        model: The policy.
+        visual_tokens: Ids of image and video tokens.
+        process_index: Of this process: each spoils its own rows, differently.
+    """
+
+    def __init__(
+        self, args: VGPOTrainingConfig, model: nn.Module, visual_tokens: tuple[int, ...], process_index: int
+    ) -> None:
+        self._args = args
+        self._model = model
+        self._visual_tokens = visual_tokens
+        self._process_index = process_index
+        self._warned = False
+        self._groups: list[int] = []
+        self._seed = 0
+        self._made: dict[str, Any] | None = None  # of the generation batch that is being made
+
+    def begin(self, groups: Tensor, step: int) -> None:
+        """Begin a generation batch.
+
+        Args:
+            groups: Of its rows, ``[B]``.
+            step: The number of optimisation steps before it; the same step of a run gives the same view, also after
+                the run was resumed.
+        """
+        self._groups = groups.tolist()
+        self._seed = random.Random(f"{self._args.seed} {step} {self._process_index}").getrandbits(31)
+        self._made = None
+
+    def spoil(self, sequence: Sequences, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what differs in the spoilt view of the generation batch, by rows, under names that begin ``view_``.
+
+        Nothing, where there is no image or, with ``"swap"``, no other one.
+
+        Args:
+            sequence: Its sequences.
+            batch: Its further inputs, by TRL's names.
+        """
+        if self._made is None:
+            self._made = self._spoil(sequence, batch)
+        return self._made
+
+    def end(self, sequence: Sequences, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the same, and forget it: pixels take memory."""
+        made, self._made = self.spoil(sequence, batch), None
+        return made
+
+    def _spoil(self, sequence: Sequences, batch: Mapping[str, Any]) -> dict[str, Any]:
+        kind: Any = self._args.view
+        inputs: dict[str, Any] = {"input_ids": sequence.input_ids, "attention_mask": sequence.attention_mask}
+        inputs |= {name: batch[name] for name in FORWARD_INPUTS if batch.get(name) is not None}
+        if "pixel_values" not in inputs:
+            return {}
+        groups = self._groups if kind == "swap" else None
+        try:
+            spoilt = spoilt_view(
+                inputs,
+                kind,
+                self._model,
+                strength=self._args.view_strength,
+                seed=self._seed,
+                response_mask=sequence.response_mask,
+                groups=groups,
+            )
+        except NoOtherImageError as error:
+            if not self._warned:  # as in an evaluation, whose last batch may hold one prompt
+                warnings.warn(f"{error}; such batches have neither a signal nor a term of view_coef", stacklevel=2)
+            self._warned = True
+            return {}
+        rows: dict[str, Any] = split_pixel_values_by_grid(spoilt)
+        batch_size = sequence.input_ids.shape[0]
+        changed = {}
+        for name in inputs.keys() - IMAGES_PER_ROW:
+            if name not in spoilt:  # nothing in each row
+                changed[name] = [None] * batch_size
+            elif spoilt[name] is not inputs[name]:
+                changed[name] = rows[name] if len(rows[name]) else [rows[name]] * batch_size
+        return {PREFIX + name: value for name, value in changed.items()}
+
+    def counted(self, batch: Mapping[str, Any]) -> Tensor:
+        """True at scored tokens of a batch that have seen an image of which there is a spoilt view, ``[B, T]``."""
+        sequence = Sequences.of(batch)
+        scored = sequence.response_mask.bool()
+        images = image_positions(*sequence, self._visual_tokens)
+        seen = SignalBatch(images, scored, sequence.attention_mask).seen()
+        return scored & seen if has_view(batch) else torch.zeros_like(scored)
+
+
+def has_view(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch has a spoilt view of its images."""
+    return any(name.startswith(PREFIX) for name in batch)
+
+
+class TwoViews:
+    """Stands in for a model in TRL's pass: each call is of the next rows, and passes their spoilt view before them.
+
+    Without a spoilt view it passes the rows as they are twice: processes that train together make the same passes.
+
+    Args:
+        batch: What :meth:`ViewPasses.spoil` returned, or a batch that has it.
+        gradient: Whether the divergence needs a gradient.
+        detach: Whether none of it goes through the spoilt view.
+        head: Whether TRL's pass is for log-probabilities; else the LM head serves the divergence alone.
+        take: Called with the divergence of each call's rows, ``[b, T]``, detached.
+    """
+
+    def __init__(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        gradient: bool = False,
+        detach: bool = False,
+        head: bool = True,
+        take: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self.take = take
+        self._rows = {name.removeprefix(PREFIX): rows for name, rows in batch.items() if name.startswith(PREFIX)}
+        self._gradient = gradient
+        self._detach = detach
+        self._head = head
+        self._passed = 0  # rows so far
+        self._found: list[Any] = []
+
+    def of(self, model: Any, length: int) -> TwoViews:
+        """Stand in for this model, in a pass over responses of this length."""
+        self._model, self._length = model, length
+        return self
+
+    def __call__(self, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> Any:
+        """Run the decoder over the spoilt view, then the model."""
+        rows = slice(self._passed, self._passed + labels.shape[0])
+        self._passed = rows.stop
+        spoilt = inputs | {name: _joined(value[rows]) for name, value in self._rows.items()}
+        spoilt = {name: value for name, value in spoilt.items() if value is not None}
+        call = {"labels": labels, "fused_lm_head": True}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._gradient and not self._detach):
+            states = WithoutEmptyImages(self._model)(**spoilt, **call, view=ViewCall(self._length)).states
+        # Releases of torch keep weights that autocast has cast without a graph for the pass that needs one.
+        torch.clear_autocast_cache()
+        view = ViewCall(self._length, states, self._head, self._gradient, self._detach)
+        output = self._model(**inputs, **call, view=view)
+        if self.take is not None:
+            self.take(output.kl.detach())
+        if self._gradient:
+            self._found.append(output)
+        if self._head:
+            return output
+        return SimpleNamespace(log_probs=labels.new_zeros(labels.shape, dtype=torch.float32))
+
+    def kl(self) -> Tensor:
+        """KL(real view || spoilt view) of each token's distribution, ``[B, T]``, with its gradient; 0 at padding."""
+        return torch.cat([output.kl for output in self._found])
+
+    def k3(self) -> Tensor:
+        """PAPO's estimate of it from the token that was sampled alone: ``exp(d) - d - 1`` of its log-ratio d."""
+        logp = torch.cat([output.view_logp for output in self._found])
+        other = torch.cat([output.other_logp for output in self._found])
+        ratio = ((other.detach() if self._detach else other) - logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        return (ratio.exp() - ratio - 1).clamp(max=K3_LIMIT)
+
+
+def _joined(rows: Tensor | list[Any]) -> Tensor | None:
+    """Join what rows have of an input; ``None``, where they have nothing."""
+    if isinstance(rows, Tensor):
+        return rows
+    return None if rows[0] is None else torch.cat(rows)
+
+
+def view_term(
+    trainer: GRPOTrainer,
+    inputs: Mapping[str, Any],
+    views: TwoViews,
+    counted: Tensor,  # [B, T]
+    mode: str,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the term ``-view_coef * divergence`` of the loss, aggregated as the policy's, and what is logged of it.
+
+    Args:
+        trainer: Its settings say what the term is.
+        inputs: TRL's batch.
+        views: What passed.
+        counted: Of :meth:`ViewPasses.counted`; the divergence of other scored tokens is 0.
+        mode: ``"train"`` or ``"eval"``.
+    """
+    args, mask = trainer.args, Sequences.of(inputs).response_mask
+    logged = {"view_kl": torch.where(counted, views.kl(), 0.0)}
+    values = logged["view_kl"]
+    if args.view_estimator == "k3":
+        values = logged["view_k3"] = torch.where(counted, views.k3(), 0.0)
+    if args.view_clamp is not None:
+        logged["view_clamped"] = (values > args.view_clamp).float()
+        values = values.clamp(max=args.view_clamp)
+    nothing = torch.zeros_like(values)
+    # What policy_loss subtracts from a token's loss, times a coefficient, it calls entropy.
+    term = policy_loss(
+        nothing,
+        None,
+        nothing[:, 0],
+        mask,
+        entropy=values,
+        entropy_coef=args.view_coef,
+        aggregation=LOSS_TYPES[trainer.loss_type].aggregation,
+        **denominators(trainer, inputs, mask, mode),
+    ).loss
+    return term, {name: value.detach() for name, value in logged.items()}
+
+
+def check_views(trainer: GRPOTrainer, head: str) -> None:
+    """Raise ValueError where two views of a batch cannot be compared: by the model, its wrapping or the settings.
+
+    Args:
+        trainer: After TRL has set it up.
+        head: What :func:`~vgpo_trainer.fused_head.fuse_heads` returned.
+    """
+    args = trainer.args
+    spoilt_view({}, args.view, trainer.model, strength=args.view_strength)  # refuses a strength out of range
+    asked = f"view_coef={args.view_coef}" if args.view_coef else f"signal={args.signal!r}"
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(f"{asked} is not supported with DeepSpeed's ZeRO-3, which takes the LM head's weight away")
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        raise ValueError(f"{asked} is not supported with FSDP 1; set version: 2 in fsdp_config")
+    if head != OURS:
+        raise ValueError(
+            f"{asked} compares distributions by linear_divergence, from hidden states and the LM head: it needs "
+            f"fused_head=True and a model whose logits are no more than that; here {head} computes log-probabilities"
+        )
+    if trainer.aux_loss_enabled:
+        raise ValueError(f"{asked} is not supported beside a router's loss; set router_aux_loss_coef=0")
+    rows = args.per_device_train_batch_size * args.steps_per_generation
+    if args.view == "swap" and trainer.num_generations % rows == 0:
+        raise ValueError(
+            f"view='swap' takes the image of another prompt, and the {rows} responses of a process's generation batch "
+            f"are to one (num_generations={trainer.num_generations}): raise per_device_train_batch_size or "
+            "steps_per_generation, or choose another view"
+        )
