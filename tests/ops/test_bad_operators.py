@@ -162,6 +162,8 @@ ACCEPTED: dict[str, set[str]] = {
         "none of dimension 1",
     },
     **{f"{name}, {layout}: prototype": {"one more of dimension 0"} for name, layout in product(FOCUSING, LAYOUTS)},
+    # A fifth row asks for sums of squares.
+    **{f"head_statistics, {layout}: statistics": {"one more of dimension 0"} for layout in LAYOUTS},
     **{f"{name}, {layout}: k": DIVISORS for name, layout in product(ATTENTION, LAYOUTS)},
     **{f"head_product, {layout}: {side}": ANY_MATRIX for side, layout in product(("left", "right"), LAYOUTS)},
 }
