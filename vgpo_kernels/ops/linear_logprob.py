@@ -115,7 +115,8 @@ def linear_logprob(
 
         recompute: ``False``: keep what the backward pass would compute again, the logits of all rows in hidden's dtype.
             It takes three matrix products then instead of four, with the precision of that dtype. ``True``: do not.
-            ``None``: keep at most 64 MiB, of fp32 on a CPU. Calls that return more than entropies keep nothing.
+            ``None``: keep at most 64 MiB, of fp32 on a CPU. Calls that return more than entropies keep nothing. Liger's
+            kernel does not serve ``False``.
 
     Returns:
         Log-probabilities (natural logarithm) in targets' shape, float32; with ``return_entropy`` a pair, with the
@@ -136,15 +137,12 @@ def linear_logprob(
     again = None if recompute is None else checks.flag("recompute", recompute)
     if squares or truncation is not None:
         return _more(head, both, squares, truncation)
-    if _keeps(head, again):
-        logp, entropy = logp_and_entropy(_statistics(head, keep=True))
-        return (logp, entropy) if both else logp
-    if liger_head.serves(head["hidden"], head["weight"], head["bias"], _logit_map(head)):
+    if again is not False and liger_head.serves(head["hidden"], head["weight"], head["bias"], _logit_map(head)):
         divisor = head["temperature"] / head["logit_scale"]
         names = ("hidden", "weight", "targets", "ignore_index")
         found = liger_head.logp_and_entropy(**{name: head[name] for name in names}, temperature=divisor, entropy=both)
         return found if both else found[0]
-    logp, entropy = logp_and_entropy(_statistics(head))
+    logp, entropy = logp_and_entropy(_statistics(head, keep=_keeps(head, again)))
     return (logp, entropy) if both else logp
 
 
