@@ -230,7 +230,9 @@ __global__ void __launch_bounds__(kBlockThreads)
     all.merge(own);
     all.store(running, stride);
     const int target = rows.target(index);
-    if (target >= 0) running[3 * stride] = map.logit(rows.offset_product(row, target));
+    if (target < 0) return;
+    const float product = rows.offset_product(row, target);
+    running[3 * stride] = (kCapped ? hyperbolic_tangent(product * map.squeeze) : product) * map.factor;
 }
 
 // ---- gradient --------------------------------------------------------------------------------------------------
