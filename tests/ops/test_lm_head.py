@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vgpo_kernels import backend, backends, linear_logprob
 from vgpo_kernels.ops.linear_logprob import compute, compute_backward
-from vgpo_kernels.ops.lm_head import HeadKernels, compiled_kernels
+from vgpo_kernels.ops.lm_head import HeadKernels, compiled_kernels, new_statistics
 from vgpo_kernels.reference import linear_logprob as reference
 from vgpo_kernels.reference.linear_logprob import IGNORED, gradient_of
 from vgpo_kernels.reference.logits import LogitMap
@@ -216,6 +216,28 @@ def test_kernels_match_their_definition(
         for name, values in actual.items():
             floor = floor_of(head.hidden.dtype if name.startswith("gradient") else torch.float32)
             assert_close(values, exact[name].double(), narrow[name], name=f"{name} ({level})", floor=floor)
+
+
+def test_a_cap_is_precise(kernels: HeadKernels, exact_backend: str, device: torch.device) -> None:
+    """The largest logit of a single column is the tanh of its product: also of small ones, to a few units."""
+    magnitudes = torch.cat([torch.logspace(-30, 1.2, 4000), torch.linspace(0.6, 0.65, 500), torch.tensor([0.0, 1e4])])
+    products = torch.cat([magnitudes, -magnitudes]).to(device)
+    exact = products.cpu().double().tanh()
+    unit = torch.nextafter(exact.float().abs(), torch.tensor(2.0)) - exact.float().abs()
+    targets = torch.zeros(len(products), dtype=torch.int64, device=device)
+    previous = None if exact_backend != "cpp" else _C.simd()
+    for level in instruction_sets(exact_backend):
+        if level is not None:
+            _C.set_simd(level)
+        try:
+            running, logits = new_statistics(products), torch.empty(len(products), 1, device=device)
+            chunk = (products[:, None], torch.ones(1, 1, device=device), None, targets, 0)
+            kernels.statistics(*chunk, *LogitMap(softcap=1.0), running, logits, False)
+        finally:
+            if level is not None:
+                _C.set_simd(previous)
+        errors = (running[0].cpu().double() - exact).abs() / unit
+        assert errors.max() <= 2.5, f"{errors.max()} units in the last place ({level})"
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
