@@ -20,8 +20,10 @@ from vgpo_kernels import (
     linear_logprob,
     policy_loss,
 )
+from vgpo_kernels.ops import registry
 from vgpo_kernels.reference.linear_divergence import MEASURES
 from vgpo_kernels.reference.linear_logprob import IGNORED
+from vgpo_kernels.reference.logits import LogitMap
 
 # (rows, features, vocabulary, bytes of a workspace): tails in every dimension, one chunk and many, and the least.
 SHAPES = {
@@ -280,6 +282,39 @@ def test_the_sampled_estimate_is_right_on_average() -> None:
     )
     estimate = (sampled.logp - sampled.other_logp).mean(-1)
     torch.testing.assert_close(estimate, found.kl, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["one pass", "two passes"])
+def test_opcheck(exact_backend: str, device: torch.device, shares: bool) -> None:
+    views = make_views(10, 16, 40, bias=True, other_features=12 if shares else None).to(device).leaves()
+    logit_map = LogitMap(0.8, torch.rand(10, device=device) + 0.5, 1.3, 5.0) if shares else LogitMap(0.8)
+    tensors = (views.hidden, views.other, views.weight, views.other_weight, views.bias, views.other_bias)
+    given = (views.targets, 0, *logit_map, None, shares, 0.3, IGNORED)
+    operator = registry.implementation("linear_divergence", exact_backend)
+    torch.library.opcheck(operator, (*tensors, *given, 0))
+    statistics = operator(*tensors, *given, 0).detach()
+    detached = (None if one is None else one.detach() for one in tensors)
+    asked = [tensor is not None for tensor in tensors]
+    torch.library.opcheck(
+        registry.implementation("linear_divergence_backward", exact_backend),
+        (torch.ones_like(statistics), statistics, *detached, *given, asked, 0),
+    )
+
+
+def test_traces_into_one_graph(backend_name: str, device: torch.device) -> None:
+    views = make_views(12, 16, 90, bias=True, ignored=0.3).to(device).leaves()
+
+    def total(hidden: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+        found = linear_divergence(hidden, other, weight, views.targets, bias=views.bias, measures=("kl", "js"))
+        assert found.kl is not None and found.js is not None and found.logp is not None
+        return (found.kl + 2 * found.js - found.logp).sum()
+
+    leaves = (views.hidden, views.other, views.weight)
+    expected = total(*leaves)
+    found = torch.compile(total, fullgraph=True, backend="aot_eager")(*leaves)
+    assert_close(found, expected.double(), name="total", floor=1e-5)
+    for one, other in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert_close(one, other.double(), name="gradient", floor=1e-5)
 
 
 # ---- slices of the vocabulary -----------------------------------------------------------------------------------

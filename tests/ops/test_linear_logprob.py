@@ -347,10 +347,13 @@ def test_opcheck(exact_backend: str, device: torch.device, bias: bool) -> None:
     torch.library.opcheck(operator, (*arguments, *more))
     statistics = operator(*arguments, *more)[:4].detach()
     detached = (*(None if leaf is None else leaf.detach() for leaf in arguments[:3]), *arguments[3:-1])
-    torch.library.opcheck(
-        registry.implementation("linear_logprob_backward", exact_backend),
-        (torch.ones_like(statistics), statistics, *detached, [True, True, bias], 0),
-    )
+    keeping = registry.implementation("linear_logprob_keeping", exact_backend)
+    torch.library.opcheck(keeping, arguments)
+    for products in (None, keeping(*arguments)[1].detach()):
+        torch.library.opcheck(
+            registry.implementation("linear_logprob_backward", exact_backend),
+            (torch.ones_like(statistics), statistics, *detached, [True, True, bias], 0, products),
+        )
 
 
 # ---- bad input --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from vgpo_kernels.reference.logits import LogitMap
 from vgpo_kernels.reference.truncation import Truncation
 
 # Bytes of products that a call keeps for its backward pass without being asked to.
-KEPT = 64 * 2**20
+KEPT = 32 * 2**20
 
 
 class LinearLogprob(NamedTuple):
@@ -115,7 +115,7 @@ def linear_logprob(
 
         recompute: ``False``: keep what the backward pass would compute again, the logits of all rows in hidden's dtype.
             It takes three matrix products then instead of four, with the precision of that dtype. ``True``: do not.
-            ``None``: keep at most 64 MiB, of fp32 on a CPU. Calls that return more than entropies keep nothing. Liger's
+            ``None``: keep at most 32 MiB, of fp32 on a CPU. Calls that return more than entropies keep nothing. Liger's
             kernel does not serve ``False``.
 
     Returns:
