@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -88,10 +89,44 @@ def signal_records(
         "nonfinite_responses": Statistic(float, (total["nonfinite"],)),
     }
     if groups:
-        number, alone = torch.stack([found.groups, found.singleton_groups]).tolist()
+        counts = torch.stack([found.groups.double(), found.singleton_groups.double(), found.phi_length])
+        number, alone, follows = counts.tolist()
         records["groups"] = Statistic(float, (number,))
         records["singleton_groups"] = Statistic(float, (alone,))
+        there = math.isfinite(follows)
+        records["phi_length_corr"] = Statistic(mean, (follows if there else 0.0, float(there)))
     return records
+
+
+class PhiLengthWatch:
+    """Warns once where phi keeps following the length of responses.
+
+    Args:
+        high: Rank correlation from which phi counts as a matter of length.
+        patience: Batches in a row that have to reach it.
+    """
+
+    def __init__(self, high: float = 0.7, patience: int = 10) -> None:
+        self._high, self._patience = high, patience
+        self._seen: list[float] = []
+
+    def see(self, records: Mapping[str, Statistic]) -> None:
+        """Look at the records of one more batch; one in which nothing varies says nothing."""
+        if "phi_length_corr" not in records or len(self._seen) == self._patience:
+            return
+        correlation, there = records["phi_length_corr"].parts
+        if not there:
+            return
+        self._seen = [*self._seen, correlation] if correlation >= self._high else []
+        if len(self._seen) == self._patience:
+            warnings.warn(
+                f"phi follows the length of responses: over the last {self._patience} batches its rank correlation "
+                f"with length within a group was {sum(self._seen) / self._patience:.2f} (vgpo/phi_length_corr). What a "
+                "response accumulates grows with its tokens. vgpo_accumulation='mean' compares means instead of sums, "
+                "and vgpo_inter=False leaves phi out; whether either trains better is not known beforehand: vgpo probe "
+                "shows what phi follows for a model",
+                stacklevel=2,
+            )
 
 
 def loss_records(metrics: Mapping[str, Tensor], accelerator: Accelerator, factors: bool) -> dict[str, Statistic]:

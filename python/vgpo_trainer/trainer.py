@@ -28,6 +28,8 @@ with TRL's ``log_metric("accuracy", value)``. Ours:
 ``vgpo/nonfinite_responses``   number of responses that are unweighted for a signal that is not finite
 ``vgpo/groups``                number of groups with a weighted response (not with ``vgpo_inter=False``)
 ``vgpo/singleton_groups``      number of groups with one weighted response, whose phi is 0 (likewise)
+``vgpo/phi_length_corr``       rank correlation of phi with the length of a response less its group's mean (likewise);
+                               where it stays high, phi is mostly a matter of length, and a warning says so once
 ``vgpo/factor_mean``           with VGPO, mean of what multiplies advantages, (1 + psi)(1 + phi), over scored tokens
 ``vgpo/factor_min``            the smallest of them; likewise ``vgpo/factor_max``
 ``vgpo/old_policy_kl``         mean divergence of the policy from the one that generated, over scored tokens
@@ -85,7 +87,7 @@ from vgpo_kernels import VGPOConfig, policy_loss
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.fused_head import fuse_heads
 from vgpo_trainer.generation_batch import RowFacts, group_ids, refuse_mixed, trl_rows, warn_of_sizes
-from vgpo_trainer.records import add_records, loss_records, signal_records, token_records
+from vgpo_trainer.records import PhiLengthWatch, add_records, loss_records, signal_records, token_records
 from vgpo_trainer.rollouts import (
     PendingRollout,
     RolloutRecorder,
@@ -210,6 +212,7 @@ class VGPOTrainer(GRPOTrainer):
             self._views = ViewPasses(args, self.model, tokens, self.accelerator.process_index)
         capacity = args.rollout_samples if self.accelerator.is_main_process else 0
         self._group_warnings: set[str] = set()
+        self._phi_length = PhiLengthWatch()
         self._shown_images: list[list[Any]] | None = None
         # TRL gathers images for its table of completions on those processes alone that have some; see below.
         self._logs_images, self.log_multimodal = self.log_multimodal, False
@@ -393,6 +396,8 @@ class VGPOTrainer(GRPOTrainer):
         self._record(batch, mode, shown, found)
         records = signal_records(shown, found, self.accelerator, groups=self._signal_config.inter)
         add_records(self._metrics[mode], records)
+        if mode == "train" and self._vgpo is not None and self.accelerator.is_main_process:
+            self._phi_length.see(records)
         return found
 
     def _record(

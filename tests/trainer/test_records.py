@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +15,12 @@ import torch
 
 pytest.importorskip("trl")
 
+from scipy.stats import spearmanr
 from trainer.test_trainer_mixed import mixed
 from trainer.tiny_runs import make_trainer
-from vgpo_trainer.records import Running, Statistic, add_records, loss_records, signal_records
+from vgpo_trainer.records import PhiLengthWatch, Running, Statistic, add_records, loss_records, signal_records
 from vgpo_trainer.rollouts import RolloutSample
-from vgpo_trainer.signals.factors import compute_factors
+from vgpo_trainer.signals.factors import compute_factors, phi_length
 
 from vgpo_kernels import VGPOConfig
 
@@ -159,7 +162,7 @@ def test_a_batch_of_unweighted_responses_changes_no_mean() -> None:
     kept: dict[str, list[float]] = {}
 
     def add(cos: torch.Tensor) -> dict[str, float]:
-        mask, groups = torch.ones_like(cos, dtype=torch.bool), torch.zeros(len(cos), dtype=torch.int64)
+        mask, groups = torch.arange(9) < torch.tensor([[9], [7]]), torch.zeros(len(cos), dtype=torch.int64)
         found = compute_factors(cos, mask, groups, VGPOConfig.paper(), gather=lambda values: values, process_index=0)
         add_records(kept, signal_records(cos, found, accelerator))
         return {name: numbers[0] for name, numbers in kept.items()}
@@ -168,3 +171,59 @@ def test_a_batch_of_unweighted_responses_changes_no_mean() -> None:
     after = add(torch.full((2, 9), math.nan))
     assert before.pop("vgpo/weighted_share") == 1 and after.pop("vgpo/weighted_share") == 0.5
     assert before == after and all(map(math.isfinite, after.values()))
+
+
+def test_phi_is_compared_with_length_within_its_group() -> None:
+    """The lengths of two groups differ by more than those within; an unweighted one and a group of one are left out."""
+    phi = torch.tensor([-0.5, 0.5, 0.0, 0.6, -0.4, -0.2, 0.0, 9.0])
+    lengths = torch.tensor([3, 5, 4, 20, 18, 19, 7, 100])
+    groups = torch.tensor([4, 4, 4, -2, -2, -2, 9, 4])
+    weighted = torch.tensor([True] * 7 + [False])
+    found = phi_length(phi, lengths, groups, weighted)
+    assert found.item() == pytest.approx(spearmanr(phi[:7], [-1, 1, 0, 1, -1, 0, 0]).statistic)
+    assert found > 0.9 > 0.5 > spearmanr(phi[:7], lengths[:7]).statistic
+    assert phi_length(phi, torch.full((8,), 5), groups, weighted).isnan()
+    assert phi_length(phi, lengths, groups, torch.zeros(8, dtype=torch.bool)).isnan()
+    assert phi_length(phi[:0], lengths[:0], groups[:0], weighted[:0]).isnan()
+
+
+def test_phi_that_keeps_following_length_is_warned_of_once() -> None:
+    def records(correlation: float, batches: float = 1.0) -> dict[str, Statistic]:
+        return {"phi_length_corr": Statistic(float, (correlation, batches))}
+
+    watch = PhiLengthWatch(high=0.7, patience=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        # One that does not follow begins the count anew, one where nothing varies and one without phi do not count.
+        for value in (0.9, 0.9, 0.1, 0.9, 0.9):
+            watch.see(records(value))
+        watch.see(records(0.0, 0.0))
+        watch.see({})
+        assert not caught
+        watch.see(records(0.75))
+        assert len(caught) == 1
+        for _ in range(9):
+            watch.see(records(0.9))
+    (warning,) = caught
+    assert "0.85" in str(warning.message) and "vgpo_accumulation='mean'" in str(warning.message)
+    assert "vgpo_inter=False" in str(warning.message)
+
+
+def test_the_trainer_logs_what_phi_follows(tmp_path: Path) -> None:
+    """Sums of scores grow with the responses: a trainer of random weights already sees it, and warns."""
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=16, max_steps=3, max_completion_length=12)
+    trainer._phi_length = PhiLengthWatch(high=-1.0, patience=2)
+    with pytest.warns(UserWarning, match="phi follows the length of responses"):
+        trainer.train()
+    samples: dict[int, list[RolloutSample]] = {}
+    for sample in trainer.rollout_samples:
+        samples.setdefault(sample.step, []).append(sample)
+    for record in trainer.state.log_history[:3]:
+        batch = samples[record["step"] - 1]
+        means = {
+            name: statistics.fmean(len(sample.tokens) for sample in batch if sample.answer == name)
+            for name in {sample.answer for sample in batch}
+        }
+        beside = [len(sample.tokens) - means[sample.answer] for sample in batch]
+        expected_value = spearmanr([sample.phi for sample in batch], beside).statistic
+        assert record["vgpo/phi_length_corr"] == pytest.approx(expected_value, abs=1e-3)

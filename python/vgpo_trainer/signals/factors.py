@@ -32,6 +32,8 @@ class SignalFactors:
         nonfinite: Number of these responses that are unweighted for a signal that is not finite, 0-dimensional.
         groups: Number of groups with a weighted response, over all processes, 0-dimensional.
         singleton_groups: Number of those with one only, whose phi is 0, likewise.
+        phi_length: Rank correlation of phi with the length of a response less its group's mean, over weighted responses
+            of all processes, 0-dimensional; NaN where either does not vary.
     """
 
     psi: Tensor
@@ -44,6 +46,7 @@ class SignalFactors:
     nonfinite: Tensor
     groups: Tensor
     singleton_groups: Tensor
+    phi_length: Tensor
 
 
 def compute_factors(
@@ -75,6 +78,7 @@ def compute_factors(
     scores, groups = gather(local.score), gather(group_ids)
     phi = group_weights(scores, groups, config)
     number, alone = count_groups(groups, scores.isfinite())
+    follows = phi_length(phi, gather(response_mask.bool().sum(dim=1)), groups, scores.isfinite())
     phi = phi[process_index * batch : (process_index + 1) * batch]
 
     weighted = local.score.isfinite()
@@ -90,6 +94,7 @@ def compute_factors(
         nonfinite=local.metrics["nonfinite_responses"],
         groups=number,
         singleton_groups=alone,
+        phi_length=follows,
     )
 
 
@@ -101,6 +106,38 @@ def count_groups(group_ids: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:
     step = ordered[1:] != ordered[:-1]
     first, last = torch.cat([edge, step]) & (ordered != nobody), torch.cat([step, edge])
     return first.sum(), (first & last).sum()
+
+
+def phi_length(phi: Tensor, lengths: Tensor, group_ids: Tensor, weighted: Tensor) -> Tensor:
+    """Return the rank correlation of phi with length, over weighted responses; without the host's help.
+
+    Phi compares the responses of a group only, so their lengths are taken less the group's mean. A sum over tokens
+    grows with their number: where this is near 1, phi hardly says more than which response is longer.
+
+    Args:
+        phi: ``[B]``.
+        lengths: Scored tokens of each response, ``[B]``.
+        group_ids: ``[B]``.
+        weighted: Which responses take part, bool ``[B]``.
+    """
+    if not len(phi):
+        return torch.full((), torch.nan, dtype=torch.float64, device=phi.device)
+    ordered = group_ids.sort().values
+    group = torch.searchsorted(ordered, group_ids)  # a number for each group that is an index, too
+    there = weighted.double()
+    length = lengths.double() * there
+    total, count = (torch.zeros_like(there).scatter_add(0, group, value)[group] for value in (length, there))
+    beside = (length - total / count.clamp(min=1)).masked_fill(~weighted, 0.0)
+    ranks = [_ranks(values.double(), weighted) for values in (phi, beside)]
+    first, second = ((rank - (rank * there).sum() / there.sum()) * there for rank in ranks)
+    square = (first * first).sum() * (second * second).sum()
+    return torch.where(square > 0, (first * second).sum() / square.sqrt(), torch.nan)
+
+
+def _ranks(values: Tensor, weighted: Tensor) -> Tensor:
+    """Ranks among the weighted, equal values sharing theirs, ``[B]``."""
+    ordered = values.masked_fill(~weighted, torch.inf).sort().values
+    return (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double() / 2
 
 
 def fix_offset(
