@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vgpo_trainer.commands import ablate, demo, doctor, inspect, report, train
+from vgpo_trainer.commands import ablate, demo, doctor, inspect, probe, report, train
 from vgpo_trainer.runs.writing import RunFailure
 
 DESCRIPTION = """\
@@ -17,6 +17,7 @@ Visually-guided reinforcement learning of vision-language models.
   vgpo report RUN                       make the report of a run again
   vgpo ablate --out DIR                 compare DAPO, VGPO and its parts on the demo's task, over seeds
   vgpo inspect --model M --image F --prompt T   see what each token of an answer looks at
+  vgpo probe --model M --dataset D      which visual signal says where answers need the image, before training
   vgpo doctor                           what is installed, what is built, does it work
 """
 
@@ -37,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("train", train, "train any Hugging Face vision-language model"),
         ("report", report, "make the report of a run again"),
         ("inspect", inspect, "see what each token of an answer looks at"),
+        ("probe", probe, "which visual signal says where answers need the image, before training"),
         ("ablate", ablate, "compare DAPO, VGPO and its parts over seeds"),
         ("doctor", doctor, "what is installed, what is built, does it work"),
     ):

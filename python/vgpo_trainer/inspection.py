@@ -118,7 +118,7 @@ def inspect_answer(
 
     gaze = Gaze(segments, answered)
     with torch.no_grad(), capture_hidden_states(model) as captured, capture_attention(model, gaze, layers=layers):
-        model(**_extended(inputs, sequence), use_cache=False)
+        model(**extended_inputs(inputs, sequence), use_cache=False)
     cos = visual_focus(captured.hidden, visible, response_mask)
     groups = torch.zeros(1, dtype=torch.int64, device=cos.device)
     weights = visual_weights(cos, response_mask, groups, VGPOConfig.paper())
@@ -218,7 +218,7 @@ def _picture(pixels: Tensor, image_processor: Any) -> Image.Image:
     return Image.fromarray((values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def _extended(inputs: Any, sequence: Tensor) -> dict[str, Any]:
+def extended_inputs(inputs: Any, sequence: Tensor) -> dict[str, Any]:
     """Return the inputs of a pass over the whole sequence: what stands by each token grows with it."""
     begin = inputs["input_ids"].shape
     extended = dict(inputs)

@@ -79,11 +79,13 @@ class Panel:
         label: Title of its axis.
         values: Of each row; a row may have none.
         reference: Where a dashed line is drawn; None draws none.
+        intervals: Of each row, where they are known; by default those of the mean of its values.
     """
 
     label: str
     values: Sequence[Sequence[float]]
     reference: float | None = None
+    intervals: Sequence[Interval] = ()
 
 
 def axis_around(label: str, values: Sequence[float], *, pad: float = 0.06) -> Axis:
@@ -197,9 +199,9 @@ def _panel(
     panel: Panel, rows: Sequence[tuple[float, str]], left: float, right: float, floor: float
 ) -> Iterator[Markup]:
     """Grid, axis, intervals, values and means of one panel; a row is its height and its colour."""
-    intervals = [Interval.of(values) for values in panel.values]
+    intervals = panel.intervals or [Interval.of(values) for values in panel.values]
     shown = [value for values in panel.values for value in values]
-    shown += [edge for interval in intervals for edge in (interval.low, interval.high)]
+    shown += [edge for interval in intervals for edge in (interval.low, interval.mean, interval.high)]
     axis = axis_around(panel.label, shown if panel.reference is None else [*shown, panel.reference], pad=0.03)
     place = _scale(axis, left, right)
     upright = Markup('<line class="{}" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/>')

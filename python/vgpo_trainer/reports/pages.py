@@ -55,6 +55,11 @@ def factor_colour(factor: float) -> str:
     return f"rgba(var(--{'up' if factor > 1.0 else 'down'}),{0.85 * strength:.2f})"
 
 
+def heat(strength: float) -> str:
+    """Return the CSS colour of a token from transparent at 0 to strongest at 1."""
+    return f"rgba(var(--up),{0.85 * min(max(strength, 0.0), 1.0) if math.isfinite(strength) else 0.0:.2f})"
+
+
 def fold(text: Markup) -> Markup:
     """Join the lines of a paragraph and break it at 118 characters, the width of our Markdown."""
     return Markup(fill(str(text), 118, break_long_words=False, break_on_hyphens=False))
@@ -68,7 +73,7 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-ENVIRONMENT.filters |= {filter.__name__: filter for filter in (factor_colour, fold, percent, plain, signed)}
+ENVIRONMENT.filters |= {filter.__name__: filter for filter in (factor_colour, fold, heat, percent, plain, signed)}
 ENVIRONMENT.tests["special_token"] = lambda text: text.startswith("<") and text.endswith(">")
 ENVIRONMENT.globals |= {"asset": asset, "zip": zip}
 ENVIRONMENT.policies["json.dumps_kwargs"] = {"allow_nan": False}

@@ -43,6 +43,14 @@ def signal_class(name: str) -> type[VisualSignal]:
     return found
 
 
+def as_cosines(scores: Tensor, config: VGPOConfig) -> Tensor:
+    """Return what to hand to ``visual_weights`` as cosines, so that the score that it makes of them is ``scores``.
+
+    An offset that is left to the batch is 0 where no score is negative.
+    """
+    return 2 * scores - 1 if config.score == "affine" else scores
+
+
 class SignalBatch(NamedTuple):
     """Where the images and responses of B sequences are.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vgpo_kernels.integrations.transformers import IGNORED, AttentionCall, capture_attention
-from vgpo_trainer.signals import SignalBatch, SignalSettings, VisualSignal
+from vgpo_trainer.signals import SignalBatch, SignalSettings, VisualSignal, as_cosines
 
 IMAGE, OTHER = 0, 1
 
@@ -65,8 +65,7 @@ class AttentionSignal(VisualSignal):
     @property
     def values(self) -> Tensor:
         """What to hand to ``visual_weights`` as cosines ``[B, T]``, so that the score it makes of them is the share."""
-        # (1 + cos) / 2 where the score is affine; an offset that is left to the batch is 0 for shares.
-        return 2 * self.shown - 1 if self.settings.config.score == "affine" else self.shown
+        return as_cosines(self.shown, self.settings.config)
 
     @property
     def shown(self) -> Tensor:
