@@ -114,6 +114,17 @@ def test_report_links_pages_of_what_the_model_looks_at(run):
             assert "".join(tokens).replace(" ", "") == answer.replace(" ", "")
 
 
+def test_report_links_probes_of_the_model_before_and_after_training(run):
+    links = re.findall(r'href="(probe/[a-z]+\.html)"', run.report.read_text())
+    assert links == ["probe/before.html", "probe/after.html"]
+    before, after = (json.loads((run.path / link).with_suffix(".json").read_text()) for link in links)
+    assert before["model"] == "model before training with VGPO" and after["model"] == "model after training with VGPO"
+    assert before["prompts"] == after["prompts"] == SMALL["evaluation_problems"]
+    # Two steps have changed the model a little.
+    assert before["examples"] != after["examples"] and before["gain_at"] == after["gain_at"]
+    assert all(sentence.split("'")[0] in (run.path / links[1]).read_text() for sentence in after["verdict"])
+
+
 def test_checkpoint_loads_again_and_answers_as_it_did(run):
     model = AutoModelForImageTextToText.from_pretrained(run.model)
     processor = AutoProcessor.from_pretrained(run.model)

@@ -9,9 +9,10 @@ uses.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from vgpo_trainer.demo.settings import EVALUATION_SEED, DemoSettings
 from vgpo_trainer.runs.folder import RunFolder, versions_of_a_run
@@ -57,8 +58,17 @@ def run_demo(settings: DemoSettings, display: Listener) -> DemoResult:
     """
     start = time.monotonic()
     display.stage("loading PyTorch, transformers and TRL")
-    run = reinforce(settings, display, start)
-    trainer, folder = run.trainer, RunFolder(settings.out)
+    folder = RunFolder(settings.out)
+
+    def probe(when: Literal["before", "after"], model: Any, processor: Any, problems: Sequence[Problem]) -> None:
+        from vgpo_trainer.demo.probes import write_probe
+
+        display.stage(f"probing which tokens need the image, {when} training")
+        write_probe(folder, when, model, processor, problems, settings)
+
+    run = reinforce(settings, display, start, before_training=partial(probe, "before"))
+    trainer = run.trainer
+    probe("after", trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, run.problems)
 
     display.stage("writing the checkpoint and the report")
     from vgpo_trainer.demo.inspections import write_inspections
@@ -79,7 +89,11 @@ def run_demo(settings: DemoSettings, display: Listener) -> DemoResult:
 
 
 def reinforce(
-    settings: DemoSettings, display: Listener, start: float | None = None, before: Evaluation | None = None
+    settings: DemoSettings,
+    display: Listener,
+    start: float | None = None,
+    before: Evaluation | None = None,
+    before_training: Callable[[Any, Any, Sequence[Problem]], None] | None = None,
 ) -> Reinforcement:
     """Train into a folder that exists, with settings, metrics and rollouts as its files, and measure before and after.
 
@@ -88,6 +102,7 @@ def reinforce(
         display: What is told as it happens.
         start: When the time of ``settings.minutes`` began, on :func:`time.monotonic`; default: now.
         before: The evaluation of the starting point, where it is known already.
+        before_training: Handed the model, its processor and the held-out problems, once these are there.
     """
     start = time.monotonic() if start is None else start
     import torch
@@ -108,6 +123,8 @@ def reinforce(
         display.stage(f"measuring accuracy on {len(held_out)} held-out problems")
         before = evaluate(model, processor, held_out)
     display.evaluated(0, before)
+    if before_training is not None:
+        before_training(model, processor, held_out)
 
     trainer = build_trainer(settings, model, processor)
     # What comes after training, evaluation and report, takes about as long as what came before it.

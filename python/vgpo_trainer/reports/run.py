@@ -1,5 +1,5 @@
 """The report of a run: one HTML file that needs no other file and no network. It links to the pages of
-``vgpo inspect`` in the folder of the run.
+``vgpo inspect`` and ``vgpo probe`` in the folder of the run.
 
 The report is made only from the files of the run folder, so it can be made again at any time. All text from a model, a
 dataset or a file is escaped (see :mod:`vgpo_trainer.reports.pages`), images are decoded and encoded again, and there is
@@ -61,6 +61,7 @@ def write_report(folder: RunFolder) -> Path:
         groups=choose_groups(rollouts),
         image_data=folder.image_data,
         inspection_address=folder.inspection_address,
+        probes={when: address for when in ("before", "after") if (address := folder.probe_address(when))},
         settings=[config.get(part) or {} for part in ("settings", "vgpo", "versions")],
     )
     write_atomically(folder.report, page)

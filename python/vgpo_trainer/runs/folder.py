@@ -8,6 +8,7 @@
 ``images/``             the images of the rollouts and of the held-out examples, PNG
 ``model/``              the trained model and its processor, as Hugging Face saves them
 ``inspect/``            pages of what the trained model looks at, of some held-out examples
+``probe/``              which signals find the tokens that need the image, before and after training
 ``report.html``         everything above to look at
 ======================  ================================================================================
 """
@@ -91,6 +92,7 @@ class RunFolder:
         self.images = self.path / "images"
         self.model = self.path / "model"
         self.inspections = self.path / "inspect"
+        self.probes = self.path / "probe"
         self.report = self.path / "report.html"
 
     def create(self) -> None:
@@ -188,6 +190,14 @@ class RunFolder:
         if Path(image).name != image or not self.inspection(image).is_file():
             return None
         return quote(f"{self.inspections.name}/{self.inspection(image).name}")
+
+    def probe(self, when: str) -> Path:
+        """The page of the probe ``"before"`` or ``"after"`` training, whether it exists or not."""
+        return self.probes / f"{when}.html"
+
+    def probe_address(self, when: str) -> str | None:
+        """Where the report finds the page of a probe; None without one."""
+        return quote(f"{self.probes.name}/{when}.html") if self.probe(when).is_file() else None
 
     def _read_object(self, path: Path) -> dict[str, Any]:
         try:
