@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vgpo_trainer.signals import SignalBatch, SignalSettings, ViewSignal
+from vgpo_trainer.signals import SignalBatch, SignalSettings, ViewSignal, as_cosines
 
 
 class DependencySignal(ViewSignal):
@@ -38,8 +38,7 @@ class DependencySignal(ViewSignal):
         """What to hand to ``visual_weights`` as cosines ``[B, T]``, so that its score is ``1 - exp(-D)``."""
         kl = self.shown
         score = -torch.expm1(-kl).masked_fill(kl.isinf(), torch.inf)  # a fault, which must not pass for a score of 1
-        # (1 + cos) / 2 where the score is affine; an offset that is left to the batch is 0 for divergences.
-        return 2 * score - 1 if self.settings.config.score == "affine" else score
+        return as_cosines(score, self.settings.config)
 
     @property
     def shown(self) -> Tensor:
