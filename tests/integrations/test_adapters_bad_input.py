@@ -190,7 +190,70 @@ def policy_of_easyr1() -> Subject:
     )
 
 
+def spoiling() -> Subject:
+    pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    unknown = [
+        Bad("a model of text", MODEL, ValueError, "llama has none of image_token_id"),
+        Bad("no model", SimpleNamespace(), ValueError, "SimpleNamespace has none of image_token_id"),
+    ]
+    return Subject(
+        adapter.spoilt_view,
+        {
+            "inputs": {"input_ids": IDS, "pixel_values": pixels},
+            "kind": "swap",
+            "model": transformers.LlavaConfig(image_token_index=5),
+        },
+        {
+            "inputs": [Bad("a list", [IDS], TypeError, "inputs must be a mapping of a model's arguments, got list")],
+            "kind": [Bad(f"{one!r}", one, ValueError, f"kind must be one of .*{one!r}") for one in ("blur", 3, None)],
+            "model": unknown,
+            "strength": [Bad("of a swap", 0.5, ValueError, "swap has no strength, got strength=0.5")],
+            "seed": whole_numbers(-1),
+            "response_mask": NO_ANSWER,
+            "groups": [
+                Bad("one too few", ["a"], ValueError, "groups must name the 2 rows of the batch, got 1"),
+                Bad("a number", 3, TypeError, "groups must be a list.*got int"),
+                Bad("all one", [1, 1], ValueError, "swap finds no other image"),
+            ],
+            "sources": [
+                Bad("a number", 3, TypeError, "sources must be a mapping.*got int"),
+                Bad("without images", {}, ValueError, "sources must hold images as inputs do, in pixel_values"),
+            ],
+        },
+    )
+
+
+NO_MASK = [
+    *(one for one in mask(IDS == 5) if one.why in ("a list", "text", "numpy", "sparse", "float32", "complex64")),
+    Bad("one row", (IDS == 5)[0], ValueError, r"visual_mask must have shape \[B, S\], got bool\[6\]"),
+    Bad("of more rows", torch.zeros(3, 6, dtype=torch.bool), ValueError, "visual_mask has 3 rows.* a batch of 2"),
+]
+
+
+class Tower(torch.nn.Module):
+    """As much of a vision-language model as is asked for its image features."""
+
+    def get_image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels
+
+
+def reusing(model: Any) -> None:
+    with adapter.reuse_vision_tower(model):
+        pass
+
+
 SUBJECTS = {
+    "blind_attention": Subject(
+        run(adapter.blind_attention),
+        {"model": MODEL, "visual_mask": IDS == 5},
+        {"model": NO_MODEL, "visual_mask": NO_MASK, "norm": NO_NORM},
+    ),
+    "reuse_vision_tower": Subject(
+        reusing,
+        {"model": Tower()},
+        {"model": [*NO_MODEL, Bad("without images", MODEL, TypeError, "LlamaForCausalLM has no get_image_features")]},
+    ),
+    "spoilt_view": spoiling(),
     "attention_segments": Subject(
         adapter.attention_segments,
         {"input_ids": IDS, "visual_tokens": (5,), "attention_mask": IDS > 0, "response_mask": ANSWERED},

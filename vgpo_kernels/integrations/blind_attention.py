@@ -254,7 +254,8 @@ def reuse_vision_tower(model: nn.Module) -> Iterator[None]:
 
     """
     inner = unwrap(model)
-    owners: list[Any] = [one for one in inner.modules() if callable(getattr(one, "get_image_features", None))]
+    parts = inner.modules() if isinstance(inner, nn.Module) else ()
+    owners: list[Any] = [one for one in parts if callable(getattr(one, "get_image_features", None))]
     if not owners:
         raise TypeError(f"{type(inner).__name__} has no get_image_features: its vision tower cannot be reused")
     for owner in owners:

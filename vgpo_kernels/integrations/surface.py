@@ -91,29 +91,30 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return torch.where(mask, values, 0.0).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
-def group_numbers(prompts: Any, device: torch.device) -> Tensor:
+def group_numbers(prompts: Any, device: torch.device, called: str = "prompts") -> Tensor:
     """Return group ids ``[B]``, int64, from the name of each response's prompt: equal ids for equal names.
 
     Args:
         prompts: B integers or strings: a list or tuple, or a tensor or array of one dimension.
         device: Where the ids are wanted.
+        called: What messages call the prompts.
 
     Raises:
         TypeError: ``prompts`` is none of these, or a name is neither an integer nor a string.
         ValueError: A tensor or array has another number of dimensions.
 
     """
-    names = checks.require_tensor("prompts", prompts) if isinstance(prompts, Tensor) else prompts
+    names = checks.require_tensor(called, prompts) if isinstance(prompts, Tensor) else prompts
     if hasattr(prompts, "tolist"):  # a tensor's elements are tensors, which are equal to themselves alone
         if len(prompts.shape) != 1:
-            raise ValueError(f"prompts must have one dimension, a name per response, got shape {list(prompts.shape)}")
+            raise ValueError(f"{called} must have one dimension, a name per response, got shape {list(prompts.shape)}")
         names = prompts.tolist()
     if not isinstance(names, Sequence) or isinstance(names, (str, bytes)):
-        raise TypeError(f"prompts must be a list, a tensor or an array of names, got {type(prompts).__name__}")
+        raise TypeError(f"{called} must be a list, a tensor or an array of names, got {type(prompts).__name__}")
     numbers: dict[Any, int] = {}
     for name in names:
         if isinstance(name, bool) or not isinstance(name, (str, Integral)):
-            raise TypeError(f"prompts must be integers or strings, got {type(name).__name__}")
+            raise TypeError(f"{called} must be integers or strings, got {type(name).__name__}")
         numbers.setdefault(name, len(numbers))
     return torch.tensor([numbers[name] for name in names], dtype=torch.int64, device=device)
 

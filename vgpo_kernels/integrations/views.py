@@ -97,8 +97,9 @@ def spoilt_view(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if not isinstance(inputs, Mapping):
-        raise TypeError(f"inputs must be a mapping of a model's arguments, got {type(inputs).__name__}")
+    for name, given in {"inputs": inputs, "sources": {} if sources is None else sources}.items():
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{name} must be a mapping of a model's arguments, got {type(given).__name__}")
     seed, strength = checks.not_negative_integer("seed", seed), _strength(kind, strength)
     if kind != "swap" and (groups is not None or sources is not None):
         raise ValueError(f"groups and sources are of swap, got kind={kind!r}")
@@ -229,7 +230,7 @@ def _swapped(
 def _group_names(groups: Any, batch: int) -> list[int] | None:
     if groups is None:
         return None
-    names: list[int] = group_numbers(groups, torch.device("cpu")).tolist()
+    names: list[int] = group_numbers(groups, torch.device("cpu"), "groups").tolist()
     if len(names) != batch:
         raise ValueError(f"groups must name the {batch} rows of the batch, got {len(names)} names")
     return names
