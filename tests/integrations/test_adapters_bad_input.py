@@ -230,11 +230,14 @@ NO_MASK = [
 ]
 
 
-class Tower(torch.nn.Module):
-    """As much of a vision-language model as is asked for its image features."""
-
-    def get_image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels
+def tiny_vision_model() -> Any:
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**size, image_size=8, patch_size=4, projection_dim=8),
+        text_config=transformers.LlamaConfig(**size, vocab_size=16),
+        image_token_index=5,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
 
 
 def reusing(model: Any) -> None:
@@ -250,7 +253,7 @@ SUBJECTS = {
     ),
     "reuse_vision_tower": Subject(
         reusing,
-        {"model": Tower()},
+        {"model": tiny_vision_model()},
         {"model": [*NO_MODEL, Bad("without images", MODEL, TypeError, "LlamaForCausalLM has no get_image_features")]},
     ),
     "spoilt_view": spoiling(),

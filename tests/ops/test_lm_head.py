@@ -221,7 +221,8 @@ def test_kernels_match_their_definition(
 def test_a_cap_is_precise(kernels: HeadKernels, exact_backend: str, device: torch.device) -> None:
     """The largest logit of a single column is the tanh of its product: also of small ones, to a few units."""
     magnitudes = torch.cat([torch.logspace(-30, 1.2, 4000), torch.linspace(0.6, 0.65, 500), torch.tensor([0.0, 1e4])])
-    products = torch.cat([magnitudes, -magnitudes]).to(device)
+    # The interpreter takes each row by itself.
+    products = torch.cat([magnitudes, -magnitudes])[:: 20 if exact_backend == "triton" else 1].to(device)
     exact = products.cpu().double().tanh()
     unit = torch.nextafter(exact.float().abs(), torch.tensor(2.0)) - exact.float().abs()
     targets = torch.zeros(len(products), dtype=torch.int64, device=device)

@@ -415,7 +415,7 @@ def test_a_batch_of_one_image_has_nothing_to_swap(tmp_path):
     assert all(factor == 1 for sample in trainer.rollout_samples for factor in sample.factors)
 
 
-@pytest.mark.parametrize("view", ["swap", "noise"])
+@pytest.mark.parametrize("view", ["swap", pytest.param("noise", marks=pytest.mark.slow)])
 def test_a_resumed_run_repeats_its_views(tmp_path, view):
     settings = {"signal": "dependency", "view": view, "view_coef": 0.1, "save_strategy": "steps", "save_steps": 2}
     settings |= {"max_steps": 3, "lr_scheduler_type": "constant"}
@@ -438,8 +438,14 @@ def test_a_resumed_run_repeats_its_views(tmp_path, view):
     assert len(seeds) == 4
 
 
-@pytest.mark.parametrize("kind", VIEWS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        pytest.param(family, kind, marks=[pytest.mark.slow] if place and kind not in ("swap", "none") else [])
+        for place, family in enumerate(FAMILIES)
+        for kind in VIEWS
+    ],
+)
 def test_runs_with_every_view(tmp_path, family, kind):
     settings = {"signal": "dependency", "view": kind, "view_coef": 0.01, "view_clamp": 1.0, "view_estimator": "k3"}
     trainer = build(
