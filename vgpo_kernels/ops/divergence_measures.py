@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vgpo_kernels import checks
+from vgpo_kernels import checks, head_checks
 from vgpo_kernels.ops.linear_logprob import of_one_slice
 from vgpo_kernels.ops.paired_head import VIEWS
 from vgpo_kernels.reference.linear_divergence import MEASURES, ROW, STATISTICS
@@ -58,7 +58,7 @@ def divergence_totals(slices: Tensor) -> Tensor:
         ValueError: Not in this shape.
 
     """
-    slices = checks.vocabulary_slices(slices, len(STATISTICS))
+    slices = head_checks.vocabulary_slices(slices, len(STATISTICS))
     found = [_totals_of(slices[:, row], slices[:, row + 1]) for row in (ROW["maximum"], ROW["other_maximum"])]
     return torch.stack([value for maximum, log_sum, _ in found for value in (maximum, log_sum)])
 
@@ -88,8 +88,8 @@ def combine_divergences(
 
     """
     names = checks.choices("measures", measures, MEASURES)
-    slices = checks.vocabulary_slices(slices, len(STATISTICS))
-    ids = None if targets is None else checks.slice_targets(targets, slices)
+    slices = head_checks.vocabulary_slices(slices, len(STATISTICS))
+    ids = None if targets is None else head_checks.slice_targets(targets, slices)
     skipped = None if ids is None else checks.ignore_index(ignore_index)
     return measures_of(slices, ids, skipped, names, ids is not None)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels import checks
+from vgpo_kernels import checks, head_checks
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.divergence_measures import LinearDivergence, measures_of
 from vgpo_kernels.ops.lm_head import chunk_elements, kept_rows, without_autocast
@@ -198,17 +198,17 @@ def _checked(
     whole: bool,
 ) -> dict[str, Any]:
     """Return the operator's arguments by name, checked; tensors of rows keep their leading dimensions."""
-    states, rows, offsets = checks.head(hidden, weight, bias)
-    others, other_rows, other_offsets = checks.other_view(other, other_weight, other_bias, states, rows)
+    states, rows, offsets = head_checks.head(hidden, weight, bias)
+    others, other_rows, other_offsets = head_checks.other_view(other, other_weight, other_bias, states, rows)
     skipped = checks.ignore_index(ignore_index)
     shape, meaning = states.shape[:-1], "hidden's without its last dimension"
     if targets is None:
         ids = torch.full(shape, -1, dtype=torch.int64, device=states.device)
     else:
-        ids = checks.targets(targets, shape, meaning, states.device)
+        ids = head_checks.targets(targets, shape, meaning, states.device)
     read = torch.ones_like(ids, dtype=torch.bool) if skipped is None else ids != skipped
     if targets is not None:
-        checks.target_values(ids, read, rows.shape[0] if whole else None)
+        head_checks.target_values(ids, read, rows.shape[0] if whole else None)
     return {
         "hidden": states,
         "other": others,
@@ -218,8 +218,8 @@ def _checked(
         "other_bias": other_offsets,
         "targets": ids,
         "first": checks.not_negative_integer("first", first),
-        **checks.logit_map(temperature, logit_scale, softcap, states, read, meaning),
-        "totals": None if totals is None else checks.vocabulary_totals(totals, shape, states.device),
+        **head_checks.logit_map(temperature, logit_scale, softcap, states, read, meaning),
+        "totals": None if totals is None else head_checks.vocabulary_totals(totals, shape, states.device),
         "shares": shares,
         "js_beta": checks.fraction("js_beta", js_beta),
         "ignore_index": skipped,

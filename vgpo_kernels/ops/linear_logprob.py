@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vgpo_kernels import checks
+from vgpo_kernels import checks, head_checks
 from vgpo_kernels.ops import liger_head, registry
 from vgpo_kernels.ops.lm_head import (
     TRUNCATION_COPIES,
@@ -129,7 +129,7 @@ def linear_logprob(
     """
     both = checks.flag("return_entropy", return_entropy)
     squares = checks.flag("return_sum_squares", return_sum_squares)
-    settings = checks.truncation(top_k, top_p, min_p)
+    settings = head_checks.truncation(top_k, top_p, min_p)
     truncation = None if settings is None else Truncation(*settings)
     head = _checked(
         hidden, weight, targets, bias, 0, (temperature, logit_scale, softcap), ignore_index, chunk_bytes, whole=True
@@ -246,8 +246,8 @@ def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None 
         ValueError: Shapes or devices do not fit together.
 
     """
-    slices = checks.vocabulary_slices(slices, 4, 5)
-    targets = checks.slice_targets(targets, slices)
+    slices = head_checks.vocabulary_slices(slices, 4, 5)
+    targets = head_checks.slice_targets(targets, slices)
     skipped = checks.ignore_index(ignore_index)
     kept = None if skipped is None else targets != skipped
     if kept is not None:  # what is not read has no part in a gradient, where zero times NaN is NaN
@@ -291,13 +291,13 @@ def _checked(
     whole: bool,
 ) -> dict[str, Any]:
     """Return the operator's arguments by name, checked; hidden and targets keep their leading dimensions."""
-    hidden, weight, bias = checks.head(hidden, weight, bias)
+    hidden, weight, bias = head_checks.head(hidden, weight, bias)
     begin = checks.not_negative_integer("first", first)
     skipped = checks.ignore_index(ignore_index)
-    ids = checks.targets(targets, hidden.shape[:-1], "hidden's without its last dimension", hidden.device)
+    ids = head_checks.targets(targets, hidden.shape[:-1], "hidden's without its last dimension", hidden.device)
     read = torch.ones_like(ids, dtype=torch.bool) if skipped is None else ids != skipped
-    checks.target_values(ids, read, weight.shape[0] if whole else None)
-    logit_map = checks.logit_map(*mapping, hidden, read, "targets'")
+    head_checks.target_values(ids, read, weight.shape[0] if whole else None)
+    logit_map = head_checks.logit_map(*mapping, hidden, read, "targets'")
     size = checks.chunk_bytes(chunk_bytes)
     return {
         "hidden": hidden,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels import checks
+from vgpo_kernels import checks, head_checks
 from vgpo_kernels.config import PolicyLossOptions, VGPOConfig, Visibility
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.lm_head import (
@@ -204,12 +204,12 @@ def linear_policy_loss(
 
     """
     warn_of_detached(hidden, weight)
-    states, rows, offsets = checks.head(hidden, weight, bias)
+    states, rows, offsets = head_checks.head(hidden, weight, bias)
     mask, boundaries = checks.response_layout(response_mask, cu_seqlens, states.device)
     checks.hidden_states(states, boundaries)
     checks.response_rows(mask, states)
-    ids = checks.targets(targets, mask.shape, "response_mask's", mask.device)
-    checks.target_values(ids, mask, rows.shape[0])
+    ids = head_checks.targets(targets, mask.shape, "response_mask's", mask.device)
+    head_checks.target_values(ids, mask, rows.shape[0])
     if checks.values_are_free(mask):
         checks.predicted_tokens(mask, first_tokens(mask, states, boundaries))
     shared, _ = shared_arguments(mask, boundaries, advantages, **policy_loss_options)
@@ -221,7 +221,7 @@ def linear_policy_loss(
         "targets": ids,
         "old_logp": checks.optional_per_token("old_logp", old_logp, mask),
         "factors": checks.optional_per_token("factors", factors, mask),
-        **checks.logit_map(temperature, logit_scale, softcap, states, mask, "response_mask's"),
+        **head_checks.logit_map(temperature, logit_scale, softcap, states, mask, "response_mask's"),
         "gradients": [
             tensor is not None and tensor.requires_grad and differentiable for tensor in (states, rows, offsets)
         ],
