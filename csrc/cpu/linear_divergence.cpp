@@ -23,8 +23,7 @@ struct PairChunk {
 
     int64_t columns() const { return weight.size(0); }
 
-    // Calls work(pair, column, columns, row) for every pair of every tile: row has its products from `column` on. With
-    // `in_place` the tiles' products, where they are computed here, are not written to memory.
+    // Calls work(pair, tile, row) for every pair of every tile: row has the pair's products and bias in the tile.
     template <typename Work>
     void for_each_pair(const at::Tensor& logits, const Work& work) const {
         const auto visit = [&](const Tile& tile) {

@@ -11,7 +11,7 @@ from torch import Tensor
 from vgpo_kernels import checks, head_checks
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.divergence_measures import LinearDivergence, measures_of
-from vgpo_kernels.ops.lm_head import chunk_elements, kept_rows, without_autocast
+from vgpo_kernels.ops.lm_head import at_rows, chunk_elements, kept_rows, without_autocast
 from vgpo_kernels.ops.paired_head import PairedHead, PairKernels, compiled_kernels, pair_coefficients
 from vgpo_kernels.reference import linear_divergence as reference
 from vgpo_kernels.reference.linear_divergence import MEASURES, SHARES, STATISTICS
@@ -302,11 +302,7 @@ def compute(
                 found[:SHARES] = paired.statistics()
             else:
                 found[SHARES:] = paired.shares(given, js_beta)
-    if index is None:
-        return found
-    everything = found.new_zeros((len(STATISTICS), targets.shape[0]))
-    everything[:, index] = found
-    return everything
+    return at_rows(found, index, targets.shape[0])
 
 
 def compute_backward(
@@ -342,9 +338,11 @@ def compute_backward(
     )
     logit_map = LogitMap(temperature, rows.pop("temperatures"), logit_scale, softcap)
     given, values, incoming = (rows.pop(name) for name in ("totals", "statistics", "grad_statistics"))
-    # Results that were not computed are constant zeros.
-    constant = slice(0, SHARES) if given is not None else slice(len(STATISTICS) if shares else SHARES, None)
-    incoming = incoming.index_fill(0, torch.arange(len(STATISTICS), device=incoming.device)[constant], 0.0)
+    incoming = incoming.clone()  # results that were not computed are constant zeros
+    if given is not None:
+        incoming[:SHARES] = 0.0
+    elif not shares:
+        incoming[SHARES:] = 0.0
     weights = [head["weight"], head["other_weight"]]
     with without_autocast(hidden):
         paired = _paired(kernels, **rows, **head, logit_map=logit_map)
@@ -385,10 +383,6 @@ def _fake_backward(
         hidden.new_empty(shape, dtype=dtype) if asked else hidden.new_empty(0)
         for asked, (shape, dtype) in zip(gradients, shapes, strict=True)
     )
-
-
-def _fake_nothing() -> None:
-    return None
 
 
 def _save(ctx: Any, output: Tensor, **arguments: Any) -> None:
@@ -460,16 +454,16 @@ registry.define(
 registry.define(
     reference.pair_statistics,
     f"({_PAIRS}, Tensor targets, int first, {_LOGITS}, Tensor(a!) sums, Tensor(b!) logits, bool recompute) -> ()",
-    _fake_nothing,
+    registry.fake_nothing,
 )
 registry.define(
     reference.pair_shares,
     f"({_PAIRS}, {_LOGITS}, Tensor totals, float js_beta, Tensor(a!) sums, Tensor(b!) logits, bool recompute) -> ()",
-    _fake_nothing,
+    registry.fake_nothing,
 )
 registry.define(
     reference.pair_gradient,
     f"({_PAIRS}, Tensor targets, int first, {_LOGITS}, Tensor coefficients, float js_beta, Tensor(a!) logits, "
     "bool recompute) -> ()",
-    _fake_nothing,
+    registry.fake_nothing,
 )

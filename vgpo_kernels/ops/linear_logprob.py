@@ -13,6 +13,7 @@ from vgpo_kernels.ops.lm_head import (
     TRUNCATION_COPIES,
     Head,
     HeadKernels,
+    at_rows,
     chunk_elements,
     compiled_kernels,
     kept_rows,
@@ -362,8 +363,9 @@ def compute(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    products: Tensor | None = None,
 ) -> Tensor:
-    """Implement the operator ``linear_logprob`` by a backend's kernels."""
+    """Implement the operator ``linear_logprob`` by kernels, which write ``products`` where these are kept."""
     index = kept_rows(targets, ignore_index)
     rows, ids = (hidden, targets) if index is None else (hidden[index], targets[index])
     elements = chunk_elements(chunk_bytes, rows.shape[0], weight)
@@ -375,42 +377,14 @@ def compute(
             statistics = head.truncated(Truncation(top_k, top_p, min_p), squares=squares)
         else:
             head = Head(kernels, rows, weight, bias, ids, first, logit_map, elements)
-            statistics = head.statistics(squares=squares)
-    if index is None:
-        return statistics
-    everything = statistics.new_zeros((statistics.shape[0], targets.shape[0]))
-    everything[:, index] = statistics
-    return everything
+            statistics = head.statistics(squares=squares, products=products)
+    return at_rows(statistics, index, targets.shape[0])
 
 
-def compute_keeping(
-    kernels: HeadKernels,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    first: int,
-    temperature: float,
-    temperatures: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int | None,
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor]:
+def compute_keeping(kernels: HeadKernels, hidden: Tensor, weight: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
     """Implement the operator ``linear_logprob_keeping`` by a backend's kernels."""
-    index = kept_rows(targets, ignore_index)
-    rows, ids = (hidden, targets) if index is None else (hidden[index], targets[index])
-    logit_map = LogitMap(temperature, temperatures, logit_scale, softcap).of_rows(index)
-    elements = chunk_elements(chunk_bytes, rows.shape[0], weight)
     products = hidden.new_empty((hidden.shape[0], weight.shape[0]))
-    with without_autocast(hidden):
-        head = Head(kernels, rows, weight, bias, ids, first, logit_map, elements)
-        found = head.statistics(products=products)
-    if index is None:
-        return found, products
-    statistics = found.new_zeros((4, targets.shape[0]))
-    statistics[:, index] = found
-    return statistics, products
+    return compute(kernels, hidden=hidden, weight=weight, products=products, **arguments), products
 
 
 def compute_backward(
@@ -477,10 +451,6 @@ def _fake_backward(hidden: Tensor, weight: Tensor, gradients: list[bool]) -> tup
         weight.new_empty(weight.shape) if gradients[1] else hidden.new_empty(0),
         hidden.new_empty(weight.shape[0], dtype=torch.float32) if gradients[2] else hidden.new_empty(0),
     )
-
-
-def _fake_nothing() -> None:
-    return None
 
 
 def _save(
@@ -555,15 +525,15 @@ registry.define(
 registry.define(
     reference.head_statistics,
     f"({_HEAD}, Tensor(a!) statistics, Tensor(b!) logits, bool keep) -> ()",
-    _fake_nothing,
+    registry.fake_nothing,
 )
 registry.define(
     reference.head_gradient,
     f"({_HEAD}, Tensor coefficients, Tensor(a!) logits, bool recompute) -> ()",
-    _fake_nothing,
+    registry.fake_nothing,
 )
 registry.define(
     reference.head_product,
     "(Tensor left, Tensor right, Tensor(a!) result, bool accumulate) -> ()",
-    _fake_nothing,
+    registry.fake_nothing,
 )

@@ -121,6 +121,15 @@ def chunk_elements(chunk_bytes: int, rows: int, weight: Tensor, *, sweep: bool =
     return max(chunk_bytes // 4, 1)
 
 
+def at_rows(found: Tensor, index: Tensor | None, number: int) -> Tensor:
+    """Return results ``[R, n]`` of the rows at ``index`` among those of ``number`` rows, zeros elsewhere."""
+    if index is None:
+        return found
+    everything = found.new_zeros((found.shape[0], number))
+    everything[:, index] = found
+    return everything
+
+
 def kept_rows(targets: Tensor, ignore_index: int | None) -> Tensor | None:
     """Return the indices of rows to compute, or ``None``: all."""
     if ignore_index is None:
@@ -293,31 +302,19 @@ class Head:
 
         ``products`` are those that :meth:`statistics` kept; without them they are computed again.
         """
-        by_hidden, by_weight, by_bias = new_gradients(self.hidden, self.weight, gradients, weight_dtype)
         if not self.hidden.shape[0]:
-            return by_hidden, by_weight, by_bias
-        coefficients, unscale = self._coefficients(slice(None), statistics, grad_statistics)
+            return new_gradients(self.hidden, self.weight, gradients, weight_dtype)
+        coefficients, factor = self._coefficients(slice(None), statistics, grad_statistics)
+        sums = GradientSums(self, gradients[:1], gradients[1], gradients[2], weight_dtype, factor)
         for columns, weight, bias in self.weight_slices():
-            of_slice = None
-            if by_weight is not None:
-                exact = by_weight.dtype == torch.float32
-                of_slice = by_weight[columns] if exact else torch.empty_like(weight, dtype=torch.float32)
             for rows in slices(self.hidden.shape[0], self.rows):
                 logits = self.logits(rows.stop - rows.start, weight.shape[0])
                 if products is not None:
                     logits.copy_(products[rows, columns])
                 recompute = products is None
                 self._gradient(rows, columns.start, weight, bias, coefficients[:, rows], logits, recompute=recompute)
-                gradient = gradient_of(logits, self.hidden.dtype)
-                self._products(rows, columns, weight, gradient, by_hidden, of_slice, by_bias)
-            if of_slice is not None and unscale is not None:
-                of_slice *= unscale
-            if by_weight is not None and of_slice is not None and of_slice.dtype != by_weight.dtype:
-                by_weight[columns] = of_slice
-        for scaled in (by_hidden, by_bias):
-            if scaled is not None and unscale is not None:
-                scaled *= unscale
-        return by_hidden, by_weight, by_bias
+                sums.add(gradient_of(logits, self.hidden.dtype), rows, columns, weight)
+        return sums.finished()[0], sums.by_weight, sums.by_bias
 
     def sweep(
         self, loss_gradient: Callable[[slice, Tensor], Tensor], gradients: list[bool]
@@ -332,7 +329,7 @@ class Head:
             gradients: Whether to compute the gradients w.r.t. hidden, the weight and the bias.
 
         """
-        by_hidden, by_weight, by_bias = new_gradients(self.hidden, self.weight, gradients, torch.float32)
+        sums = GradientSums(self, gradients[:1], gradients[1], gradients[2], torch.float32, None)
         for rows in slices(self.hidden.shape[0], self.rows):
             statistics, logits = self._whole_rows(rows)
             grad_statistics = loss_gradient(rows, statistics)
@@ -340,11 +337,8 @@ class Head:
             for columns, weight, bias in self.weight_slices():
                 part = logits[:, columns]
                 self._gradient(rows, columns.start, weight, bias, coefficients, part, recompute=False)
-                of_slice = None if by_weight is None else by_weight[columns]
-                self._products(
-                    rows, columns, weight, gradient_of(part, self.hidden.dtype), by_hidden, of_slice, by_bias
-                )
-        return by_hidden, by_weight, by_bias
+                sums.add(gradient_of(part, self.hidden.dtype), rows, columns, weight)
+        return sums.finished()[0], sums.by_weight, sums.by_bias
 
     def _coefficients(self, rows: slice, statistics: Tensor, grad_statistics: Tensor) -> tuple[Tensor, Tensor | None]:
         own, divisor = self.targets[rows] >= 0, self.logit_map.of_rows(rows).divisor()
@@ -382,23 +376,76 @@ class Head:
             self.hidden[rows], weight, bias, self.targets[rows], first, *logit_map, coefficients, logits, recompute
         )
 
-    def _products(
+
+class GradientSums:
+    """Gradients w.r.t. the rows (fp32), the weight and the bias (fp32) of one head, as chunks add to them.
+
+    Args:
+        head: The head. Its rows are those of one view, or of several in turn, as many as there are ``views``.
+        views: Whether the gradient w.r.t. each view's rows is asked for.
+        by_weight: Whether that w.r.t. the weight is.
+        by_bias: Whether that w.r.t. the bias is.
+        weight_dtype: Of the weight's gradient.
+        factor: What the chunks' gradients are too large by; ``None``: nothing.
+
+    """
+
+    def __init__(
         self,
-        rows: slice,
-        columns: slice,
-        weight: Tensor,
-        gradient: Tensor,
-        by_hidden: Tensor | None,
-        of_slice: Tensor | None,
-        by_bias: Tensor | None,
+        head: Head,
+        views: list[bool],
+        by_weight: bool,
+        by_bias: bool,
+        weight_dtype: torch.dtype,
+        factor: Tensor | None,
     ) -> None:
-        """Add the products with a chunk's gradient w.r.t. its logits; the first one overwrites."""
-        if by_hidden is not None:
-            self.kernels.product(gradient, weight, by_hidden[rows], columns.start > 0)
-        if of_slice is not None:
-            self.kernels.product(gradient.T, self.hidden[rows], of_slice, rows.start > 0)
-        if by_bias is not None:
-            by_bias[columns] += gradient.sum(0, dtype=torch.float32)
+        self.head = head
+        self.views = views
+        self.factor = factor
+        # Rows of the views that are asked for: all of a pair's, or one.
+        self.first, self.step = (0, 1) if all(views) else (views.index(True) if any(views) else 0, len(views))
+        rows = head.hidden[self.first :: self.step]
+        self.by_rows, self.by_weight, self.by_bias = new_gradients(
+            rows, head.weight, [any(views), by_weight, by_bias], weight_dtype
+        )
+        self._of_slice: Tensor | None = None
+
+    def add(self, gradient: Tensor, tokens: slice, columns: slice, weight: Tensor) -> None:
+        """Add the products with a chunk's gradient w.r.t. its logits; the first chunk of a sum overwrites.
+
+        A weight that is not fp32 has its sums rounded after the last tokens, so these are the inner loop.
+        """
+        product, number = self.head.kernels.product, len(self.views)
+        rows = slice(number * tokens.start, number * tokens.stop)
+        if self.by_rows is not None:
+            wide = number // self.step
+            part = self.by_rows[wide * tokens.start : wide * tokens.stop]
+            product(gradient[self.first :: self.step], weight, part, columns.start > 0)
+        if self.by_weight is not None:
+            exact = self.by_weight.dtype == torch.float32
+            if exact:
+                self._of_slice = self.by_weight[columns]
+            elif tokens.start == 0:
+                self._of_slice = torch.empty_like(weight, dtype=torch.float32)
+            assert self._of_slice is not None
+            product(gradient.T, self.head.hidden[rows], self._of_slice, tokens.start > 0)
+            if rows.stop == self.head.hidden.shape[0]:
+                if self.factor is not None:
+                    self._of_slice *= self.factor
+                if not exact:
+                    self.by_weight[columns] = self._of_slice
+        if self.by_bias is not None:
+            self.by_bias[columns] += gradient.sum(0, dtype=torch.float32)
+
+    def finished(self) -> list[Tensor | None]:
+        """Return the gradient w.r.t. each view's rows, where it is asked for."""
+        for sums in (self.by_rows, self.by_bias):
+            if sums is not None and self.factor is not None:
+                sums *= self.factor
+        if self.by_rows is None:
+            return [None for _ in self.views]
+        parts = iter(self.by_rows.view(-1, len(self.views) // self.step, self.by_rows.shape[1]).unbind(1))
+        return [next(parts) if asked else None for asked in self.views]
 
 
 def new_statistics(hidden: Tensor, *, squares: bool = False) -> Tensor:
@@ -454,13 +501,21 @@ def gradient_coefficients(
     at_target = torch.where(own, grad_target, 0.0) / divisor
     slope = grad_mean / divisor
     scale = grad_log_sum / divisor + slope * (1 + log_sum - mean)
-    unscale = None
-    if dtype == torch.float16:
-        largest = torch.stack([scale, slope, at_target]).nan_to_num(0, 0, 0).abs().amax(-1).amax()
-        exponent = torch.where(largest > 0, (HALF_MAGNITUDE / largest).log2().floor(), 0.0).clamp(-100, 100)
-        factor, unscale = exponent.exp2(), (-exponent).exp2()
-        scale, slope, at_target = scale * factor, slope * factor, at_target * factor
-    return torch.stack([maximum, log_sum, scale, slope, at_target]), unscale
+    return scaled(torch.stack([maximum, log_sum, scale, slope, at_target]), 2, dtype)
+
+
+def scaled(coefficients: Tensor, first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scale the coefficients from ``first`` on so that gradients in fp16 neither vanish nor overflow.
+
+    Returns:
+        The coefficients, and what to multiply gradients with afterwards; ``None``: nothing.
+
+    """
+    if dtype != torch.float16 or not coefficients.shape[1]:
+        return coefficients, None
+    largest = coefficients[first:].nan_to_num(0, 0, 0).abs().amax()
+    exponent = torch.where(largest > 0, (HALF_MAGNITUDE / largest).log2().floor(), 0.0).clamp(-100, 100)
+    return torch.cat([coefficients[:first], coefficients[first:] * exponent.exp2()]), (-exponent).exp2()
 
 
 def gradient_by_statistics(statistics: Tensor, grad_logp: Tensor, grad_entropy: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels.ops import lm_head
-from vgpo_kernels.ops.lm_head import HALF_MAGNITUDE, Head, HeadKernels, finished, new_gradients, slices
+from vgpo_kernels.ops.lm_head import GradientSums, Head, HeadKernels, finished, scaled, slices
 from vgpo_kernels.reference.linear_divergence import SHARE_SUMS, SHARES, STATISTICS, SUMS
 from vgpo_kernels.reference.linear_logprob import columns_of, gradient_of
 from vgpo_kernels.reference.logits import LogitMap
@@ -279,72 +279,6 @@ def totals_of(statistics: Tensor) -> Tensor:
     return statistics[[STATISTICS.index(f"{view}{name}") for view in VIEWS for name in ("maximum", "log_sum")]]
 
 
-class GradientSums:
-    """Gradients w.r.t. the rows, the weight and the bias of one head, as chunks add to them.
-
-    Args:
-        head: The head; each pair has as many of its rows as there are ``views``.
-        views: Whether the gradient w.r.t. each view's rows is asked for.
-        by_weight: Whether that w.r.t. the weight is.
-        by_bias: Whether that w.r.t. the bias is.
-        weight_dtype: Of the weight's gradient.
-        factor: What the chunks' gradients are too large by; ``None``: nothing.
-
-    """
-
-    def __init__(
-        self,
-        head: Head,
-        views: list[bool],
-        by_weight: bool,
-        by_bias: bool,
-        weight_dtype: torch.dtype,
-        factor: Tensor | None,
-    ) -> None:
-        self.head = head
-        self.views = views
-        self.factor = factor
-        # Rows of the views that are asked for: all of a pair's, or one.
-        self.first, self.step = (0, 1) if all(views) else (views.index(True) if any(views) else 0, len(views))
-        rows = head.hidden[self.first :: self.step]
-        self.by_rows, self.by_weight, self.by_bias = new_gradients(
-            rows, head.weight, [any(views), by_weight, by_bias], weight_dtype
-        )
-        self._of_slice: Tensor | None = None
-
-    def add(self, gradient: Tensor, pairs: slice, columns: slice, weight: Tensor) -> None:
-        """Add the products with a chunk's gradient w.r.t. its logits; the first chunk of a sum overwrites."""
-        product, number = self.head.kernels.product, len(self.views)
-        rows = slice(number * pairs.start, number * pairs.stop)
-        if self.by_rows is not None:
-            wide = number // self.step
-            part = self.by_rows[wide * pairs.start : wide * pairs.stop]
-            product(gradient[self.first :: self.step], weight, part, columns.start > 0)
-        if self.by_weight is not None:
-            exact = self.by_weight.dtype == torch.float32
-            if pairs.start == 0:
-                self._of_slice = self.by_weight[columns] if exact else torch.empty_like(weight, dtype=torch.float32)
-            assert self._of_slice is not None
-            product(gradient.T, self.head.hidden[rows], self._of_slice, pairs.start > 0)
-            if rows.stop == self.head.hidden.shape[0]:
-                if self.factor is not None:
-                    self._of_slice *= self.factor
-                if not exact:
-                    self.by_weight[columns] = self._of_slice
-        if self.by_bias is not None:
-            self.by_bias[columns] += gradient.sum(0, dtype=torch.float32)
-
-    def finished(self) -> list[Tensor | None]:
-        """Return the gradient w.r.t. each view's rows, where it is asked for."""
-        for sums in (self.by_rows, self.by_bias):
-            if sums is not None and self.factor is not None:
-                sums *= self.factor
-        if self.by_rows is None:
-            return [None for _ in self.views]
-        parts = iter(self.by_rows.view(-1, len(self.views) // self.step, self.by_rows.shape[1]).unbind(1))
-        return [next(parts) if asked else None for asked in self.views]
-
-
 def anchored(totals: Tensor) -> Tensor:
     """Return maximum and log-sum of both views, ``[4, N]``, such that without a logit every probability is zero."""
     nothing = (totals[1::2] == -torch.inf).repeat_interleave(2, 0)
@@ -402,17 +336,3 @@ def pair_coefficients(
             torch.where(own, grad[f"{view}target"], zero),
         ]
     return torch.cat([normalisers if totals is None else anchored(totals), torch.stack(found) / logit_map.divisor()])
-
-
-def scaled(coefficients: Tensor, first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Scale the coefficients from ``first`` on so that gradients in fp16 neither vanish nor overflow.
-
-    Returns:
-        The coefficients, and what to multiply gradients with afterwards; ``None``: nothing.
-
-    """
-    if dtype != torch.float16 or not coefficients.shape[1]:
-        return coefficients, None
-    largest = coefficients[first:].nan_to_num(0, 0, 0).abs().amax()
-    exponent = torch.where(largest > 0, (HALF_MAGNITUDE / largest).log2().floor(), 0.0).clamp(-100, 100)
-    return torch.cat([coefficients[:first], coefficients[first:] * exponent.exp2()]), (-exponent).exp2()

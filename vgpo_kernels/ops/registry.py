@@ -277,6 +277,10 @@ def call(name: str, device: torch.device, dtype: torch.dtype, **arguments: Any) 
     return implementation(name, backend)(*values)
 
 
+def fake_nothing() -> None:
+    """Be the fake kernel of an operator that only writes to its arguments."""
+
+
 def transformed() -> bool:
     """Whether forward-mode differentiation or a transform of torch.func is under way."""
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
