@@ -32,15 +32,15 @@ def visual_prototype(
     response, begin = responses_of(visible.shape[0], batch, cu_seqlens, hidden.device)
     if causal:
         place = torch.arange(len(visible), device=hidden.device) - begin[response]
-        total = _totals_before(rows, place)
-        count = _totals_before(visible.to(dtype)[:, None], place)
+        total = totals_before(rows, place)
+        count = totals_before(visible.to(dtype)[:, None], place)
         return (total / count.clamp(min=1)).reshape(hidden.shape)
     total = rows.new_zeros(batch, hidden.shape[-1]).index_add(0, response, rows)
     count = rows.new_zeros(batch).index_add(0, response, visible.to(dtype))
     return total / count.clamp(min=1)[:, None]
 
 
-def _totals_before(rows: Tensor, place: Tensor) -> Tensor:
+def totals_before(rows: Tensor, place: Tensor) -> Tensor:
     """Sum the rows ``[N, D]`` of a response before each of them; ``place [N]`` is a row's position in its response.
 
     Spans double: a row holds the sum of 1, 2, 4, ... rows. So no other response and no later row enters a sum, not even
