@@ -130,7 +130,7 @@ GROUPS = (
     Group(
         "verl",
         "vgpo_kernels.integrations.verl",
-        ("compute_policy_loss", "focus_of_packed", "score_focus", "visually_guided", "register"),
+        ("attach", "compute_policy_loss", "expect_reweighted_advantages", "focus_of_packed", "score_focus"),
     ),
     Group(
         "EasyR1",

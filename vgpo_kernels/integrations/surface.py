@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vgpo_kernels import VGPOConfig, checks, visual_weights
+from vgpo_kernels import VGPOConfig, checks, combine_factors, group_weights, visual_weights
 
 # The releases that the adapters were tested with; `vgpo doctor` prints them beside those installed.
 TESTED = {
@@ -126,6 +127,7 @@ def reweight(
     prompts: Any,
     config: VGPOConfig,
     cu_seqlens: Tensor | None = None,
+    finals: Sequence[int] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Multiply advantages by VGPO's factors (paper, Eq. 11), over a whole rollout batch.
 
@@ -139,10 +141,14 @@ def reweight(
         prompts: Name of each response's prompt, B integers or strings: a list, or a tensor or array of one dimension.
         config: The settings.
         cu_seqlens: Boundaries of a packed batch.
+        finals: Where sessions of an agent leave several responses: for each response, which one ends its session, as
+            places in the batch. Groups compare the last responses of sessions, and all responses of a session have the
+            phi of its last one.
 
     Returns:
-        The new advantages, and the focus metrics by name, as ``vgpo/...``; without those that are NaN, means of
-        nothing.
+        The new advantages, and the focus metrics by name, as ``vgpo/...``, with the mean, least and largest factor of
+        the scored tokens and the share of the responses that are weighted, of those that are scored; without those that
+        are NaN, means of nothing.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -156,7 +162,37 @@ def reweight(
     if len(groups) != checks.batch_size(mask, boundaries):
         raise ValueError(f"prompts must name {checks.batch_size(mask, boundaries)} responses, got {len(groups)}")
     weights = visual_weights(cos.float(), mask, groups, config, cu_seqlens=boundaries)
-    values = torch.stack([*weights.metrics.values()]).tolist()  # the host waits once
-    numbers = zip(weights.metrics, values, strict=True)
+    factors, found = weights.factors, dict(weights.metrics)
+    if finals is not None and list(finals) != list(range(len(groups))):
+        phi, compared = _of_sessions(weights.score, groups, torch.tensor(finals, device=cos.device), config)
+        weighted = weights.score.isfinite()
+        factors = combine_factors(weights.psi, phi, mask, config, cu_seqlens=boundaries, weighted=weighted)
+        found |= compared
+    scored = factors[mask]
+    if len(scored):
+        found |= {"factor_mean": scored.mean(), "factor_min": scored.min(), "factor_max": scored.max()}
+    found["weighted_share"] = found["weighted_responses"] / _scored_responses(mask, boundaries)
+    values = torch.stack([value.float() for value in found.values()]).tolist()  # the host waits once
+    numbers = zip(found, values, strict=True)
     metrics = {f"vgpo/{name}": value for name, value in numbers if not math.isnan(value)}
-    return advantages * weights.factors.to(advantages.dtype), metrics
+    return advantages * factors.to(advantages.dtype), metrics
+
+
+def _of_sessions(score: Tensor, groups: Tensor, finals: Tensor, config: VGPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return phi of each response, that of its session's last one, and the metrics of groups of last ones."""
+    last = torch.unique(finals)
+    if config.score == "offset":
+        # All scores are of one batch, and so of one offset, which phi does not read.
+        config = replace(config, score_offset=0.0)
+    phi = torch.zeros_like(score)
+    phi[last] = group_weights(score[last], groups[last], config)
+    sizes = torch.unique(groups[last][score[last].isfinite()], return_counts=True)[1]
+    return phi[finals], {"groups": (sizes > 0).sum(), "singleton_groups": (sizes == 1).sum()}
+
+
+def _scored_responses(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Count the responses that have a scored token."""
+    if cu_seqlens is None:
+        return mask.any(-1).sum()
+    before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))[cu_seqlens.long()]
+    return (before.diff() > 0).sum()

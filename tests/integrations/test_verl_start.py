@@ -1,0 +1,176 @@
+"""What a run of verl is refused and told before it samples, and how this library gets into verl's processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("verl", reason="verl is not installed (make verl installs it)")
+
+import verl
+from integrations.verl_case import settings, tiny_model
+from omegaconf import OmegaConf
+from verl.trainer.ppo import v1
+
+import vgpo_kernels
+from vgpo_kernels import VGPOConfig
+from vgpo_kernels.integrations.surface import UnknownSurfaceError, config_from
+from vgpo_kernels.integrations.verl import losses, plugin, run
+
+PAPER = {"algorithm__vgpo": {"preset": "paper"}}
+
+
+def test_the_switch() -> None:
+    assert run.switch(settings()) is None
+    assert run.switch(settings(**PAPER)) == run.Switch(VGPOConfig.paper(), bypass=False)
+    found = run.switch(settings(algorithm__vgpo={"beta": 0.5}, algorithm__rollout_correction={"bypass_mode": True}))
+    assert found == run.Switch(VGPOConfig.paper(beta=0.5), bypass=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"actor_rollout_ref__actor__policy_loss__loss_mode": "vgpo_gspo"},
+            "loss_mode=vgpo_gspo without algo",
+        ),
+        ({"trainer__v1__trainer_mode": "vgpo"}, r"leave trainer_mode alone and set \+algorithm.vgpo.preset=paper"),
+        (
+            PAPER | {"actor_rollout_ref__actor__strategy": "torchtitan"},
+            "strategy=torchtitan does not work",
+        ),
+        (
+            PAPER | {"actor_rollout_ref__actor__strategy": "automodel"},
+            "strategy=automodel does not work",
+        ),
+        ({"algorithm__vgpo": {"preset": "papers"}}, "preset must be paper or released"),
+        ({"algorithm__vgpo": {"gamma": 0.5}}, "unknown VGPO settings: gamma"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_before_anything_is_loaded(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        v1.PPOTrainerSync(settings(**changes))
+
+
+@pytest.mark.parametrize("file", ["ppo", "ppo_torchtitan", "ppo_veomni"])
+def test_verls_configurations_by_their_engine(file: str) -> None:
+    """verl's own files of settings, one for each engine."""
+    config = OmegaConf.load(Path(verl.__file__).parent / "trainer" / "config" / f"_generated_{file}_trainer.yaml")
+    OmegaConf.update(config, "algorithm.vgpo", {"preset": "paper"}, force_add=True)
+    strategy = config.actor_rollout_ref.actor.strategy
+    if strategy in run.SCORED:
+        assert run.switch(config) is not None
+        return
+    with pytest.raises(ValueError, match=f"strategy={strategy} does not work with algorithm.vgpo: visual focus is"):
+        run.switch(config)
+
+
+def worker_of(model: Any) -> Any:
+    part = SimpleNamespace(actor=SimpleNamespace(engine=SimpleNamespace(module=model)))
+    return SimpleNamespace(worker_dict={"actor_rollout": part})
+
+
+def test_a_worker_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_reweighted", False)
+    worker = run.join(worker_of(tiny_model()))
+    assert worker.version == vgpo_kernels.__version__
+    assert worker.backend in ("cpp", "reference", "triton", "cuda")
+    assert losses._reweighted
+
+
+def test_a_model_without_images_is_refused_before_it_samples() -> None:
+    model = tiny_model()
+    del model.config.image_token_id
+    with pytest.raises(ValueError, match="visual"):
+        run.join(worker_of(model))
+    other = torch.nn.Linear(2, 2)
+    other.config = tiny_model().config
+    with pytest.raises(TypeError, match="norm"):
+        run.join(worker_of(other))
+
+
+def test_the_banner() -> None:
+    config = settings(algorithm__vgpo={"preset": "released", "beta": 0.4}, actor_rollout_ref__rollout__n=8)
+    workers = [run.Worker("one", "0", "cuda"), run.Worker("two", "0", "cuda"), run.Worker("two", "0", "cuda")]
+    found = run.switch(config)
+    assert found is not None
+    text = run.banner(config, found, workers)
+    assert f"vgpo_kernels {vgpo_kernels.__version__}, verl 0.9" in text
+    assert "engine fsdp, 3 workers on 2 nodes, kernels: cuda" in text
+    assert "visual focus, in the old-log-prob pass; groups by uid, 8 responses each" in text
+    assert "preset released, beta=0.4; loss_mode vanilla" in text
+
+
+PRINT = """
+import logging, sys, warnings
+warnings.simplefilter("ignore")
+import verl
+loaded = [name for name in sys.modules if name.startswith("verl.trainer") or name.startswith("verl.workers")]
+assert not loaded, loaded
+from verl.trainer.ppo import core_algos
+print("registered", "vgpo" in core_algos.POLICY_LOSS_REGISTRY)
+"""
+
+
+@pytest.mark.parametrize(
+    ("policy", "modules", "registered"),
+    [
+        ("auto", "", True),
+        pytest.param("none", "vgpo_kernels.integrations.verl", True, marks=pytest.mark.slow),
+        pytest.param("none", "", False, marks=pytest.mark.slow),
+    ],
+)
+def test_verl_finds_the_plugin(policy: str, modules: str, registered: bool) -> None:
+    """By its entry point or by name, and without importing a trainer or an engine."""
+    if policy == "auto" and not [one for one in entry_points(group="verl.plugins") if one.name == "vgpo"]:
+        pytest.skip("this library is on the path, but not installed")
+    environment = os.environ | {"VERL_USE_EXTERNAL_PLUGINS": policy, "VERL_USE_EXTERNAL_MODULES": modules}
+    command = [sys.executable, "-c", PRINT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"registered {registered}" in done.stdout
+
+
+def test_another_verl_is_refused_where_vgpo_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = ModuleType("verl.trainer.ppo.core_algos")
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "")
+    plugin._change(other)
+    said = "VGPO does not know this verl, so algorithm.vgpo does nothing: verl.trainer.ppo.core_algos has no"
+    assert said in caplog.text
+
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "mine,vgpo_kernels.integrations.verl")
+    with pytest.raises(UnknownSurfaceError, match=r"has no register_policy_loss: this adapter knows verl 0\.9"):
+        plugin._change(other)
+
+
+def test_attaching_again_changes_nothing() -> None:
+    advantage, count = v1.PPOTrainer._compute_advantage, len(sys.meta_path)
+    plugin.attach()
+    for name, change in plugin.CHANGES.items():
+        if name in sys.modules:
+            change(sys.modules[name])
+    assert v1.PPOTrainer._compute_advantage is advantage
+    assert len(sys.meta_path) == count
+
+
+def test_settings_come_from_a_mapping() -> None:
+    assert config_from({}) == VGPOConfig.paper()
+    released = VGPOConfig.released()
+    assert config_from({"preset": "released", "intra_clamp": [0.5, 1.5]}).intra_clamp == (0.5, 1.5)
+    for none in ([], (), None):
+        assert config_from({"preset": "released", "intra_clamp": none}).intra_clamp is None
+    # As verl hands its settings over.
+    given = OmegaConf.create({"preset": "released", "intra_clamp": [], "inter_clamp": [0.5, 1.5]})
+    found = config_from(given)
+    assert (found.intra_clamp, found.inter_clamp, found.beta) == (None, (0.5, 1.5), released.beta)

@@ -1,0 +1,94 @@
+"""verl's own ``main_ppo`` on Ray with VGPO: `make verl-run`, in an environment of its own."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="make verl-run makes the environment of these runs")
+pytest.importorskip("verl")
+
+from verl_run import launch, recompute, task
+
+from vgpo_kernels import VGPOConfig
+
+METRICS = {
+    *("vgpo/focus_mean", "vgpo/gate_rate", "vgpo/weighted_responses", "vgpo/nonfinite_responses", "vgpo/groups"),
+    *("vgpo/factor_mean", "vgpo/factor_min", "vgpo/factor_max", "vgpo/weighted_share"),
+    "vgpo/scoring_seconds_total",
+}
+RESPONSES = launch.PROMPTS * launch.RESPONSES
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder whose name is short: Ray makes sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="vgpo") as name:
+        yield Path(name)
+
+
+def run(folder: Path, kind: str, *overrides: str) -> tuple[list[dict[str, Any]], str]:
+    """Make a run with VGPO and return what its driver held before each update, and its output."""
+    model, prompts = folder / "model", folder / "prompts.parquet"
+    task.write_model(model, kind)
+    task.write_prompts(prompts, launch.STEPS * launch.PROMPTS)
+    status, output = launch.run(folder, model, prompts, *overrides)
+    assert status == 0, output[-6000:]
+    files = [folder / "records" / f"{step}.pt" for step in range(1, launch.STEPS + 1)]
+    return [torch.load(file, weights_only=True) for file in files], output
+
+
+def check(step: dict[str, Any], model: Path, config: VGPOConfig) -> None:
+    """Assert that all responses of a step are weighted, as the paper's equations weigh them."""
+    assert step["metrics"].keys() >= METRICS
+    assert step["metrics"]["vgpo/weighted_responses"] == RESPONSES
+    assert step["metrics"]["vgpo/weighted_share"] == 1
+    assert step["metrics"]["vgpo/groups"] == launch.PROMPTS
+    assert step["metrics"]["vgpo/factor_min"] < 1 < step["metrics"]["vgpo/factor_max"]
+    assert step["metrics"]["vgpo/scoring_seconds_total"] > 0
+    assert sum(step["padding"]) == len(step["keys"]) - RESPONSES
+    expected = recompute.advantages(step, model, config)
+    for key, found, row in zip(step["keys"], step["columns"]["advantages"], expected, strict=True):
+        torch.testing.assert_close(found.double(), torch.tensor(row).double(), rtol=2e-3, atol=2e-4, msg=key)
+    assert any(abs(value) > 0.1 for row in expected for value in row)
+
+
+def test_one_worker(folder: Path) -> None:
+    steps, output = run(
+        folder, "qwen2_5_vl", "+algorithm.vgpo.preset=paper", "actor_rollout_ref.actor.policy_loss.loss_mode=vgpo"
+    )
+    check(steps[0], folder / "model", VGPOConfig.paper())
+    # verl's trainer is its own: the same replay buffer, batches and way to resume.
+    assert (steps[0]["trainer"], steps[0]["replay_buffer"]) == ("PPOTrainerSync", "ReplayBuffer")
+    assert re.search(r"VGPO re-weights advantages: vgpo_kernels \S+, verl 0\.9", output)
+    assert re.search(r"engine fsdp2, 1 workers on 1 nodes, kernels: (cpp|reference)", output)
+    assert "groups by uid, 4 responses each" in output
+    assert steps[1]["metrics"].keys() >= METRICS
+    assert "actor/grad_norm" in output
+
+
+def test_two_workers_with_dynamic_batches(folder: Path) -> None:
+    """No padding, verl's fused kernels, LoRA, corrections of the rollout's log-probs, one pass for the focus alone."""
+    steps, _ = run(
+        folder,
+        "qwen3_vl",
+        "+algorithm.vgpo.preset=released",
+        "+algorithm.vgpo.beta=0.4",
+        "trainer.v1.trainer_mode=colocate_async",
+        "trainer.n_gpus_per_node=2",
+        "+ray_kwargs.ray_init.num_gpus=2",
+        "actor_rollout_ref.actor.optim.lr=0",
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=256",
+        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True",
+        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=256",
+    )
+    for step in steps:
+        check(step, folder / "model", VGPOConfig.released(beta=0.4))
+    assert steps[0]["trainer"] == "PPOTrainerColocateAsync"

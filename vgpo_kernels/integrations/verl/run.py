@@ -1,0 +1,168 @@
+"""What a run of verl is asked about VGPO before it samples anything, and what it is told."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import torch
+
+import vgpo_kernels
+from vgpo_kernels import VGPOConfig, backends
+from vgpo_kernels.integrations.surface import config_from
+from vgpo_kernels.integrations.transformers import final_norm, visual_token_ids
+from vgpo_kernels.integrations.verl import losses
+
+# verl's strategies whose engines compute the focus: FSDP's, and those that inherit its forward pass.
+SCORED = ("fsdp", "fsdp2", "fsdp_turbo", "veomni")
+SWITCH = "+algorithm.vgpo.preset=paper"
+
+
+class Switch(NamedTuple):
+    """What the configuration of a run says about VGPO.
+
+    Attributes:
+        config: The settings of the factors.
+        bypass: verl makes no old-log-prob pass, so the focus needs one of its own.
+
+    """
+
+    config: VGPOConfig
+    bypass: bool
+
+
+def switch(config: Any) -> Switch | None:
+    """Read verl's configuration; None if it does not ask for VGPO.
+
+    Args:
+        config: verl's, of any trainer.
+
+    Raises:
+        TypeError: ``algorithm.vgpo`` is no mapping, or a setting has the wrong type.
+        ValueError: A setting is unknown or out of range, ``loss_mode`` names VGPO and nothing re-weights advantages, or
+            the engine computes no focus.
+
+    """
+    actor = config.actor_rollout_ref.actor
+    settings = config.algorithm.get("vgpo", None)
+    loss_mode = actor.policy_loss.get("loss_mode", "vanilla")
+    if settings is None:
+        if loss_mode in losses.LOSS_MODES:
+            raise ValueError(
+                f"actor.policy_loss.loss_mode={loss_mode} without algorithm.vgpo is plain PPO: set {SWITCH}, or choose "
+                "one of verl's own losses"
+            )
+        if config.trainer.get("v1", {}).get("trainer_mode", None) == "vgpo":
+            raise ValueError(f"trainer_mode=vgpo is no more: leave trainer_mode alone and set {SWITCH}")
+        return None
+    if actor.strategy not in SCORED:
+        raise ValueError(
+            f"actor_rollout_ref.actor.strategy={actor.strategy} does not work with algorithm.vgpo: visual focus is "
+            f"computed by verl's engines {', '.join(SCORED)}"
+        )
+    correction = config.algorithm.get("rollout_correction", None) or {}
+    return Switch(config_from(settings), bool(correction.get("bypass_mode", False)))
+
+
+class Worker(NamedTuple):
+    """What a worker says about itself."""
+
+    host: str
+    version: str
+    backend: str
+
+
+def join(worker: Any) -> Worker:
+    """Attach VGPO in a worker's process, which Ray calls with the worker; importing this module has attached it.
+
+    Args:
+        worker: verl's, alone or several in one process.
+
+    Raises:
+        TypeError: Its model has no final norm that is found.
+        ValueError: Its model names no visual token, so nothing could be weighted.
+
+    """
+    losses.expect_reweighted_advantages()
+    device = "cpu"
+    for part in [worker, *getattr(worker, "worker_dict", {}).values()]:
+        model = getattr(getattr(getattr(part, "actor", None), "engine", None), "module", None)
+        if isinstance(model, torch.nn.Module):
+            visual_token_ids(model)
+            final_norm(model)
+            device = next(model.parameters()).device.type
+    # Offloaded parameters say nothing about where the passes run.
+    kind = torch.device("cuda" if torch.cuda.is_available() else device)
+    return Worker(platform.node(), vgpo_kernels.__version__, backends.select(kind))
+
+
+def join_all(groups: Iterable[Any]) -> list[Worker]:
+    """Attach VGPO in every worker of verl's worker groups.
+
+    Args:
+        groups: verl's ``RayWorkerGroup``.
+
+    Returns:
+        What the workers say, one for each process.
+
+    Raises:
+        RuntimeError: A worker cannot import this library, has another version of it, or its model does not serve.
+
+    """
+    import ray
+
+    actors = {id(actor): actor for group in groups for actor in group.workers}
+    try:
+        workers = ray.get([actor.__ray_call__.remote(join) for actor in actors.values()])
+    except Exception as error:
+        raise RuntimeError(
+            "a worker cannot join VGPO. vgpo_kernels has to be installed, in one version, on every node, or be brought "
+            f"by ray_kwargs.ray_init.runtime_env. It said: {error}"
+        ) from error
+    different = sorted({worker.version for worker in workers} - {vgpo_kernels.__version__})
+    if different:
+        raise RuntimeError(
+            f"workers have vgpo_kernels {', '.join(different)}, and the driver {vgpo_kernels.__version__}"
+        )
+    return workers
+
+
+def banner(config: Any, found: Switch, workers: list[Worker]) -> str:
+    """Describe a run: versions, engine, signal, groups, settings.
+
+    Args:
+        config: verl's.
+        found: Of :func:`switch`.
+        workers: Of :func:`join_all`.
+
+    """
+    names = ("verl", "torch", "transformers", "ray")
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("vgpo_kernels", *names))
+    actor = config.actor_rollout_ref.actor
+    kernels = ", ".join(sorted({worker.backend for worker in workers}))
+    hosts = len({worker.host for worker in workers})
+    passes = "a pass of the decoder by itself (bypass_mode)" if found.bypass else "the old-log-prob pass"
+    return (
+        f"VGPO re-weights advantages: {versions}\n"
+        f"  engine {actor.strategy}, {len(workers)} workers on {hosts} nodes, kernels: {kernels}\n"
+        f"  signal: visual focus, in {passes}; groups by uid, {config.actor_rollout_ref.rollout.n} responses each\n"
+        f"  settings: {_settings(config.algorithm.vgpo, found.config)}; "
+        f"loss_mode {actor.policy_loss.get('loss_mode', 'vanilla')}"
+    )
+
+
+def _version(name: str) -> str:
+    if name == "vgpo_kernels":
+        return vgpo_kernels.__version__
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "?"
+
+
+def _settings(given: Mapping[str, Any], config: VGPOConfig) -> str:
+    preset = given.get("preset", "paper")
+    chosen = {name: getattr(config, name) for name in given if name != "preset"}
+    return ", ".join([f"preset {preset}", *(f"{name}={value}" for name, value in chosen.items())])

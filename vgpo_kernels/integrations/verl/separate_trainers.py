@@ -1,0 +1,178 @@
+"""VGPO in verl's trainers that hold a padded rollout batch: one-step-off and fully async."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels.integrations.surface import reweight
+from vgpo_kernels.integrations.verl import run
+from vgpo_kernels.integrations.verl.scoring import ALONE, FIELD, FLAG, SECONDS
+from vgpo_kernels.integrations.verl.trainers import NOT_REWEIGHTED, SECONDS_METRIC, replace
+
+
+def change(separation: ModuleType) -> None:
+    """Make the base class of these trainers multiply advantages by VGPO's factors where ``algorithm.vgpo`` is set.
+
+    Raises:
+        UnknownSurfaceError: The trainer's methods are not those of the known versions.
+
+    """
+    trainer = separation.SeparateRayPPOTrainer
+    replace(trainer, "_init_resource_pools", ("self",), _checking)
+    replace(trainer, "_init_worker_groups", ("self",), _joining)
+    replace(trainer, "_compute_old_log_prob", ("self", "batch"), _scoring)
+    replace(trainer, "_fit_compute_log_prob", ("self", "batch"), _scoring_alone)
+    replace(trainer, "_fit_compute_advantage", ("self", "batch"), _reweighting)
+    replace(trainer, "_fit_update_actor", ("self", "batch"), _guarding)
+
+
+def refuse_legacy(ray_trainer: ModuleType) -> None:
+    """Make verl's legacy trainer (``trainer.use_v1=false``) refuse ``algorithm.vgpo``, which it would not heed.
+
+    Raises:
+        UnknownSurfaceError: The trainer's methods are not those of the known versions.
+
+    """
+    replace(ray_trainer.RayPPOTrainer, "init_workers", ("self",), _refusing)
+
+
+def _refusing(init_workers: Any) -> Any:
+    def refusing(self: Any) -> Any:
+        if run.switch(self.config) is not None:
+            raise ValueError("algorithm.vgpo does not work with verl's legacy trainer (trainer.use_v1=false)")
+        return init_workers(self)
+
+    return refusing
+
+
+def _checking(init_resource_pools: Any) -> Any:
+    def checking(self: Any) -> None:
+        self.vgpo = run.switch(self.config)
+        self.vgpo_reweighted = False
+        init_resource_pools(self)
+
+    return checking
+
+
+def _joining(init_worker_groups: Any) -> Any:
+    def joining(self: Any) -> None:
+        init_worker_groups(self)
+        if self.vgpo is not None:
+            print(run.banner(self.config, self.vgpo, run.join_all(self.all_wg.values())), flush=True)
+
+    return joining
+
+
+def _scoring(compute_old_log_prob: Any) -> Any:
+    def scoring(self: Any, batch: Any) -> Any:
+        if self.vgpo is None:
+            return compute_old_log_prob(self, batch)
+        with _asking(self.actor_rollout_wg, {FLAG: True}) as passes:
+            old_log_prob, mfu = compute_old_log_prob(self, batch)
+        old_log_prob.batch[FIELD] = passes[0].focus
+        self.metrics[SECONDS_METRIC] = passes[0].seconds
+        return old_log_prob, mfu
+
+    return scoring
+
+
+def _scoring_alone(compute_log_prob: Any) -> Any:
+    def scoring_alone(self: Any, batch: Any) -> Any:
+        batch = compute_log_prob(self, batch)
+        if self.vgpo is None or not self.vgpo.bypass:
+            return batch
+        from verl.utils import tensordict_utils
+        from verl.workers.utils.padding import left_right_2_no_padding
+
+        data = left_right_2_no_padding(batch.to_tensordict())
+        tensordict_utils.assign_non_tensor(data, calculate_entropy=False, compute_loss=False)
+        with _asking(self.actor_rollout_wg, {FLAG: True, ALONE: True}) as passes:
+            self.actor_rollout_wg.compute_log_prob(data)
+        batch.batch[FIELD] = passes[0].focus
+        self.metrics[SECONDS_METRIC] = passes[0].seconds
+        return batch
+
+    return scoring_alone
+
+
+class _Pass:
+    """What a pass over a batch without padding has scored.
+
+    Attributes:
+        focus: Padded as verl pads log-probs, ``[B, T]``.
+        seconds: What it took the workers, together.
+
+    """
+
+    def __init__(self, data: Any, output: Any) -> None:
+        from verl.workers.utils.padding import no_padding_2_padding
+
+        focus = output.get(FIELD, None)
+        if focus is None:
+            raise RuntimeError(f"the workers' pass left no {FIELD}")
+        self.focus: Tensor = no_padding_2_padding(focus, data)
+        self.seconds = float(output[SECONDS].values().sum())
+
+
+@contextmanager
+def _asking(workers: Any, flags: dict[str, bool]) -> Iterator[list[_Pass]]:
+    """Set flags for the passes that are made inside, whose focus verl itself would drop, and keep what they score."""
+    from verl.utils import tensordict_utils
+
+    passes: list[_Pass] = []
+    compute_log_prob = workers.compute_log_prob
+
+    def asking(data: Any) -> Any:
+        tensordict_utils.assign_non_tensor(data, **flags)
+        data["response_mask"] = _without_padding(data["response_mask"], data["attention_mask"])
+        output = compute_log_prob(data)
+        passes.append(_Pass(data, output))
+        return output
+
+    workers.compute_log_prob = asking
+    try:
+        yield passes
+    finally:
+        workers.compute_log_prob = compute_log_prob
+
+
+def _without_padding(response_mask: Tensor, attention_mask: Tensor) -> Tensor:
+    """Nest a mask of responses ``[B, T]``, the last T places of ``attention_mask`` ``[B, S]``."""
+    lengths = attention_mask[:, -response_mask.shape[1] :].sum(-1).tolist()
+    rows = [row[:length] for row, length in zip(response_mask, lengths, strict=True)]
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def _reweighting(compute_advantage: Any) -> Any:
+    def reweighting(self: Any, batch: Any) -> Any:
+        batch = compute_advantage(self, batch)
+        if self.vgpo is None:
+            return batch
+        batch.batch["advantages"], found = reweight(
+            batch.batch["advantages"],
+            batch.batch[FIELD],
+            batch.batch["response_mask"],
+            list(batch.non_tensor_batch["uid"]),
+            self.vgpo.config,
+        )
+        self.metrics.update(found)
+        self.vgpo_reweighted = True
+        return batch
+
+    return reweighting
+
+
+def _guarding(update_actor: Any) -> Any:
+    def guarding(self: Any, batch: Any) -> Any:
+        if self.vgpo is not None and not self.vgpo_reweighted:
+            raise RuntimeError(NOT_REWEIGHTED.format(type(self).__name__, "_fit_compute_advantage"))
+        self.vgpo_reweighted = False
+        return update_actor(self, batch)
+
+    return guarding

@@ -1,0 +1,153 @@
+"""VGPO in verl's trainers, which keep a rollout batch in TransferQueue: sync, colocate_async, separate_async."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from vgpo_kernels.integrations.surface import known, require, reweight
+from vgpo_kernels.integrations.verl import run
+from vgpo_kernels.integrations.verl.scoring import ALONE, FIELD, FLAG, SECONDS
+
+KNOWN = known("verl")
+SECONDS_METRIC = "vgpo/scoring_seconds_total"
+NOT_REWEIGHTED = "{} computes advantages by itself, so algorithm.vgpo did not re-weight them: let it call verl's {}"
+
+
+def change(trainer_base: ModuleType) -> None:
+    """Make verl's base class of trainers multiply advantages by VGPO's factors where ``algorithm.vgpo`` is set.
+
+    Raises:
+        UnknownSurfaceError: The trainer's methods are not those of the known versions.
+
+    """
+    trainer = trainer_base.PPOTrainer
+    replace(trainer, "__init__", ("self", "config"), _checking)
+    replace(trainer, "_setup", ("self",), _joining)
+    replace(trainer, "_compute_old_log_prob", ("self", "batch", "metrics"), _scoring)
+    replace(trainer, "_compute_advantage", ("self", "batch", "metrics"), _reweighting)
+    replace(trainer, "_update_actor", ("self", "batch", "metrics"), _guarding)
+
+
+def replace(owner: type, name: str, parameters: Sequence[str], around: Callable[[Any], Any]) -> None:
+    """Replace a method by ``around`` it, once.
+
+    Raises:
+        UnknownSurfaceError: The method does not exist, or does not take these parameters.
+
+    """
+    method = require(owner, name, parameters, KNOWN)
+    if getattr(method, "changed_by_vgpo", False):
+        return
+    changed = functools.wraps(method)(around(method))
+    changed.changed_by_vgpo = True  # type: ignore[attr-defined]
+    setattr(owner, name, changed)
+
+
+def _checking(init: Any) -> Any:
+    def checking(self: Any, config: Any, *arguments: Any, **options: Any) -> None:
+        # Before a model is loaded or a token sampled.
+        self.vgpo = run.switch(config)
+        self.vgpo_reweighted = False
+        init(self, config, *arguments, **options)
+
+    return checking
+
+
+def _joining(setup: Any) -> Any:
+    def joining(self: Any) -> None:
+        setup(self)
+        if self.vgpo is not None:
+            print(run.banner(self.config, self.vgpo, run.join_all([self.actor_rollout_wg])), flush=True)
+
+    return joining
+
+
+def _scoring(compute_old_log_prob: Any) -> Any:
+    def scoring(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
+        if self.vgpo is None:
+            return compute_old_log_prob(self, batch, metrics)
+        # The reference pass, which follows, goes over the same batch.
+        if not self.vgpo.bypass:
+            batch.extra_info[FLAG] = True
+            batch = compute_old_log_prob(self, batch, metrics)
+            batch.extra_info[FLAG] = False
+            return batch
+        batch = compute_old_log_prob(self, batch, metrics)
+        temperature = self.config.actor_rollout_ref.rollout.temperature
+        batch.extra_info.update(calculate_entropy=False, compute_loss=False, temperature=temperature)
+        batch.extra_info.update({FLAG: True, ALONE: True})
+        if len(self.actor_rollout_wg.compute_log_prob(batch)) != len(batch):
+            raise RuntimeError("the pass that scores visual focus returned another batch")
+        batch.extra_info.update({FLAG: False, ALONE: False})
+        return batch
+
+    return scoring
+
+
+def _reweighting(compute_advantage: Any) -> Any:
+    def reweighting(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
+        batch = compute_advantage(self, batch, metrics)
+        if self.vgpo is None:
+            return batch
+        import transfer_queue
+        from tensordict import TensorDict
+        from verl.workers.utils.padding import response_from_nested
+
+        data = transfer_queue.kv_batch_get(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            select_fields=["uid", "response_mask", "advantages", FIELD, SECONDS],
+        )
+        if data.get(FIELD, None) is None:  # the data plane leaves out what it does not have
+            raise RuntimeError(
+                f"the old-log-prob pass left no {FIELD}: a trainer that computes old log-probs by itself has to call "
+                "verl's PPOTrainer._compute_old_log_prob"
+            )
+        mask, advantages = data["response_mask"], data["advantages"]
+        reweighted, found = reweight(
+            advantages.values(),
+            response_from_nested(data[FIELD], mask).values(),
+            mask.values(),
+            list(data.get("uid").tolist()),
+            self.vgpo.config,
+            cu_seqlens=mask.offsets(),
+            finals=finals(batch.keys) if self.config.algorithm.adv_estimator == "grpo" else None,
+        )
+        metrics.update(found)
+        metrics[SECONDS_METRIC] = data[SECONDS].values().sum().item()
+        nested = torch.nested.nested_tensor_from_jagged(reweighted, advantages.offsets())
+        fields = TensorDict({"advantages": nested}, batch_size=len(batch))
+        self.vgpo_reweighted = True
+        return transfer_queue.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+
+    return reweighting
+
+
+def _guarding(update_actor: Any) -> Any:
+    def guarding(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
+        if self.vgpo is not None and not self.vgpo_reweighted:
+            raise RuntimeError(NOT_REWEIGHTED.format(type(self).__name__, "PPOTrainer._compute_advantage"))
+        self.vgpo_reweighted = False
+        return update_actor(self, batch, metrics)
+
+    return guarding
+
+
+def finals(keys: Sequence[str]) -> list[int]:
+    """Return, for each trajectory, which one ends its session, as places in ``keys``.
+
+    Args:
+        keys: verl's, ``{uid}_{session}_{index}``. A session of an agent may leave several trajectories; verl gives the
+            reward of its last one to all of them.
+
+    """
+    sessions = [key.rpartition("_") for key in keys]
+    last: dict[str, tuple[int, int]] = {}
+    for place, (session, _, index) in enumerate(sessions):
+        last[session] = max(last.get(session, (-1, -1)), (int(index), place))
+    return [last[session][1] for session, _, _ in sessions]
