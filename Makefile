@@ -10,6 +10,7 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 NEWEST := $(VENV)-newest
+E2E := $(VENV)-verl
 # Tests of what other packages' releases can break.
 OUTWARD := tests/integrations tests/trainer tests/architectures
 UV := $(VENV)-uv/bin/uv
@@ -19,7 +20,7 @@ COMPILE = $(UV) pip compile --quiet --upgrade --no-python-downloads --universal 
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-anyway bench docs lint lock build verl asan gpu-check clean FORCE
+.PHONY: help demo test test-newest test-anyway bench docs lint lock build verl verl-e2e asan gpu-check clean FORCE
 
 help:
 	@echo "make demo         train a small vision-language model with VGPO, end with a report"
@@ -31,6 +32,7 @@ help:
 	@echo "make lock         renew the lock that every target installs, then lint and run all tests"
 	@echo "make build        compile the extension only (VGPO_BUILD=auto|cpu|cuda|none)"
 	@echo "make verl         install verl into $(VENV), so that the tests of its adapter run"
+	@echo "make verl-e2e     run verl on Ray with vLLM and VGPO on this machine, without a GPU"
 	@echo "make asan         run the tests of the C++ CPU kernels under AddressSanitizer"
 	@echo "make gpu-check    build, test, sanitize and measure on an NVIDIA GPU, with the Python of the machine"
 	@echo "make clean        remove everything that was built, but keep the environments"
@@ -80,18 +82,26 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Both files are made before either replaces the one of before, so that a failure leaves both.
+# All files are made before one replaces that of before, so that a failure leaves them.
 lock: $(UV)
 	mkdir -p $(NEW)
 	$(COMPILE) pyproject.toml requirements/torch.in --extra train --extra test --extra dev \
 		--overrides requirements/overrides.txt -o $(NEW)/lock.txt
 	$(COMPILE) requirements/verl.in --no-deps --no-annotate -c $(NEW)/lock.txt -o $(NEW)/verl.txt
-	mv $(NEW)/lock.txt $(NEW)/verl.txt requirements/
+	$(UV) pip compile --quiet --upgrade --no-python-downloads --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --custom-compile-command "make lock" requirements/verl-e2e.in \
+		--overrides requirements/verl-e2e-overrides.txt -o $(NEW)/verl-e2e.txt
+	mv $(NEW)/lock.txt $(NEW)/verl.txt $(NEW)/verl-e2e.txt requirements/
 	$(MAKE) lint verl test
 
 build: $(VENV)/.built
 
 verl: $(VENV)/.verl
+
+# The installation of $(VENV) serves this environment, too: its extension belongs to the same torch.
+verl-e2e: $(VENV)/.built $(E2E)/.installed
+	cp -r $(VENV)/lib/python3*/site-packages/*vgpo_kernels* "$$(echo $(E2E)/lib/python3*/site-packages)"
+	PYTHONPATH=tests/verl_e2e/site $(E2E)/bin/python -m pytest tests/verl_e2e $(ARGS)
 
 asan: $(VENV)/.installed
 	PYTHON=$(BIN)/python bash scripts/asan.sh $(ARGS)
@@ -126,6 +136,13 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 # built by the lock's setuptools.
 $(VENV)/.verl: $(VENV)/.installed requirements/verl.txt
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --require-hashes -r requirements/verl.txt
+	@touch $@
+
+# --no-deps, since the lock leaves out what a CPU does not need. torch is that of $(VENV).
+$(E2E)/.installed: $(VENV)/.torch requirements/verl-e2e.txt
+	$(PYTHON) -m venv $(E2E)
+	$(E2E)/bin/python -m pip install '$(TORCH)'
+	$(E2E)/bin/python -m pip install --no-deps --require-hashes -r requirements/verl-e2e.txt
 	@touch $@
 
 $(UV):

@@ -1,4 +1,4 @@
-"""verl's own ``main_ppo`` on Ray with VGPO: `make verl-run`, in an environment of its own."""
+"""verl's own ``main_ppo`` on Ray with VGPO: `make verl-e2e`, in an environment of its own."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("vllm", reason="make verl-run makes the environment of these runs")
+pytest.importorskip("vllm", reason="make verl-e2e runs these")
 pytest.importorskip("verl")
 
-from verl_run import launch, recompute, task
+from verl_e2e import launch, recompute, task
 
 from vgpo_kernels import VGPOConfig
 
