@@ -19,7 +19,7 @@ from vgpo_kernels.config import Visibility
 from vgpo_kernels.ops.linear_logprob import linear_logprob
 from vgpo_kernels.ops.visual_focus import visual_focus, visual_prototype
 from vgpo_kernels.reference.layout import responses_of
-from vgpo_kernels.reference.linear_logprob import IGNORED
+from vgpo_kernels.reference.linear_logprob import IGNORED, first_tokens
 from vgpo_kernels.reference.visual_focus import totals_before
 
 
@@ -156,9 +156,12 @@ def parallel_token_logprob(
 
     """
     scored, boundaries = checks.response_layout(response_mask, cu_seqlens)
-    _states(hidden, boundaries)
-    places = _places(positions, hidden, input_ids.shape[-1], group)
-    targets = next_tokens(input_ids, places, boundaries, response_mask=scored)
+    tokens = _tokens(input_ids, boundaries)
+    states = _states(hidden, boundaries)
+    checks.require_device("response_mask", scored, states.device, "hidden")
+    places = _places(positions, states, tokens.shape[-1], group)
+    targets = next_tokens(tokens, places, boundaries, response_mask=scored)
+    checks.predicted_tokens(scored, first_tokens(scored, tokens, boundaries))
     found = linear_logprob(
         hidden,
         weight,
@@ -172,7 +175,7 @@ def parallel_token_logprob(
         recompute=recompute,
     )
     # The token that a row predicts stands after it.
-    after = places + 1 - (input_ids.shape[-1] - scored.shape[-1])
+    after = places + 1 - (tokens.shape[-1] - scored.shape[-1])
     if isinstance(found, Tensor):
         return gather_tokens(found, after, scored.shape[-1], group)
     logp, entropy = gather_tokens(torch.stack(found), after, scored.shape[-1], group)
@@ -197,18 +200,15 @@ def next_tokens(
         ignore_index: What rows without a target get: last ones of a sequence, padding, those before other tokens.
 
     Returns:
-        Token ids in input_ids' dtype, ``[n]`` or ``[B, s]``.
+        Token ids, int64 ``[n]`` or ``[B, s]``.
 
     Raises:
         TypeError: An argument is not a tensor or has the wrong dtype.
         ValueError: Shapes, devices, boundaries or positions do not fit together.
 
     """
-    tokens = checks.integers("input_ids", input_ids)
-    if tokens.dim() != (2 if cu_seqlens is None else 1):
-        layout = "[B, S] without cu_seqlens" if cu_seqlens is None else "[N] with cu_seqlens"
-        raise ValueError(f"input_ids must have shape {layout}, got {checks.describe(tokens)}")
-    places = _increasing(positions, tokens.device)
+    tokens = _tokens(input_ids, cu_seqlens)
+    places = _increasing(positions, tokens, "input_ids")
     if response_mask is not None:
         if cu_seqlens is None:
             wanted = checks.last_positions(response_mask, tokens, "input_ids")
@@ -375,6 +375,15 @@ def _states(hidden: object, boundaries: Tensor | None) -> Tensor:
     return states
 
 
+def _tokens(input_ids: object, boundaries: object) -> Tensor:
+    """Check the token ids of the whole batch, ``[B, S]`` or ``[N]`` with boundaries."""
+    tokens = checks.integers("input_ids", input_ids)
+    if tokens.dim() != (2 if boundaries is None else 1):
+        layout = "[B, S] without cu_seqlens" if boundaries is None else "[N] with cu_seqlens"
+        raise ValueError(f"input_ids must have shape {layout}, got {checks.describe(tokens)}")
+    return tokens.to(torch.int64)
+
+
 def _whole_mask(visual_mask: object, scored: Tensor, boundaries: Tensor | None) -> Tensor:
     """Check the image tokens of the whole batch against the scored ones."""
     tensor = checks.require_tensor("visual_mask", visual_mask)
@@ -397,17 +406,17 @@ def _places(positions: object, hidden: Tensor, length: int, group: dist.ProcessG
                 f"{ranks} ranks, or positions be given, got {checks.describe(hidden)}"
             )
         return torch.arange(rows, device=hidden.device) + rows * dist.get_rank(group)
-    places = _increasing(positions, hidden.device)
+    places = _increasing(positions, hidden, "hidden")
     checks.require_shape("positions", places, (rows,), "an entry per row of hidden")
     return places
 
 
-def _increasing(positions: object, device: torch.device) -> Tensor:
-    """Check positions of a rank's rows."""
+def _increasing(positions: object, of: Tensor, name: str) -> Tensor:
+    """Check positions of a rank's rows of the argument ``name``."""
     places = checks.integers("positions", positions)
     if places.dim() != 1:
         raise ValueError(f"positions must have shape [n] or [s], got {checks.describe(places)}")
-    checks.require_device("positions", places, device, "hidden")
+    checks.require_device("positions", places, of.device, name)
     if checks.values_are_free(places) and len(places) and (places[0] < 0 or bool((places.diff() < 0).any())):
         raise ValueError(f"positions must increase from 0 or more, got {checks.summarise(places)}")
     return places.to(torch.int64)
