@@ -83,8 +83,7 @@ def parallel_focus(
     span = torch.searchsorted(own[1:].contiguous(), torch.arange(len(rows), device=rows.device), right=True)
 
     # A kernel's mean over packed spans is their sum, read once and written once, but for a factor.
-    seen_by_any = torch.zeros_like(spans.sequence, dtype=torch.bool).index_fill(0, spans.summed, True)
-    image = _at(visible, places, False).reshape(-1) & seen_by_any[span]
+    image = _at(visible, places, False).reshape(-1)
     running = pad(image.cumsum(0), (1, 0))
     means = visual_prototype(rows, image, cu_seqlens=own)
     sums = _total((means * running[own].diff()[:, None])[spans.summed], group)
@@ -117,7 +116,7 @@ def parallel_token_logprob(
     group: dist.ProcessGroup | None = None,
     cu_seqlens: Tensor | None = None,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
@@ -139,7 +138,7 @@ def parallel_token_logprob(
         group: The ranks; default: all.
         cu_seqlens: As in :func:`parallel_focus`.
         bias: As in :func:`vgpo_kernels.linear_logprob`.
-        temperature: Likewise.
+        temperature: Likewise; a tensor has one for each of this rank's rows, ``[n]`` or ``[B, s]``.
         logit_scale: Likewise.
         softcap: Likewise.
         return_entropy: Return the entropies as well.
@@ -248,7 +247,7 @@ def gather_tokens(values: Tensor, positions: Tensor, length: int, group: dist.Pr
     own = checks.require_floating("values", values)
     checks.not_negative_integer("length", length)
     places = checks.integers("positions", positions)
-    checks.require_shape("positions", places, own.shape[-1:], "an entry per token of values")
+    checks.require_shape("positions", places, own.shape[-1:], f"an entry per token of values {checks.describe(own)}")
     checks.require_device("positions", places, own.device, "values")
     return _Gathered.apply(own, places, length, group)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -407,7 +406,7 @@ def _places(positions: object, hidden: Tensor, length: int, group: dist.ProcessG
             )
         return torch.arange(rows, device=hidden.device) + rows * dist.get_rank(group)
     places = _increasing(positions, hidden, "hidden")
-    checks.require_shape("positions", places, (rows,), "an entry per row of hidden")
+    checks.require_shape("positions", places, (rows,), f"an entry per row of hidden {checks.describe(hidden)}")
     return places
 
 
