@@ -35,20 +35,23 @@ ROOT = Path(__file__).resolve().parents[2]
 Results = dict[int, list[dict[str, Any]]]
 
 
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What each rank of each world computes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("sequence_parallel_case.py")
+def run(script: str, folder: Path) -> None:
+    """Run a script beside this file that starts ranks, which write to a folder."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)], env=environment, stderr=subprocess.PIPE, text=True, timeout=300
-    )
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(folder)]
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What each rank of each world computes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run("sequence_parallel_case.py", folder)
     return {world: [torch.load(folder / f"rank{rank}of{world}.pt") for rank in range(world)] for world in LAYOUTS}
 
 
@@ -216,3 +219,24 @@ def test_next_tokens_of_a_packed_batch() -> None:
     assert found.tolist() == [-100, -100, 5, -100, -100]
     nothing = torch.tensor([0, 0])
     assert next_tokens(ids[:0], positions[:2], nothing).tolist() == [-100, -100]
+
+
+@pytest.mark.slow
+def test_a_model_in_parts_is_the_model(tmp_path: Path) -> None:
+    """Qwen2.5-VL with verl's Ulysses and in zig-zag parts: focus, log-probabilities, gradients of every weight."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("verl", reason="verl is not installed (make verl installs it)")
+    run("sequence_parallel_model_case.py", tmp_path)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    whole = ranks[0][None]
+    values = ("all", "causal", "logp", "entropy")
+    assert (whole["all"] != 0).sum() == 7
+    for kind in ("ulysses", "zigzag"):
+        parts = [rank[kind] for rank in ranks]
+        for name, exact in whole.items():
+            if name in values:
+                assert torch.equal(parts[0][name], parts[1][name])
+                assert_close(parts[0][name], exact.double(), name=f"{name} of {kind}", floor=1e-6)
+            else:  # a gradient: ranks have shares, none of a weight that their rows do not pass
+                found = sum(part[name] for part in parts if name in part)
+                assert_close(found, exact.double(), name=f"{name} of {kind}", floor=1e-5)
