@@ -65,7 +65,7 @@ def batch_of(name: str, packed: bool, dtype: str) -> Batch:
         visible, scored = (torch.rand(one.shape, generator=generator) < 0.4 for one in (visible, scored))
         return replace(batch, hidden=hidden, visual_mask=visible, response_mask=scored)
     flat, image = hidden.view(-1, hidden.shape[-1]), visible.view(-1).nonzero()[:, 0]
-    answer = _rows(batch).view(-1).nonzero()[:, 0]
+    answer = response_rows(batch).view(-1).nonzero()[:, 0]
     if name == "one image less":  # the last to arrive: nothing before it may change
         visible.view(-1)[image[-3:]] = False
     elif name == "broken":
@@ -80,7 +80,7 @@ def batch_of(name: str, packed: bool, dtype: str) -> Batch:
     return replace(batch, hidden=hidden, visual_mask=visible)
 
 
-def _rows(batch: Batch) -> Tensor:
+def response_rows(batch: Batch) -> Tensor:
     """Return the response mask over the rows of hidden."""
     return torch.nn.functional.pad(
         batch.response_mask, (batch.visual_mask.shape[-1] - batch.response_mask.shape[-1], 0)
