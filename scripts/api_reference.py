@@ -128,6 +128,11 @@ GROUPS = (
         "Tensor parallelism", "vgpo_kernels.integrations.tensor_parallel", ("parallel_logprob", "parallel_divergence")
     ),
     Group(
+        "Sequence parallelism",
+        "vgpo_kernels.integrations.sequence_parallel",
+        ("parallel_focus", "parallel_token_logprob", "next_tokens", "gather_tokens", "zigzag_positions"),
+    ),
+    Group(
         "verl",
         "vgpo_kernels.integrations.verl",
         ("attach", "compute_policy_loss", "expect_reweighted_advantages", "focus_of_packed", "score_focus"),

@@ -134,7 +134,9 @@ def keys(world: int) -> list[Key]:
     ]
 
 
-def focus(key: Key, world: int, rank: int) -> tuple[Tensor, list[tuple[str, int]]]:
+def focus(
+    key: Key, world: int, rank: int, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, list[tuple[str, int]]]:
     """Cosines as this rank has them, and what moved for them."""
     batch = batch_of(key.name, key.packed, key.dtype)
     positions = positions_of(key.layout, batch.visual_mask.shape[-1], world, rank)
@@ -144,6 +146,7 @@ def focus(key: Key, world: int, rank: int) -> tuple[Tensor, list[tuple[str, int]
             batch.visual_mask,
             batch.response_mask,
             positions=None if key.layout == "default" else positions,
+            group=group,
             cu_seqlens=batch.cu_seqlens,
             visibility=key.visibility,  # type: ignore[arg-type]
         )
@@ -165,7 +168,7 @@ def objective(logp: Tensor, entropy: Tensor) -> Tensor:
     return (weights * logp).sum() + (weights.square() * entropy).sum()
 
 
-def logprobs(packed: bool, layout: str, world: int, rank: int) -> list[Tensor]:
+def logprobs(packed: bool, layout: str, world: int, rank: int, group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """Log-probabilities and entropies, and gradients by this rank's hidden states, the weight and the bias."""
     batch, ids, weight, bias = answered(packed)
     positions = positions_of(layout, ids.shape[-1], world, rank)
@@ -175,6 +178,7 @@ def logprobs(packed: bool, layout: str, world: int, rank: int) -> list[Tensor]:
         ids,
         batch.response_mask,
         positions=None if layout == "default" else positions,
+        group=group,
         cu_seqlens=batch.cu_seqlens,
         bias=leaves[2],
         temperature=TEMPERATURE,
@@ -182,8 +186,8 @@ def logprobs(packed: bool, layout: str, world: int, rank: int) -> list[Tensor]:
     )
     logp, entropy = found
     alone = parallel_token_logprob(
-        *leaves[:2], ids, batch.response_mask, positions=positions, cu_seqlens=batch.cu_seqlens, bias=leaves[2],
-        temperature=TEMPERATURE,
+        *leaves[:2], ids, batch.response_mask, positions=positions, group=group, cu_seqlens=batch.cu_seqlens,
+        bias=leaves[2], temperature=TEMPERATURE,
     )  # fmt: skip
     assert isinstance(alone, Tensor)
     return [logp.detach(), entropy.detach(), *torch.autograd.grad(objective(logp, entropy), leaves), alone.detach()]
@@ -196,6 +200,18 @@ def gathered(world: int, rank: int) -> list[Tensor]:
     whole = gather_tokens(values, positions, 2 * world)
     (gradient,) = torch.autograd.grad(whole.float().square().sum(), values)
     return [whole.detach(), gradient]
+
+
+def in_pairs(rank: int) -> dict[str, Any]:
+    """What one of four ranks computes where two of them share a batch, and the two others another."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair, layout = rank // 2, LAYOUTS[2][rank // 2]
+    key = Key(("late images", "any masks")[pair], pair == 0, *layout, "causal")
+    return {
+        "key": tuple(key),
+        "focus": focus(key, 2, rank % 2, groups[pair]),
+        "logprobs": logprobs(pair == 0, layout[0], 2, rank % 2, groups[pair]),
+    }
 
 
 def run_rank(rank: int, world: int, folder: Path) -> None:
@@ -211,6 +227,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
             for layout, _ in LAYOUTS[world]
         },
         "gathered": gathered(world, rank),
+        "pairs": in_pairs(rank) if world == 4 else None,
     }
     torch.save(results, folder / f"rank{rank}of{world}.pt")
     dist.destroy_process_group()

@@ -203,6 +203,15 @@ def test_gathered_values_and_their_gradient(worlds: Results, world: int) -> None
         assert torch.equal(gradient.float(), own)
 
 
+def test_two_groups_of_two_ranks_are_two_worlds(worlds: Results) -> None:
+    for rank, results in enumerate(worlds[4]):
+        found, alone = results["pairs"], worlds[2][rank % 2]
+        key = Key(*found["key"])
+        assert same_bits(found["focus"][0], alone["focus"][key][0])
+        for one, other in zip(found["logprobs"], alone["logprobs"][key.packed, key.layout], strict=True):
+            assert torch.equal(one, other)
+
+
 def test_zigzag_positions_balance_the_work() -> None:
     assert [zigzag_positions(8, 2, rank).tolist() for rank in range(2)] == [[0, 1, 6, 7], [2, 3, 4, 5]]
     for length in (0, 1, 7, 16, 29):
