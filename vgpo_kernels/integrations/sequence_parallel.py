@@ -343,8 +343,9 @@ def _spans(visible: Tensor, scored: Tensor, boundaries: Tensor | None, causal: b
 def _total(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Add up the sums of all ranks in the order of ranks, in fp64.
 
-    An all-reduce would move less from 4 ranks on, 2 (R - 1) / R of a rank's sums instead of R - 1, but adds in an order
-    that depends on where a number stands among the others: other sequences of the batch would change bits.
+    An all-reduce would move less from 3 ranks on, 2 (R - 1) / R of a rank's sums instead of R - 1, but adds in an order
+    that may depend on where a number stands among the others: other sequences of the batch would change bits. What
+    moves is small either way: 3.7 MB to each of 8 ranks for 32 images and D = 4096.
     """
     if not sums.numel():
         return sums.double()
@@ -418,4 +419,4 @@ def _increasing(positions: object, of: Tensor, name: str) -> Tensor:
     checks.require_device("positions", places, of.device, name)
     if checks.values_are_free(places) and len(places) and (places[0] < 0 or bool((places.diff() < 0).any())):
         raise ValueError(f"positions must increase from 0 or more, got {checks.summarise(places)}")
-    return places.to(torch.int64)
+    return places.to(torch.int64).contiguous()
