@@ -105,7 +105,7 @@ def test_the_banner() -> None:
     assert found is not None
     text = run.banner(config, found, workers)
     assert f"vgpo_kernels {vgpo_kernels.__version__}, verl 0.9" in text
-    assert "engine fsdp, 3 workers on 2 nodes, kernels: cuda" in text
+    assert "engine fsdp; workers: 3, nodes: 2, kernels: cuda" in text
     assert "visual focus, in the old-log-prob pass; groups by uid, 8 responses each" in text
     assert "preset released, beta=0.4; loss_mode vanilla" in text
 

@@ -67,7 +67,7 @@ def test_one_worker(folder: Path) -> None:
     # verl's trainer is its own: the same replay buffer, batches and way to resume.
     assert (steps[0]["trainer"], steps[0]["replay_buffer"]) == ("PPOTrainerSync", "ReplayBuffer")
     assert re.search(r"VGPO re-weights advantages: vgpo_kernels \S+, verl 0\.9", output)
-    assert re.search(r"engine fsdp2, 1 workers on 1 nodes, kernels: (cpp|reference)", output)
+    assert re.search(r"engine fsdp2; workers: 1, nodes: 1, kernels: (cpp|reference)", output)
     assert "groups by uid, 4 responses each" in output
     assert steps[1]["metrics"].keys() >= METRICS
     assert "actor/grad_norm" in output

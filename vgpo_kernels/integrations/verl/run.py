@@ -146,7 +146,7 @@ def banner(config: Any, found: Switch, workers: list[Worker]) -> str:
     passes = "a pass of the decoder by itself (bypass_mode)" if found.bypass else "the old-log-prob pass"
     return (
         f"VGPO re-weights advantages: {versions}\n"
-        f"  engine {actor.strategy}, {len(workers)} workers on {hosts} nodes, kernels: {kernels}\n"
+        f"  engine {actor.strategy}; workers: {len(workers)}, nodes: {hosts}, kernels: {kernels}\n"
         f"  signal: visual focus, in {passes}; groups by uid, {config.actor_rollout_ref.rollout.n} responses each\n"
         f"  settings: {_settings(config.algorithm.vgpo, found.config)}; "
         f"loss_mode {actor.policy_loss.get('loss_mode', 'vanilla')}"
