@@ -75,7 +75,7 @@ def test_one_worker(folder: Path) -> None:
         "actor_rollout_ref.rollout.calculate_log_probs=True",
         "algorithm.rollout_correction.rollout_is=token",
         "algorithm.rollout_correction.rollout_rs=token_k1",
-        "algorithm.rollout_correction.rollout_rs_threshold=0.9695_2.0",
+        "algorithm.rollout_correction.rollout_rs_threshold=0.5_1.0322",
     )
     # The weights change in the first step.
     check(steps[0], folder / "model", VGPOConfig.released(beta=0.4))
