@@ -125,7 +125,9 @@ GROUPS = (
         ),
     ),
     Group(
-        "Tensor parallelism", "vgpo_kernels.integrations.tensor_parallel", ("parallel_logprob", "parallel_divergence")
+        "Tensor parallelism",
+        "vgpo_kernels.integrations.tensor_parallel",
+        ("parallel_logprob", "parallel_policy_loss", "parallel_vgpo_loss", "parallel_divergence"),
     ),
     Group(
         "Sequence parallelism",

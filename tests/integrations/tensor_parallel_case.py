@@ -1,6 +1,6 @@
 """One rank of heads that are split over a process group: ``tensor_parallel_case.py RANK WORLD FOLDER``.
 
-Reads the heads from FOLDER, and writes what this rank computes there.
+Reads the heads from FOLDER, if there are any, and writes there what this rank computes of them and of the losses.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from integrations import tensor_parallel_losses as losses
 from torch import Tensor
 
 FIRST = (0, 77, 200)  # where each of two ranks' rows begin in the vocabulary, and its end
@@ -70,12 +71,14 @@ def other_view(hidden: Tensor) -> Tensor:
 def main(rank: int, world: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    cases = torch.load(folder / "cases.pt")
-    results = {
-        key: (run_rank(rank, key[0], *tensors), run_divergence(rank, key[0], *tensors))
-        for key, tensors in cases.items()
-    }
-    torch.save(results, folder / f"rank{rank}.pt")
+    if (folder / "cases.pt").exists():
+        results = {
+            key: (run_rank(rank, key[0], *tensors), run_divergence(rank, key[0], *tensors))
+            for key, tensors in torch.load(folder / "cases.pt").items()
+        }
+        torch.save(results, folder / f"rank{rank}.pt")
+    found = {name: losses.run_rank(case, rank, world) for name, case in losses.CASES.items()}
+    torch.save(found, folder / f"losses{rank}.pt")
     dist.destroy_process_group()
 
 

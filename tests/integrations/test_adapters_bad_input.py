@@ -12,7 +12,20 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from bad_input import Bad, Subject, boundaries, flags, floating, integers, mask, numbers, subject, whole_numbers
+from bad_input import (
+    Bad,
+    Subject,
+    boundaries,
+    flags,
+    floating,
+    integers,
+    mask,
+    numbers,
+    subject,
+    subjects,
+    whole_numbers,
+    without,
+)
 
 from vgpo_kernels import VGPOConfig
 from vgpo_kernels.integrations import easyr1, surface, tensor_parallel
@@ -158,6 +171,18 @@ def head_in_parallel() -> Subject:
     good = {"hidden": torch.rand(4, 6), "weight": torch.rand(5, 6), "targets": torch.arange(4), "first": 0}
     # What is refused is refused before a process group is asked for anything, and without one.
     return subject(tensor_parallel.parallel_logprob, good | {"bias": torch.rand(5)})
+
+
+def losses_in_parallel() -> dict[str, Subject]:
+    """What a loss of the whole head refuses, but ids that are rows of another rank."""
+    names, whole = ("policy_loss", "vgpo_loss"), subjects()
+    found = {}
+    for name in names:
+        made = whole[f"linear_{name}, packed"]
+        elsewhere = [bad.why for bad in made.bad["targets"] if re.fullmatch(r"\d+ of \d+", bad.why)]
+        bad = made.bad | {"targets": without(made.bad["targets"], *elsewhere), "first": whole_numbers(-1)}
+        found[f"parallel_{name}"] = Subject(getattr(tensor_parallel, f"parallel_{name}"), made.good | {"first": 0}, bad)
+    return found
 
 
 def policy_of_easyr1() -> Subject:
@@ -307,6 +332,7 @@ SUBJECTS = {
     "reweight, packed": reweighting(packed=True),
     "config_from": Subject(surface.config_from, {"settings": {"beta": 0.5}}, {"settings": NO_SETTINGS}),
     "parallel_logprob": head_in_parallel(),
+    **losses_in_parallel(),
     "authors_config": Subject(easyr1.authors_config, {"settings": {}}, {"settings": SCRIPT}),
     "patch_easyr1": Subject(easyr1.patch_easyr1, {}, {"config": CONFIGS}),
     "compute_policy_loss": policy_of_easyr1(),
@@ -333,7 +359,7 @@ def test_what_is_bad_is_refused(made: Subject, name: str) -> None:
         assert re.search(says, str(caught.value), re.DOTALL), f"{name} {why}: {caught.value}"
 
 
-@pytest.mark.parametrize("label", [name for name in SUBJECTS if name not in ("parallel_logprob", "patch_easyr1")])
+@pytest.mark.parametrize("label", [name for name in SUBJECTS if not name.startswith(("parallel_", "patch_"))])
 def test_what_is_good_is_accepted(label: str) -> None:
     SUBJECTS[label].function(**SUBJECTS[label].good)
 

@@ -1,4 +1,4 @@
-"""A vocabulary split over two processes of a gloo group: the results and gradients of one process with all of it."""
+"""A vocabulary split over processes of a gloo group: the results and gradients of one process with all of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from integrations import tensor_parallel_losses as losses
 from integrations.tensor_parallel_case import FIRST, TEMPERATURE, divergence_objective, objective, other_view
 from linear_cases import DTYPES, Head, make_head
 from tolerance import assert_close, floor_of
@@ -33,34 +34,44 @@ def head_of(dtype: str, kind: str) -> Head:
     return head
 
 
-@pytest.fixture(scope="module")
-def ranks(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> list[dict[tuple[str, str, str], tuple[list[Tensor], list[Tensor]]]]:
-    """What each of two processes computes for every case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.save(
-        {case: (*head_of(*case[1:]).tensors(), head_of(*case[1:]).targets) for case in CASES},
-        folder / "cases.pt",
-    )
+def run_ranks(world: int, folder: Path) -> None:
+    """Run the ranks of a group, each a process, which write what they compute into the folder."""
     script = Path(__file__).with_name("tensor_parallel_case.py")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(WORLD), str(folder)],
+            [sys.executable, str(script), str(rank), str(world), str(folder)],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(WORLD)
+        for rank in range(world)
     ]
     try:
         complaints = [process.communicate(timeout=180)[1] for process in processes]
     finally:
         for process in processes:  # one may wait for another that failed
             process.kill()
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(complaints)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    assert [process.returncode for process in processes] == [0] * world, "\n".join(complaints)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of what each of two processes computes for every case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.save(
+        {case: (*head_of(*case[1:]).tensors(), head_of(*case[1:]).targets) for case in CASES},
+        folder / "cases.pt",
+    )
+    run_ranks(WORLD, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(two_ranks: Path) -> list[dict[tuple[str, str, str], tuple[list[Tensor], list[Tensor]]]]:
+    """What each of two processes computes of every head."""
+    return [torch.load(two_ranks / f"rank{rank}.pt") for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -112,3 +123,27 @@ def test_divergences_of_two_ranks_are_those_of_one_head(
             assert_close(gradient, exact, name=f"gradient by {name} of rank {rank}", floor=floor)
     one, another = (results[case][1][:11] for results in ranks)
     assert all(torch.equal(left, right) for left, right in zip(one, another, strict=True))
+
+
+def check_losses(folder: Path, world: int, name: str) -> None:
+    """Compare what each rank has of a loss with one process, and the ranks with each other, bit by bit."""
+    losses.check(losses.CASES[name], [torch.load(folder / f"losses{rank}.pt")[name] for rank in range(world)])
+
+
+@pytest.mark.parametrize("name", losses.CASES)
+def test_losses_of_two_ranks_are_those_of_one_head(two_ranks: Path, name: str) -> None:
+    check_losses(two_ranks, WORLD, name)
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of what each of four processes computes for every loss."""
+    folder = tmp_path_factory.mktemp("four")
+    run_ranks(4, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", losses.CASES)
+def test_losses_of_four_unequal_ranks_are_those_of_one_head(four_ranks: Path, name: str) -> None:
+    check_losses(four_ranks, 4, name)

@@ -179,6 +179,7 @@ def linear_logprob_slice(
     return_sum_squares: bool = False,
     ignore_index: int | None = IGNORED,
     chunk_bytes: int | None = None,
+    recompute: bool | None = None,
 ) -> Tensor:
     """Return the part of log-probabilities and entropies that a slice of the vocabulary gives, for tensor parallelism.
 
@@ -199,6 +200,7 @@ def linear_logprob_slice(
         return_sum_squares: Return the slice's part of the sum of squared probabilities as well, detached.
         ignore_index: As in :func:`linear_logprob`.
         chunk_bytes: As in :func:`linear_logprob`.
+        recompute: As in :func:`linear_logprob`, of the logits of this slice.
 
     Returns:
         float32 ``[4, ...]`` for targets ``[...]``: largest logit of the slice m, log of the sum of exp(z - m), z - m of
@@ -213,20 +215,19 @@ def linear_logprob_slice(
 
     """
     squares = checks.flag("return_sum_squares", return_sum_squares)
-    return _statistics(
-        _checked(
-            hidden,
-            weight,
-            targets,
-            bias,
-            first,
-            (temperature, logit_scale, softcap),
-            ignore_index,
-            chunk_bytes,
-            whole=False,
-        ),
-        squares=squares,
+    head = _checked(
+        hidden,
+        weight,
+        targets,
+        bias,
+        first,
+        (temperature, logit_scale, softcap),
+        ignore_index,
+        chunk_bytes,
+        whole=False,
     )
+    again = None if recompute is None else checks.flag("recompute", recompute)
+    return _statistics(head, squares=squares, keep=not squares and _keeps(head, again))
 
 
 def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None = IGNORED) -> tuple[Any, ...]:

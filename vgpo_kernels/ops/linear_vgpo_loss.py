@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -109,6 +110,46 @@ def linear_vgpo_loss(
 
     """
     warn_of_detached(hidden, weight)
+    return with_factors(
+        linear_policy_loss,
+        hidden,
+        visual_mask,
+        response_mask,
+        group_ids,
+        config,
+        cu_seqlens=cu_seqlens,
+        prototype=prototype,
+        prototype_index=prototype_index,
+        visibility=visibility,
+        weight=weight,
+        targets=targets,
+        old_logp=old_logp,
+        advantages=advantages,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        chunk_bytes=chunk_bytes,
+        recompute=recompute,
+        **policy_loss_options,
+    )
+
+
+def with_factors(
+    loss_of_head: Callable[..., PolicyLoss],
+    hidden: Tensor,
+    visual_mask: Tensor | None,
+    response_mask: Tensor,
+    group_ids: Tensor,
+    config: VGPOConfig,
+    *,
+    cu_seqlens: Tensor | None,
+    prototype: Tensor | None,
+    prototype_index: Tensor | None,
+    visibility: Visibility,
+    **arguments: Any,
+) -> PolicyLoss:
+    """Return ``loss_of_head`` of hidden states with the factors that they have, and the metrics of both."""
     cos = visual_focus(
         hidden,
         visual_mask,
@@ -119,22 +160,8 @@ def linear_vgpo_loss(
         visibility=visibility,
     )
     weights = visual_weights(cos, response_mask, group_ids, config, cu_seqlens=cu_seqlens)
-    loss, metrics = linear_policy_loss(
-        hidden,
-        weight,
-        targets,
-        old_logp,
-        advantages,
-        response_mask,
-        factors=weights.factors,
-        bias=bias,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        cu_seqlens=cu_seqlens,
-        chunk_bytes=chunk_bytes,
-        recompute=recompute,
-        **policy_loss_options,
+    loss, metrics = loss_of_head(
+        hidden, response_mask=response_mask, factors=weights.factors, cu_seqlens=cu_seqlens, **arguments
     )
     return PolicyLoss(loss, metrics | weights.metrics)
 
@@ -204,34 +231,83 @@ def linear_policy_loss(
 
     """
     warn_of_detached(hidden, weight)
+    arguments = checked_arguments(
+        hidden,
+        weight,
+        targets,
+        old_logp,
+        advantages,
+        response_mask,
+        factors=factors,
+        bias=bias,
+        mapping=(temperature, logit_scale, softcap),
+        cu_seqlens=cu_seqlens,
+        whole=True,
+        **policy_loss_options,
+    )
+    differentiable = torch.is_grad_enabled()
+    arguments |= {
+        "gradients": [
+            tensor is not None and tensor.requires_grad and differentiable
+            for tensor in (arguments["hidden"], arguments["weight"], arguments["bias"])
+        ],
+        "chunk_bytes": checks.chunk_bytes(chunk_bytes),
+        "recompute": checks.flag("recompute", recompute),
+    }
+    dtype = checks.compute_dtype(*arguments.values())
+    result = registry.call("linear_policy_loss", arguments["response_mask"].device, dtype, **arguments)
+    return unpack(result, POLICY_METRICS, dtype, arguments)
+
+
+def checked_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    factors: Tensor | None,
+    bias: Tensor | None,
+    mapping: tuple[object, object, object],
+    cu_seqlens: Tensor | None,
+    whole: bool,
+    **policy_loss_options: Any,
+) -> dict[str, Any]:
+    """Check what a policy loss of hidden states and a head takes, and return it by name, as operators take it.
+
+    ``mapping`` is temperature, logit_scale and softcap; ``whole`` says that the weight has the whole vocabulary.
+    """
     states, rows, offsets = head_checks.head(hidden, weight, bias)
     mask, boundaries = checks.response_layout(response_mask, cu_seqlens, states.device)
     checks.hidden_states(states, boundaries)
     checks.response_rows(mask, states)
     ids = head_checks.targets(targets, mask.shape, "response_mask's", mask.device)
-    head_checks.target_values(ids, mask, rows.shape[0])
+    head_checks.target_values(ids, mask, rows.shape[0] if whole else None)
     if checks.values_are_free(mask):
         checks.predicted_tokens(mask, first_tokens(mask, states, boundaries))
     shared, _ = shared_arguments(mask, boundaries, advantages, **policy_loss_options)
-    differentiable = torch.is_grad_enabled()
-    arguments = {
+    return {
         "hidden": states,
         "weight": rows,
         "bias": offsets,
         "targets": ids,
         "old_logp": checks.optional_per_token("old_logp", old_logp, mask),
         "factors": checks.optional_per_token("factors", factors, mask),
-        **head_checks.logit_map(temperature, logit_scale, softcap, states, mask, "response_mask's"),
-        "gradients": [
-            tensor is not None and tensor.requires_grad and differentiable for tensor in (states, rows, offsets)
-        ],
-        "chunk_bytes": checks.chunk_bytes(chunk_bytes),
-        "recompute": checks.flag("recompute", recompute),
+        **head_checks.logit_map(*mapping, states, mask, "response_mask's"),
         **shared,
     }
-    dtype = checks.compute_dtype(*arguments.values())
-    result = registry.call("linear_policy_loss", mask.device, dtype, **arguments)
-    return unpack(result, POLICY_METRICS, dtype, arguments)
+
+
+def scored_rows(response_mask: Tensor, hidden: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return where scored tokens are in the flattened mask, ``[n]``, and the index of the rows that predict them.
+
+    This waits for the device: shapes depend on the number of scored tokens.
+    """
+    checks.predicted_tokens(response_mask, first_tokens(response_mask, hidden, cu_seqlens))
+    index = response_mask.reshape(-1).nonzero().squeeze(-1)
+    rows = predicting_rows(response_mask, hidden)[index]
+    return index, (rows,) if hidden.dim() == 2 else (rows // hidden.shape[1], rows % hidden.shape[1])
 
 
 def warn_of_detached(hidden: object, weight: object) -> None:
@@ -274,10 +350,7 @@ def compute(
     **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Implement the operator ``linear_policy_loss`` by a backend's kernels; the rest goes to ``policy_loss``."""
-    checks.predicted_tokens(response_mask, first_tokens(response_mask, hidden, cu_seqlens))
-    index = response_mask.reshape(-1).nonzero().squeeze(-1)
-    rows = predicting_rows(response_mask, hidden)[index]
-    place = (rows,) if hidden.dim() == 2 else (rows // hidden.shape[1], rows % hidden.shape[1])
+    index, place = scored_rows(response_mask, hidden, cu_seqlens)
     logp = torch.zeros(response_mask.shape, dtype=torch.float32, device=hidden.device)
     if old_logp is not None:
         # A token has a ratio of 1 until its chunk is computed.
