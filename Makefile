@@ -76,6 +76,7 @@ docs: $(VENV)/.built
 	$(BIN)/python scripts/api_reference.py
 	$(BIN)/python scripts/models_page.py
 	$(BIN)/python benchmarks/plot.py
+	$(BIN)/python benchmarks/scale.py --write
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -149,8 +149,8 @@ def parallel_policy_loss(
     Args:
         hidden: As in :func:`vgpo_kernels.linear_policy_loss`, ``[B, S, D]`` or ``[N, D]``, the same on every rank.
         weight: This rank's rows of the LM head, ``[v, D]``. Ranks may hold different numbers of rows.
-        targets: Token ids in the whole vocabulary, in response_mask's shape. One that no rank has makes the loss
-            infinite.
+        targets: Token ids in the whole vocabulary, in response_mask's shape. One that no rank has is not noticed: its
+            log-probability is minus infinity.
         old_logp: As in :func:`vgpo_kernels.linear_policy_loss`, as all that follows: the same on every rank.
         advantages: Per response ``[B]`` or per token.
         response_mask: True at scored tokens, ``[B, T]`` with T <= S or ``[N]``.
