@@ -24,7 +24,39 @@ def test_metrics_are_numbers_read_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     advantages, metrics = reweight(torch.ones(2, 3), COSINES, MASK, ["a", "a"], VGPOConfig.paper())
     monkeypatch.undo()
     assert torch.equal(advantages, expected.factors)
-    assert metrics == {f"vgpo/{name}": value.item() for name, value in expected.metrics.items()}
+    of_factors = {
+        "vgpo/factor_mean": pytest.approx(expected.factors.mean().item()),
+        "vgpo/factor_min": expected.factors.min().item(),
+        "vgpo/factor_max": expected.factors.max().item(),
+        "vgpo/weighted_share": 1,
+    }
+    assert metrics == {f"vgpo/{name}": value.item() for name, value in expected.metrics.items()} | of_factors
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_metrics_of_factors_are_those_of_scored_tokens(packed: bool) -> None:
+    """Four responses: one without a scored token, one without an image, two of a group, with holes."""
+    cos = torch.tensor([[0.1, 0.3, -0.2], [0.4, 0.2, 0.6], [math.nan] * 3, [0.5, 0.1, 0.2]])
+    mask = torch.tensor([[1, 0, 1], [1, 1, 0], [1, 1, 1], [0, 0, 0]])
+    groups = torch.tensor([0, 0, 0, 1])
+    factors = visual_weights(cos, mask, groups, VGPOConfig.paper()).factors[mask.bool()]
+    given = [torch.ones(4, 3), cos, mask]
+    boundaries = None
+    if packed:
+        given, boundaries = [tensor.flatten() for tensor in given], torch.tensor([0, 3, 6, 9, 12])
+    _, metrics = reweight(*given, ["a", "a", "a", "b"], VGPOConfig.paper(), cu_seqlens=boundaries)
+    assert metrics["vgpo/factor_mean"] == pytest.approx(factors.mean().item(), abs=1e-6)
+    assert metrics["vgpo/factor_min"] == factors.min().item() < 1
+    assert metrics["vgpo/factor_max"] == factors.max().item() > 1
+    assert metrics["vgpo/weighted_share"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("width", [0, 3])
+def test_nothing_scored(width: int) -> None:
+    tokens = torch.ones(2, width)
+    advantages, metrics = reweight(tokens, tokens, torch.zeros(2, width), ["a", "a"], VGPOConfig.paper())
+    assert torch.equal(advantages, tokens)
+    assert not [name for name in metrics if "factor" in name or "share" in name]
 
 
 def test_a_mean_of_nothing_is_left_out() -> None:
@@ -36,4 +68,8 @@ def test_a_mean_of_nothing_is_left_out() -> None:
         "vgpo/nonfinite_responses": 1,
         "vgpo/groups": 0,
         "vgpo/singleton_groups": 0,
+        "vgpo/factor_mean": 1,
+        "vgpo/factor_min": 1,
+        "vgpo/factor_max": 1,
+        "vgpo/weighted_share": 0,
     }

@@ -168,9 +168,7 @@ def reweight(
         weighted = weights.score.isfinite()
         factors = combine_factors(weights.psi, phi, mask, config, cu_seqlens=boundaries, weighted=weighted)
         found |= compared
-    scored = factors[mask]
-    if len(scored):
-        found |= {"factor_mean": scored.mean(), "factor_min": scored.min(), "factor_max": scored.max()}
+    found |= _of_factors(factors, mask)
     found["weighted_share"] = found["weighted_responses"] / _scored_responses(mask, boundaries)
     values = torch.stack([value.float() for value in found.values()]).tolist()  # the host waits once
     numbers = zip(found, values, strict=True)
@@ -190,9 +188,20 @@ def _of_sessions(score: Tensor, groups: Tensor, finals: Tensor, config: VGPOConf
     return phi[finals], {"groups": (sizes > 0).sum(), "singleton_groups": (sizes == 1).sum()}
 
 
+def _of_factors(factors: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Mean, least and largest of the scored tokens' factors; NaN of none. Factors are 1 at all others."""
+    tokens = mask.sum()
+    mean = (factors.sum(dtype=torch.float64) - (mask.numel() - tokens)) / tokens
+    if not mask.numel():
+        return {"factor_mean": mean}
+    least, largest = (torch.where(mask, factors, far) for far in (math.inf, -math.inf))
+    none = torch.where(tokens > 0, 0.0, math.nan)
+    return {"factor_mean": mean, "factor_min": least.min() + none, "factor_max": largest.max() + none}
+
+
 def _scored_responses(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Count the responses that have a scored token."""
     if cu_seqlens is None:
         return mask.any(-1).sum()
-    before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))[cu_seqlens.long()]
+    before = torch.nn.functional.pad(mask.cumsum(0, dtype=torch.int32), (1, 0))[cu_seqlens.long()]
     return (before.diff() > 0).sum()
