@@ -25,13 +25,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import FusedCausalLMOutput
 
 from vgpo_kernels import linear_divergence, linear_logprob
 from vgpo_kernels.integrations.transformers import final_norm, unwrap
+from vgpo_trainer.sharded import filled_in_calls, with_head
 
 T = TypeVar("T")
 
@@ -105,15 +104,6 @@ def fuse_heads(
     """
     present = [unwrap(model) for model in models if model is not None]
     policy: Any = present[0]
-    if is_deepspeed_zero3_enabled():
-        if fused:
-            warnings.warn(
-                "fused_head: DeepSpeed's ZeRO-3 has taken the head's weight away by the time its gradient is computed; "
-                "TRL's own head computes the log-probabilities",
-                stacklevel=3,
-            )
-        return TRLS
-
     mapping, why_not_linear = agreed(linear_head(policy, norm))
 
     def ours(model: PreTrainedModel) -> None:
@@ -200,10 +190,13 @@ def linear_head(model: PreTrainedModel, norm: str | nn.Module | None) -> tuple[M
         return NOTHING, why
     left = candidates(model.config)
 
+    def multiply(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> dict[str, Tensor]:
+        return {"products": nn.functional.linear(hidden, weight.to(hidden.dtype), bias)}
+
     def compare(inputs: dict[str, Tensor]) -> str | None:
         logits = model(**inputs).logits
         hidden = last_hidden_states(model, model.forward, norm, **inputs, use_cache=False)
-        products = nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias)
+        products = with_head(head, multiply, hidden)["products"]
         left[:] = [one for one in left if agree(logits, products, one)]
         return None if left else f"{name} does more to its logits than its LM head and its configuration say"
 
@@ -263,7 +256,7 @@ def probed(
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
         for scale in PROBE_SCALES:
-            with evaluating(model), last_states_scaled(model, norm, scale), torch.no_grad():
+            with filled_in_calls(model), evaluating(model), last_states_scaled(model, norm, scale), torch.no_grad():
                 reason = compare(inputs)
             if reason is not None:
                 return reason
@@ -327,37 +320,44 @@ def fuse_head(
         if view is not None and view.other is None:
             # A copy, so that the states of the prompt are not kept.
             return ViewOutput(states=last[:, -view.length - 1 : -1].clone())
-        # The head is looked up in each call: FSDP and PEFT replace its parameters.
-        head: Any = self.get_output_embeddings()
-        weight, bias = whole(head.weight), whole(head.bias)
-        assert weight is not None
-        logits = {"bias": bias, "temperature": temperature, **mapping._asdict()}
-        other_head: dict[str, Tensor | None] = {}
-        if view is not None and view.detach:
-            other_head = {"other_weight": weight.detach(), "other_bias": None if bias is None else bias.detach()}
+        other = () if view is None else (view.other,)
 
-        def to_head(states: Tensor) -> Tensor:
-            states = states.to(weight.device, last.dtype)  # an output of a pass in mixed precision is fp32
-            return states.float() if fp32 else states
+        def from_head(
+            weight: Tensor, bias: Tensor | None, hidden: Tensor, other: Tensor | None = None
+        ) -> dict[str, Tensor]:
+            def to_head(states: Tensor) -> Tensor:
+                states = states.to(weight.device, last.dtype)  # an output of a pass in mixed precision is fp32
+                return states.float() if fp32 else states
 
-        hidden, targets = to_head(last[:, :-1]), labels[:, 1:].to(weight.device)
-        found: dict[str, Tensor | None] = {}
-        with torch.autocast(hidden.device.type, enabled=False) if fp32 else nullcontext():
-            if view is None or view.head:
-                logp, entropy = linear_logprob(hidden, weight, targets, return_entropy=True, **logits)
-                found.update(log_probs=logp, entropy=entropy)
-            if view is not None:
+            logits = {"bias": bias, "temperature": temperature, **mapping._asdict()}
+            hidden, targets = to_head(hidden), labels[:, 1:].to(weight.device)
+            found: dict[str, Tensor] = {}
+            with torch.autocast(hidden.device.type, enabled=False) if fp32 else nullcontext():
+                if view is None or view.head:
+                    logp, entropy = linear_logprob(hidden, weight, targets, return_entropy=True, **logits)
+                    found.update(log_probs=logp, entropy=entropy)
+                if view is None:
+                    return found
+                other_head: dict[str, Tensor | None] = {}
+                if view.detach:
+                    other_head = {
+                        "other_weight": weight.detach(),
+                        "other_bias": None if bias is None else bias.detach(),
+                    }
                 with nullcontext() if view.gradient else torch.no_grad():
                     both = linear_divergence(
                         hidden[:, -view.length :],
-                        to_head(view.other),
+                        to_head(other),
                         weight,
                         targets[:, -view.length :],
                         **other_head,
                         **logits,
                     )
-                found.update(kl=both.kl, view_logp=both.logp, other_logp=both.other_logp)
-        return ViewOutput(**found)
+            found.update(kl=both.kl, view_logp=both.logp, other_logp=both.other_logp)
+            return found
+
+        # The head is looked up in each call: FSDP and PEFT replace its parameters.
+        return ViewOutput(**with_head(self.get_output_embeddings(), from_head, last[:, :-1], *other))
 
     answer(model, compute)
 
@@ -419,8 +419,3 @@ def answer(model: PreTrainedModel, compute: Callable[..., Any]) -> None:
         return plain(*arguments, **named) if labels is None else plain(*arguments, labels=labels, **named)
 
     model.forward = MethodType(forward, model)
-
-
-def whole(parameter: Tensor | None) -> Tensor | None:
-    """Gather a parameter that FSDP has left sharded."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -49,7 +49,7 @@ batches (and of the rows with which accelerate fills the last one for several pr
 prefix ``eval_``.
 
 With and without VGPO, a loss that is not finite ends the run with a ``RunFailure``; so does a gradient, except with
-fp16 and DeepSpeed, which try loss scales.
+fp16, which tries loss scales.
 
 **Rollouts for a report.** ``trainer.rollout_samples`` is a bounded list (``args.rollout_samples``) of
 :class:`~vgpo_trainer.rollouts.RolloutSample`: prompt, images, tokens, per-token cosine, psi and factor, phi, reward,
@@ -80,12 +80,13 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from vgpo_kernels import VGPOConfig, policy_loss
 from vgpo_trainer.config import VGPOTrainingConfig
-from vgpo_trainer.fused_head import fuse_heads
+from vgpo_trainer.fused_head import TRLS, fuse_heads
 from vgpo_trainer.generation_batch import RowFacts, group_ids, refuse_mixed, trl_rows, warn_of_sizes
 from vgpo_trainer.records import PhiLengthWatch, add_records, loss_records, signal_records, token_records
 from vgpo_trainer.rollouts import (
@@ -206,6 +207,8 @@ class VGPOTrainer(GRPOTrainer):
             kind.check(self.model, settings)
             tokens = find_visual_tokens(visual_tokens, self.model, self.processing_class)
             self._reader = SignalReader(kind, settings, tokens)
+        # With ZeRO-3 TRL's head, which never calls the head's module, fails in its backward pass after one that did.
+        self._scores_with_head = head == TRLS and is_deepspeed_zero3_enabled()
         if args.passes_views():
             check_views(self, head)
             tokens = tokens or find_visual_tokens(visual_tokens, self.model, self.processing_class)
@@ -365,7 +368,7 @@ class VGPOTrainer(GRPOTrainer):
             model: Any = WithoutEmptyImages(self.model)
             if isinstance(signal, ViewSignal):
                 model = TwoViews(batch, take=signal.take, head=False).of(model, length)
-            else:
+            elif not self._scores_with_head:
                 model = WithoutHead(model)
             super()._get_per_token_logps_and_entropies(
                 model,
@@ -536,7 +539,7 @@ class VGPOTrainer(GRPOTrainer):
         """
         super().log(logs, start_time)
         norm = float(logs.get("grad_norm", 0.0))
-        if not math.isfinite(norm) and not self.args.fp16 and not self.is_deepspeed_enabled:
+        if not math.isfinite(norm) and not self.args.fp16:
             self._break_off(self.state.global_step, f"gradient's norm is {norm}")
 
     def _break_off(self, step: int, what: str) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid
 
@@ -259,8 +258,6 @@ def check_views(trainer: GRPOTrainer, head: str) -> None:
     args = trainer.args
     spoilt_view({}, args.view, trainer.model, strength=args.view_strength)  # refuses a strength out of range
     asked = f"view_coef={args.view_coef}" if args.view_coef else f"signal={args.signal!r}"
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(f"{asked} is not supported with DeepSpeed's ZeRO-3, which takes the LM head's weight away")
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError(f"{asked} is not supported with FSDP 1; set version: 2 in fsdp_config")
     if head != OURS:

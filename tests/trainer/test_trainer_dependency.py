@@ -492,14 +492,6 @@ def test_what_is_not_supported_is_refused(tmp_path, settings, message):
         build(tmp_path, **settings)
 
 
-def test_zero_3_is_refused(tmp_path, monkeypatch):
-    from vgpo_trainer import views
-
-    monkeypatch.setattr(views, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match="signal='dependency' is not supported with DeepSpeed's ZeRO-3"):
-        build(tmp_path, signal="dependency")
-
-
 def test_every_kind_of_view_is_offered():
     assert VIEWS == KINDS
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vgpo_kernels.integrations.transformers import visual_mask, visual_token_ids
+from vgpo_trainer.sharded import rows_of
 from vgpo_trainer.signals import SignalBatch, SignalSettings, VisualSignal
 
 
@@ -118,7 +119,7 @@ def visual_tokens_told(ids: Any, model: PreTrainedModel) -> tuple[int, ...]:
         found = ()
     if not found or any(isinstance(token, bool) for token in ids):
         raise TypeError(f"visual_tokens must be ids, which are integers, got {ids!r}")
-    number = model.get_input_embeddings().weight.shape[0]
+    number = rows_of(model.get_input_embeddings().weight)
     if not all(0 <= token < number for token in found):
         raise ValueError(f"visual_tokens must lie in [0, {number}), the tokens of the model, got {ids!r}")
     return found
