@@ -105,8 +105,13 @@ SHARDED = {
 }
 
 
-def run_case(name: str, micro_batches: int, processes: int = 1, **settings: Any) -> dict[str, Any]:
-    """Train on the scripted rollouts, cut into ``micro_batches`` on each of ``processes``."""
+def run_case(
+    name: str, micro_batches: int, processes: int = 1, *, arguments: dict[str, Any] | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Train on the scripted rollouts, cut into ``micro_batches`` on each of ``processes``.
+
+    ``arguments`` are further ones of the trainer.
+    """
     gradients = KeepGradients()
     settings = {**CASES[name], **settings}
     images = settings.pop("images", [1, 2, 1])
@@ -116,7 +121,7 @@ def run_case(name: str, micro_batches: int, processes: int = 1, **settings: Any)
             family="qwen2_5_vl",
             dataset=rows(images, size=16),
             reward=token_reward,
-            arguments={"rollout_func": scripted_rollout, "callbacks": [gradients]},
+            arguments={"rollout_func": scripted_rollout, "callbacks": [gradients], **(arguments or {})},
             **{
                 "per_device_train_batch_size": RESPONSES // (micro_batches * processes),
                 "gradient_accumulation_steps": micro_batches,
@@ -153,7 +158,7 @@ def logs_beside_trls(micro_batches: int, processes: int) -> dict[str, list[dict[
     }
 
 
-def evaluate(processes: int) -> dict[str, Any]:
+def evaluate(processes: int, **settings: Any) -> dict[str, Any]:
     """Evaluate with groups that straddle processes; the groups and answers of each batch, over all processes."""
     batches = []
     with tempfile.TemporaryDirectory() as folder:
@@ -165,6 +170,7 @@ def evaluate(processes: int) -> dict[str, Any]:
             per_device_eval_batch_size=6 // processes,
             num_generations_eval=2,
             rollout_samples=0,
+            **settings,
         )
         plain = trainer._generate_and_score_completions
 
