@@ -113,6 +113,7 @@ from vgpo_trainer.trl_surface import (
     check_surface,
     gather_head,
     load_weights,
+    refuse_split_sequences,
     refuse_unsupported,
     refuse_video,
     rollout_logp,
@@ -145,7 +146,8 @@ class VGPOTrainer(GRPOTrainer):
     Raises:
         TypeError: ``args`` is neither a :class:`VGPOTrainingConfig` nor a plain :class:`trl.GRPOConfig`, a visual token
             no integer, or the model has no final norm by a known name.
-        ValueError: A setting of TRL that the loss with VGPO does not carry, or a model without visual tokens.
+        ValueError: A setting of TRL that the loss with VGPO does not carry, sequences that accelerate is to split over
+            processes, or a model without visual tokens.
 
     """
 
@@ -193,6 +195,7 @@ class VGPOTrainer(GRPOTrainer):
         self._loss_inputs: dict[str, Any] = {}
         self._latest_logp = torch.empty(0, dtype=torch.float32)  # of the loss, which TRL keeps to itself
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **others)
+        refuse_split_sequences(self)
         head = fuse_heads(
             (self.model, self.ref_model),
             self.temperature,

@@ -226,6 +226,21 @@ def refuse_unsupported(args: VGPOTrainingConfig) -> None:
         raise ValueError("use_adaptive_entropy is not supported with VGPO; set a fixed entropy_coef")
 
 
+def refuse_split_sequences(trainer: trl.GRPOTrainer) -> None:
+    """Raise ValueError if accelerate is to split sequences over processes.
+
+    TRL's configuration refuses a ``parallelism_config`` that says so, but does not see that of ``accelerate launch``.
+    """
+    config = trainer.accelerator.parallelism_config
+    sizes = {} if config is None else {"cp_size": config.cp_size, "sp_size": config.sp_size}
+    for name, size in sizes.items():
+        if size > 1:
+            raise ValueError(
+                f"{name}={size} is not supported: accelerate splits sequences when a batch is loaded, and GRPOTrainer "
+                f"makes them by generation after that; set {name} to 1 in the configuration of accelerate"
+            )
+
+
 def why_not_mixed(trainer: trl.GRPOTrainer) -> str | None:
     """Return why rows with and without images cannot be in one generation batch; ``None`` where they can."""
     inputs = getattr(getattr(trainer.processing_class, "image_processor", None), "model_input_names", ())

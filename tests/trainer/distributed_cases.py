@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -195,6 +196,22 @@ def refused_mixture(micro_batches: int, processes: int) -> str:
     return "nothing"
 
 
+def refused_split() -> dict[str, str]:
+    """What the trainer says where the configuration of a launcher splits sequences over both processes."""
+    found = {}
+    for kind, settings in (("SP", {}), ("CP", SHARDED)):
+        launcher = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", f"PARALLELISM_CONFIG_{kind}_SIZE": "2"}
+        os.environ.update(launcher)
+        try:
+            run_case("dapo", 1, 2, **settings)
+        except ValueError as error:
+            found[kind] = str(error)
+        finally:
+            for name in launcher:
+                del os.environ[name]
+    return found
+
+
 def main(out: str) -> None:
     processes = PartialState(cpu=True).num_processes
     micro_batches = 4 // processes
@@ -203,6 +220,7 @@ def main(out: str) -> None:
     results["swapped"] = run_case("two views", micro_batches, processes, view="swap")
     results["logs"] = logs_beside_trls(micro_batches, processes)
     with processes_taken_for_gpus():
+        results["refused split"] = refused_split()
         results["sharded"] = run_case("dapo", micro_batches, processes, **SHARDED)
         results["sharded views"] = run_case("two views", micro_batches, processes, **SHARDED)
         results["refused"] = refused_mixture(micro_batches, processes)

@@ -15,7 +15,9 @@ import torch
 
 pytest.importorskip("trl")
 
+from accelerate import ParallelismConfig
 from trainer.distributed_cases import CASES, run_case
+from vgpo_trainer import VGPOTrainingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 
@@ -115,3 +117,12 @@ def test_rows_of_text_beside_images_are_refused_by_a_sharded_model(two_processes
     message = two_processes["refused"]
     assert re.search(r"^row 0 of the generation batch, 'Add the digits.', has no image|^a row of another", message)
     assert "a vision tower that is sharded has to run on all processes" in message
+
+
+def test_sequences_that_accelerate_splits_are_refused(two_processes):
+    """TRL refuses them in its own configuration, and fails in the first step where a launcher's asks for them."""
+    messages = two_processes["refused split"]
+    assert messages["CP"].startswith("cp_size=2 is not supported: accelerate splits sequences when a batch is loaded")
+    assert messages["SP"].startswith("sp_size=2 is not supported")
+    with pytest.raises(ValueError, match="does not support sequence-dim parallelism"):
+        VGPOTrainingConfig("run", use_cpu=True, bf16=False, parallelism_config=ParallelismConfig(cp_size=2))

@@ -19,6 +19,7 @@ TESTED = {
     "torch": "2.8 to 2.15",
     "transformers": "5.17 to 5.24",
     "trl": "1.16",
+    "deepspeed": "0.19",
     "verl": "0.9",
     "EasyR1": "0.3",
 }

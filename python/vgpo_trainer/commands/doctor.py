@@ -23,7 +23,8 @@ DESCRIPTION = (
     "Print versions, what is built and which backend each device gets. Check the kernels on a small example, and on "
     "a tiny model what is captured of it, the fused head and a training step."
 )
-PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "accelerate", "datasets", "peft", "scikit-learn", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "accelerate", "deepspeed", "datasets", "peft")
+PACKAGES += ("scikit-learn", "numpy")
 NOT_INSTALLED = "not installed"
 REPETITIONS = 5
 TOLERANCE = 1e-4  # of the loss and its gradient against fp64; fp32 arithmetic stays well below
