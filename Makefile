@@ -31,7 +31,7 @@ help:
 	@echo "make lint         run the linters and the type checker"
 	@echo "make lock         renew the lock that every target installs, then lint and run all tests"
 	@echo "make build        compile the extension only (VGPO_BUILD=auto|cpu|cuda|none)"
-	@echo "make verl         install verl into $(VENV), so that the tests of its adapter run"
+	@echo "make verl         install verl and DeepSpeed into $(VENV), so that the tests with them run"
 	@echo "make verl-e2e     run verl on Ray with vLLM and VGPO on this machine, without a GPU"
 	@echo "make asan         run the tests of the C++ CPU kernels under AddressSanitizer"
 	@echo "make gpu-check    build, test, sanitize and measure on an NVIDIA GPU, with the Python of the machine"

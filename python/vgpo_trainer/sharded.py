@@ -29,11 +29,14 @@ def with_head(head: Any, compute: Callable[..., dict[str, Tensor]], *states: Ten
     if not is_cut(weight):
         return compute(whole(weight), whole(head.bias), *states)
     owner: Any = next(module for module in head.modules() if module._parameters.get("weight") is weight)
-    owner.forward = lambda *given: compute(owner.weight, owner.bias, *given)  # in place of the method, for one call
+    before = vars(owner).get("forward")  # with cast_lm_head_to_fp32 one of TRL's
+    owner.forward = lambda *given: compute(owner.weight, owner.bias, *given)
     try:
         found: dict[str, Tensor] = owner(*states)
     finally:
         del owner.forward
+        if before is not None:
+            owner.forward = before
     return found
 
 

@@ -1,4 +1,8 @@
-"""The same steps of VGPOTrainer without DeepSpeed and with it. Run under a launcher: ``deepspeed_case.py OUT``."""
+"""The same steps of VGPOTrainer without DeepSpeed and with it. Run under a launcher: ``deepspeed_case.py OUT``.
+
+Imported for the names of its cases, it does not import DeepSpeed, which changes how accelerate and transformers treat
+every model of a process.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,6 @@ for _folder in ("tests", "python", "."):
     if str(_ROOT / _folder) not in sys.path:
         sys.path.insert(0, str(_ROOT / _folder))
 
-import deepspeed  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
 from accelerate import DistributedType, PartialState  # noqa: E402
@@ -57,6 +60,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @contextmanager
 def processors_taken_for_gpus() -> Iterator[None]:
     """Let accelerate use DeepSpeed on CPU processes, which it offers to accelerators only."""
+    import deepspeed
+
     plain = PartialState._prepare_backend
     PartialState._prepare_backend = lambda self, *given, **named: ("gloo", DistributedType.MULTI_CPU)
     # Communication by shared memory would be compiled first.
@@ -76,6 +81,8 @@ class KeepWeights(TrainerCallback):
         self.kind = ""
 
     def on_train_begin(self, args, state, control, model=None, **_):
+        import deepspeed
+
         named = {name.removeprefix("module."): weight for name, weight in model.named_parameters()}
         self.empty.append(all(weight.numel() == 0 for weight in named.values()))
         self.kind = args.distributed_state.distributed_type.name

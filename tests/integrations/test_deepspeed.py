@@ -13,9 +13,11 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-# Not imported here: it changes how accelerate and transformers treat every model of this process.
+pytest.importorskip("peft")
 if find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed (make verl)", allow_module_level=True)
+
+from integrations.deepspeed_case import CASES
 
 pytestmark = pytest.mark.slow
 
@@ -44,19 +46,7 @@ def trained(tmp_path_factory) -> dict[str, Any]:
     return content["results"]
 
 
-# The script's cases, which only an environment with DeepSpeed can import.
-NAMES = (
-    "ZeRO-2",
-    "old log-probabilities",
-    "two views, loaded for ZeRO-3",
-    "tied head, reference model",
-    "LoRA, two views",
-    "attention, TRL's head",
-    "sampled",
-)
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_training_is_that_without_deepspeed(trained, name):
     plain, sharded = trained[name]
     assert (plain["kind"], sharded["kind"]) == ("MULTI_CPU", "DEEPSPEED")

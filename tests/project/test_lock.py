@@ -165,7 +165,12 @@ def test_verl_is_locked_as_it_is_listed() -> None:
 
 def test_the_guide_names_the_locked_releases() -> None:
     guide = (ROOT / "docs/integrate.md").read_text()
-    for name, pattern in (("trl", r"Tested with\s+TRL\s+([\d.]+\d)"), ("verl", r"Tested with verl\s+([\d.]+\d)")):
+    patterns = {
+        "trl": r"Tested with\s+TRL\s+([\d.]+\d)",
+        "verl": r"Tested with verl\s+([\d.]+\d)",
+        "deepspeed": r"of\s+DeepSpeed\s+([\d.]+\d)",
+    }
+    for name, pattern in patterns.items():
         (stated,) = re.findall(pattern, guide)
         (found,) = locked("3.11", LOCK, VERL)[name]
         assert f"{found}.".startswith(f"{stated}."), f"docs/integrate.md says {name} {stated}, the lock has {found}"

@@ -15,6 +15,7 @@ pytest.importorskip("trl")
 from trainer.tiny_runs import FAMILIES, generation_batch, llava, make_trainer, qwen2_5_vl, rows
 from trl.trainer.utils import add_fused_lm_head
 from vgpo_trainer import fused_head
+from vgpo_trainer.sharded import with_head
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
 
 TEMPERATURE = 0.8
@@ -154,6 +155,23 @@ def test_a_bias_of_the_head_counts(tmp_path, monkeypatch):
     trainer = build(tmp_path, model=model)
     assert "lm_head.bias" in assert_same_as_logits(trainer, rollout_of(trainer))
     assert_head(trainer, is_ours=True, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["", "forward of TRL's"])
+def test_a_head_that_is_cut_is_called_for_its_weight(replaced):
+    """ZeRO-3 fills it in hooks of the module; tests/integrations/test_deepspeed.py trains with the real ones."""
+    head, calls = torch.nn.Linear(4, 3), []
+    head.weight.ds_id = 0
+    if replaced:
+        head.forward = lambda hidden: hidden
+    before = vars(head).get("forward")
+    head.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs)))
+    one, other = torch.randn(2, 4), torch.randn(2, 4)
+    found = with_head(
+        head, lambda weight, bias, *states: {"sum": (states[0] - states[1]) @ weight.T + bias}, one, other
+    )
+    torch.testing.assert_close(found["sum"], torch.nn.functional.linear(one - other, head.weight, head.bias))
+    assert calls == [2] and vars(head).get("forward") is before
 
 
 def lora(**settings: Any) -> Any:
