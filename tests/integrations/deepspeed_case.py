@@ -48,12 +48,11 @@ LORA = {"target_modules": ["q_proj"], "r": 4, "init_lora_weights": False}
 # policy's own rollouts.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ZeRO-2": ("dapo", {"zero": {"stage": 2}}),
-    "old log-probabilities": ("two iterations", {"cast_lm_head_to_fp32": True}),
+    "sampled, old log-probabilities": ("two iterations", {"sampled": True, "cast_lm_head_to_fp32": True}),
     "two views, loaded for ZeRO-3": ("two views", {"loaded": True}),
     "tied head, reference model": ("two iterations", {"tied": True, "loaded": True, "beta": 0.1}),
     "LoRA, two views": ("two views", {"lora": {**LORA, "modules_to_save": ["lm_head"]}, "view_detach": True}),
     "attention, TRL's head": ("dapo", {"signal": "attention", "fused_head": False}),
-    "sampled": ("dapo", {"sampled": True, "learning_rate": 1e-3}),
 }
 
 

@@ -68,7 +68,7 @@ def test_training_is_that_without_deepspeed(trained, name):
 
 def test_the_head_is_trained(trained):
     """Its gradient would be missing first: TRL and this trainer read its weight beside its module."""
-    for name in ("old log-probabilities", "two views, loaded for ZeRO-3", "LoRA, two views"):
+    for name in ("sampled, old log-probabilities", "two views, loaded for ZeRO-3", "LoRA, two views"):
         _, sharded = trained[name]
         before, after = sharded["steps"][0], sharded["steps"][1]
         (head,) = (key for key in before if key.endswith(("lm_head.weight", "lm_head.modules_to_save.default.weight")))
