@@ -26,7 +26,7 @@ FIELD = "visual_focus"
 SECONDS = "visual_focus_seconds"  # a response's share of what its micro-batch took
 
 
-def _sampled_of_packed(input_ids: Any, response_mask: Any) -> Tensor:
+def sampled_of_packed(input_ids: Any, response_mask: Any) -> Tensor:
     """Return True at the tokens of a nested batch that the policy sampled, bool ``[N]``.
 
     Args:
@@ -59,7 +59,7 @@ def focus_of_packed(
             to the right.
         input_ids: verl's nested token ids, B sequences of N tokens in all.
         model: The model, whose configuration names its visual tokens.
-        response_mask: As for :func:`_sampled_of_packed`.
+        response_mask: As for :func:`sampled_of_packed`.
         group: The ranks of Ulysses where they split the packed sequence evenly between them: ``[1, n, D]`` each.
 
     Returns:
@@ -72,7 +72,7 @@ def focus_of_packed(
         ValueError: The model's configuration names no visual token.
 
     """
-    sampled = _sampled_of_packed(input_ids, response_mask).to(hidden.device)
+    sampled = sampled_of_packed(input_ids, response_mask).to(hidden.device)
     ids, offsets = input_ids.values().to(hidden.device), input_ids.offsets().to(hidden.device)
     visual = visual_mask(ids, model, sampled)
     if group is not None:
@@ -126,10 +126,10 @@ def score_focus(engine: type, transformer_impl: ModuleType) -> None:
 
     @functools.wraps(forward_step)
     def with_focus(self: Any, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
-        if not _asked(micro_batch, FLAG):
+        if not asked(micro_batch, FLAG):
             return forward_step(self, micro_batch, loss_function, forward_only)
         # verl's fused kernels put a forward pass in the model's place that always computes log-probs.
-        alone = _asked(micro_batch, ALONE) and not _asked(micro_batch, "use_fused_kernels")
+        alone = asked(micro_batch, ALONE) and not asked(micro_batch, "use_fused_kernels")
         with capture_hidden_states(self.module) as captured:
             if alone and "logits_to_keep" in inspect.signature(unwrap(self.module).forward).parameters:
                 loss, output = decoder_pass(self, micro_batch)
@@ -137,7 +137,7 @@ def score_focus(engine: type, transformer_impl: ModuleType) -> None:
                 loss, output = forward_step(self, micro_batch, loss_function, forward_only)
         group = self.ulysses_parallel_group if getattr(self, "use_ulysses_sp", False) else None
         input_ids = micro_batch["input_ids"]
-        stop = _clock(captured.hidden)
+        stop = clock(captured.hidden)
         cos = focus_of_packed(captured.hidden, input_ids, self.module, micro_batch["response_mask"], group)
         seconds = stop()
         output["model_output"] |= nested_outputs(cos, input_ids, seconds)
@@ -165,13 +165,13 @@ def nested_outputs(cos: Tensor, input_ids: Any, seconds: float) -> dict[str, Ten
     }
 
 
-def _asked(micro_batch: Any, flag: str) -> bool:
+def asked(micro_batch: Any, flag: str) -> bool:
     from verl.utils.tensordict_utils import get_non_tensor_data
 
     return bool(get_non_tensor_data(data=micro_batch, key=flag, default=False))
 
 
-def _clock(tensor: Tensor) -> Callable[[], float]:
+def clock(tensor: Tensor) -> Callable[[], float]:
     """Return a function that returns the seconds since now, those of the tensor's GPU where it is on one."""
     if not tensor.is_cuda:
         began = time.perf_counter()
