@@ -51,6 +51,14 @@ def test_the_switch() -> None:
             PAPER | {"actor_rollout_ref__actor__strategy": "automodel"},
             "strategy=automodel does not work",
         ),
+        (
+            PAPER
+            | {
+                "actor_rollout_ref__actor__strategy": "megatron",
+                "actor_rollout_ref__actor__megatron": {"dynamic_context_parallel": True},
+            },
+            r"megatron.dynamic_context_parallel=true, with which verl .*; context_parallel_size works",
+        ),
         ({"algorithm__vgpo": {"preset": "papers"}}, "preset must be paper or released"),
         ({"algorithm__vgpo": {"gamma": 0.5}}, "unknown VGPO settings: gamma"),
     ],
@@ -61,7 +69,7 @@ def test_what_is_refused_before_anything_is_loaded(changes: dict[str, Any], mess
         v1.PPOTrainerSync(settings(**changes))
 
 
-@pytest.mark.parametrize("file", ["ppo", "ppo_torchtitan", "ppo_veomni"])
+@pytest.mark.parametrize("file", ["ppo", "ppo_megatron", "ppo_torchtitan", "ppo_veomni"])
 def test_verls_configurations_by_their_engine(file: str) -> None:
     """verl's own files of settings, one for each engine."""
     config = OmegaConf.load(Path(verl.__file__).parent / "trainer" / "config" / f"_generated_{file}_trainer.yaml")
@@ -74,8 +82,8 @@ def test_verls_configurations_by_their_engine(file: str) -> None:
         run.switch(config)
 
 
-def worker_of(model: Any) -> Any:
-    part = SimpleNamespace(actor=SimpleNamespace(engine=SimpleNamespace(module=model)))
+def worker_of(model: Any, **engine: Any) -> Any:
+    part = SimpleNamespace(actor=SimpleNamespace(engine=SimpleNamespace(module=model, **engine)))
     return SimpleNamespace(worker_dict={"actor_rollout": part})
 
 
@@ -96,6 +104,9 @@ def test_a_model_without_images_is_refused_before_it_samples() -> None:
     other.config = tiny_model().config
     with pytest.raises(TypeError, match="norm"):
         run.join(worker_of(other))
+    # Megatron's, in chunks of pipeline stages.
+    with pytest.raises(ValueError, match="visual"):
+        run.join(worker_of([other], model_config=SimpleNamespace(hf_config=model.config)))
 
 
 def test_the_banner() -> None:

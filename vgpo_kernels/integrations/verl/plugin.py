@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from vgpo_kernels.integrations.surface import UnknownSurfaceError
-from vgpo_kernels.integrations.verl import losses, scoring, separate_trainers, trainers
+from vgpo_kernels.integrations.verl import losses, megatron, scoring, separate_trainers, trainers
 
 PACKAGE = "vgpo_kernels.integrations.verl"
 
@@ -20,6 +20,7 @@ PACKAGE = "vgpo_kernels.integrations.verl"
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "verl.trainer.ppo.core_algos": losses.register,
     "verl.workers.engine.fsdp.transformer_impl": scoring.change_fsdp,
+    "verl.workers.engine.megatron.transformer_impl": megatron.change,
     "verl.trainer.ppo.v1.trainer_base": trainers.change,
     "verl.trainer.ppo.ray_trainer": separate_trainers.refuse_legacy,
     "verl.experimental.separation.ray_trainer": separate_trainers.change,

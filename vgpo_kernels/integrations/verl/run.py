@@ -13,10 +13,10 @@ import vgpo_kernels
 from vgpo_kernels import VGPOConfig, backends
 from vgpo_kernels.integrations.surface import config_from
 from vgpo_kernels.integrations.transformers import final_norm, visual_token_ids
-from vgpo_kernels.integrations.verl import losses
+from vgpo_kernels.integrations.verl import losses, megatron
 
-# verl's strategies whose engines compute the focus: FSDP's, and those that inherit its forward pass.
-SCORED = ("fsdp", "fsdp2", "fsdp_turbo", "veomni")
+# verl's strategies whose engines compute the focus: FSDP's, those that inherit its forward pass, and Megatron's.
+SCORED = ("fsdp", "fsdp2", "fsdp_turbo", "veomni", "megatron")
 SWITCH = "+algorithm.vgpo.preset=paper"
 
 
@@ -62,6 +62,9 @@ def switch(config: Any) -> Switch | None:
             f"actor_rollout_ref.actor.strategy={actor.strategy} does not work with algorithm.vgpo: visual focus is "
             f"computed by verl's engines {', '.join(SCORED)}"
         )
+    refused = megatron.refusals(config) if actor.strategy == "megatron" else []
+    if refused:
+        raise ValueError(f"algorithm.vgpo does not work with {'; '.join(refused)}")
     correction = config.algorithm.get("rollout_correction", None) or {}
     return Switch(config_from(settings), bool(correction.get("bypass_mode", False)))
 
@@ -88,8 +91,11 @@ def join(worker: Any) -> Worker:
     losses.expect_reweighted_advantages()
     device = "cpu"
     for part in [worker, *getattr(worker, "worker_dict", {}).values()]:
-        model = getattr(getattr(getattr(part, "actor", None), "engine", None), "module", None)
-        if isinstance(model, torch.nn.Module):
+        engine: Any = getattr(getattr(part, "actor", None), "engine", None)
+        model = getattr(engine, "module", None)
+        if isinstance(model, list):  # Megatron's, of which this rank may have no norm
+            visual_token_ids(engine.model_config.hf_config)
+        elif isinstance(model, torch.nn.Module):
             visual_token_ids(model)
             final_norm(model)
             device = next(model.parameters()).device.type
