@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+EASYR1 ?=
 JOBS ?= 2
 
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ COMPILE = $(UV) pip compile --quiet --upgrade --no-python-downloads --universal 
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-anyway bench docs lint lock build verl verl-e2e asan gpu-check clean FORCE
+.PHONY: help demo test test-newest test-anyway bench docs lint lock build verl verl-e2e easyr1 asan gpu-check clean FORCE
 
 help:
 	@echo "make demo         train a small vision-language model with VGPO, end with a report"
@@ -33,6 +34,7 @@ help:
 	@echo "make build        compile the extension only (VGPO_BUILD=auto|cpu|cuda|none)"
 	@echo "make verl         install verl and DeepSpeed into $(VENV), so that the tests with them run"
 	@echo "make verl-e2e     run verl on Ray with vLLM and VGPO on this machine, without a GPU"
+	@echo "make easyr1       run the tests of EasyR1's adapter in a checkout of it: EASYR1=PATH"
 	@echo "make asan         run the tests of the C++ CPU kernels under AddressSanitizer"
 	@echo "make gpu-check    build, test, sanitize and measure on an NVIDIA GPU, with the Python of the machine"
 	@echo "make clean        remove everything that was built, but keep the environments"
@@ -104,6 +106,11 @@ verl-e2e: $(VENV)/.built $(E2E)/.installed
 	cp -r $(VENV)/lib/python3*/site-packages/*vgpo_kernels* "$$(echo $(E2E)/lib/python3*/site-packages)"
 	PYTHONPATH=tests/verl_e2e/site $(E2E)/bin/python -m pytest tests/verl_e2e $(ARGS)
 
+easyr1: $(VENV)/.built $(VENV)-easyr1/.installed
+	@test -d '$(EASYR1)/verl' || { echo "EASYR1=PATH must name a checkout of EasyR1"; exit 1; }
+	VGPO_EASYR1='$(EASYR1)' VGPO_EASYR1_PYTHON=$(VENV)-easyr1/bin/python \
+		$(BIN)/python -m pytest tests/integrations/test_easyr1_checkout.py $(ARGS)
+
 asan: $(VENV)/.installed
 	PYTHON=$(BIN)/python bash scripts/asan.sh $(ARGS)
 
@@ -144,6 +151,12 @@ $(E2E)/.installed: $(VENV)/.torch requirements/verl-e2e.txt
 	$(PYTHON) -m venv $(E2E)
 	$(E2E)/bin/python -m pip install '$(TORCH)'
 	$(E2E)/bin/python -m pip install --no-deps --require-hashes -r requirements/verl-e2e.txt
+	@touch $@
+
+# With the torch of $(VENV), to which the extension in the source tree belongs.
+$(VENV)-easyr1/.installed: requirements/easyr1.txt
+	$(PYTHON) -m venv --clear $(VENV)-easyr1
+	$(VENV)-easyr1/bin/python -m pip install '$(TORCH)' -r requirements/easyr1.txt
 	@touch $@
 
 $(UV):

@@ -334,7 +334,9 @@ SUBJECTS = {
     "parallel_logprob": head_in_parallel(),
     **losses_in_parallel(),
     "authors_config": Subject(easyr1.authors_config, {"settings": {}}, {"settings": SCRIPT}),
-    "patch_easyr1": Subject(easyr1.patch_easyr1, {}, {"config": CONFIGS}),
+    "patch_easyr1": Subject(
+        easyr1.patch_easyr1, {"config": VGPOConfig.paper()}, {"config": CONFIGS, "replace_loss": flags()}
+    ),
     "compute_policy_loss": policy_of_easyr1(),
 }
 # unwrap() takes anything, and hands back what wraps nothing. What it is called on in an error is the model.

@@ -1,132 +1,49 @@
-"""The EasyR1 adapter on a double of EasyR1's signatures: there is no package of it to install.
+"""The EasyR1 adapter on a double of EasyR1: there is no package of it to install.
 
-The double keeps what the adapter relies on: the parameters, what is returned, dynamic batching that reorders rows and
-puts them back, and a forward pass with or without padding.
+test_easyr1_checkout.py runs it in the code of EasyR1 itself, where a checkout is.
 """
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from integrations.easyr1_double import DataProto, make_model, make_modules, rollout
 from integrations.rollout_case import IMAGE, METRICS, Rollout, expected_factors, last_hidden_states, rollouts
 from tolerance import assert_close
 from torch import Tensor
 
 from vgpo_kernels import VGPOConfig, visual_focus, visual_weights
-from vgpo_kernels.integrations.easyr1 import AUTHORS_NAMES, authors_config, compute_policy_loss, patch_easyr1
+from vgpo_kernels.integrations.easyr1 import (
+    AUTHORS_NAMES,
+    AUTHORS_SWITCHES,
+    authors_config,
+    compute_policy_loss,
+    patch_easyr1,
+)
 from vgpo_kernels.integrations.surface import UnknownSurfaceError
 
 transformers = pytest.importorskip("transformers")
 
-ORDER = [2, 0, 3, 1]
-
-
-class DataProto(SimpleNamespace):
-    batch: dict[str, Tensor]
-    non_tensor_batch: dict[str, Any]
-
-
-def make_modules() -> dict[str, Any]:
-    """A fresh double of the three modules that are patched."""
-
-    class DataParallelPPOActor:
-        def __init__(self, actor_module: Any, padding_free: bool) -> None:
-            self.actor_module, self.padding_free = actor_module, padding_free
-
-        def _forward_micro_batch(self, micro_batch: dict[str, Tensor], temperature: float) -> Tensor:
-            ids, attended = micro_batch["input_ids"], micro_batch["attention_mask"].bool()
-            length = micro_batch["responses"].shape[-1]
-            positions = (attended.long().cumsum(-1) - 1).clamp(min=0)
-            if self.padding_free:
-                flat = self.actor_module(ids[attended][None], position_ids=positions[attended][None]).logits[0]
-                logits = torch.zeros(*ids.shape, flat.shape[-1]).masked_scatter(attended[..., None], flat)
-            else:
-                logits = self.actor_module(ids, attention_mask=attended.long(), position_ids=positions).logits
-            logits = logits[:, -length - 1 : -1] / temperature
-            return logits.log_softmax(-1).gather(-1, micro_batch["responses"][..., None])[..., 0]
-
-        @torch.no_grad()
-        def compute_log_prob(self, data: DataProto) -> Tensor:
-            rows = len(data.batch["input_ids"])
-            order = ORDER + list(range(4, rows))
-            parts = [order[:1], order[1:]]  # dynamic batching: by length, not by place
-            outputs = [
-                self._forward_micro_batch({name: value[part] for name, value in data.batch.items()}, temperature=1.0)
-                for part in parts
-            ]
-            restored = torch.empty_like(torch.cat(outputs))
-            restored[order] = torch.cat(outputs)
-            return restored
-
-    class FSDPWorker:
-        def __init__(self, actor: DataParallelPPOActor) -> None:
-            self.actor = actor
-
-        def compute_log_probs(self, data: DataProto) -> DataProto:
-            return DataProto(batch={"old_log_probs": self.actor.compute_log_prob(data=data)})
-
-    FSDPWorker.compute_log_probs.dispatch_mode = "DP_COMPUTE_PROTO"  # type: ignore[attr-defined]
-
-    def compute_advantage(data: DataProto, adv_estimator: str, gamma: float = 1.0, lam: float = 1.0) -> DataProto:
-        data.batch["advantages"] = data.batch["rewards"][:, None] * data.batch["response_mask"]
-        return data
-
-    def compute_data_metrics(batch: DataProto, use_critic: bool = False) -> dict[str, Any]:
-        return {"critic/advantages/mean": batch.batch["advantages"].mean().item()}
-
-    def own_policy_loss(old_log_probs: Tensor, log_probs: Tensor, loss_avg_mode: str, **_: Any) -> Any:
-        raise AssertionError("the adapter must have replaced this")
-
-    named = {"__name__": "double"}
-    return {
-        "actor_module": SimpleNamespace(
-            DataParallelPPOActor=DataParallelPPOActor, compute_policy_loss=own_policy_loss, **named
-        ),
-        "worker_module": SimpleNamespace(FSDPWorker=FSDPWorker, **named),
-        "trainer_module": SimpleNamespace(
-            compute_advantage=compute_advantage, compute_data_metrics=compute_data_metrics, **named
-        ),
-    }
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        vocab_size=32,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attn_implementation="eager",
-    )
-    config.image_token_id = IMAGE
-    return transformers.Qwen2ForCausalLM(config).eval()
+    return make_model()
 
 
-def rollout() -> DataProto:
-    """Four responses to two prompts, prompts padded to the left and responses to the right."""
-    generator = torch.Generator().manual_seed(1)
-    prompt, response = 6, 5
-    ids = torch.randint(8, 32, (4, prompt + response), generator=generator)
-    attended = torch.ones_like(ids)
-    for row, (left, right) in enumerate([(0, 2), (1, 0), (2, 1), (0, 0)]):
-        attended[row, :left] = 0
-        attended[row, prompt + response - right :] = 0
-    ids[:, 2:5] = IMAGE
-    ids = ids * attended
-    tensors = {"input_ids": ids, "attention_mask": attended, "responses": ids[:, prompt:]}
-    return DataProto(batch=tensors, non_tensor_batch={"uid": ["p", "q", "p", "q"]})
-
-
+@pytest.mark.parametrize("fork", [False, True], ids=["EasyR1", "fork"])
 @pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding-free"])
-def test_focus_travels_from_the_log_prob_pass_to_the_advantages(model: Any, padding_free: bool) -> None:
+def test_focus_travels_from_the_log_prob_pass_to_the_advantages(model: Any, padding_free: bool, fork: bool) -> None:
     config = VGPOConfig.released(beta=0.4)
-    modules = make_modules()
+    modules = make_modules(fork=fork)
     data = rollout()
     actor = modules["actor_module"].DataParallelPPOActor(model, padding_free=False)
     plain = actor.compute_log_prob(data)
@@ -146,12 +63,12 @@ def test_focus_travels_from_the_log_prob_pass_to_the_advantages(model: Any, padd
     cos = visual_focus(states, ids == IMAGE, mask)
     assert_close(output.batch["visual_focus"], cos.double(), name="focus", floor=1e-5)
 
-    data.batch |= output.batch | {"rewards": torch.tensor([1.0, -1.0, 0.5, 2.0]), "response_mask": mask.long()}
+    data.batch.update(output.batch)
+    data.batch.update({"rewards": torch.tensor([1.0, -1.0, 0.5, 2.0]), "response_mask": mask.long()})
     data = modules["trainer_module"].compute_advantage(data, adv_estimator="grpo")
     factors = visual_weights(output.batch["visual_focus"], mask, torch.tensor([0, 1, 0, 1]), config).factors
     expected = data.batch["rewards"][:, None] * mask * factors
     assert_close(data.batch["advantages"], expected.double(), name="advantages")
-    assert modules["actor_module"].compute_policy_loss is compute_policy_loss
 
 
 def as_easyr1_keeps(batch: list[Rollout]) -> DataProto:
@@ -166,7 +83,7 @@ def as_easyr1_keeps(batch: list[Rollout]) -> DataProto:
     attended = torch.tensor([padded(rollout, [1] * len(rollout.ids)) for rollout in batch])
     mask = torch.tensor([padded(one, [0] * len(one.prompt) + one.response_mask)[before:] for one in batch])
     tensors = {"input_ids": ids, "attention_mask": attended, "responses": ids[:, before:], "response_mask": mask}
-    return DataProto(batch=tensors, non_tensor_batch={"uid": [rollout.uid for rollout in batch]})
+    return DataProto(tensors, uid=[rollout.uid for rollout in batch])
 
 
 @pytest.mark.parametrize("tools", [False, True], ids=["without tools", "with tools"])
@@ -185,10 +102,8 @@ def test_what_rollouts_leave_behind(model: Any, padding_free: bool, preset: str,
     actor = modules["actor_module"].DataParallelPPOActor(model, padding_free=padding_free)
     if padding_free:
         actor.compute_log_prob = one_row_at_a_time(actor)
-    handed = DataProto(batch=dict(data.batch))
-    if not tools:
-        del handed.batch["response_mask"]
-    data.batch |= modules["worker_module"].FSDPWorker(actor).compute_log_probs(handed).batch
+    handed = DataProto({name: value for name, value in data.batch.items() if tools or name != "response_mask"})
+    data.batch.update(modules["worker_module"].FSDPWorker(actor).compute_log_probs(handed).batch)
     data.batch["rewards"] = torch.linspace(-1.0, 2.0, len(batch))
     data = modules["trainer_module"].compute_advantage(data, adv_estimator="grpo")
 
@@ -233,7 +148,8 @@ def one_row_at_a_time(actor: Any) -> Any:
         number = len(data.batch["input_ids"])
         rows = [{name: value[row : row + 1] for name, value in data.batch.items()} for row in range(number)]
         with torch.no_grad():
-            return torch.cat([actor._forward_micro_batch(row, 1.0) for row in rows])
+            found = [actor._forward_micro_batch(row, 1.0) for row in rows]
+        return torch.cat([one if isinstance(one, Tensor) else one["log_probs"] for one in found])
 
     return compute_log_prob
 
@@ -265,6 +181,88 @@ def test_another_surface_is_refused() -> None:
     del modules["actor_module"].DataParallelPPOActor._forward_micro_batch
     with pytest.raises(UnknownSurfaceError, match="has no _forward_micro_batch"):
         patch_easyr1(VGPOConfig.paper(), **modules)
+
+
+def test_a_forward_pass_that_returns_something_else_is_refused(model: Any) -> None:
+    modules = make_modules()
+    actor_class = modules["actor_module"].DataParallelPPOActor
+    forward = actor_class._forward_micro_batch
+
+    def with_entropies(self: Any, micro_batch: dict[str, Tensor], temperature: float) -> Any:
+        return None, forward(self, micro_batch, temperature)
+
+    actor_class._forward_micro_batch = with_entropies
+    patch_easyr1(VGPOConfig.paper(), **modules)
+    worker = modules["worker_module"].FSDPWorker(actor_class(model, padding_free=False))
+    with pytest.raises(UnknownSurfaceError, match=r"_forward_micro_batch returns neither log-probs.*but tuple.*EasyR1"):
+        worker.compute_log_probs(rollout())
+
+
+@pytest.mark.parametrize("switch", AUTHORS_SWITCHES)
+def test_advantages_are_not_weighted_twice(model: Any, switch: str) -> None:
+    """The authors' fork does it in its update, where its own settings are left on."""
+    modules = make_modules(fork=True)
+    patch_easyr1(VGPOConfig.paper(), **modules)
+    for on in (True, False):
+        actor = modules["actor_module"].DataParallelPPOActor(model, padding_free=False, **{switch: on})
+        worker = modules["worker_module"].FSDPWorker(actor)
+        if on:
+            with pytest.raises(ValueError, match=f"weighted twice: {switch} must be false"):
+                worker.compute_log_probs(rollout())
+        else:
+            assert "visual_focus" in worker.compute_log_probs(rollout()).batch.keys()  # noqa: SIM118
+
+
+def test_the_loss_of_a_fork_can_stay() -> None:
+    modules = make_modules(fork=True)
+    values = torch.rand(2, 3)
+    arguments = (values, values, values, torch.ones(2, 3), 0.2, 0.3, 3.0)
+    for replace_loss in (True, False, True):
+        patch_easyr1(VGPOConfig.paper(), replace_loss=replace_loss, **modules)
+        loss = modules["actor_module"].compute_policy_loss
+        if replace_loss:
+            assert loss(*arguments)[1] == compute_policy_loss(*arguments)[1]
+        else:
+            assert loss(values, values, loss_avg_mode="token") == "the loss of the fork"
+
+
+def test_what_a_fork_hands_to_the_loss_is_not_dropped() -> None:
+    """Two forks pass loss_token_mask; one divides the loss by all scored tokens, the other by the chosen ones."""
+    values = torch.rand(2, 3)
+    arguments = (values, values, values, torch.ones(2, 3), 0.2, 0.3, 3.0)
+    given = {"loss_token_mask": values, "loss_token_weights": values, "entropy_coef": 0.0}
+    for name, value in given.items():
+        message = rf"compute_policy_loss of vgpo_kernels has no {name}: patch_easyr1\(config, replace_loss=False\)"
+        with pytest.raises(TypeError, match=message):
+            compute_policy_loss(*arguments, **{name: value})
+    assert torch.equal(compute_policy_loss(*arguments, **dict.fromkeys(given))[0], compute_policy_loss(*arguments)[0])
+
+
+def test_a_module_that_is_still_imported_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As EasyR1's trainer is, if it is imported first and lines at the end of the worker's module patch it."""
+    call = "from vgpo_kernels.integrations.easyr1 import _imported\n_imported(__name__)\n"
+    (tmp_path / "half_of_easyr1.py").write_text(call)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match=r"half_of_easyr1 is still being imported.*end of verl/__init__.py"):
+        importlib.import_module("half_of_easyr1")
+
+
+@pytest.mark.slow
+def test_parts_of_two_ranks_are_one_sequence(tmp_path: Path) -> None:
+    """``ulysses_size=2``: each rank has a part of the packed hidden states."""
+    pytest.importorskip("verl")
+    script = Path(__file__).with_name("easyr1_ranks_case.py")
+    paths = [str(ROOT), str(ROOT / "tests")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, str(script), str(rank), "2", str(tmp_path)], env=environment)
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=180) for process in processes] == [0, 0]
+    finally:
+        for process in processes:  # one may wait for another that failed
+            process.kill()
 
 
 @pytest.mark.parametrize("average", ["token", "seq"])

@@ -5,7 +5,7 @@
 ``vgpo_kernels.integrations.verl``
     Focus scores, re-weighted advantages and losses in verl.
 ``vgpo_kernels.integrations.easyr1``
-    The same in EasyR1 and in the VGPO authors' fork of it.
+    The same in EasyR1 and in forks of it, as the VGPO authors'.
 
 The trainer on TRL is a package of its own, ``vgpo_trainer``.
 """

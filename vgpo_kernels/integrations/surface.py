@@ -21,7 +21,7 @@ TESTED = {
     "trl": "1.16",
     "deepspeed": "0.19",
     "verl": "0.9",
-    "EasyR1": "0.3",
+    "EasyR1": "0.3.2 and main of July 2026",
 }
 
 
