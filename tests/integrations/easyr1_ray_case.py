@@ -2,12 +2,14 @@
 
 EasyR1's are the trainer, the worker groups, the batches, the rollout around the engine, the old-log-prob pass and the
 update; not its are the model's construction (a tiny one, without FSDP), the engine's tokens and the rewards. The
-checkout in PYTHONPATH has the lines of the adapter. What the steps log is left in FOLDER, by EasyR1's own logger.
+checkout in PYTHONPATH has the lines of the adapter.
 """
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,7 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.config import PPOConfig
 from verl.trainer.ray_trainer import RayPPOTrainer, ResourcePoolManager, Role
+from verl.utils.logger import logger
 from verl.workers.actor import dp_actor
 from verl.workers.fsdp_workers import FSDPWorker
 from verl.workers.rollout import vLLMRollout
@@ -130,9 +133,25 @@ class Prompts:
         return {}
 
 
+class StepLog:
+    """Leaves what EasyR1 logs in ``steps.jsonl``."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.path = Path(config["trainer"]["save_checkpoint_path"]) / "steps.jsonl"
+        self.path.parent.mkdir()
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(data) + "\n")
+
+    def finish(self) -> None:
+        pass
+
+
 @ray.remote(num_cpus=1)
 class Driver:
     def run(self, config: PPOConfig) -> None:
+        logger.LOGGERS["steps"] = StepLog
         trainer = RayPPOTrainer(
             config=config,
             tokenizer=None,
@@ -148,7 +167,7 @@ class Driver:
 
 
 def main(folder: str) -> None:
-    """In a module that Ray's processes can import."""
+    """Leave what the steps log in ``steps.jsonl`` of a new folder."""
     config = PPOConfig()
     config.data.rollout_batch_size = config.worker.actor.global_batch_size = PROMPTS
     config.data.min_pixels, config.data.max_pixels = LIMITS.values()
@@ -156,7 +175,7 @@ def main(folder: str) -> None:
     config.worker.actor.micro_batch_size_per_device_for_experience = 2
     config.algorithm.disable_kl = True
     config.trainer.max_steps, config.trainer.n_gpus_per_node = STEPS, WORKERS
-    config.trainer.logger = ("file",)
+    config.trainer.logger = ("steps",)
     config.trainer.save_checkpoint_path = folder
     config.deep_post_init()
     ray.init(num_cpus=WORKERS + 4, num_gpus=WORKERS, include_dashboard=False)

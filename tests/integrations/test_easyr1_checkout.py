@@ -78,13 +78,13 @@ def test_two_steps_on_ray(tmp_path: Path) -> None:
     checkout = with_lines(tmp_path / "checkout", "__init__.py")
     call = f"from integrations.easyr1_ray_case import main; main({str(tmp_path / 'run')!r})"
     said = finish(start(tmp_path, "-c", call, checkout=checkout))
-    steps = [json.loads(line) for line in (tmp_path / "run" / "experiment_log.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in steps] == [1, 2], said
+    steps = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    assert len(steps) == 2, said
     for step in steps:
-        assert step["vgpo"]["weighted_responses"] == 6 and step["vgpo"]["groups"] == 3, "one prompt is of text alone"
-        assert step["actor"]["own_loss"] == 0, "the loss of both workers is the adapter's"
-        assert step["actor"]["grad_norm"] > 0
-        assert step["critic"]["advantages"]["max"] != step["critic"]["returns"]["max"], "factors are in the advantages"
+        assert step["vgpo/weighted_responses"] == 6 and step["vgpo/groups"] == 3, "one prompt is of text alone"
+        assert step["actor/own_loss"] == 0, "the loss of both workers is the adapter's"
+        assert step["actor/grad_norm"] > 0
+        assert step["critic/advantages/max"] != step["critic/returns/max"], "factors are in the advantages"
 
 
 @pytest.mark.parametrize("first", ["verl.trainer.ray_trainer", "verl.workers.fsdp_workers"])
