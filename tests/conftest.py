@@ -65,8 +65,8 @@ def available_backends() -> list[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU, leave out slow tests, and most cases of a test with many that Triton's interpreter runs.
 
-    Of such cases the first two stay, and every twelfth. With VGPO_TEST_EVERYTHING=1 all tests stay; with another number,
-    as in continuous integration, slow ones and one case of so many.
+    Of such cases the first two stay, and every twelfth. With VGPO_TEST_EVERYTHING=1 all tests stay; with another
+    number, as in continuous integration, slow ones and one case of so many.
     """
     step = int(os.environ.get("VGPO_TEST_EVERYTHING") or 0)
     if not backends.triton_interpreted() or step == 1:
