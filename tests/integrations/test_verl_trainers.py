@@ -24,14 +24,19 @@ import transfer_queue
 from integrations.verl_case import as_verl_keeps, engine_of, settings, tiny_model
 from omegaconf import OmegaConf
 from verl import DataProto
+from verl.experimental.fully_async_policy.fully_async_trainer import FullyAsyncTrainer
+from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrainer
 from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 from verl.trainer.ppo import v1
-from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
+from verl.trainer.ppo.utils import Role
 from verl.utils import tensordict_utils
 
 from vgpo_kernels import VGPOConfig
 from vgpo_kernels.integrations.surface import config_from
 from vgpo_kernels.integrations.verl import run, scoring
+
+FULLY_ASYNC = FullyAsyncTrainer.__ray_metadata__.modified_class  # verl has it as a Ray actor
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +286,48 @@ def test_trainers_with_padded_batches(model: Any, monkeypatch: pytest.MonkeyPatc
     assert trainer.metrics.items() >= METRICS.items()
     assert trainer.metrics["vgpo/scoring_seconds_total"] > 0
     assert trainer.vgpo_reweighted
+
+
+class Group:
+    """A worker group whose model is loaded when it is told to."""
+
+    def __init__(self) -> None:
+        self.loaded = False
+
+    def init_model(self) -> None:
+        self.loaded = True
+
+
+@pytest.mark.parametrize("kind", [OneStepOffRayTrainer, FULLY_ASYNC], ids=["one-step-off", "fully async"])
+def test_workers_are_asked_once_their_models_are_loaded(
+    data_plane: None, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = object.__new__(kind)
+    trainer.config = settings(algorithm__vgpo={"preset": "paper"})
+    trainer.use_critic = trainer.use_reference_policy = trainer.use_rm = False
+    trainer.train_role, trainer.device_name = Role.Actor, "cpu"
+    trainer.resource_pool_manager = ResourcePoolManager(resource_pool_spec={}, mapping={})
+    asked: list[list[bool]] = []
+
+    def join_all(groups: Any) -> list[run.Worker]:
+        asked.append([group.loaded for group in groups])
+        return [run.Worker("here", "0", "cpp")]
+
+    monkeypatch.setattr(run, "join_all", join_all)
+    trainer._init_resource_pools()
+    trainer._init_worker_groups()
+    trainer.all_wg[str(Role.Actor)] = Group()
+    trainer._init_models()
+    assert asked == [[True]]
+
+
+@pytest.mark.parametrize("kind", [OneStepOffRayTrainer, FULLY_ASYNC, RayPPOTrainer])
+def test_an_update_of_plain_advantages_is_refused(kind: type) -> None:
+    """Of a trainer that computes them by itself, or of a legacy one that sets up its workers by itself."""
+    trainer = object.__new__(kind)
+    trainer.config = settings(algorithm__vgpo={"preset": "paper"})
+    with pytest.raises(RuntimeError, match=r"computes advantages by itself, so algorithm\.vgpo did not re-weight"):
+        trainer._update_actor(padded(rollouts()))
 
 
 def padded(batch: list[Rollout]) -> DataProto:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels.integrations.surface import reweight
+from vgpo_kernels.integrations.surface import require, reweight
 from vgpo_kernels.integrations.verl import run
 from vgpo_kernels.integrations.verl.scoring import ALONE, FIELD, FLAG, SECONDS
-from vgpo_kernels.integrations.verl.trainers import NOT_REWEIGHTED, SECONDS_METRIC, replace
+from vgpo_kernels.integrations.verl.trainers import KNOWN, NOT_REWEIGHTED, SECONDS_METRIC, replace
 
 
 def change(separation: ModuleType) -> None:
@@ -23,23 +23,27 @@ def change(separation: ModuleType) -> None:
         UnknownSurfaceError: The trainer's methods are not those of the known versions.
 
     """
-    trainer = separation.SeparateRayPPOTrainer
+    trainer: Any = require(separation, "SeparateRayPPOTrainer", (), KNOWN)
+    # First, as in trainers.py.
     replace(trainer, "_init_resource_pools", ("self",), _checking)
     replace(trainer, "_init_worker_groups", ("self",), _joining)
     replace(trainer, "_compute_old_log_prob", ("self", "batch"), _scoring)
     replace(trainer, "_fit_compute_log_prob", ("self", "batch"), _scoring_alone)
     replace(trainer, "_fit_compute_advantage", ("self", "batch"), _reweighting)
-    replace(trainer, "_fit_update_actor", ("self", "batch"), _guarding)
 
 
 def refuse_legacy(ray_trainer: ModuleType) -> None:
     """Make verl's legacy trainer (``trainer.use_v1=false``) refuse ``algorithm.vgpo``, which it would not heed.
 
+    The trainers of :func:`change` inherit its update, and so do those of your own that set up their workers themselves.
+
     Raises:
         UnknownSurfaceError: The trainer's methods are not those of the known versions.
 
     """
-    replace(ray_trainer.RayPPOTrainer, "init_workers", ("self",), _refusing)
+    trainer: Any = require(ray_trainer, "RayPPOTrainer", (), KNOWN)
+    replace(trainer, "init_workers", ("self",), _refusing)
+    replace(trainer, "_update_actor", ("self", "batch"), _guarding)
 
 
 def _refusing(init_workers: Any) -> Any:
@@ -63,8 +67,16 @@ def _checking(init_resource_pools: Any) -> Any:
 def _joining(init_worker_groups: Any) -> Any:
     def joining(self: Any) -> None:
         init_worker_groups(self)
-        if self.vgpo is not None:
+        if self.vgpo is None:
+            return
+        init_models = self._init_models
+
+        def and_asking() -> None:
+            init_models()
             print(run.banner(self.config, self.vgpo, run.join_all(self.all_wg.values())), flush=True)
+
+        # Each of these trainers loads its models in a method of its own.
+        self._init_models = and_asking
 
     return joining
 
@@ -170,8 +182,9 @@ def _reweighting(compute_advantage: Any) -> Any:
 
 def _guarding(update_actor: Any) -> Any:
     def guarding(self: Any, batch: Any) -> Any:
-        if self.vgpo is not None and not self.vgpo_reweighted:
-            raise RuntimeError(NOT_REWEIGHTED.format(type(self).__name__, "_fit_compute_advantage"))
+        if run.switch(self.config) is not None and not getattr(self, "vgpo_reweighted", False):
+            method = "SeparateRayPPOTrainer._fit_compute_advantage"
+            raise RuntimeError(NOT_REWEIGHTED.format(type(self).__name__, method))
         self.vgpo_reweighted = False
         return update_actor(self, batch)
 
