@@ -61,6 +61,10 @@ def test_the_switch() -> None:
         ),
         ({"algorithm__vgpo": {"preset": "papers"}}, "preset must be paper or released"),
         ({"algorithm__vgpo": {"gamma": 0.5}}, "unknown VGPO settings: gamma"),
+        (
+            PAPER | {"distillation__enabled": True, "distillation__distillation_loss__use_task_rewards": False},
+            "use_task_rewards=false drops the advantages",
+        ),
     ],
     ids=str,
 )
@@ -156,13 +160,49 @@ def test_another_verl_is_refused_where_vgpo_was_asked_for(
 ) -> None:
     other = ModuleType("verl.trainer.ppo.core_algos")
     monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "")
+    monkeypatch.setattr(run, "unknown", [])
     plugin._change(other)
-    said = "VGPO does not know this verl, so algorithm.vgpo does nothing: verl.trainer.ppo.core_algos has no"
+    said = "VGPO does not know this verl, so it refuses algorithm.vgpo: verl.trainer.ppo.core_algos has no"
     assert said in caplog.text
+    with pytest.raises(UnknownSurfaceError, match=r"core_algos has no register_policy_loss"):
+        run.join(worker_of(tiny_model()))
 
     monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "mine,vgpo_kernels.integrations.verl")
     with pytest.raises(UnknownSurfaceError, match=r"has no register_policy_loss: this adapter knows verl 0\.9"):
         plugin._change(other)
+
+
+def test_a_trainer_that_is_known_in_part_refuses_vgpo(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PPOTrainer(v1.PPOTrainerSync):
+        def _compute_advantage(self, data: Any) -> Any:  # type: ignore[override]
+            return data
+
+    other = ModuleType("verl.trainer.ppo.v1.trainer_base")
+    other.PPOTrainer = PPOTrainer  # type: ignore[attr-defined]
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "")
+    monkeypatch.setattr(run, "unknown", [])
+    plugin._change(other)
+    with pytest.raises(UnknownSurfaceError, match=r"PPOTrainer._compute_advantage takes \(self, data\), not batch"):
+        PPOTrainer(settings(**PAPER))
+    assert PPOTrainer(settings()).vgpo is None
+
+
+@pytest.mark.parametrize("name", sorted(plugin.CHANGES))
+def test_a_verl_without_what_is_changed_stays_importable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "")
+    monkeypatch.setattr(run, "unknown", [])
+    plugin._change(ModuleType(name))
+    assert len(run.unknown) == 1
+    assert f"{name} has no" in str(run.unknown[0])
+
+
+def test_finders_of_old_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python itself does with those that have no find_spec."""
+    monkeypatch.setattr(sys, "meta_path", [object(), *sys.meta_path])
+    name, package = "verl.trainer.ppo.core_algos", sys.modules["verl.trainer.ppo"]
+    found = plugin._Finder().find_spec(name, list(package.__path__))
+    assert found is not None
+    assert found.origin == sys.modules[name].__file__
 
 
 def test_attaching_again_changes_nothing() -> None:

@@ -47,7 +47,8 @@ def change(transformer_impl: ModuleType) -> None:
         UnknownSurfaceError: The engine's methods are not those of the known versions.
 
     """
-    score_focus(transformer_impl.MegatronEngineWithLMHead)
+    engine: Any = require(transformer_impl, "MegatronEngineWithLMHead", (), KNOWN)
+    score_focus(engine)
 
 
 def score_focus(engine: type) -> None:

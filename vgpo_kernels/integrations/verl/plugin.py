@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from vgpo_kernels.integrations.surface import UnknownSurfaceError
-from vgpo_kernels.integrations.verl import losses, megatron, scoring, separate_trainers, trainers
+from vgpo_kernels.integrations.verl import losses, megatron, run, scoring, separate_trainers, trainers
 
 PACKAGE = "vgpo_kernels.integrations.verl"
 
@@ -32,7 +32,8 @@ def attach() -> None:
 
     Raises:
         UnknownSurfaceError: A module is not that of the known versions, and ``VERL_USE_EXTERNAL_MODULES`` names this
-            package. Where verl found it by its entry point, an error is logged instead: the run may not want VGPO.
+            package. Where verl found it by its entry point, the run may not want VGPO: an error is logged instead, and
+            runs with ``algorithm.vgpo`` are refused.
 
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -49,7 +50,8 @@ def _change(module: ModuleType) -> None:
     except UnknownSurfaceError as error:
         if PACKAGE in os.environ.get("VERL_USE_EXTERNAL_MODULES", ""):
             raise
-        logging.getLogger(PACKAGE).error("VGPO does not know this verl, so algorithm.vgpo does nothing: %s", error)
+        run.unknown.append(error)
+        logging.getLogger(PACKAGE).error("VGPO does not know this verl, so it refuses algorithm.vgpo: %s", error)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -61,7 +63,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         if name not in CHANGES:
             return None
         for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(name, path, target)
+            find_spec: Any = None if finder is self else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = find_spec(name, path, target) if find_spec is not None else None
             if spec is not None:
                 if spec.loader is not None:
                     spec.loader = _Loader(spec.loader)  # type: ignore[assignment]

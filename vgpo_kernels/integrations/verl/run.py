@@ -11,13 +11,16 @@ import torch
 
 import vgpo_kernels
 from vgpo_kernels import VGPOConfig, backends
-from vgpo_kernels.integrations.surface import config_from
+from vgpo_kernels.integrations.surface import UnknownSurfaceError, config_from
 from vgpo_kernels.integrations.transformers import final_norm, visual_token_ids
 from vgpo_kernels.integrations.verl import losses, megatron
 
 # verl's strategies whose engines compute the focus: FSDP's, those that inherit its forward pass, and Megatron's.
 SCORED = ("fsdp", "fsdp2", "fsdp_turbo", "veomni", "megatron")
 SWITCH = "+algorithm.vgpo.preset=paper"
+
+# What could not be changed in this process, because it is of another verl.
+unknown: list[UnknownSurfaceError] = []
 
 
 class Switch(NamedTuple):
@@ -41,8 +44,9 @@ def switch(config: Any) -> Switch | None:
 
     Raises:
         TypeError: ``algorithm.vgpo`` is no mapping, or a setting has the wrong type.
+        UnknownSurfaceError: Something of this verl could not be changed.
         ValueError: A setting is unknown or out of range, ``loss_mode`` names VGPO and nothing re-weights advantages, or
-            the engine computes no focus.
+            the engine computes no focus, or distillation drops the advantages.
 
     """
     actor = config.actor_rollout_ref.actor
@@ -65,8 +69,20 @@ def switch(config: Any) -> Switch | None:
     refused = megatron.refusals(config) if actor.strategy == "megatron" else []
     if refused:
         raise ValueError(f"algorithm.vgpo does not work with {'; '.join(refused)}")
+    distillation: Any = config.get("distillation", None)
+    if distillation and distillation.enabled and not distillation.distillation_loss.use_task_rewards:
+        raise ValueError(
+            "distillation.distillation_loss.use_task_rewards=false drops the advantages, which algorithm.vgpo would "
+            "re-weight: leave out one of them"
+        )
+    _refuse_unknown()
     correction = config.algorithm.get("rollout_correction", None) or {}
     return Switch(config_from(settings), bool(correction.get("bypass_mode", False)))
+
+
+def _refuse_unknown() -> None:
+    if unknown:
+        raise UnknownSurfaceError("; ".join(map(str, unknown)))
 
 
 class Worker(NamedTuple):
@@ -85,9 +101,11 @@ def join(worker: Any) -> Worker:
 
     Raises:
         TypeError: Its model has no final norm that is found.
+        UnknownSurfaceError: Something of its verl could not be changed.
         ValueError: Its model names no visual token, so nothing could be weighted.
 
     """
+    _refuse_unknown()
     losses.expect_reweighted_advantages()
     device = "cpu"
     for part in [worker, *getattr(worker, "worker_dict", {}).values()]:

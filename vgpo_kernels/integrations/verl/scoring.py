@@ -93,7 +93,8 @@ def change_fsdp(transformer_impl: ModuleType) -> None:
         UnknownSurfaceError: The engine's methods are not those of the known versions.
 
     """
-    score_focus(transformer_impl.FSDPEngineWithLMHead, transformer_impl)
+    engine: Any = require(transformer_impl, "FSDPEngineWithLMHead", (), KNOWN)
+    score_focus(engine, transformer_impl)
 
 
 def score_focus(engine: type, transformer_impl: ModuleType) -> None:

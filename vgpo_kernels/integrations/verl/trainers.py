@@ -25,7 +25,8 @@ def change(trainer_base: ModuleType) -> None:
         UnknownSurfaceError: The trainer's methods are not those of the known versions.
 
     """
-    trainer = trainer_base.PPOTrainer
+    trainer: Any = require(trainer_base, "PPOTrainer", (), KNOWN)
+    # First, so that it refuses algorithm.vgpo where another one is not known.
     replace(trainer, "__init__", ("self", "config"), _checking)
     replace(trainer, "_setup", ("self",), _joining)
     replace(trainer, "_compute_old_log_prob", ("self", "batch", "metrics"), _scoring)
