@@ -26,10 +26,10 @@ def composed(script: Path, tmp_path: Path) -> Any:
     """Return verl's configuration as a script would start it, with programs that print their arguments."""
     for name in ("python3", "ray"):
         program = tmp_path / name
-        # What Ray would submit comes after "--".
+        # What Ray would submit comes after "--", and does not see this shell's environment.
         program.write_text(
             '#!/usr/bin/env bash\nif [ "$0" != "${0%ray}" ]; then\n'
-            'while [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\nfi\nprintf "%s\\0" "$@"\n'
+            'while [ "$1" != -- ]; do shift; done\nshift\nexec env -i PATH="$PATH" "$@"\nfi\nprintf "%s\\0" "$@"\n'
         )
         program.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
@@ -38,6 +38,8 @@ def composed(script: Path, tmp_path: Path) -> Any:
         "PATH": path,
         "TRAIN": "a.parquet",
         "VAL": "b.parquet",
+        "MODEL": "a/model",
+        "GPUS": "2",
         "RAY_ADDRESS": "http://head:8265",
     }
     done = subprocess.run(
@@ -60,11 +62,12 @@ def test_scripts_ask_for_vgpo(script: Path, tmp_path: Path) -> None:
     found = run.switch(config)
     assert found == run.Switch(VGPOConfig.paper(), bypass=False)
     assert config.trainer.total_epochs == 3, "settings behind a script win"
+    assert config.actor_rollout_ref.model.path == "a/model"
+    assert config.trainer.n_gpus_per_node == (4 if script.stem == "separate_async" else 2)
     if script.stem == "separate_async":
         # What verl asks of this trainer.
         steps = config.trainer.v1.separate_async.parameter_sync_step
         assert config.data.train_batch_size == steps * config.actor_rollout_ref.actor.ppo_mini_batch_size
         assert config.actor_rollout_ref.rollout.checkpoint_engine.backend != "naive"
-        assert config.trainer.n_gpus_per_node == 4
     if script.stem == "existing_cluster":
         assert config.trainer.nnodes == 4
