@@ -97,6 +97,7 @@ def trainer_of(kind: type, config: Any, engine: Any) -> Any:
     trainer.config = config
     trainer.vgpo = run.switch(config)
     trainer.vgpo_reweighted = False
+    trainer.vgpo_batches = 0
     trainer.actor_rollout_wg = Workers(engine)
     trainer.metrics = {}
     trainer.timing_raw = {}
@@ -176,6 +177,7 @@ def test_what_agents_leave_behind(
     trainer.config.actor_rollout_ref.actor.calculate_entropy = False
     trainer._update_actor(meta, metrics)
     assert trainer.actor_rollout_wg.updates == 1
+    assert trainer.vgpo_batches == 1
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
@@ -231,6 +233,22 @@ def test_a_trainer_with_advantages_of_its_own_is_refused(data_plane: None) -> No
     batch = trainer._compute_advantage(None, {})
     with pytest.raises(RuntimeError, match="Own computes advantages by itself, so"):
         trainer._update_actor(batch, {})
+
+
+def test_a_trainer_with_updates_of_its_own_is_refused(data_plane: None) -> None:
+    class Own(v1.PPOTrainerSync):
+        def _step_once(self, metrics: dict[str, Any], timing_raw: dict[str, Any], sample_batch_size: int) -> Any:
+            return transfer_queue.KVBatchMeta(keys=["a_0_0"], tags=[{}], partition_id="train")
+
+        def prepare_step(self) -> dict[str, Any]:
+            return {}
+
+    trainer = trainer_of(Own, settings(algorithm__vgpo={"preset": "paper"}), None)
+    trainer.parameter_sync_step = 1
+    metrics: dict[str, Any] = {}
+    batch = trainer.step(metrics, {})
+    with pytest.raises(RuntimeError, match="Own computes advantages by itself, so"):
+        trainer._compute_metrics(batch, metrics, {}, global_steps=1, epoch=0)
 
 
 def test_a_pass_that_left_no_focus_is_named(data_plane: None) -> None:

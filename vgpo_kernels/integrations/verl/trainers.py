@@ -32,6 +32,7 @@ def change(trainer_base: ModuleType) -> None:
     replace(trainer, "_compute_old_log_prob", ("self", "batch", "metrics"), _scoring)
     replace(trainer, "_compute_advantage", ("self", "batch", "metrics"), _reweighting)
     replace(trainer, "_update_actor", ("self", "batch", "metrics"), _guarding)
+    replace(trainer, "_compute_metrics", ("self", "batch", "metrics"), _guarding_the_step)
 
 
 def replace(owner: type, name: str, parameters: Sequence[str], around: Callable[[Any], Any]) -> None:
@@ -54,6 +55,7 @@ def _checking(init: Any) -> Any:
         # Before a model is loaded or a token sampled.
         self.vgpo = run.switch(config)
         self.vgpo_reweighted = False
+        self.vgpo_batches = 0
         init(self, config, *arguments, **options)
 
     return checking
@@ -124,6 +126,7 @@ def _reweighting(compute_advantage: Any) -> Any:
         nested = torch.nested.nested_tensor_from_jagged(reweighted, advantages.offsets())
         fields = TensorDict({"advantages": nested}, batch_size=len(batch))
         self.vgpo_reweighted = True
+        self.vgpo_batches += 1
         return transfer_queue.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
     return reweighting
@@ -135,6 +138,18 @@ def _guarding(update_actor: Any) -> Any:
             raise RuntimeError(NOT_REWEIGHTED.format(type(self).__name__, "PPOTrainer._compute_advantage"))
         self.vgpo_reweighted = False
         return update_actor(self, batch, metrics)
+
+    return guarding
+
+
+def _guarding_the_step(compute_metrics: Any) -> Any:
+    """Find out a trainer that updates by itself as well, which :func:`_guarding` does not see."""
+
+    def guarding(self: Any, batch: Any, metrics: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        if self.vgpo is not None and not self.vgpo_batches:
+            raise RuntimeError(NOT_REWEIGHTED.format(type(self).__name__, "PPOTrainer._compute_advantage"))
+        self.vgpo_batches = 0
+        return compute_metrics(self, batch, metrics, *arguments, **options)
 
     return guarding
 
