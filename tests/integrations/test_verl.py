@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,14 +80,29 @@ def test_the_engine_scores_focus_beside_log_probs(model: Any, monkeypatch: pytes
     assert alone["model_output"][scoring.SECONDS].values().shape == (3,)
 
 
-def test_a_pass_for_the_focus_alone_leaves_out_the_head(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("theirs", [False, True])
+def test_a_pass_for_the_focus_alone_leaves_out_the_head(
+    model: Any, monkeypatch: pytest.MonkeyPatch, theirs: bool
+) -> None:
+    """Also of a forward pass without ``logits_to_keep``, as verl puts one in the place of Qwen2.5-VL's and others."""
+    if theirs:
+
+        def forward(input_ids: Any, attention_mask: Any, position_ids: Any, use_cache: bool) -> Any:
+            states = model.model(input_ids, attention_mask, position_ids, use_cache=use_cache).last_hidden_state
+            return SimpleNamespace(logits=model.lm_head(states))
+
+        monkeypatch.setattr(model, "forward", forward)
     rows = []
     model.lm_head.register_forward_hook(lambda head, arguments, logits: rows.append(logits.shape[1]))
     engine = engine_of(model, monkeypatch)
-    for flags in ({scoring.FLAG: True}, {scoring.FLAG: True, scoring.ALONE: True}):
+    found = []
+    for flags in ({scoring.FLAG: True}, {scoring.FLAG: True, scoring.ALONE: True}, {scoring.FLAG: True}):
         with torch.no_grad():
-            engine.forward_step(micro_batch(**flags), None, forward_only=True)
-    assert rows == [max(map(sum, LENGTHS)), 1]
+            _, output = engine.forward_step(micro_batch(**flags), None, forward_only=True)
+        found.append(output["model_output"][scoring.FIELD].values())
+    longest = max(map(sum, LENGTHS))
+    assert rows == [longest, 1, longest]
+    assert torch.equal(found[0].nan_to_num(), found[1].nan_to_num())
 
 
 def test_packed_sequences(model: Any) -> None:

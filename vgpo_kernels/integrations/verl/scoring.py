@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -100,7 +99,7 @@ def change_fsdp(transformer_impl: ModuleType) -> None:
 def score_focus(engine: type, transformer_impl: ModuleType) -> None:
     """Make an FSDP engine of verl compute the focus in its forward pass when ``calculate_visual_focus`` is set.
 
-    With ``visual_focus_alone`` the pass computes nothing else: it leaves out the LM head, as far as the model lets it.
+    With ``visual_focus_alone`` the pass computes nothing else: it leaves out the LM head, but for one position.
 
     Args:
         engine: The class, whose ``forward_step`` is replaced, once.
@@ -122,7 +121,7 @@ def score_focus(engine: type, transformer_impl: ModuleType) -> None:
         dtype = getattr(self, "_autocast_dtype", torch.bfloat16)
         lower = nullcontext() if dtype == torch.float32 else torch.autocast(transformer_impl.get_device_name(), dtype)
         with lower:
-            self.module(**inputs, use_cache=False, logits_to_keep=1)
+            self.module(**inputs, use_cache=False)
         return torch.ones(()), {"model_output": {}, "loss": 1.0, "metrics": {}}
 
     @functools.wraps(forward_step)
@@ -132,8 +131,9 @@ def score_focus(engine: type, transformer_impl: ModuleType) -> None:
         # verl's fused kernels put a forward pass in the model's place that always computes log-probs.
         alone = asked(micro_batch, ALONE) and not asked(micro_batch, "use_fused_kernels")
         with capture_hidden_states(self.module) as captured:
-            if alone and "logits_to_keep" in inspect.signature(unwrap(self.module).forward).parameters:
-                loss, output = decoder_pass(self, micro_batch)
+            if alone:
+                with _head_of_one_row(self.module):
+                    loss, output = decoder_pass(self, micro_batch)
             else:
                 loss, output = forward_step(self, micro_batch, loss_function, forward_only)
         group = self.ulysses_parallel_group if getattr(self, "use_ulysses_sp", False) else None
@@ -146,6 +146,21 @@ def score_focus(engine: type, transformer_impl: ModuleType) -> None:
 
     with_focus.scores_visual_focus = True  # type: ignore[attr-defined]
     engine.forward_step = with_focus  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _head_of_one_row(model: Any) -> Iterator[None]:
+    """Let the LM head compute the logits of the last position alone, whatever forward pass verl gave the model."""
+    whole: Any = unwrap(model)
+    head = whole.get_output_embeddings()
+    before, forward = vars(head).get("forward"), head.forward
+    head.forward = lambda states: forward(states[:, -1:])
+    try:
+        yield
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
 
 
 def nested_outputs(cos: Tensor, input_ids: Any, seconds: float) -> dict[str, Tensor]:
