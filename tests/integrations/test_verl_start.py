@@ -42,7 +42,6 @@ def test_the_switch() -> None:
             {"actor_rollout_ref__actor__policy_loss__loss_mode": "vgpo_gspo"},
             "loss_mode=vgpo_gspo without algo",
         ),
-        ({"trainer__v1__trainer_mode": "vgpo"}, r"leave trainer_mode alone and set \+algorithm.vgpo.preset=paper"),
         (
             PAPER | {"actor_rollout_ref__actor__strategy": "torchtitan"},
             "strategy=torchtitan does not work",

@@ -58,8 +58,6 @@ def switch(config: Any) -> Switch | None:
                 f"actor.policy_loss.loss_mode={loss_mode} without algorithm.vgpo is plain PPO: set {SWITCH}, or choose "
                 "one of verl's own losses"
             )
-        if config.trainer.get("v1", {}).get("trainer_mode", None) == "vgpo":
-            raise ValueError(f"trainer_mode=vgpo is no more: leave trainer_mode alone and set {SWITCH}")
         return None
     if actor.strategy not in SCORED:
         raise ValueError(
