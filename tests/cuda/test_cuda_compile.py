@@ -59,6 +59,7 @@ def test_a_spill_would_be_seen() -> None:
     assert row == ("13.0", "sm_90a", "visual_focus", "bfloat16", 64, 2056, 24, 4, 12)
 
 
+@pytest.mark.slow
 def test_bindings_compile(nvcc: str, tmp_path: Path) -> None:
     """All bindings, their kernels as PTX, against the headers of this torch, CPU-only though it may be."""
     bindings = sorted(CUDA.glob("*.cu"))

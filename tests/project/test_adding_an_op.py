@@ -121,6 +121,7 @@ def test_its_python_is_formatted(project: Path) -> None:
         run(project, "-m", "ruff", *command, "--no-cache", *python)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(compiler() is None, reason="needs g++")
 def test_its_compiled_versions_match(project: Path) -> None:
     source = project / "library.cpp"
