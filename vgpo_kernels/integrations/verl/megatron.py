@@ -182,12 +182,15 @@ def _numbers(engine: Any, whole: Any, batch: Any, offsets: Tensor) -> Tensor:
     numbers = torch.nested.nested_tensor_from_jagged(tokens, offsets)
     settings = engine.engine_config
     padding = {"use_fp8_padding": whole.config.fp8 in ("e4m3", "hybrid")}
-    if not settings.use_remove_padding:
+    preprocessed: tuple[Tensor, ...]
+    if settings.use_remove_padding:
+        preprocessed = util.preprocess_thd_engine(
+            numbers,
+            pad_to_length_bucket=settings.pad_to_length_bucket if settings.pad_to_length else None,
+            cp_layout=engine._get_context_parallel_layout(whole),
+            **padding,
+        )
+    else:
         longest = get_non_tensor_data(data=batch, key="forced_max_seqlen", default=None)
-        return util.preprocess_bshd_engine(numbers, forced_max_seqlen=longest, **padding)[0]  # type: ignore[no-any-return]
-    return util.preprocess_thd_engine(
-        numbers,
-        pad_to_length_bucket=settings.pad_to_length_bucket if settings.pad_to_length else None,
-        cp_layout=engine._get_context_parallel_layout(whole),
-        **padding,
-    )[0]
+        preprocessed = util.preprocess_bshd_engine(numbers, forced_max_seqlen=longest, **padding)
+    return preprocessed[0]

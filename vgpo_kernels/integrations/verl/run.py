@@ -137,7 +137,7 @@ def join_all(groups: Iterable[Any]) -> list[Worker]:
 
     actors = {id(actor): actor for group in groups for actor in group.workers}
     try:
-        workers = ray.get([actor.__ray_call__.remote(join) for actor in actors.values()])
+        workers: list[Worker] = ray.get([actor.__ray_call__.remote(join) for actor in actors.values()])
     except Exception as error:
         raise RuntimeError(
             "a worker cannot join VGPO. vgpo_kernels has to be installed, in one version, on every node, or be brought "
