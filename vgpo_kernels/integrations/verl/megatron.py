@@ -182,7 +182,7 @@ def _numbers(engine: Any, whole: Any, batch: Any, offsets: Tensor) -> Tensor:
     numbers = torch.nested.nested_tensor_from_jagged(tokens, offsets)
     settings = engine.engine_config
     padding = {"use_fp8_padding": whole.config.fp8 in ("e4m3", "hybrid")}
-    preprocessed: tuple[Tensor, ...]
+    preprocessed: Any
     if settings.use_remove_padding:
         preprocessed = util.preprocess_thd_engine(
             numbers,
@@ -193,4 +193,5 @@ def _numbers(engine: Any, whole: Any, batch: Any, offsets: Tensor) -> Tensor:
     else:
         longest = get_non_tensor_data(data=batch, key="forced_max_seqlen", default=None)
         preprocessed = util.preprocess_bshd_engine(numbers, forced_max_seqlen=longest, **padding)
-    return preprocessed[0]
+    rows: Tensor = preprocessed[0]
+    return rows
