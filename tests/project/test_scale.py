@@ -58,15 +58,15 @@ def test_what_the_page_concludes() -> None:
         whole = sum(scale.step_seconds(plan))
         assert scale.focus_seconds(plan) / whole < 1e-5
         driver, own = scale.driver_seconds(plan) / whole, scale.own_driver_seconds(plan) / whole
-        assert driver < (0.01 if plan.gpus <= 64 else 0.11)
+        assert driver < (0.01 if plan.gpus <= 64 else 0.09)
         assert driver < own < 2 * driver
         assert 0.045 < scale.pass_seconds(plan) / (whole - scale.pass_seconds(plan)) < 0.135
         for one in scale.traffic(plan):
             assert one.bytes < 1e-4 * one.own or not one.own or one.what.startswith("hidden states")
     largest = scale.Plan(scale.SMALL, 1024, 8)
-    assert scale.driver_seconds(largest) / sum(scale.step_seconds(largest)) > 0.06
+    assert scale.driver_seconds(largest) / sum(scale.step_seconds(largest)) > 0.05
     weights, reweight = (scale.driver_rows()[part]["seconds"] for part in ("weights", "reweight"))
-    assert weights / reweight == pytest.approx(0.2, abs=0.05)
+    assert weights / reweight == pytest.approx(0.25, abs=0.05)
     two_phases = sum(scale.seconds_of(part, scale.Plan(scale.SMALL, 64, 16)) for part in scale.OF_SCORES)
     assert two_phases == pytest.approx(0.7, abs=0.05)
     assert scale.HELD == 37
