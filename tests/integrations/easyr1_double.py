@@ -107,24 +107,6 @@ def make_modules(*, fork: bool = False) -> dict[str, Any]:
     }
 
 
-def make_model() -> Any:
-    """A tiny language model, in which an image token is a word like any other."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        vocab_size=32,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attn_implementation="eager",
-    )
-    config.image_token_id = IMAGE
-    return transformers.Qwen2ForCausalLM(config).eval()
-
-
 def rollout() -> DataProto:
     """Four responses to two prompts, prompts padded to the left and responses to the right."""
     generator = torch.Generator().manual_seed(1)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from integrations.easyr1_double import make_model, make_modules, rollout
+from integrations.easyr1_double import make_modules, rollout
+from integrations.rollout_case import tiny_model
 from tolerance import assert_close
 from verl.utils import ulysses
 
@@ -18,7 +19,7 @@ from vgpo_kernels.integrations.easyr1 import patch_easyr1
 def main(rank: int, world: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    model = make_model()
+    model = tiny_model(layers=1)
     model.model.layers = torch.nn.ModuleList()  # no attention, which would have to see what another rank has
     modules = make_modules()
     patch_easyr1(VGPOConfig.paper(), **modules)

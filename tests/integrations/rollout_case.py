@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from equations import Position, factors, focus
@@ -32,6 +32,24 @@ class Rollout(NamedTuple):
         return self.sampled if self.scored else [0] * len(self.sampled)
 
 
+def tiny_model(layers: int = 2) -> Any:
+    """A language model of transformers in which an image token, that its configuration names, is a word like others."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=32,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attn_implementation="eager",
+    )
+    config.image_token_id = IMAGE
+    return transformers.Qwen2ForCausalLM(config).eval()
+
+
 def rollouts() -> list[Rollout]:
     """Nine responses to four prompts, in no order."""
     seen, blind = [9, 12, IMAGE, IMAGE, 21, 10], [14, 11, 19]
@@ -49,14 +67,20 @@ def rollouts() -> list[Rollout]:
     ]
 
 
-def expected_factors(batch: list[Rollout], hidden: list[Tensor], config: VGPOConfig) -> list[list[float]]:
-    """Factor of each response token by the paper's equations, from the last hidden states ``[S, D]`` of sequences."""
+def cosines_of(batch: list[Rollout], hidden: list[Tensor]) -> list[list[float]]:
+    """Cosine of each scored token by the paper's equations, from the last hidden states ``[S, D]`` of sequences."""
     cosines = []
     for rollout, states in zip(batch, hidden, strict=True):
         mask = [0] * len(rollout.prompt) + rollout.response_mask
         visual = [token == IMAGE and not scored for token, scored in zip(rollout.ids, mask, strict=True)]
         read = zip(states.double().tolist(), visual, map(bool, mask), strict=True)
         cosines.append(focus([Position(*position) for position in read], causal=True))
+    return cosines
+
+
+def expected_factors(batch: list[Rollout], hidden: list[Tensor], config: VGPOConfig) -> list[list[float]]:
+    """Factor of each response token by the paper's equations, from the last hidden states ``[S, D]`` of sequences."""
+    cosines = cosines_of(batch, hidden)
     rows = []
     for rollout, weights in zip(batch, factors(cosines, [one.uid for one in batch], config), strict=True):
         of_tokens = iter(weights.factors)

@@ -6,16 +6,22 @@ test_easyr1_checkout.py runs it in the code of EasyR1 itself, where a checkout i
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from integrations.easyr1_double import DataProto, make_model, make_modules, rollout
-from integrations.rollout_case import IMAGE, METRICS, Rollout, expected_factors, last_hidden_states, rollouts
+from integrations.easyr1_double import DataProto, make_modules, rollout
+from integrations.ranks import run_ranks
+from integrations.rollout_case import (
+    IMAGE,
+    METRICS,
+    Rollout,
+    expected_factors,
+    last_hidden_states,
+    rollouts,
+    tiny_model,
+)
 from tolerance import assert_close
 from torch import Tensor
 
@@ -31,12 +37,10 @@ from vgpo_kernels.integrations.surface import UnknownSurfaceError
 
 transformers = pytest.importorskip("transformers")
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return make_model()
+    return tiny_model(layers=1)
 
 
 @pytest.mark.parametrize("fork", [False, True], ids=["EasyR1", "fork"])
@@ -251,18 +255,7 @@ def test_a_module_that_is_still_imported_is_refused(tmp_path: Path, monkeypatch:
 def test_parts_of_two_ranks_are_one_sequence(tmp_path: Path) -> None:
     """``ulysses_size=2``: each rank has a part of the packed hidden states."""
     pytest.importorskip("verl")
-    script = Path(__file__).with_name("easyr1_ranks_case.py")
-    paths = [str(ROOT), str(ROOT / "tests")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, str(script), str(rank), "2", str(tmp_path)], env=environment)
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=180) for process in processes] == [0, 0]
-    finally:
-        for process in processes:  # one may wait for another that failed
-            process.kill()
+    run_ranks("easyr1_ranks_case.py", 2, tmp_path)
 
 
 @pytest.mark.parametrize("average", ["token", "seq"])

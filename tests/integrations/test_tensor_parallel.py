@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from integrations import tensor_parallel_losses as losses
+from integrations.ranks import run_ranks
 from integrations.tensor_parallel_case import FIRST, TEMPERATURE, divergence_objective, objective, other_view
 from linear_cases import DTYPES, Head, make_head
 from tolerance import assert_close, floor_of
@@ -18,7 +16,6 @@ from torch import Tensor
 from vgpo_kernels import LinearDivergence, backend, backends, linear_divergence, linear_logprob
 from vgpo_kernels.reference.linear_divergence import MEASURES
 
-ROOT = Path(__file__).resolve().parents[2]
 WORLD = 2
 BACKENDS = ["reference", *(["cpp"] if backends.describe()["built"]["cpp"] else [])]
 # Of the second, one rank's slice of the vocabulary has no finite logit, but the targets of some rows.
@@ -34,28 +31,6 @@ def head_of(dtype: str, kind: str) -> Head:
     return head
 
 
-def run_ranks(world: int, folder: Path) -> None:
-    """Run the ranks of a group, each a process, which write what they compute into the folder."""
-    script = Path(__file__).with_name("tensor_parallel_case.py")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        complaints = [process.communicate(timeout=180)[1] for process in processes]
-    finally:
-        for process in processes:  # one may wait for another that failed
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(complaints)
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of what each of two processes computes for every case."""
@@ -64,7 +39,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {case: (*head_of(*case[1:]).tensors(), head_of(*case[1:]).targets) for case in CASES},
         folder / "cases.pt",
     )
-    run_ranks(WORLD, folder)
+    run_ranks("tensor_parallel_case.py", WORLD, folder)
     return folder
 
 
@@ -139,7 +114,7 @@ def test_losses_of_two_ranks_are_those_of_one_head(two_ranks: Path, name: str) -
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of what each of four processes computes for every loss."""
     folder = tmp_path_factory.mktemp("four")
-    run_ranks(4, folder)
+    run_ranks("tensor_parallel_case.py", 4, folder)
     return folder
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.rollout_case import IMAGE, last_hidden_states, rollouts
+from integrations.rollout_case import IMAGE, last_hidden_states, rollouts, tiny_model
 from tolerance import assert_close
 
 pytest.importorskip("verl", reason="verl is not installed (make verl installs it)")
 
-from integrations.verl_case import as_verl_keeps, engine_of, nested, tiny_model
+from integrations.verl_case import as_verl_keeps, engine_of, nested
 from tensordict import TensorDict
 from verl.utils import tensordict_utils
 from verl.workers.engine.fsdp import transformer_impl

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from integrations.megatron_case import Layout, ask, engine_of, qwen, rank_of
+from integrations.ranks import run_ranks
 from integrations.rollout_case import IMAGE, last_hidden_states, rollouts
 from tolerance import assert_close, same_bits
 from torch import Tensor
@@ -27,7 +25,6 @@ from verl.utils import tensordict_utils
 from vgpo_kernels.integrations.verl import megatron
 from vgpo_kernels.integrations.verl.scoring import ALONE, FIELD, FLAG, SECONDS
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = {
     1: {
         "packed": Layout(),
@@ -130,24 +127,7 @@ def test_a_layout_that_is_not_verls(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def outputs_of(world: int, folder: Path) -> list[dict[str, dict[str, list[Tensor]] | None]]:
     """What each of several processes returns for every layout."""
     torch.save({"data": batch_of_verl(), "layouts": LAYOUTS[world], "flags": [FLAG]}, folder / "case.pt")
-    script = Path(__file__).with_name("megatron_case.py")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world), str(folder)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        complaints = [process.communicate(timeout=600)[1] for process in processes]
-    finally:
-        for process in processes:  # one may wait for another that failed
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(complaints)
+    run_ranks("megatron_case.py", world, folder, timeout=600)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
 
 

@@ -16,7 +16,8 @@ import torch
 pytest.importorskip("verl", reason="verl is not installed (make verl installs it)")
 
 import verl
-from integrations.verl_case import settings, tiny_model
+from integrations.rollout_case import tiny_model
+from integrations.verl_case import settings
 from omegaconf import OmegaConf
 from verl.trainer.ppo import v1
 

@@ -12,8 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from equations import Position, factors, focus
-from integrations.rollout_case import IMAGE, METRICS, Rollout, expected_factors, last_hidden_states, rollouts
+from equations import factors
+from integrations.rollout_case import (
+    METRICS,
+    Rollout,
+    cosines_of,
+    expected_factors,
+    last_hidden_states,
+    rollouts,
+    tiny_model,
+)
 from tolerance import assert_close
 from torch import Tensor
 
@@ -21,7 +29,7 @@ pytest.importorskip("verl", reason="verl is not installed (make verl installs it
 
 import ray
 import transfer_queue
-from integrations.verl_case import as_verl_keeps, engine_of, settings, tiny_model
+from integrations.verl_case import as_verl_keeps, engine_of, settings
 from omegaconf import OmegaConf
 from verl import DataProto
 from verl.experimental.fully_async_policy.fully_async_trainer import FullyAsyncTrainer
@@ -212,16 +220,6 @@ def test_groups_compare_the_last_outputs_of_sessions(
         assert_close(row, expected, name=f"advantages {index}", floor=1e-4)
     assert (metrics["vgpo/groups"], metrics["vgpo/singleton_groups"]) == (1, 0)
     assert metrics["vgpo/weighted_responses"] == 5
-
-
-def cosines_of(batch: list[Rollout], hidden: list[Tensor]) -> list[Any]:
-    found = []
-    for rollout, states in zip(batch, hidden, strict=True):
-        mask = [False] * len(rollout.prompt) + [bool(bit) for bit in rollout.response_mask]
-        visual = [token == IMAGE and not bit for token, bit in zip(rollout.ids, mask, strict=True)]
-        read = zip(states.double().tolist(), visual, mask, strict=True)
-        found.append(focus([Position(*position) for position in read], causal=True))
-    return found
 
 
 def test_a_trainer_with_advantages_of_its_own_is_refused(data_plane: None) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import verl
-from integrations.rollout_case import IMAGE, Rollout
+from integrations.rollout_case import Rollout
 from omegaconf import OmegaConf, open_dict
 from tensordict import TensorDict
 from torch import Tensor
@@ -56,22 +55,6 @@ def settings(**changes: Any) -> Any:
         for name, value in changes.items():
             OmegaConf.update(config, name.replace("__", "."), value, force_add=True)
     return config
-
-
-def tiny_model() -> Any:
-    """A language model whose configuration names an image token."""
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        vocab_size=32,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attn_implementation="eager",
-    )
-    config.image_token_id = IMAGE
-    return transformers.Qwen2ForCausalLM(config).eval()
 
 
 def engine_of(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:

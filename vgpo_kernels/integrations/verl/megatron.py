@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from vgpo_kernels.integrations.sequence_parallel import parallel_focus
 from vgpo_kernels.integrations.surface import require
 from vgpo_kernels.integrations.transformers import capture_hidden_states, unwrap, visual_mask
-from vgpo_kernels.integrations.verl.scoring import ALONE, FLAG, KNOWN, asked, clock, nested_outputs, sampled_of_packed
+from vgpo_kernels.integrations.verl.losses import KNOWN
+from vgpo_kernels.integrations.verl.scoring import ALONE, FLAG, asked, clock, nested_outputs, sampled_of_packed
 
 PARAMETERS = ("self", "batch_iter", "model", "logits_processor_func", "postprocess_micro_batch_func")
 

@@ -83,6 +83,21 @@ def _refuse_unknown() -> None:
         raise UnknownSurfaceError("; ".join(map(str, unknown)))
 
 
+def start(config: Any, found: Switch, groups: Iterable[Any]) -> None:
+    """Attach VGPO in the workers of a run, and print what it does.
+
+    Args:
+        config: verl's.
+        found: Of :func:`switch`.
+        groups: verl's worker groups.
+
+    Raises:
+        RuntimeError: As in :func:`join_all`.
+
+    """
+    print(banner(config, found, join_all(groups)), flush=True)
+
+
 class Worker(NamedTuple):
     """What a worker says about itself."""
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from vgpo_kernels import checks, visual_focus
 from vgpo_kernels.integrations.sequence_parallel import parallel_focus
-from vgpo_kernels.integrations.surface import known, require
+from vgpo_kernels.integrations.surface import require
 from vgpo_kernels.integrations.transformers import capture_hidden_states, unwrap, visual_mask
+from vgpo_kernels.integrations.verl.losses import KNOWN
 
-KNOWN = known("verl")
 FLAG = "calculate_visual_focus"
 ALONE = "visual_focus_alone"  # without log-probs
 FIELD = "visual_focus"

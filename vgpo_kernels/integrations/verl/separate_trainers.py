@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vgpo_kernels.integrations.surface import require, reweight
 from vgpo_kernels.integrations.verl import run
+from vgpo_kernels.integrations.verl.losses import KNOWN
 from vgpo_kernels.integrations.verl.scoring import ALONE, FIELD, FLAG, SECONDS
-from vgpo_kernels.integrations.verl.trainers import KNOWN, NOT_REWEIGHTED, SECONDS_METRIC, replace
+from vgpo_kernels.integrations.verl.trainers import NOT_REWEIGHTED, SECONDS_METRIC, replace
 
 
 def change(separation: ModuleType) -> None:
@@ -73,7 +74,7 @@ def _joining(init_worker_groups: Any) -> Any:
 
         def and_asking() -> None:
             init_models()
-            print(run.banner(self.config, self.vgpo, run.join_all(self.all_wg.values())), flush=True)
+            run.start(self.config, self.vgpo, self.all_wg.values())
 
         # Each of these trainers loads its models in a method of its own.
         self._init_models = and_asking

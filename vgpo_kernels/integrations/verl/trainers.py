@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from vgpo_kernels.integrations.surface import known, require, reweight
+from vgpo_kernels.integrations.surface import require, reweight
 from vgpo_kernels.integrations.verl import run
+from vgpo_kernels.integrations.verl.losses import KNOWN
 from vgpo_kernels.integrations.verl.scoring import ALONE, FIELD, FLAG, SECONDS
 
-KNOWN = known("verl")
 SECONDS_METRIC = "vgpo/scoring_seconds_total"
 NOT_REWEIGHTED = "{} computes advantages by itself, so algorithm.vgpo did not re-weight them: let it call verl's {}"
 
@@ -65,7 +65,7 @@ def _joining(setup: Any) -> Any:
     def joining(self: Any) -> None:
         setup(self)
         if self.vgpo is not None:
-            print(run.banner(self.config, self.vgpo, run.join_all([self.actor_rollout_wg])), flush=True)
+            run.start(self.config, self.vgpo, [self.actor_rollout_wg])
 
     return joining
 
