@@ -7,46 +7,8 @@ things: the visual focus of every response token, the factors that follow from i
     trainer.train()
 
 **What a step leaves behind.** With ``logging_steps=1`` (the default) every optimisation step appends one JSON object
-to ``<output_dir>/metrics.jsonl``. It is TRL's own log record with ``step`` and ``seconds`` (since the start of
-training) added. TRL's keys are all there, with TRL's values: ``loss``, ``reward``, ``reward_std``,
-``rewards/<function>/mean``, ``completions/mean_length``, ``entropy``, ``kl`` (with ``beta > 0``),
-``clip_ratio/low_mean`` (also ``low_min``, ``high_mean``, ``high_max`` and ``region_mean``; a loss that does not clip on
-both sides has ``cispo_clip_ratio``, ``vespo/phi_seq_mean`` or nothing), ``policy_loss`` and ``entropy_coef`` (with a
-bonus for entropy), ``grad_norm``, ``learning_rate``, ``step_time``; and ``accuracy``, if a reward function reports it
-with TRL's ``log_metric("accuracy", value)``. Ours:
-
-=============================  =======================================================================================
-``vgpo/visual_focus``          mean signal of response tokens: with ``signal="focus"`` their cosine to the image
-                               prototype, with ``"attention"`` their share of attention on the image, with
-                               ``"dependency"`` their divergence from a spoilt view, in nats
-``vgpo/gate_rate``             share of those tokens that the gate lets through
-``vgpo/late_early_ratio``      score (visual focus, attention share) of a response's second half over its first
-``vgpo/psi_std``               standard deviation of the token weights psi
-``vgpo/phi_std``               standard deviation of the trajectory weights phi
-``vgpo/weighted_share``        share of responses that have an image, a scored token and a finite signal; the numbers
-                               above are of these responses and, of their tokens, those that have seen an image
-``vgpo/nonfinite_responses``   number of responses that are unweighted for a signal that is not finite
-``vgpo/groups``                number of groups with a weighted response (not with ``vgpo_inter=False``)
-``vgpo/singleton_groups``      number of groups with one weighted response, whose phi is 0 (likewise)
-``vgpo/phi_length_corr``       rank correlation of phi with the length of a response less its group's mean (likewise);
-                               where it stays high, phi is mostly a matter of length, and a warning says so once
-``vgpo/factor_mean``           with VGPO, mean of what multiplies advantages, (1 + psi)(1 + phi), over scored tokens
-``vgpo/factor_min``            the smallest of them; likewise ``vgpo/factor_max``
-``vgpo/old_policy_kl``         mean divergence of the policy from the one that generated, over scored tokens
-``vgpo/nonfinite_advantages``  number of scored tokens whose advantage is not finite
-``vgpo/view_kl``               with ``view_coef``, mean divergence of the policy from itself under a spoilt view, exact,
-                               in nats, over scored tokens that have seen an image
-``vgpo/view_k3``               mean of its estimates, before ``view_clamp`` (with ``view_estimator="k3"``)
-``vgpo/view_clamped``          share of tokens beyond ``view_clamp``, if that is set
-=============================  =======================================================================================
-
-Ours are of everything since the record before, over all processes: a mean is over all its tokens or responses,
-whichever batch they were in, and a count is the sum over batches. A number of nothing (no token scored) is ``None``.
-``factor_*``, ``view_*``, ``old_policy_kl`` and ``nonfinite_advantages`` are of the loss, so every record has them, and
-a token counts each time it is used. The others are of the signal: with ``steps_per_generation`` or ``num_iterations``
-above 1 they stand in the records of the steps that scored a batch. Records of an evaluation, which are of all its
-batches (and of the rows with which accelerate fills the last one for several processes), have the same keys with the
-prefix ``eval_``.
+to ``<output_dir>/metrics.jsonl``: TRL's own log record, with TRL's keys and values, ``step``, ``seconds`` (since the
+start of training), and ours, whose names begin with ``vgpo/``. docs/train.md lists them all with their meaning.
 
 With and without VGPO, a loss that is not finite ends the run with a ``RunFailure``; so does a gradient, except with
 fp16, which tries loss scales.
