@@ -12,6 +12,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 NEWEST := $(VENV)-newest
 E2E := $(VENV)-verl
+VIDEOS := $(VENV)-videos
 # Tests of what other packages' releases can break.
 OUTWARD := tests/integrations tests/trainer tests/architectures
 UV := $(VENV)-uv/bin/uv
@@ -21,12 +22,14 @@ COMPILE = $(UV) pip compile --quiet --upgrade --no-python-downloads --universal 
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-anyway bench docs lint lock build verl verl-e2e easyr1 asan gpu-check clean FORCE
+.PHONY: help demo test test-newest test-anyway test-videos bench docs lint lock build verl verl-e2e vllm-e2e easyr1 \
+	asan gpu-check clean FORCE
 
 help:
 	@echo "make demo         train a small vision-language model with VGPO, end with a report"
 	@echo "make test         run the tests"
 	@echo "make test-newest  run the tests of integrations, trainer and models with the newest packages"
+	@echo "make test-videos  run the tests of videos with the video processors of transformers, which need torchvision"
 	@echo "make bench        run the benchmarks, append their rows to benchmarks/results and draw them"
 	@echo "make docs         regenerate docs/api.md, docs/models.md and the pictures of the benchmarks"
 	@echo "make lint         run the linters and the type checker"
@@ -34,6 +37,7 @@ help:
 	@echo "make build        compile the extension only (VGPO_BUILD=auto|cpu|cuda|none)"
 	@echo "make verl         install verl and DeepSpeed into $(VENV), so that the tests with them run"
 	@echo "make verl-e2e     run verl on Ray with vLLM and VGPO on this machine, without a GPU"
+	@echo "make vllm-e2e     run VGPOTrainer with vLLM's engine and server on this machine, without a GPU"
 	@echo "make easyr1       run the tests of EasyR1's adapter in a checkout of it: EASYR1=PATH"
 	@echo "make asan         run the tests of the C++ CPU kernels under AddressSanitizer"
 	@echo "make gpu-check    build, test, sanitize and measure on an NVIDIA GPU, with the Python of the machine"
@@ -67,6 +71,10 @@ test-anyway:
 	$(NEWEST)/bin/python scripts/newest.py differences > $(NEWEST)/differences.txt
 	@echo "locked -> newest:"; cat $(NEWEST)/differences.txt
 	$(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal $(or $(ARGS),$(OUTWARD))
+
+# The environment stays without torchvision, with which transformers would process images otherwise.
+test-videos: $(VENV)/.built $(VIDEOS)/.installed
+	PYTHONPATH=tests/verl_e2e/site:$(VIDEOS) $(BIN)/python -m pytest tests/trainer/test_trainer_videos.py $(ARGS)
 
 # VGPO_BENCH_RECORD=0 measures and records nothing.
 bench: export VGPO_BENCH_RECORD ?= 1
@@ -105,6 +113,10 @@ verl: $(VENV)/.verl
 verl-e2e: $(VENV)/.built $(E2E)/.installed
 	cp -r $(VENV)/lib/python3*/site-packages/*vgpo_kernels* "$$(echo $(E2E)/lib/python3*/site-packages)"
 	PYTHONPATH=tests/verl_e2e/site $(E2E)/bin/python -m pytest tests/verl_e2e $(ARGS)
+
+vllm-e2e: $(VENV)/.built $(E2E)/.overlaid
+	PYTHONPATH=$(abspath $(E2E)/overlay):$(CURDIR)/tests/verl_e2e/site:$(CURDIR)/tests/vllm_e2e/site \
+		$(E2E)/bin/python -m pytest tests/vllm_e2e $(ARGS)
 
 easyr1: $(VENV)/.built $(VENV)-easyr1/.installed
 	@test -d '$(EASYR1)/verl' || { echo "EASYR1=PATH must name a checkout of EasyR1"; exit 1; }
@@ -147,10 +159,23 @@ $(VENV)/.verl: $(VENV)/.installed requirements/verl.txt
 	@touch $@
 
 # --no-deps, since the lock leaves out what a CPU does not need. torch is that of $(VENV).
+$(VIDEOS)/.installed: $(VENV)/.torch requirements/verl-e2e.txt
+	mkdir -p $(VIDEOS)
+	grep -E '^(torchvision|av)==' requirements/verl-e2e.txt | tr -d '\\' > $(VIDEOS)/requirements.txt
+	$(BIN)/python -m pip install --no-deps --upgrade --target $(VIDEOS) -r $(VIDEOS)/requirements.txt
+	touch $@
+
 $(E2E)/.installed: $(VENV)/.torch requirements/verl-e2e.txt
 	$(PYTHON) -m venv $(E2E)
 	$(E2E)/bin/python -m pip install '$(TORCH)'
 	$(E2E)/bin/python -m pip install --no-deps --require-hashes -r requirements/verl-e2e.txt
+	@touch $@
+
+# The trainer's releases, from the lock, laid over those that verl asks for.
+$(E2E)/.overlaid: $(E2E)/.installed requirements/lock.txt
+	awk '/^[^ #]/ { keep = /^(huggingface-hub|tokenizers|transformers|trl)==/ } keep' requirements/lock.txt > $(E2E)/overlay.txt
+	rm -rf $(E2E)/overlay
+	$(E2E)/bin/python -m pip install --no-deps --require-hashes --target $(E2E)/overlay -r $(E2E)/overlay.txt
 	@touch $@
 
 # With the torch of $(VENV), to which the extension in the source tree belongs.

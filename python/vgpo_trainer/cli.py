@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vgpo_trainer.commands import ablate, demo, doctor, inspect, probe, report, train
+from vgpo_trainer.runs.processes import complain
 from vgpo_trainer.runs.writing import RunFailure
 
 DESCRIPTION = """\
@@ -43,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("doctor", doctor, "what is installed, what is built, does it work"),
     ):
         command = commands.add_parser(name, help=summary, description=module.DESCRIPTION)
+        if module is train:  # main hands its arguments on, as TRL's parser reads them
+            continue
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser
@@ -54,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 for a run that broke off, 2 for what the user can put right, 130 interrupted.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "train":
+        return _run("train", lambda: train.main(argv[1:]))
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.version:
@@ -64,13 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
+    return _run(arguments.command, lambda: arguments.run(arguments))
+
+
+def _run(command: str, run: Callable[[], int]) -> int:
+    """Run a command, and turn what went wrong into a line and an exit status."""
     try:
-        status: int = arguments.run(arguments)
+        return run()
     except KeyboardInterrupt:
-        print("vgpo: interrupted", file=sys.stderr)
+        complain("vgpo: interrupted")
         return 130
     except RunFailure as error:
-        print(f"vgpo {arguments.command}: {error}", file=sys.stderr)
+        complain(f"vgpo {command}: {error}")
         return 1
     except ModuleNotFoundError as error:
         # Ours missing is a defect and keeps its traceback; a dependency missing is an installation without an extra.
@@ -80,9 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         remedy = "; pip install 'vgpo-kernels[train]' brings it" if package in TRAIN_EXTRA else ""
         if package == "trl" and sys.version_info < (3, 11):
             remedy = f": the trainer needs Python 3.11 or later, as TRL does, and this is {sys.version.split()[0]}"
-        print(f"vgpo {arguments.command}: {package} is not installed{remedy}", file=sys.stderr)
+        complain(f"vgpo {command}: {package} is not installed{remedy}")
         return 2
-    return status
 
 
 if __name__ == "__main__":

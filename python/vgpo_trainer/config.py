@@ -76,12 +76,15 @@ class VGPOTrainingConfig(GRPOConfig):
     logging_steps: float = field(default=1, metadata={"help": "Log every this many optimisation steps."})
 
     vgpo: str | None = field(default="paper", metadata={"help": "Preset: paper, released or none."})
-    signal: str = field(default="focus", metadata={"help": f"Visual signal: {' or '.join(SIGNALS)}."})
+    signal: str = field(default="focus", metadata={"help": "Visual signal: focus, attention or dependency."})
     signal_layers: list[int] | None = field(default=None, metadata={"help": "Layers whose attention counts."})
     vgpo_signal: str = field(
         default="auto", metadata={"help": "Forward pass that the signal is read in: auto, scoring or loss."}
     )
-    view: str = field(default="swap", metadata={"help": f"How images are spoilt: {', '.join(VIEWS)}."})
+    view: str = field(
+        default="swap",
+        metadata={"help": "How images are spoilt: swap, mask, noise, pixelation, blank or none."},
+    )
     view_strength: float | None = field(default=None, metadata={"help": "Strength of mask, noise or pixelation."})
     view_coef: float = field(default=0.0, metadata={"help": "Weight of PAPO's term: divergence of a spoilt view."})
     view_estimator: str = field(default="exact", metadata={"help": "Its divergence: exact, or k3 of sampled tokens."})
@@ -203,10 +206,13 @@ class VGPOTrainingConfig(GRPOConfig):
         if changed and not self.passes_views():
             raise ValueError(f"{changed[0]} has no effect with signal={self.signal!r} and view_coef=0")
 
+    def reads_signal(self) -> bool:
+        """Whether the visual signal is computed, for the loss or to be looked at."""
+        return self.vgpo is not None or self.vgpo_diagnostics
+
     def passes_views(self) -> bool:
         """Whether batches pass the policy in two views, for the signal or for the loss."""
-        reads = self.vgpo is not None or self.vgpo_diagnostics
-        return bool(self.view_coef) or (reads and issubclass(signal_class(self.signal), ViewSignal))
+        return bool(self.view_coef) or (self.reads_signal() and issubclass(signal_class(self.signal), ViewSignal))
 
     def vgpo_config(self) -> VGPOConfig | None:
         """Return the settings of the visual signal: the preset with the changes made to it; ``None`` without VGPO."""

@@ -8,9 +8,36 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vgpo_trainer.rollouts import column_images, prompt_text, row_images
+from vgpo_trainer.rollouts import column_images, has_video, prompt_text, row_images
 
 NAMED = 5  # as many groups as a warning names
+
+
+class RowError(ValueError):
+    """What is wrong with a row of a generation batch.
+
+    Args:
+        index: Its place in the batch of its process.
+        message: What a sentence says that begins with the row's name and a colon.
+    """
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+def row_name(row: Mapping[str, Any], index: int, process: int | None = None) -> str:
+    """Return how messages call a row: by its ``row`` column, else by its place and the begin of its prompt.
+
+    Args:
+        row: The row.
+        index: Its place in the generation batch of its process.
+        process: The process, where there are several.
+    """
+    if isinstance(row.get("row"), str):
+        return str(row["row"])
+    whose = "the generation batch" if process is None else f"process {process}'s generation batch"
+    return f"row {index} of {whose}, {prompt_text(row.get('prompt') or '')[:80]!r}"
 
 
 class RowFacts(NamedTuple):
@@ -19,10 +46,12 @@ class RowFacts(NamedTuple):
     Attributes:
         prompt_id: Of the row's column; ``None`` without one.
         has_image: Whether it holds an image, in a column or inside its messages.
+        has_video: The same of a video.
     """
 
     prompt_id: Hashable | None
     has_image: bool
+    has_video: bool = False
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> RowFacts:
@@ -39,7 +68,7 @@ class RowFacts(NamedTuple):
             raise TypeError("prompt_id is NaN, as tables write a missing one: give None to a row that has none")
         if isinstance(name, bool) or not isinstance(name, (int, str, type(None))):
             raise TypeError(f"prompt_id must be an integer or a string, got a {type(given).__name__}: {given!r:.80}")
-        return cls(name, bool(row_images(row)))
+        return cls(name, bool(row_images(row)), has_video(row))
 
 
 def group_ids(prompt_ids: Sequence[Hashable | None], num_generations: int) -> list[int]:
@@ -122,19 +151,22 @@ def trl_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def refuse_mixed(rows: Sequence[Mapping[str, Any]], facts: Sequence[RowFacts], why: str) -> None:
-    """Raise ValueError for a batch in which some rows have an image and others none.
+    """Raise ValueError for a batch whose rows show different things: images, videos, or nothing.
 
     Args:
         rows: Of this process.
         facts: Of all processes' rows.
         why: Rows with and without images cannot be in one batch.
     """
-    if len({fact.has_image for fact in facts}) < 2:
+    if len({(fact.has_image, fact.has_video) for fact in facts}) < 2:
         return
-    alone = next((index for index, row in enumerate(rows) if not row_images(row)), None)
-    where = "a row of another process"
-    if alone is not None:
-        where = f"row {alone} of the generation batch, {prompt_text(rows[alone].get('prompt', ''))[:80]!r},"
+    if len({fact.has_image or fact.has_video for fact in facts}) < 2:
+        raise ValueError(
+            "some rows of a generation batch show videos and others images or both, which a vision tower takes in "
+            f"passes of their own: {why}; train on each kind in a run of its own"
+        )
+    alone = next((index for index, row in enumerate(rows) if not row_images(row) and not has_video(row)), None)
+    where = "a row of another process" if alone is None else f"{row_name(rows[alone], alone)},"
     raise ValueError(
         f"{where} has no image while other rows have: {why}; train on rows with images and on rows of text in runs of "
         "their own, or give every row an image"

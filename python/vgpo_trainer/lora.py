@@ -7,14 +7,19 @@ read off the decoder itself, the module that ends in the final norm.
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import re
-from argparse import Namespace
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from vgpo_kernels.integrations.transformers import decoder_of, unwrap
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
 
 ALL_LINEAR = "all-linear"
 
@@ -23,34 +28,64 @@ class LoraTargetError(ValueError):
     """Targets that a decoder does not have; the message says which it has."""
 
 
-def lora_config(arguments: Namespace, model: nn.Module | None = None) -> Any:
+def lora_config(settings: ModelConfig, trust_remote_code: bool = False, model: nn.Module | None = None) -> Any:
     """Return the adapter's settings, or ``None`` where all weights are trained.
 
     Args:
-        arguments: ``lora_rank``, ``lora_alpha`` and ``lora_targets`` of ``vgpo train``; ``model`` and
-            ``trust_remote_code`` too, where the model is not given.
+        settings: TRL's, with ``use_peft`` for an adapter; ``lora_target_modules`` names linear layers of the decoder,
+            by default all of them.
+        trust_remote_code: Run code that comes with the model, where that is not given.
         model: The model; by default one of the same structure without weights.
 
     Raises:
-        LoraTargetError: The decoder has no linear layer of a name asked for, or there is no rank.
+        LoraTargetError: The decoder has no linear layer of a name asked for, or there are settings of an adapter, or of
+            quantized weights, which only an adapter can train, without ``use_peft``.
         OSError: The model's configuration cannot be read.
         TypeError: No decoder was found in the model.
 
     """
-    if arguments.lora_rank is None:
-        for option in ("lora_alpha", "lora_targets"):
-            if getattr(arguments, option) is not None:
-                raise LoraTargetError(f"--{option.replace('_', '-')} has no effect without --lora-rank")
+    if not settings.use_peft:
+        for field in dataclasses.fields(settings):
+            of_adapters = field.name.startswith("lora_") or field.name in ("use_rslora", "use_dora")
+            if of_adapters and getattr(settings, field.name) != field.default:
+                raise LoraTargetError(f"{field.name} has no effect without --lora-rank, or use_peft")
+        if settings.load_in_4bit or settings.load_in_8bit:
+            bits = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit"
+            raise LoraTargetError(f"{bits} needs --lora-rank: quantized weights are not trained, an adapter on them is")
         return None
     from peft import LoraConfig
 
-    structure = skeleton(arguments.model, arguments.trust_remote_code) if model is None else model
+    if model is None:
+        assert settings.model_name_or_path is not None
+        model = skeleton(settings.model_name_or_path, trust_remote_code, settings.model_revision)
+    named = settings.lora_target_modules
+    parameters = settings.lora_target_parameters
     return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=arguments.lora_rank,
-        lora_alpha=arguments.lora_alpha or 2 * arguments.lora_rank,
-        **decoder_targets(structure, arguments.lora_targets),
+        task_type=settings.lora_task_type,
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        modules_to_save=settings.lora_modules_to_save,
+        **decoder_targets(model, [named] if isinstance(named, str) else named),
+        **({} if parameters is None else {"target_parameters": parameters}),
     )
+
+
+def quantization_config(settings: ModelConfig) -> Any:
+    """Return how the model's weights are quantized (``load_in_4bit``, ``load_in_8bit``), or ``None``.
+
+    Raises:
+        ValueError: bitsandbytes, which does that, is not installed.
+
+    """
+    from trl import get_quantization_config
+
+    if (settings.load_in_4bit or settings.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
+        bits = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit"
+        raise ValueError(f"{bits} needs bitsandbytes: pip install bitsandbytes")
+    return get_quantization_config(settings)
 
 
 def decoder_targets(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, str]:
@@ -120,14 +155,30 @@ def ends_in(path: str, name: str) -> bool:
     return f".{path}".endswith(f".{name}")
 
 
-def skeleton(name: str, trust_remote_code: bool) -> nn.Module:
+@contextmanager
+def dtypes_kept(model: nn.Module) -> Iterator[None]:
+    """Keep the dtypes of a model's trained weights while a checkpoint is loaded in the block.
+
+    TRL trains the adapters of a quantized model in bfloat16, and PEFT loads adapters in float32: a resumed run would go
+    on with other numbers.
+    """
+    before = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+    yield
+    for name, weight in model.named_parameters():
+        if name in before and weight.dtype != before[name]:
+            weight.data = weight.data.to(before[name])
+
+
+def skeleton(name: str, trust_remote_code: bool, revision: str = "main") -> nn.Module:
     """Build a model without its weights, as TRL chooses its class."""
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    from vgpo_trainer.sharded import left_whole
+
+    config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     architecture: Any = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
+    with left_whole(), torch.device("meta"):
         if architecture is not None:
             return architecture(config)  # type: ignore[no-any-return]
         automatic = transformers.AutoModelForImageTextToText

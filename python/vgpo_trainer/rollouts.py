@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-PROMPT_FIELDS = ("prompt", "image", "images")
+PROMPT_FIELDS = ("prompt", "image", "images", "video", "videos")
 # Digests stay below 2^53, so that they survive a trip through a float64 tensor or a JSON file.
 _DIGEST_BITS = 53
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
@@ -27,7 +27,7 @@ class RolloutSample:
     Attributes:
         step: Optimisation steps done when the response was generated.
         mode: ``"train"`` or ``"eval"``.
-        prompt: Text of the prompt, with ``<image>`` where an image stands.
+        prompt: Text of the prompt, with ``<image>`` where an image stands, and ``<video>`` where a video does.
         images: The prompt's images (PIL), in order.
         answer: The row's ``answer`` column, ``None`` without one.
         tokens: Text of each completion token, special tokens included.
@@ -73,6 +73,29 @@ class PendingRollout:
     reward: float
     advantage: float
     correct: bool | None
+
+
+def pending(
+    rows: Sequence[Mapping[str, Any]],
+    step: int,
+    rewards: Tensor,  # [B]
+    advantages: Tensor,  # [B]
+    correct: Sequence[Any],
+) -> list[PendingRollout]:
+    """Return what is known of the responses to rows; ``correct`` counts where it has an entry for each."""
+    right = correct if len(correct) == len(rows) else [None] * len(rows)
+    return [
+        PendingRollout(
+            step=step,
+            prompt=prompt_text(row.get("prompt", "")),
+            images=row_images(row),
+            answer=None if row.get("answer") is None else str(row["answer"]),
+            reward=reward,
+            advantage=advantage,
+            correct=None if known is None else bool(known),
+        )
+        for row, reward, advantage, known in zip(rows, rewards.tolist(), advantages.tolist(), right, strict=True)
+    ]
 
 
 class RolloutRecorder:
@@ -164,7 +187,7 @@ def prompt_ids(rows: Sequence[Mapping[str, Any]], device: torch.device) -> Tenso
 
 
 def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
-    """Text of a plain or conversational prompt, with ``<image>`` where an image stands."""
+    """Text of a plain or conversational prompt, with ``<image>`` where an image stands, ``<video>`` for a video."""
     if isinstance(prompt, str):
         return prompt
     parts: list[str] = []
@@ -173,17 +196,35 @@ def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
         if isinstance(content, str):
             parts.append(content)
             continue
-        texts = ("<image>" if part["type"] == "image" else part.get("text") or "" for part in content)
+        shown = {"image": "<image>", "video": "<video>"}
+        texts = (shown.get(part["type"]) or part.get("text") or "" for part in content)
         parts.append("".join(texts))
     return "\n".join(parts)
 
 
 def column_images(row: Mapping[str, Any]) -> list[Any]:
     """Images of a row's ``images`` column, or else of its ``image`` column: rows of joined datasets have one empty."""
-    several, one = row.get("images"), row.get("image")
+    return _column(row, "image")
+
+
+def column_videos(row: Mapping[str, Any]) -> list[Any]:
+    """Videos of a row's ``videos`` column, or else of its ``video`` column."""
+    return _column(row, "video")
+
+
+def _column(row: Mapping[str, Any], kind: str) -> list[Any]:
+    several, one = row.get(f"{kind}s"), row.get(kind)
     if several is not None and len(several):
         return list(several)
     return [] if one is None else [one]
+
+
+def has_video(row: Mapping[str, Any]) -> bool:
+    """Whether a dataset row has a video, in a column or inside its messages."""
+    prompt = row.get("prompt")
+    contents = [] if prompt is None or isinstance(prompt, str) else [message.get("content") for message in prompt]
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return bool(column_videos(row)) or any(part.get("type") == "video" for part in parts)
 
 
 def row_images(row: Mapping[str, Any]) -> list[Any]:

@@ -8,13 +8,18 @@ every layer.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from accelerate.utils import fsdp_utils
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.integrations import deepspeed as zero
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from vgpo_kernels.integrations.transformers import unwrap
 
 
 def with_head(head: Any, compute: Callable[..., dict[str, Tensor]], *states: Tensor) -> dict[str, Tensor]:
@@ -38,6 +43,52 @@ def with_head(head: Any, compute: Callable[..., dict[str, Tensor]], *states: Ten
         if before is not None:
             owner.forward = before
     return found
+
+
+def name_layers_to_shard(model: nn.Module | None) -> None:
+    """Let a model name as layers that FSDP wraps one by one those alone that it has.
+
+    A class lists what its vision tower could be made of, CLIP's text layers with CLIP's others, and accelerate stops at
+    a name that it does not find.
+    """
+    if model is None:
+        return
+    plain: Any = unwrap(model)
+    present = {type(module).__name__ for module in plain.modules()}
+    plain._no_split_modules = [name for name in plain._no_split_modules or () if name in present]
+
+
+@contextmanager
+def left_whole() -> Iterator[None]:
+    """Build models in the block as they are, though the run's own is cut by ZeRO-3 while it is built."""
+    reference = zero._hf_deepspeed_config_weak_ref
+    configuration = None if reference is None else reference()
+    zero.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if configuration is not None:
+            zero.set_hf_deepspeed_config(configuration)
+
+
+@contextmanager
+def untrained_parameters_allowed() -> Iterator[None]:
+    """Let FSDP load an optimiser that has no state for some parameters in the block.
+
+    The loss does not reach the last norm of LLaVA's vision tower, which takes an earlier layer. So the optimiser never
+    had a state for it, and PyTorch would refuse to load one without.
+    """
+    options = fsdp_utils._prepare_sd_options
+
+    def lenient(plugin: Any) -> Any:
+        found = options(plugin)
+        return found and dataclasses.replace(found, strict=False)
+
+    fsdp_utils._prepare_sd_options = lenient
+    try:
+        yield
+    finally:
+        fsdp_utils._prepare_sd_options = options
 
 
 def is_cut(parameter: Any) -> bool:

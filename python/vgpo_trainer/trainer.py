@@ -6,26 +6,11 @@ things: the visual focus of every response token, the factors that follow from i
     trainer = VGPOTrainer(model, reward_funcs, args=VGPOTrainingConfig(output_dir="run"), train_dataset=dataset)
     trainer.train()
 
-**What a step leaves behind.** With ``logging_steps=1`` (the default) every optimisation step appends one JSON object
-to ``<output_dir>/metrics.jsonl``: TRL's own log record, with TRL's keys and values, ``step``, ``seconds`` (since the
-start of training), and ours, whose names begin with ``vgpo/``. docs/train.md lists them all with their meaning.
+docs/train.md says what a step logs (``<output_dir>/metrics.jsonl``) and what rows hold; docs/integrate.md, what a group
+is, and which settings of TRL go with it. ``trainer.rollout_samples`` holds the latest responses with their signal.
 
 With and without VGPO, a loss that is not finite ends the run with a ``RunFailure``; so does a gradient, except with
-fp16, which tries loss scales.
-
-**Rollouts for a report.** ``trainer.rollout_samples`` is a bounded list (``args.rollout_samples``) of
-:class:`~vgpo_trainer.rollouts.RolloutSample`: prompt, images, tokens, per-token cosine, psi and factor, phi, reward,
-advantage, late/early ratio, and ``correct`` where a reward function reports it with ``log_extra("correct", [...])``.
-
-**Groups.** A group is what TRL generated for one row: ``num_generations`` responses in order, over all processes, as
-its advantages compare them. What the row holds has no part in it. A ``prompt_id`` column (integers or strings) says
-otherwise: rows of a generation batch that share one are a group; a group of another size than ``num_generations`` is
-warned of. Rows of text alone may stand beside rows with images: their responses are unweighted. A row's image is in its
-``images`` or its ``image`` column, whichever is not empty.
-
-**Where the signal comes from.** See ``vgpo_signal`` of :class:`~vgpo_trainer.config.VGPOTrainingConfig`. TRL shuffles a
-generation batch and cuts it into micro-batches, so the responses of a prompt part. They keep the number of their group,
-and with ``"scoring"`` their factors are known before TRL shuffles; with ``"loss"`` no batch is ever cut.
+fp16, which tries loss scales; and a row that cannot be read or is refused by the processor.
 """
 
 from __future__ import annotations
@@ -41,6 +26,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
@@ -48,19 +34,26 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from vgpo_kernels import VGPOConfig, policy_loss
 from vgpo_trainer.config import VGPOTrainingConfig
+from vgpo_trainer.data import DatasetError
 from vgpo_trainer.fused_head import TRLS, fuse_heads
 from vgpo_trainer.generation_batch import RowFacts, group_ids, refuse_mixed, trl_rows, warn_of_sizes
+from vgpo_trainer.lora import dtypes_kept
 from vgpo_trainer.records import PhiLengthWatch, add_records, loss_records, signal_records, token_records
-from vgpo_trainer.rollouts import (
-    PendingRollout,
-    RolloutRecorder,
-    RolloutSample,
-    prompt_text,
-    row_images,
+from vgpo_trainer.rollouts import RolloutRecorder, RolloutSample, pending, row_images
+from vgpo_trainer.row_errors import (
+    check_lengths,
+    naming_placeholders,
+    naming_rows,
+    readable,
+    reading,
+    refuse_unread,
 )
+from vgpo_trainer.runs.card import WithCard
 from vgpo_trainer.runs.checkpoints import store_batch
 from vgpo_trainer.runs.metrics import MetricsFile
+from vgpo_trainer.runs.trackers import check_trackers, tell_in_words
 from vgpo_trainer.runs.writing import RunFailure, writing
+from vgpo_trainer.sharded import name_layers_to_shard, untrained_parameters_allowed
 from vgpo_trainer.signals import SignalSettings, ViewSignal, VisualSignal, signal_class
 from vgpo_trainer.signals.factors import SignalFactors, compute_factors
 from vgpo_trainer.signals.reader import SignalReader, find_visual_tokens
@@ -77,14 +70,16 @@ from vgpo_trainer.trl_surface import (
     load_weights,
     refuse_split_sequences,
     refuse_unsupported,
-    refuse_video,
     rollout_logp,
     why_not_mixed,
 )
+from vgpo_trainer.videos import INPUTS as VIDEO_INPUTS
+from vgpo_trainer.videos import GenerationVideos, WithVideos, decoding, generation_videos
 from vgpo_trainer.views import TwoViews, ViewPasses, check_views, has_view, view_term
+from vgpo_trainer.vllm_rollouts import check_rollouts, remember_prompts
 
 
-class VGPOTrainer(GRPOTrainer):
+class VGPOTrainer(WithCard, GRPOTrainer):
     """:class:`trl.GRPOTrainer` with visually-guided advantages; its arguments are TRL's.
 
     Args:
@@ -146,18 +141,24 @@ class VGPOTrainer(GRPOTrainer):
             args.check_signal()
         check_surface()
         refuse_unsupported(args)
+        check_trackers(args.report_to)
         self._vgpo = args.vgpo_config()
         # What the signal is computed with; diagnostics without VGPO look at a run through the paper's eyes.
         self._signal_config = self._vgpo or (VGPOConfig.paper() if args.vgpo_diagnostics else None)
         self._reader: SignalReader | None = None
         self._views: ViewPasses | None = None
         self._loss_views: TwoViews | None = None  # while the loss passes them
+        self._videos: GenerationVideos | None = None  # of the generation batch that is being made
+        self._video_inputs: list[dict[str, Tensor]] | None = None  # of the rows that pass
         self._rewards: Tensor | None = None
         self._correct: list[Any] = []
         self._loss_inputs: dict[str, Any] = {}
         self._latest_logp = torch.empty(0, dtype=torch.float32)  # of the loss, which TRL keeps to itself
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **others)
         refuse_split_sequences(self)
+        if self.is_fsdp_enabled:
+            name_layers_to_shard(self.model)
+            name_layers_to_shard(self.ref_model)
         head = fuse_heads(
             (self.model, self.ref_model),
             self.temperature,
@@ -178,6 +179,8 @@ class VGPOTrainer(GRPOTrainer):
             check_views(self, head)
             tokens = tokens or find_visual_tokens(visual_tokens, self.model, self.processing_class)
             self._views = ViewPasses(args, self.model, tokens, self.accelerator.process_index)
+        if self.use_vllm and self._is_vlm:
+            check_rollouts(self, visual_tokens)
         capacity = args.rollout_samples if self.accelerator.is_main_process else 0
         self._group_warnings: set[str] = set()
         self._phi_length = PhiLengthWatch()
@@ -185,7 +188,8 @@ class VGPOTrainer(GRPOTrainer):
         # TRL gathers images for its table of completions on those processes alone that have some; see below.
         self._logs_images, self.log_multimodal = self.log_multimodal, False
         self._recorder = RolloutRecorder(capacity, cache(lambda token: self._tokenizer.decode([token])))
-        self.add_callback(MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
+        # First, as it takes from the record what trackers cannot hold.
+        self.callback_handler.callbacks.insert(0, MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
 
     @property
     def rollout_samples(self) -> list[RolloutSample]:
@@ -196,10 +200,17 @@ class VGPOTrainer(GRPOTrainer):
     # factors.
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        for row in inputs:
-            refuse_video(row)
+        refuse_unread(inputs)
+        try:
+            with naming_rows(self, inputs):
+                return self._make_batch(inputs)
+        finally:
+            self._videos = self._video_inputs = None
+
+    def _make_batch(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         groups = self._number_groups(inputs, mode)
+        self._videos = generation_videos(self, inputs)
         # In evaluation a batch is neither cut nor used twice.
         source = self.args.signal_source() if mode == "train" else "loss"
         scores = self._reader is not None and source == "scoring"
@@ -208,12 +219,19 @@ class VGPOTrainer(GRPOTrainer):
         if self._views is not None:
             self._views.begin(groups, self.state.global_step)
         with self._reader.following() if follows else nullcontext() as passes:
-            batch: dict[str, Any] = super()._generate_and_score_completions(trl_rows(inputs))
+            rows = trl_rows(inputs) if self._videos is None else self._videos.rows
+            batch: dict[str, Any] = super()._generate_and_score_completions(rows)
 
+        if self._videos is not None:
+            sequence = Sequences.of(batch)
+            batch.update(self._videos.others(sequence.input_ids.shape, sequence.response_mask.shape[1]))
+            batch[VIDEO_INPUTS], self._videos = self._videos.inputs, None
         self._log_images(inputs)
         batch["rollout_index"] = torch.arange(len(inputs), device=self.accelerator.device)
         if self._recorder.enabled:
-            self._recorder.begin(mode, self._pending_rollouts(inputs, batch["advantages"]))
+            assert self._rewards is not None
+            step = self.state.global_step
+            self._recorder.begin(mode, pending(inputs, step, self._rewards, batch["advantages"], self._correct))
         if self._reader is None:
             self._record(batch, mode)
         else:
@@ -247,13 +265,26 @@ class VGPOTrainer(GRPOTrainer):
         begin = self.accelerator.process_index * len(inputs)
         return torch.tensor(numbers[begin : begin + len(inputs)], device=self.accelerator.device)
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[Any, ...]:
+        """TRL's; what vLLM needs unexpanded is remembered, and what the processor makes of videos kept."""
+        with decoding(self.processing_class):
+            tokens, images, fields = super()._tokenize_prompts(prompts)
+        check_lengths(self, tokens)
+        if self.use_vllm and images is not None:
+            remember_prompts(self, prompts, tokens)
+        if self._videos is not None:
+            self._videos.take(prompts, fields)
+            self._video_inputs = self._videos.inputs
+        return tokens, images, fields
+
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """TRL's; a row without image has an empty list beside rows with images: the processor takes no ``None``."""
         *generated, images, tool_images = super()._generate(prompts)
         if images is not None:
             images = [shown or [] for shown in images]
         self._shown_images = images
-        return (*generated, images, tool_images)
+        # Beside videos, the inputs of images are made: TRL would make them by a call without videos.
+        return (*generated, images if self._videos is None else None, tool_images)
 
     def _log_images(self, inputs: Sequence[Mapping[str, Any]]) -> None:
         """Put the images of a generation batch into TRL's table of completions, on all processes together."""
@@ -274,30 +305,14 @@ class VGPOTrainer(GRPOTrainer):
         self._correct = list(self._pending_extra_logs.get("correct", []))
         return rewards
 
-    def _pending_rollouts(self, inputs: Sequence[Mapping[str, Any]], advantages: Tensor) -> list[PendingRollout]:
-        assert self._rewards is not None
-        correct = self._correct if len(self._correct) == len(inputs) else [None] * len(inputs)
-        return [
-            PendingRollout(
-                step=self.state.global_step,
-                prompt=prompt_text(row.get("prompt", "")),
-                images=row_images(row),
-                answer=None if row.get("answer") is None else str(row["answer"]),
-                reward=reward,
-                advantage=advantage,
-                correct=None if right is None else bool(right),
-            )
-            for row, reward, advantage, right in zip(
-                inputs, self._rewards.tolist(), advantages.tolist(), correct, strict=True
-            )
-        ]
-
     # The visual signal: phase one wherever the policy's hidden states pass by, phase two over all processes.
 
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *rest: Any, **named: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """TRL's pass; before the loss, the policy's signal is read on the way."""
+        if self._videos is not None:
+            named |= self._videos.others(input_ids.shape, logits_to_keep)
         plain = WithoutEmptyImages(model) if 0 in (named.get("num_images") or ()) else model
         if self.is_fsdp_enabled and torch.is_grad_enabled():
             gather_head(model)
@@ -306,9 +321,7 @@ class VGPOTrainer(GRPOTrainer):
         reader = self._reader
         # With an adapter TRL passes the policy once more without it, as the reference.
         if reader is None or reader.passes is None or model is not self.model or reader.passes.any:
-            result = super()._get_per_token_logps_and_entropies(
-                plain, input_ids, attention_mask, logits_to_keep, *rest, **named
-            )
+            result = self._pass(plain, input_ids, attention_mask, logits_to_keep, *rest, **named)
             self._latest_logp = result[0].detach()
             return result
         sequence = Sequences(input_ids, attention_mask, attention_mask[:, -logits_to_keep:])
@@ -316,10 +329,20 @@ class VGPOTrainer(GRPOTrainer):
             if isinstance(signal, ViewSignal):
                 assert self._views is not None
                 plain = TwoViews(self._views.spoil(sequence, named), take=signal.take).of(plain, logits_to_keep)
-            result = super()._get_per_token_logps_and_entropies(
-                plain, input_ids, attention_mask, logits_to_keep, *rest, **named
-            )
+            result = self._pass(plain, input_ids, attention_mask, logits_to_keep, *rest, **named)
         reader.passes.add(result[0], signal)
+        return result
+
+    def _pass(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *rest: Any, **named: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's pass, with the videos of its rows."""
+        if self._video_inputs is not None:
+            model = WithVideos(model, self._video_inputs)
+        with naming_placeholders(self, input_ids[:, -logits_to_keep:]):
+            result: tuple[Tensor, Tensor | None, Tensor | None] = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *rest, **named
+            )
         return result
 
     def _scoring_pass(self, batch: Mapping[str, Any], mode: str) -> VisualSignal:
@@ -335,7 +358,7 @@ class VGPOTrainer(GRPOTrainer):
                 model = TwoViews(batch, take=signal.take, head=False).of(model, length)
             elif not self._scores_with_head:
                 model = WithoutHead(model)
-            super()._get_per_token_logps_and_entropies(
+            self._pass(
                 model,
                 sequence.input_ids,
                 sequence.attention_mask,
@@ -350,7 +373,8 @@ class VGPOTrainer(GRPOTrainer):
         assert self._signal_config is not None
         response_mask = Sequences.of(batch).response_mask
         # A batch of text, or one whose images TRL drops, those that a tool cut short; or none to swap them for.
-        if batch.get("pixel_values") is None or (isinstance(signal, ViewSignal) and not has_view(batch)):
+        seen = batch.get("pixel_values") is not None or any(batch.get(VIDEO_INPUTS) or ())
+        if not seen or (isinstance(signal, ViewSignal) and not has_view(batch)):
             signal.batch = signal.batch._replace(image_mask=torch.zeros_like(signal.batch.image_mask))
         found = compute_factors(
             signal.marked_values(),
@@ -399,11 +423,11 @@ class VGPOTrainer(GRPOTrainer):
         views = TwoViews(inputs, gradient=self.args.view_coef > 0, detach=self.args.view_detach) if compares else None
         reading = self._read(model, inputs, views) if reads else nullcontext()
         compute = self._trl_loss if self._vgpo is None else self._vgpo_loss
-        self._loss_views = views
+        self._loss_views, self._video_inputs = views, inputs.get(VIDEO_INPUTS)
         try:
             loss = compute(model, inputs, mode, reading)
         finally:
-            self._loss_views = None
+            self._loss_views = self._video_inputs = None
         if self.args.view_coef:
             loss = loss + self._view_term(inputs, views, mode)
         if mode == "train":
@@ -502,6 +526,8 @@ class VGPOTrainer(GRPOTrainer):
             RunFailure: The norm of the gradient is not finite, where no loss scale is to be found by trying.
 
         """
+        if self.log_completions and "wandb" in self.args.report_to:
+            tell_in_words(self._logs)
         super().log(logs, start_time)
         norm = float(logs.get("grad_norm", 0.0))
         if not math.isfinite(norm) and not self.args.fp16:
@@ -513,11 +539,30 @@ class VGPOTrainer(GRPOTrainer):
         store_batch(path, self._loss_inputs, f"step {step}: {what}")
         raise RunFailure(f"step {step}: the {what}; its batch is in {path}")
 
+    # Reading rows: one that cannot be read ends the run where its batch is reached.
+
+    def _get_dataloader(self, dataset: Any, *rest: Any, **named: Any) -> Any:
+        return super()._get_dataloader(readable(dataset), *rest, **named)
+
+    def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
+        """Trainer's; the rows of a stream are read here."""
+        with reading(Exception if isinstance(self.train_dataset, IterableDataset) else DatasetError):
+            return super().get_batch_samples(*arguments, **named)
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        """Trainer's; a row of a stream that cannot be read ends the run in one line."""
+        with reading(DatasetError):
+            return super().evaluation_loop(*arguments, **named)
+
     # Checkpoints.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with writing(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with untrained_parameters_allowed():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     # save_pretrained may write weights by other names than the module's (LLaVA keeps those of its first release),
     # which from_pretrained maps back; Trainer would load them by name, find none and go on without.
@@ -527,7 +572,8 @@ class VGPOTrainer(GRPOTrainer):
         if self._is_plain(target):
             load_weights(target, resume_from_checkpoint)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with dtypes_kept(self.model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if self._is_plain(self.model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
@@ -75,6 +75,7 @@ VESPO_SETTINGS = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambd
 SURFACE = {
     "_generate_and_score_completions": ("inputs",),
     "_generate": ("prompts",),
+    "_tokenize_prompts": ("prompts",),
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
     "_get_per_token_logps_and_entropies": (
         "model",
@@ -87,6 +88,7 @@ SURFACE = {
         *FORWARD_INPUTS,
     ),
     "_compute_loss": ("model", "inputs"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
     "get_high_entropy_mask": ("entropies", "mask", "threshold"),
     "get_gamma_weights": (
         "advantages",
@@ -257,18 +259,3 @@ def why_not_mixed(trainer: trl.GRPOTrainer) -> str | None:
     if not args.ddp_find_unused_parameters:
         return "a batch of text gives the vision tower no gradient, which needs ddp_find_unused_parameters=True"
     return None
-
-
-def refuse_video(row: Mapping[str, Any]) -> None:
-    """Raise ValueError for a dataset row with a video: TRL generates from videos, but trains without them."""
-    found = [name for name in ("video", "videos") if row.get(name) is not None]
-    prompt = row.get("prompt")
-    if not found and isinstance(prompt, Sequence) and not isinstance(prompt, str):
-        contents = (message.get("content") for message in prompt)
-        parts = (part for content in contents if isinstance(content, list) for part in content)
-        found = ["prompt"] if any(part.get("type") == "video" for part in parts) else []
-    if found:
-        raise ValueError(
-            f"a row of the dataset has a video ({found[0]}), which GRPOTrainer leaves out of its training passes; give "
-            "its frames as images"
-        )

@@ -8,12 +8,14 @@ import importlib
 import importlib.util
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from load_script import load_script
 from vgpo_trainer.cli import build_parser
+from vgpo_trainer.options.help import help_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -239,14 +241,32 @@ def test_imports_in_python_blocks_exist() -> None:
 
 def test_commands_and_targets_exist() -> None:
     text = "".join(page.read_text() for page in WRITTEN)
-    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", "")
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     assert set(re.findall(r"(?:`|^)make ([a-z0-9-]+)", text, re.MULTILINE)) <= set(phony.split())
     parser = build_parser()
-    lines = re.findall(r"^vgpo .*$", text, re.MULTILINE)
+    lines = re.findall(r"^vgpo .*$", text.replace("\\\n", ""), re.MULTILINE)
     assert len(lines) >= 5
     # argparse exits, which fails the test, where a command or an option does not exist.
     for line in lines:
-        parser.parse_args(shlex.split(line, comments=True)[1:])
+        command, *options = shlex.split(line, comments=True)[1:]
+        if command == "train":
+            assert_options_of_train(option for option in options if option.startswith("--"))
+        else:
+            parser.parse_args([command, *options])
     for command in re.findall(r"`vgpo ([a-z]+)", text):
         with pytest.raises(SystemExit, match="0"):
             parser.parse_args([command, "--help"])
+
+
+def test_options_of_train_exist() -> None:
+    for page in ("train.md", "faq.md"):
+        assert_options_of_train(re.findall(r"`(--[a-z][a-z0-9_-]+)", (ROOT / "docs" / page).read_text()))
+
+
+def assert_options_of_train(options: Iterable[str]) -> None:
+    pytest.importorskip("trl")
+    known = {spelling for action in help_parser()._actions for spelling in action.option_strings}
+    of_launchers = {"--config-file", "--main-process-ip", "--main-process-port", "--machine-rank", "--num-machines"}
+    of_launchers |= {"--enable-scale-out"}  # vLLM's
+    assert {option.replace("_", "-") for option in options} - known <= of_launchers

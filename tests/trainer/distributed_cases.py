@@ -24,6 +24,7 @@ from accelerate import DistributedType, PartialState  # noqa: E402
 from trainer.tiny_runs import make_trainer, rows  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
+from vgpo_trainer.runs.writing import RunFailure  # noqa: E402
 
 RESPONSES = 24
 GENERATIONS = 8  # three prompts; two processes of twelve responses each share the second
@@ -191,7 +192,7 @@ def refused_mixture(micro_batches: int, processes: int) -> str:
     """What a sharded model says of rows with and without images."""
     try:
         run_case("text on one process", micro_batches, processes, **SHARDED)
-    except ValueError as error:
+    except RunFailure as error:
         return str(error)
     return "nothing"
 

@@ -19,11 +19,13 @@ import torch
 
 pytest.importorskip("trl")
 
+from PIL import Image
 from safetensors import safe_open
 from trainer.tiny_runs import picture, save_model
 from transformers import AutoModelForImageTextToText
 from vgpo_trainer import cli
 from vgpo_trainer.commands import train
+from vgpo_trainer.demo import inspections
 from vgpo_trainer.runs.checkpoints import CheckpointError, check_checkpoint, checkpoints
 from vgpo_trainer.runs.folder import RunFolder
 from vgpo_trainer.runs.metrics import read_metrics
@@ -52,24 +54,22 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def command(checkpoint, dataset):
     def build(out: Path, *more: object) -> list[str]:
         given = ["train", "--model", checkpoint, "--dataset", dataset, "--out", out, "--batch-size", 4]
         given += ["--generations", 4, "--max-completion-length", 8, "--save-every", 2, "--learning-rate", 1e-3]
-        given += ["--reward", "trainer.tiny_runs:parity_reward", "--set", "use_cpu=true", "--set", "disable_tqdm=true"]
+        given += ["--reward", "trainer.tiny_runs:parity_reward", "--use_cpu", "true", "--disable_tqdm", "true"]
         return [str(option) for option in (*given, *more)]
 
     return build
 
 
 @pytest.fixture(scope="module")
-def saved(checkpoint, dataset, tmp_path_factory) -> Path:
+def saved(command, tmp_path_factory) -> Path:
     """A run of four steps with checkpoints after the second and the fourth."""
     out = tmp_path_factory.mktemp("saved") / "run"
-    given = ["train", "--model", checkpoint, "--dataset", dataset, "--out", out, "--batch-size", 4, "--steps", 4]
-    given += ["--generations", 4, "--max-completion-length", 8, "--save-every", 2, "--set", "use_cpu=true"]
-    assert cli.main([str(option) for option in (*given, "--set", "disable_tqdm=true")]) == 0
+    assert cli.main(command(out, "--steps", 4)) == 0
     return out
 
 
@@ -94,7 +94,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(command, tmp_path):
         _, error = process.communicate()
     assert process.returncode == -signal.SIGKILL, error.decode()
     before = read_metrics(out / "metrics.jsonl")
-    last = train.last_checkpoint(out)
+    last = checkpoints(out)[-1]
     kept = int(last.name.removeprefix("checkpoint-"))
     assert 2 <= kept <= before[-1]["step"] <= kept + 3
     with (out / "metrics.jsonl").open("a") as file:
@@ -127,6 +127,7 @@ def test_a_full_disk_under_the_metrics(command, tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
     (out / "metrics.jsonl").symlink_to("/dev/full")
+    (out / "config.json").write_text('{"run": {}}')  # of the run that filled it
     assert cli.main(command(out, "--steps", 2)) == 1
     error = one_line(capsys)
     assert error == f"vgpo train: cannot write {out}/metrics.jsonl: No space left on device; no checkpoint was saved"
@@ -164,6 +165,24 @@ def test_a_full_disk_under_a_demo(tmp_path, capsys, name, monkeypatch):
     sizes = ["--steps", "1", "--prompts", "2", "--evaluation-problems", "4"]
     assert cli.main(["demo", "--out", str(out), *sizes]) == 1
     assert one_line(capsys) == f"vgpo demo: cannot write {out}/{name}: No space left on device"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_full_disk_under_the_pages_of_a_demo(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    image = folder.store_image(Image.new("RGB", (8, 8)))
+    folder.write_evaluation({"examples": [{"image": image, "answer": "7", "right_after": True}]})
+    folder.inspections.mkdir()
+    folder.inspection(image).symlink_to("/dev/full")
+    monkeypatch.setattr(inspections, "inspect_answer", lambda *_, **__: None)
+    monkeypatch.setattr("vgpo_trainer.reports.inspection.build_page", lambda _: "a page")
+    with pytest.raises(RunFailure, match=f"^cannot write {folder.inspection(image)}: No space left on device$"):
+        inspections.write_inspections(folder, torch.nn.Linear(1, 1), None, "a model")
+    folder.inspection(image).unlink()
+    folder.inspections.rmdir()
+    folder.inspections.symlink_to("/dev/full")
+    with pytest.raises(RunFailure, match=f"^cannot write {folder.inspections}: File exists$"):
+        inspections.write_inspections(folder, torch.nn.Linear(1, 1), None, "a model")
 
 
 @pytest.mark.parametrize(
@@ -224,7 +243,7 @@ def test_a_run_does_not_start_from_a_damaged_checkpoint(saved, command, tmp_path
     (out / "config.json").write_text("{")
     shutil.rmtree(out / "checkpoint-4")
     assert cli.main(command(out, "--steps", 6)) == 2
-    assert f"{out}/config.json does not say which run" in one_line(capsys)
+    assert re.search(f"--out {out} holds .* and no run of vgpo train", one_line(capsys))
 
 
 def test_a_damaged_model_is_named(checkpoint, command, tmp_path, capsys):
@@ -283,7 +302,7 @@ def test_a_gradient_of_nan_stops_the_run_before_it_is_saved(command, tmp_path, m
     assert cli.main(command(out, "--steps", 4)) == 1
     batch = out / "nonfinite-step-2.safetensors"
     assert f"step 2: the gradient's norm is nan; its batch is in {batch}" in one_line(capsys)
-    assert batch.is_file() and train.last_checkpoint(out) is None
+    assert batch.is_file() and not checkpoints(out)
 
 
 # Without the trainer's packages.

@@ -22,7 +22,7 @@ from trainer.test_report import Page
 from trainer.tiny_runs import FAMILIES, llava, picture, qwen2_5_vl
 from vgpo_trainer.cli import main
 from vgpo_trainer.commands import probe as probe_command
-from vgpo_trainer.data import DatasetError, load_examples
+from vgpo_trainer.data import DatasetError, DataSource, load_rows
 from vgpo_trainer.demo.digits import MAX_RESPONSE_TOKENS, PROMPT, make_problems
 from vgpo_trainer.demo.warm_start import SHIPPED, load_checkpoint
 from vgpo_trainer.probe import ProbeError, ProbeSettings, Question, Questions, RolloutBatch, probe_model, probe_rollouts
@@ -175,14 +175,23 @@ def test_neighbours_have_different_pictures_where_they_can() -> None:
 
 
 def test_only_the_questions_that_are_asked_are_decoded(tmp_path: Path) -> None:
-    examples = load_examples(write_dataset(tmp_path, 9))
+    rows = load_rows(DataSource(str(write_dataset(tmp_path, 9)))).dataset
     for unread in {*range(9)} - {*np.random.default_rng(0).permutation(9)[:4].tolist()}:
         (tmp_path / f"{unread}.png").unlink()
     model, processor = llava()
-    found, asked = probe_model(model, processor, Questions(examples), replace(SMALL, prompts=4))
+    found, asked = probe_model(model, processor, Questions(rows), replace(SMALL, prompts=4))
     assert found.prompts == len(asked) == 4
-    with pytest.raises(DatasetError, match="cannot read image"):
-        list(Questions(examples))
+    with pytest.raises(DatasetError, match=r"metadata\.jsonl:\d: image .* does not exist"):
+        list(Questions(rows))
+
+
+def test_questions_of_a_stream_are_drawn(tmp_path: Path) -> None:
+    stream = load_rows(DataSource(str(write_dataset(tmp_path, 9)), streaming=True)).dataset
+    drawn = Questions.of(stream, 4, seed=1)
+    assert len(drawn) == 4 and all(one.images for one in drawn[:4])
+    assert [one.answer for one in drawn] == [one.answer for one in Questions.of(stream, 4, seed=1)]
+    with pytest.raises(ProbeError, match=r"rows:1 has a video: a probe exchanges images"):
+        Questions([{"row": "rows:1", "videos": ["film.mp4"]}])[0]
 
 
 def test_a_reward_function_is_called_as_trl_does() -> None:

@@ -19,10 +19,9 @@ from safetensors.torch import load_file
 from trainer.test_report import Page
 from trainer.tiny_runs import picture, save_model
 from vgpo_trainer import cli
-from vgpo_trainer.commands import train
 from vgpo_trainer.demo import ablation as demo_ablation
 from vgpo_trainer.reports import pages
-from vgpo_trainer.runs.checkpoints import CheckpointError, check_checkpoint
+from vgpo_trainer.runs.checkpoints import CheckpointError, check_checkpoint, checkpoints
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
@@ -69,10 +68,10 @@ def command(dataset):
             4,
             "--save-every",
             1,
-            "--set",
-            "use_cpu=true",
-            "--set",
-            "disable_tqdm=true",
+            "--use_cpu",
+            "true",
+            "--disable_tqdm",
+            "true",
         ]
         return [str(option) for option in (*given, *more)]
 
@@ -164,7 +163,7 @@ def test_a_run_is_resumed_without_reading_its_one_pickle(model, command, tmp_pat
     assert (out / "checkpoint-1" / "training_args.bin").is_file()  # Trainer's, for people to look at
     torch.save(Planted(trace), out / "checkpoint-1" / "training_args.bin")
     assert cli.main(command(model, out, "--steps", 2)) == 0
-    assert train.last_checkpoint(out).name == "checkpoint-2" and not trace.exists()
+    assert checkpoints(out)[-1].name == "checkpoint-2" and not trace.exists()
     for folder in (out / "model", out / "checkpoint-2"):
         assert load_file(folder / "model.safetensors")
         assert not list(folder.glob("pytorch_model*"))
@@ -256,11 +255,13 @@ def test_a_report_escapes_the_names_of_runs_models_datasets_and_prompts(model, t
     planted = tmp_path / f"model{ATTACK}"
     shutil.copytree(model, planted)
     given = ["train", "--model", planted, "--dataset", data, "--out", out, "--batch-size", 4, "--generations", 4]
-    given += ["--max-completion-length", 4, "--steps", 1, "--set", "use_cpu=true", "--set", f"run_name={ATTACK}"]
+    given += ["--max-completion-length", 4, "--steps", 1, "--use_cpu", "true", "--run_name", ATTACK]
     assert cli.main([str(option) for option in given]) == 0
     assert cli.main(["report", str(out)]) == 0
     page = Page((out / "report.html").read_text())
-    assert not {"script", "planted", "img"} & set(page.tags)
+    assert not {"script", "planted"} & set(page.tags)
+    sources = [value for name, value in page.attributes if name == "src"]
+    assert len(sources) == page.tags.count("img") and all(source.startswith("data:image/") for source in sources)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
 
 
@@ -270,7 +271,7 @@ def test_an_ablations_page_escapes_its_results(tmp_path):
     folder.open(settings.budget())
     run = demo_ablation.Run("dapo", 0, 0.3, 0.4, 1.0, 0.5, 1, 2.0, 1.5, 1, {"torch": f"{ATTACK}<script>"}, [0.5])
     folder.store(run)
-    folder.store(demo_ablation.Run(**{**vars(run), "arm": f"{ATTACK}"}))  # an arm that nobody knows has no row
+    folder.store(demo_ablation.Run(**{**vars(run), "arm": ATTACK}))  # an arm that nobody knows has no row
     folder.budget.write_text(json.dumps({**settings.budget(), "steps": f"{ATTACK}<script>"}))
     assert cli.main(["ablate", "--out", str(tmp_path), "--report-only"]) == 0
     page, plot = (tmp_path / name for name in ("ablation.md", "images/ablation.svg"))

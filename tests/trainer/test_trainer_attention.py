@@ -11,8 +11,8 @@ pytest.importorskip("trl")
 
 from trainer.test_trainer_signal import capture_unshuffled
 from trainer.tiny_runs import FAMILIES, generation_batch, make_trainer, rows
-from vgpo_trainer.commands import train
 from vgpo_trainer.config import VGPOTrainingConfig
+from vgpo_trainer.options.parser import parse_options
 from vgpo_trainer.runs.metrics import read_metrics
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
 
@@ -107,8 +107,6 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
 
 
 def test_the_command_line_says_which(tmp_path):
-    parser = train.argparse.ArgumentParser()
-    train.add_arguments(parser)
-    asked = ["--model", "m", "--dataset", "d", "--out", str(tmp_path), "--signal", "attention", "--set", "use_cpu=true"]
-    training = train.training_config(parser.parse_args(asked))
+    asked = ["--model", "m", "--dataset", "d", "--out", str(tmp_path), "--signal", "attention", "--use_cpu", "true"]
+    training = parse_options(asked).training
     assert training.signal == "attention" and training.vgpo_config() == VGPOConfig.paper()

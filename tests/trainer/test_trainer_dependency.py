@@ -20,6 +20,7 @@ from trainer.tiny_runs import FAMILIES, generation_batch, make_trainer, picture,
 from vgpo_trainer import fused_head
 from vgpo_trainer.commands import train
 from vgpo_trainer.config import VGPOTrainingConfig
+from vgpo_trainer.options.parser import parse_options
 from vgpo_trainer.runs.metrics import read_metrics
 from vgpo_trainer.signals import VIEWS, SignalBatch, SignalSettings
 from vgpo_trainer.signals.dependency import DependencySignal
@@ -499,13 +500,11 @@ def test_every_kind_of_view_is_offered():
 def test_arguments_of_the_trainer_and_the_command_line(tmp_path):
     trainer = build(tmp_path, arguments={"signal": "dependency", "view": "mask"})
     assert (trainer.args.signal, trainer.args.view) == ("dependency", "mask")
-    parser = train.argparse.ArgumentParser()
-    train.add_arguments(parser)
     asked = ["--model", "m", "--dataset", "d", "--out", str(tmp_path), "--signal", "dependency", "--view", "noise"]
-    arguments = parser.parse_args([*asked, "--set", "use_cpu=true", "--set", "view_coef=0.02"])
-    training = train.training_config(arguments)
+    options = parse_options([*asked, "--use_cpu", "true", "--view_coef", "0.02"])
+    training = options.training
     assert (training.signal, training.view, training.view_coef) == ("dependency", "noise", 0.02)
-    assert train.run_identity(arguments)["view"] == "noise"
+    assert train.run_identity(options)["view"] == "noise"
     assert VGPOTrainingConfig(str(tmp_path), use_cpu=True, bf16=False).view == "swap"
 
 

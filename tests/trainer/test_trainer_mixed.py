@@ -17,6 +17,7 @@ from PIL import Image
 from trainer.definition import assert_factors, by_definition
 from trainer.test_trainer_signal import capture_unshuffled, hidden_and_masks
 from trainer.tiny_runs import FAMILIES, generation_batch, make_trainer, picture
+from vgpo_trainer.runs.writing import RunFailure
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences, why_not_mixed
 
 QUESTION = "Add the digits."
@@ -269,7 +270,7 @@ def test_processors_that_trl_reads_wrongly_are_refused_by_row(tmp_path):
         plain.model_input_names = inputs
         assert (why_not_mixed(trainer) is None) == (name == "LlavaNextImageProcessorPil")
     plain.model_input_names = names["Idefics3ImageProcessorPil"]
-    with pytest.raises(ValueError, match=r"^row \d+ of the generation batch, 'Add the digits\.', has no image while"):
+    with pytest.raises(RunFailure, match=r"^row \d+ of the generation batch, 'Add the digits\.', has no image while"):
         trainer.train()
     # Rows that are alike are nobody's trouble.
     make_trainer(tmp_path / "alike", dataset=mixed("images", [0, 0]), max_steps=1).train()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +11,9 @@ import torch
 pytest.importorskip("trl")
 
 import vgpo_trainer
-from trainer.tiny_runs import llava, make_trainer, parity_reward, picture, rows, save_model
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2ForCausalLM, TrainerCallback, TrainerState
+from trainer.tiny_runs import llava, make_trainer, parity_reward, rows
+from transformers import Qwen2ForCausalLM, TrainerState
 from trl import GRPOTrainer, TrlParser
-from vgpo_trainer.commands import train
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.runs.metrics import MetricsFile, read_metrics
 from vgpo_trainer.trl_surface import check_surface
@@ -149,141 +145,6 @@ def test_weights_of_half_precision(tmp_path):
     assert record["vgpo/phi_std"] > 0 and isinstance(record["loss"], float)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    lines = []
-    for row in range(8):
-        picture(row).save(folder / f"{row}.png")
-        lines.append(json.dumps({"image": f"{row}.png", "prompt": "Add the digits.", "answer": row}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def options(checkpoint: Path, dataset: Path, out: Path, *more: str) -> list[str]:
-    given = ["--model", checkpoint, "--dataset", dataset, "--out", out, "--batch-size", 4, "--generations", 4]
-    given += ["--max-completion-length", 8, "--set", "use_cpu=true", "--set", "disable_tqdm=true", *more]
-    return [str(option) for option in given]
-
-
-def test_vgpo_train_makes_a_model_that_loads_again(checkpoint, dataset, tmp_path, capsys):
-    more = ["--steps", 2, "--vgpo", "released", "--set", "vgpo_beta=0.5", "--learning-rate", 1e-3, "--kl", 0.1]
-    more += ["--set", "entropy_coef=0.1"]  # an untrained model gets no answer right, and would stay as it is
-    out = tmp_path / "run"
-    assert train.main(options(checkpoint, dataset, out, *more, "--eval-dataset", dataset, "--eval-every", 2)) == 0
-    assert str(out / "model") in capsys.readouterr().out
-    config = json.loads((out / "config.json").read_text())
-    assert config["vgpo"]["beta"] == 0.5 and config["vgpo"]["score"] == "offset"
-    assert config["training"]["max_steps"] == 2 and config["training"]["trust_remote_code"] is False
-    records = read_metrics(out / "metrics.jsonl")
-    assert [record["step"] for record in records if "loss" in record] == [1, 2]
-    assert all("accuracy" in record and "kl" in record for record in records if "loss" in record)
-    assert (out / "model" / "model.safetensors").is_file()
-    trained = AutoModelForImageTextToText.from_pretrained(out / "model")
-    original = AutoModelForImageTextToText.from_pretrained(checkpoint)
-    pairs = zip(trained.parameters(), original.parameters(), strict=True)
-    assert any(not torch.equal(new, old) for new, old in pairs)
-    processor = AutoProcessor.from_pretrained(out / "model")
-    inputs = processor(images=picture(0), text="<image>Add the digits.", return_tensors="pt")
-    assert trained(**inputs).logits.isfinite().all()
-
-
-class _Stop(TrainerCallback):
-    """Breaks a run off as Ctrl-C does."""
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-
-def test_an_interrupted_run_goes_on_from_its_checkpoint(checkpoint, dataset, tmp_path, monkeypatch, capsys):
-    def command(out: Path) -> list[str]:
-        more = ["--steps", "4", "--save-every", "2", "--learning-rate", "1e-3"]
-        return options(checkpoint, dataset, out, *more, "--reward", "trainer.tiny_runs:parity_reward")
-
-    assert train.main(command(tmp_path / "whole")) == 0
-
-    build = train.build_trainer
-
-    def build_and_stop(arguments):
-        trainer = build(arguments)
-        trainer.add_callback(_Stop())
-        return trainer
-
-    broken = tmp_path / "broken"
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "build_trainer", build_and_stop)
-        assert train.main(command(broken)) == 130
-    assert "goes on from checkpoint-2" in capsys.readouterr().err
-    assert not (broken / "model").exists()
-    (broken / "checkpoint-3").mkdir()  # cut short while it was written
-    assert train.main([*command(broken), "--resume"]) == 0
-    assert "resuming from" in capsys.readouterr().out
-
-    whole, resumed = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "whole", broken))
-    assert [record["step"] for record in resumed] == [1, 2, 3, 4]
-    assert resumed[3]["seconds"] > resumed[2]["seconds"] > resumed[1]["seconds"]
-    assert resumed[2]["loss"] != 0 != resumed[3]["loss"]
-    for record, expected in zip(resumed, whole, strict=True):
-        for name in ("loss", "reward", "vgpo/visual_focus", "vgpo/phi_std"):
-            assert record[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), (record["step"], name)
-    models = [AutoModelForImageTextToText.from_pretrained(folder / "model") for folder in (tmp_path / "whole", broken)]
-    for one, other in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
-
-    assert train.main([*command(broken), "--no-resume"]) == 2
-    assert "already has checkpoint-4" in capsys.readouterr().err
-    assert train.main([*command(broken), "--vgpo", "none"]) == 2
-    assert "holds a run with --vgpo paper, not none" in capsys.readouterr().err
-    assert train.main([*command(tmp_path / "new"), "--resume"]) == 2
-    assert "has no checkpoint" in capsys.readouterr().err
-
-
-def test_vgpo_train_with_lora_and_a_reward_of_ones_own(checkpoint, dataset, tmp_path, monkeypatch):
-    (tmp_path / "own_reward.py").write_text(
-        "def even(completions, **_):\n    return [float(len(c[-1]['content']) % 2 == 0) for c in completions]\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    more = ["--steps", "1", "--lora-rank", "2", "--reward", "own_reward:even", "--learning-rate", "1e-2"]
-    assert train.main(options(checkpoint, dataset, tmp_path / "run", *more)) == 0
-    (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert "rewards/even/mean" in record and "vgpo/phi_std" in record
-    adapter = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
-    assert adapter["r"] == 2 and adapter["lora_alpha"] == 4
-    from safetensors.torch import load_file
-
-    weights = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
-    assert weights and all("language_model" in name for name in weights)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (["--dataset", "nowhere"], "nowhere does not exist"),
-        (["--set", "los_type=grpo"], "no such field; did you mean loss_type"),
-        (["--set", "loss_type"], "NAME=VALUE"),
-        (["--set", "loss_type=ppo"], "loss_type must be one of"),
-        (["--set", "vgpo_top_ratio=2"], "top_ratio must be in"),
-        (["--generations", "3"], "divisible by"),
-        (["--accumulate", "16"], "takes 16 prompts .* has 8"),
-        (["--reward", "nothing"], "module:function"),
-        (["--model", "/nowhere/model"], "nowhere/model"),
-    ],
-)
-def test_vgpo_train_says_what_is_wrong(checkpoint, dataset, tmp_path, capsys, changes, message):
-    assert train.main(options(checkpoint, dataset, tmp_path / "run", "--steps", "1", *changes)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("vgpo train: ")
-    assert re.search(message, error), error
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -326,16 +187,6 @@ def test_a_text_model_is_refused_unless_vgpo_is_off(tmp_path):
         refusal = pytest.raises(ValueError, match=r"qwen2 has none of image_token_id.*vgpo=None trains without")
         with refusal if preset else nullcontext():
             vgpo_trainer.VGPOTrainer(text, parity_reward, settings, rows([0]), processing_class=processor.tokenizer)
-
-
-def test_videos_are_refused_where_trl_would_drop_them(tmp_path):
-    trainer = make_trainer(tmp_path)
-    for row in (
-        {"prompt": "?", "video": "film.mp4"},
-        {"prompt": [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]},
-    ):
-        with pytest.raises(ValueError, match="has a video"):
-            trainer._generate_and_score_completions([row])
 
 
 def test_settings_change_a_preset(tmp_path):

@@ -53,23 +53,11 @@ def write_prompts(file: Path, count: int) -> None:
 
 def write_model(folder: Path, kind: str) -> None:
     """Write a random model of kind ``qwen2_5_vl`` or ``qwen3_vl`` with its processor; bytes are its tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_only = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    bytes_only.add_special_tokens([*SPECIAL, *PADS])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=[*SPECIAL, *PADS],
-        model_max_length=4096,
-    )
-    tokenizer.chat_template = CHAT
+    tokenizer = byte_tokenizer([*SPECIAL, *PADS], CHAT)
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in (*SPECIAL, *PADS)}
     torch.manual_seed(0)
     model = _model(kind, len(tokenizer), ids)
-    _never_sample(model, [ids[name] for name in ("<|vision_start|>", *PADS)])
+    never_sample(model, model.model.visual.merger, [ids[name] for name in ("<|vision_start|>", *PADS)])
     model.generation_config.eos_token_id = [ids["<|im_end|>"]]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     model.save_pretrained(folder)
@@ -85,6 +73,25 @@ def write_model(folder: Path, kind: str) -> None:
         parts = (images, tokenizer, transformers.Qwen2VLVideoProcessor())
         processor = transformers.Qwen2_5_VLProcessor(*parts, chat_template=CHAT)
     processor.save_pretrained(folder)
+
+
+def byte_tokenizer(special, chat, **named):
+    """Return a tokenizer with a token for each byte and some special ones; ``named`` go to transformers'."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    bytes_only.add_special_tokens(special)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=special,
+        model_max_length=4096,
+        **named,
+    )
+    tokenizer.chat_template = chat
+    return tokenizer
 
 
 def _model(kind: str, vocabulary: int, ids: dict[str, int]):
@@ -123,16 +130,16 @@ def _model(kind: str, vocabulary: int, ids: dict[str, int]):
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _never_sample(model, tokens: list[int]) -> None:
+def never_sample(model, projector, tokens: list[int]) -> None:
     """Make the logits of some tokens low: in a sampled answer they would announce an image that is not there.
 
-    One dimension of the residual stream keeps a constant, which the head reads for these tokens alone.
+    One dimension of the residual stream keeps a constant, which the head reads for these tokens alone. The last layer
+    of ``projector`` makes the embeddings of images.
     """
     decoder = model.model.language_model
     with torch.no_grad():
         decoder.embed_tokens.weight[:, 0] = 0.05
-        merger = model.model.visual.merger
-        last = [layer for layer in merger.modules() if isinstance(layer, torch.nn.Linear)][-1]
+        last = [layer for layer in projector.modules() if isinstance(layer, torch.nn.Linear)][-1]
         last.weight[0], last.bias[0] = 0, 0.05
         for layer in decoder.layers:
             layer.self_attn.o_proj.weight[0] = 0

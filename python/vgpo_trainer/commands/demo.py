@@ -7,8 +7,8 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from vgpo_trainer.commands.arguments import natural, positive
 from vgpo_trainer.demo.settings import DemoSettings
+from vgpo_trainer.options.arguments import natural, positive
 from vgpo_trainer.runs.folder import RunFolder
 
 DESCRIPTION = (

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vgpo_trainer.commands.arguments import indices, positive
+from vgpo_trainer.options.arguments import indices, positive
 
 DESCRIPTION = "Answer a prompt about an image, and write a page that shows what each token of the answer looks at."
 

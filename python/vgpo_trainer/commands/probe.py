@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vgpo_trainer.commands.arguments import indices, natural, positive
+from vgpo_trainer.options.arguments import add_data_arguments, indices, natural, positive, source_of, tell_skipped
 from vgpo_trainer.runs.writing import first_line, writing
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``vgpo probe`` to a parser."""
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="folder of a Hugging Face vision-language model")
-    add("--dataset", required=True, type=Path, metavar="PATH", help="folder with metadata.jsonl, or a jsonl file")
+    add_data_arguments(parser)
     add("--out", type=Path, default=Path("probe"), metavar="DIR", help="folder of the results (default: %(default)s)")
     add(
         "--view",
@@ -32,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="swap",
         help="what the image is replaced by: another row's image, a blank one, noise (default: %(default)s)",
     )
-    add("--system", metavar="TEXT", help="system message put before every prompt")
     add(
         "--reward",
         metavar="MODULE:FUNCTION",
@@ -86,11 +85,12 @@ def probe(arguments: argparse.Namespace) -> Findings:
         OSError: The model cannot be read.
         RunFailure: The results cannot be written.
     """
-    from vgpo_trainer.data import load_examples
+    from vgpo_trainer.data import load_rows
     from vgpo_trainer.rewards import exact_answer, load_reward
 
     reward = exact_answer if arguments.reward is None else load_reward(arguments.reward)
-    examples = load_examples(arguments.dataset, arguments.system)
+    rows = load_rows(source_of(arguments))
+    tell_skipped(rows.skipped)
 
     from vgpo_trainer.commands.inspect import load_model
     from vgpo_trainer.probe import Questions, probe_model
@@ -101,11 +101,11 @@ def probe(arguments: argparse.Namespace) -> Findings:
     found, asked = probe_model(
         model,
         processor,
-        Questions(examples),
+        Questions.of(rows.dataset, settings.prompts, settings.seed),
         settings,
         reward=reward,
         name=arguments.model,
-        dataset=str(arguments.dataset),
+        dataset=arguments.dataset,
     )
     with writing(arguments.out):
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vgpo_trainer.demo.digits import Problem
 from vgpo_trainer.demo.evaluation import Evaluation, evaluate
-from vgpo_trainer.rollouts import RolloutSample
-from vgpo_trainer.runs.folder import RunFolder, StoredRollout
+from vgpo_trainer.runs.folder import RunFolder
+from vgpo_trainer.runs.rollouts import stored_rollouts
 
 if TYPE_CHECKING:
     from vgpo_trainer.demo.warm_start import WarmStartProgress
@@ -84,7 +84,7 @@ class DemoCallback(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = last = True
         measures = last or state.global_step % self.every == 0
         if measures or state.global_step == 1:
-            self.folder.append_rollouts(stored_rollouts(self.trainer.rollout_samples, self.folder))
+            self.folder.append_rollouts(stored_rollouts(self.trainer.rollout_samples, self.folder, KEPT_GROUPS))
         if measures:
             self.latest = evaluate(self.trainer.model, self.trainer.processing_class, self.problems)
             # Any record ends the turn to log; the step's own is still to come.
@@ -113,36 +113,3 @@ class DemoCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer.model.eval()
         self.trainer.log(record)
         self.trainer.model.train(training)
-
-
-def stored_rollouts(samples: Sequence[RolloutSample], folder: RunFolder) -> list[StoredRollout]:
-    """The responses of the first few problems of a step, whole groups together, ready to be stored.
-
-    Factors are stored as VGPO makes them even where the run does not apply them, so that a run without VGPO can be
-    looked at beside one with it.
-    """
-    groups: dict[str, list[StoredRollout]] = {}
-    for sample in samples:
-        image = folder.store_image(sample.images[0])
-        if image not in groups and len(groups) == KEPT_GROUPS:
-            continue
-        applied = any(factor != 1.0 for factor in sample.factors)
-        factors = sample.factors if applied else [(1 + psi) * (1 + sample.phi) for psi in sample.psi]
-        groups.setdefault(image, []).append(
-            StoredRollout(
-                step=sample.step,
-                prompt=sample.prompt,
-                image=image,
-                answer=sample.answer,
-                tokens=sample.tokens,
-                cos=sample.cos,
-                psi=sample.psi,
-                factors=factors,
-                phi=sample.phi,
-                reward=sample.reward,
-                advantage=sample.advantage,
-                late_early_ratio=sample.late_early_ratio,
-                correct=bool(sample.correct),
-            )
-        )
-    return [rollout for group in groups.values() for rollout in group]

@@ -11,6 +11,7 @@ from vgpo_trainer.demo.digits import MAX_RESPONSE_TOKENS, PROMPT
 from vgpo_trainer.inspection import inspect_answer
 from vgpo_trainer.reports.inspection import write_page
 from vgpo_trainer.runs.folder import RunFolder
+from vgpo_trainer.runs.writing import writing
 
 PAGES = 4
 
@@ -23,10 +24,14 @@ def write_inspections(folder: RunFolder, model: Any, processor: Any, name: str) 
         model: The trained model; it is left in the mode it was in.
         processor: Its processor.
         name: What to call the model.
+
+    Raises:
+        RunFailure: A page cannot be written.
     """
     training = model.training
     model.eval()
-    folder.inspections.mkdir(exist_ok=True)
+    with writing(folder.inspections):
+        folder.inspections.mkdir(exist_ok=True)
     for example in choose_examples((folder.read_evaluation() or {}).get("examples", [])):
         with Image.open(folder.images / example["image"]) as image:
             inspection = inspect_answer(
@@ -38,7 +43,9 @@ def write_inspections(folder: RunFolder, model: Any, processor: Any, name: str) 
                 image_name=f"held-out problem, sum {example['answer']}",
                 max_new_tokens=MAX_RESPONSE_TOKENS,
             )
-        write_page(inspection, folder.inspection(example["image"]))
+        page = folder.inspection(example["image"])
+        with writing(page):
+            write_page(inspection, page)
     model.train(training)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from vgpo_kernels.integrations.transformers import visual_token_ids
-from vgpo_trainer.data import Example, decode
 from vgpo_trainer.inspection import extended_inputs
 
 
@@ -36,9 +35,15 @@ class Question:
     others: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, example: Example) -> Question:
-        """Read a row of a dataset, its images decoded."""
-        pictures = iter([decode(path, example.where) for path in example.images])
+    def of(cls, row: Mapping[str, Any]) -> Question:
+        """Read a row of :func:`vgpo_trainer.data.load_rows`, whose images are decoded.
+
+        Raises:
+            ProbeError: It has a video.
+        """
+        if row.get("videos"):
+            raise ProbeError(f"{row['row']} has a video: a probe exchanges images")
+        pictures = iter(row["images"])
         messages = [
             {
                 "role": message["role"],
@@ -47,9 +52,10 @@ class Question:
                     for part in message["content"]
                 ],
             }
-            for message in example.prompt
+            for message in row["prompt"]
         ]
-        return cls(messages, example.answer, example.others)
+        others = {name: value for name, value in row.items() if name not in ("prompt", "images", "videos", "answer")}
+        return cls(messages, row["answer"] or "", others)
 
     @property
     def images(self) -> list[Image.Image]:
@@ -62,25 +68,32 @@ class Questions(Sequence[Question]):
     """Rows of a dataset as questions, whose images are decoded when a question is asked for.
 
     Args:
-        examples: The rows.
+        rows: Of :func:`vgpo_trainer.data.load_rows`: a dataset, or a list.
     """
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self._examples = examples
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    @classmethod
+    def of(cls, dataset: Any, number: int, seed: int) -> Questions:
+        """Questions of a dataset; of a stream, ``number`` rows drawn at random from the first thousands."""
+        if hasattr(dataset, "__len__"):
+            return cls(dataset)
+        return cls(list(dataset.shuffle(seed=seed).take(number)))
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self._rows)
 
     @overload
     def __getitem__(self, place: int) -> Question: ...
 
     @overload
-    def __getitem__(self, place: slice) -> Questions: ...
+    def __getitem__(self, place: slice) -> list[Question]: ...
 
-    def __getitem__(self, place: int | slice) -> Question | Questions:
+    def __getitem__(self, place: int | slice) -> Question | list[Question]:
         if isinstance(place, slice):
-            return Questions(self._examples[place])
-        return Question.of(self._examples[place])
+            return [self[one] for one in range(*place.indices(len(self)))]
+        return Question.of(self._rows[place])
 
 
 @dataclass

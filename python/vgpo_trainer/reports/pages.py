@@ -9,15 +9,20 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from vgpo_trainer.reports.charts import MINUS
+from vgpo_trainer.runs.folder import StoredRollout
+from vgpo_trainer.signals.words import SignalWords
 
 FOLDER = Path(__file__).parent
 NOTHING = "\N{EN DASH}"  # instead of a number that is not finite
+RETURN = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"  # before a line break
+BOX = "\N{REPLACEMENT CHARACTER}"  # instead of a character that shows nothing
+FIRST_TOKENS, LAST_TOKENS = 300, 100  # of a response that is longer than both
 
 
 def render(template: str, **data: Any) -> str:
@@ -65,6 +70,37 @@ def fold(text: Markup) -> Markup:
     return Markup(fill(str(text), 118, break_long_words=False, break_on_hyphens=False))
 
 
+def cut(text: str, most: int = 200) -> str:
+    """Leave out the rest of a text that is longer."""
+    return text if len(text) <= most else f"{text[:most].rstrip()} …"
+
+
+def visible(token: str) -> str:
+    """Show line breaks of a token, which would have no width, and what is no character."""
+    shown = "".join(character if character.isprintable() or character == "\n" else BOX for character in token)
+    return shown.replace("\n", f"{RETURN}\n")
+
+
+def reading(value: float, signal: SignalWords) -> str:
+    """Write the number of a signal: a share as a percentage, anything else with its sign."""
+    return percent(value) if signal.percent else signed(value)
+
+
+class Ends(NamedTuple):
+    """The tokens of a response that a page shows, each with factor, signal and psi, and how many lie between them."""
+
+    begin: list[tuple[str, float, float, float]]
+    left_out: int
+    end: list[tuple[str, float, float, float]]
+
+
+def ends(rollout: StoredRollout) -> Ends:
+    """Return the beginning and the end of a long response, or all of it."""
+    tokens = list(zip(rollout.tokens, rollout.factors, rollout.cos, rollout.psi, strict=False))
+    left_out = len(tokens) - FIRST_TOKENS - LAST_TOKENS
+    return Ends(tokens[:FIRST_TOKENS], left_out, tokens[-LAST_TOKENS:]) if left_out > 0 else Ends(tokens, 0, [])
+
+
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(FOLDER / "templates"),
     autoescape=True,
@@ -73,7 +109,8 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-ENVIRONMENT.filters |= {filter.__name__: filter for filter in (factor_colour, fold, heat, percent, plain, signed)}
+FILTERS = (cut, ends, factor_colour, fold, heat, percent, plain, reading, signed, visible)
+ENVIRONMENT.filters |= {filter.__name__: filter for filter in FILTERS}
 ENVIRONMENT.tests["special_token"] = lambda text: text.startswith("<") and text.endswith(">")
 ENVIRONMENT.globals |= {"asset": asset, "zip": zip}
 ENVIRONMENT.policies["json.dumps_kwargs"] = {"allow_nan": False}

@@ -21,7 +21,7 @@ import io
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ from vgpo_trainer.runs.writing import write_atomically, writing
 
 if TYPE_CHECKING:
     from PIL import Image
+
+SMALL = 256  # pixels of a picture that a page shows without loss
 
 
 def version_of(package: str) -> str:
@@ -54,7 +56,10 @@ class StoredRollout:
 
     Attributes:
         image: File name in the run folder's ``images``, or None for a prompt without image.
+        cos: Visual signal of each token, whichever it is; NaN where no image was seen yet or a token was not scored.
         factors: What each token's advantage was multiplied by; with VGPO off, what it would have been.
+        correct: None where no reward function says so.
+        more_images: File names of a prompt's further images, in order.
     """
 
     step: int
@@ -69,7 +74,13 @@ class StoredRollout:
     reward: float
     advantage: float
     late_early_ratio: float
-    correct: bool
+    correct: bool | None
+    more_images: list[str] = field(default_factory=list)
+
+    @property
+    def group(self) -> tuple[int, str, str | None, tuple[str, ...], str | None]:
+        """What the responses to one problem of one step have in common."""
+        return self.step, self.prompt, self.image, tuple(self.more_images), self.answer
 
 
 class RunFolderError(ValueError):
@@ -125,17 +136,31 @@ class RunFolder:
         name = f"{hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest()}.png"
         if not (self.images / name).exists():
             with writing(self.images / name):
+                self.images.mkdir(parents=True, exist_ok=True)
                 image.convert("RGB").save(self.images / name)
         return name
 
     def append_rollouts(self, rollouts: Iterable[StoredRollout]) -> None:
         """Append to ``rollouts.jsonl``; numbers that are not finite become null."""
         with writing(self.rollouts), self.rollouts.open("a", encoding="utf-8") as file:
-            for rollout in rollouts:
-                file.write(json.dumps(finite(asdict(rollout))) + "\n")
+            file.writelines(map(_line, rollouts))
+
+    def keep_rollouts(self, before: int) -> None:
+        """Drop the rollouts of this step and later ones from ``rollouts.jsonl``, as a run does that starts there.
+
+        Raises:
+            RunFolderError: A line is not a rollout.
+            RunFailure: The file cannot be written.
+        """
+        if before <= 0:
+            with writing(self.rollouts):
+                self.rollouts.unlink(missing_ok=True)
+        elif self.rollouts.is_file():
+            kept = [rollout for rollout in self.read_rollouts() if rollout.step < before]
+            write_atomically(self.rollouts, "".join(map(_line, kept)))
 
     def read_rollouts(self) -> list[StoredRollout]:
-        """Read ``rollouts.jsonl``; none if there is no such file.
+        """Read ``rollouts.jsonl``; none if there is no such file. A last line cut short by a crash is left out.
 
         Raises:
             RunFolderError: A line is not a rollout.
@@ -144,7 +169,10 @@ class RunFolder:
             return []
         names = {field.name for field in fields(StoredRollout)}
         rollouts = []
-        for number, line in enumerate(self.rollouts.read_text(encoding="utf-8").splitlines(), 1):
+        lines = self.rollouts.read_text(encoding="utf-8").splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            if number == len(lines) and not line.endswith("\n"):
+                break
             try:
                 record = json.loads(line)
                 rollouts.append(StoredRollout(**{name: _number(name, record[name]) for name in names}))
@@ -176,10 +204,11 @@ class RunFolder:
         try:
             with Image.open(self.images / name) as image:
                 buffer = io.BytesIO()
-                image.convert("RGB").save(buffer, "PNG")
+                kind = "png" if max(image.size) <= SMALL else "jpeg"
+                image.convert("RGB").save(buffer, kind)
         except (OSError, ValueError):
             return None
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
     def inspection(self, image: str) -> Path:
         """The page of what the model looks at in an image of this folder, whether it exists or not."""
@@ -209,6 +238,10 @@ class RunFolder:
         if not isinstance(content, dict):
             raise RunFolderError(f"{path} does not hold a JSON object")
         return content
+
+
+def _line(rollout: StoredRollout) -> str:
+    return f"{json.dumps(finite(asdict(rollout), digits=6))}\n"
 
 
 _MAY_BE_NULL = ("reward", "advantage", "phi", "late_early_ratio")
