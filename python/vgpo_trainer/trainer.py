@@ -105,7 +105,6 @@ class VGPOTrainer(WithCard, GRPOTrainer):
             no integer, or the model has no final norm by a known name.
         ValueError: A setting of TRL that the loss with VGPO does not carry, sequences that accelerate is to split over
             processes, or a model without visual tokens.
-
     """
 
     args: VGPOTrainingConfig
@@ -524,7 +523,6 @@ class VGPOTrainer(WithCard, GRPOTrainer):
 
         Raises:
             RunFailure: The norm of the gradient is not finite, where no loss scale is to be found by trying.
-
         """
         if self.log_completions and "wandb" in self.args.report_to:
             tell_in_words(self._logs)

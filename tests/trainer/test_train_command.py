@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ pytest.importorskip("trl")
 from trainer.tiny_runs import picture, save_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 from vgpo_trainer.commands import train
+from vgpo_trainer.data import DataSource, load_rows
 from vgpo_trainer.runs.folder import RunFolder
 from vgpo_trainer.runs.metrics import read_metrics
 
@@ -174,6 +176,14 @@ def test_what_is_missing_is_asked_for(capsys):
         assert missing in capsys.readouterr().err
     assert train.main([]) == 0
     assert "most used" in capsys.readouterr().out
+
+
+def test_the_dataset_of_the_readme(tmp_path):
+    example = Path(__file__).parents[2] / "examples" / "digits.py"
+    subprocess.run([sys.executable, example, tmp_path / "digits"], check=True, capture_output=True)
+    for split, number in (("train", 2048), ("test", 64)):
+        rows = load_rows(DataSource(str(tmp_path / "digits"), split=split, check_images=False)).dataset
+        assert len(rows) == number and rows[0]["answer"].isdigit() and len(rows[0]["images"]) == 1
 
 
 # The folder of a run.
