@@ -9,6 +9,7 @@ finite ends a run before it reaches a checkpoint, and leaves the batch that made
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import warnings
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.formatwarning = lambda message, category, *_: f"vgpo train: {category.__name__}: {message}\n"
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
 
     from pickle import UnpicklingError
 
@@ -266,8 +267,8 @@ class Run:
             write_report(folder)
         if trainer.args.push_to_hub:
             trainer.push_to_hub(dataset_name=self.options.own.dataset)
-        if hasattr(trainer, "end"):  # of the trackers, since transformers 5.18
-            trainer.end()
+        if hasattr(trainer, "end"):  # since transformers 5.18; it parts the processes for good
+            atexit.register(trainer.end)
 
     def write_config(self, finished: Mapping[str, Any] | None = None) -> None:
         """Write every setting of the run to its folder, and how far it came once it is finished."""
