@@ -145,7 +145,8 @@ def test_a_configuration_trains_saves_and_resumes_as_every_other(name, trained):
 
 def test_what_is_wrong_at_the_start_is_said_once(inputs, tmp_path):
     """Before processes know of each other."""
-    finished = started([*VGPO, *command(inputs, tmp_path / "run", dataset=tmp_path / "nowhere")])
+    wrong = {"dataset": tmp_path / "nowhere", "settings": without_a_gpu("torchrun")}
+    finished = started([*VGPO, *command(inputs, tmp_path / "run", **wrong)])
     assert finished.returncode != 0
     (said,) = re.findall("^vgpo train: .*", finished.stderr, re.MULTILINE)
     assert "nowhere" in said
@@ -160,7 +161,8 @@ def test_what_stops_several_processes_is_said_by_the_first(inputs, tmp_path):
     bad = {"reward": f"{tmp_path / 'bad_reward.py'}:bad", "settings": without_a_gpu("torchrun")}
     finished = started([*VGPO, *command(inputs, tmp_path / "run", **bad)])
     assert finished.returncode != 0
-    said = re.findall("^vgpo train: .*", finished.stderr, re.MULTILINE)
-    assert said == ["vgpo train: the reward bad failed: KeyError: '1' (bad_reward.py:5); no checkpoint was saved"]
+    (said,) = re.findall("^vgpo train: .*", finished.stderr, re.MULTILINE)
+    place = r"KeyError: '1' \(bad_reward\.py:5\); no checkpoint was saved"
+    assert re.fullmatch(rf"vgpo train: the reward bad failed at metadata\.jsonl:\d: {place}", said)
     assert finished.stderr.count("the reward bad failed:\n") == 1
     assert not (tmp_path / "run" / "model").exists()
