@@ -167,6 +167,10 @@ class VGPOTrainingConfig(GRPOConfig):
         if self.vgpo_signal not in SOURCES:
             raise ValueError(f"vgpo_signal must be one of {', '.join(SOURCES)}, got {self.vgpo_signal!r}")
         self.check_signal()
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}: the responses of a group have to differ"
+            )
         if self.rollout_samples < 0:
             raise ValueError(f"rollout_samples must not be negative, got {self.rollout_samples}")
         changes = self._changes()

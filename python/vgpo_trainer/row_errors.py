@@ -7,6 +7,7 @@ Nothing here runs the model, whose passes are shared by all processes where it i
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -223,10 +224,10 @@ def naming_placeholders(trainer: GRPOTrainer, responses: Tensor) -> Iterator[Non
         if "do not match" not in str(error) or not said:
             raise
         name = _tokenizer(trainer).convert_ids_to_tokens(said[0])
+        kept = {"suppress_tokens": list(_visual_tokens(trainer))}  # in JSON, as a command line has it
         raise RunFailure(
             f"the policy said {name}, which stands for what an image or a video shows, so the response cannot be "
-            f"passed: {reason(error)}; generation_kwargs={{'suppress_tokens': {list(_visual_tokens(trainer))}}} keeps "
-            "it from that"
+            f"passed: {reason(error)}; generation_kwargs={json.dumps(kept)} keeps it from that"
         ) from error
 
 

@@ -60,6 +60,18 @@ def test_json_is_what_the_standard_says(folder: Path, content: bytes) -> None:
     assert parts_of(rows_of(folder / "rows.jsonl.gz")[0]) == parts_of(row)
 
 
+def test_paths_are_beside_the_file_or_else_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As datasets keeps them, and as files of lines are often written."""
+    path = write_lines(folder / "lists" / "rows.jsonl", {**GOOD, "image": "b.jpg"})
+    with pytest.raises(DatasetError, match=r"image .*lists/b\.jpg does not exist$"):
+        load(path)
+    monkeypatch.chdir(folder)
+    assert rows_of(path)[0]["images"][0].size == (6, 4)
+    write_images(path.parent)
+    (path.parent / "a.png").replace(path.parent / "b.jpg")
+    assert rows_of(path)[0]["images"][0].size == (4, 4)
+
+
 def test_rows_may_differ_in_fields_and_types(folder: Path) -> None:
     lines = [
         {**GOOD, "answer": 3, "extra": {"a": 1}},
@@ -108,7 +120,25 @@ def test_splits_of_a_folder_have_their_own_images(tmp_path: Path) -> None:
         ("rows.jsonl", json.dumps(GOOD).encode("utf-16-le"), r"rows\.jsonl is UTF-16 text"),
         ("rows.jsonl", b'{"a": 1}\n{"b": "\xe9"}\n', r"rows\.jsonl:2: not UTF-8 text: .* at byte 8"),
         ("rows.json", b'[{"a": 1},\n{"a" 2}]', r"rows\.json:2: not JSON: .* at column 6"),
-        ("rows.json", b'{\n "prompt": "?"\n}', r"rows\.json:1: not JSON: .*expected an object a line"),
+        ("rows.json", b'{\n "prompt": "?"\n}', r"rows\.json is no list of objects, nor an object a line$"),
+        ("rows.json", b'{\n "data": [{"prompt": "?"}]\n}', r"an object a line: jq -c '\.data\[\]' .* makes lines of"),
+        (
+            "rows.json",
+            b'{"v": 2, "data": [{"prompt": "?"}]}\n',
+            r"an object a line: jq -c '\.data\[\]' .* makes lines of",
+        ),
+        (
+            "rows.json",
+            b'{"1": {"prompt": "?"}, "2": {"prompt": "?"}}',
+            r"an object a line: jq -c '\.\[\]' .* makes lines of",
+        ),
+        ("rows.json", b'{"data": [{"prompt": "?"}]}\n{"prompt": "?"}', r"rows\.json:1: prompt is missing"),
+        (
+            "rows.csv",
+            b"image;prompt\na.png;one\n",
+            r"first line names one column, 'image;prompt'; expected ',' between",
+        ),
+        ("rows.tsv", b"image,prompt\na.png,one\n", r"names one column, 'image,prompt'; expected '\\t' between"),
         (
             "rows.jsonl.gz",
             gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-20],

@@ -278,3 +278,7 @@ def test_data_without_images_is_told(folder: Path) -> None:
         UserWarning, match=r"no row of .* has an image or a video: its fields are answer, picture, prompt"
     ):
         load(path)
+    with pytest.raises(
+        DatasetError, match=r"no row has the field 'pictures' that --image-column names: they have answer, "
+    ):
+        load(path, columns={"images": "pictures"})

@@ -276,6 +276,8 @@ def test_configurations_are_named(tmp_path: Path) -> None:
     assert [len(rows_of(tmp_path, config=name)) for name in ("easy", "hard")] == [1, 2]
     with pytest.raises(DatasetError, match=r"has the configurations easy, hard: say which by --dataset-config"):
         load(tmp_path)
+    with pytest.raises(DatasetError, match=r"is a file, which has no configurations: leave out --dataset-config"):
+        load(tmp_path / "easy.parquet", config="easy")
     with pytest.raises(DatasetError, match=r"has the configurations easy, hard: and 'huge' is none"):
         load(tmp_path, config="huge")
 

@@ -129,6 +129,18 @@ def test_the_command_writes_a_page(tmp_path, capsys):
     assert page.tags.count("script") == 2 and page.tags.count("rect") == 9
 
 
+def test_a_model_of_the_hub_is_asked_for(tmp_path, monkeypatch, capsys):
+    def refuse(name: str, *, local_files_only: bool = False, **_: object) -> None:
+        assert name == "org/model" and not local_files_only
+        raise ImportError("\nit needs torchvision\n")
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", refuse)
+    picture(1).save(tmp_path / "image.png")
+    command = ["inspect", "--model", "org/model", "--image", str(tmp_path / "image.png"), "--prompt", "Add."]
+    assert main(command) == 2
+    assert capsys.readouterr().err == "vgpo inspect: it needs torchvision\n"
+
+
 def test_what_cannot_be_inspected_is_said_in_a_line(tmp_path, capsys):
     image = tmp_path / "image.png"
     image.write_text("no image")

@@ -219,7 +219,7 @@ def test_a_placeholder_that_the_policy_says(tmp_path, monkeypatch):
     trainer.current_gradient_accumulation_steps = 1
     message = (
         r"^the policy said <\|image_pad\|>, which stands for .*: Image features and image tokens do not match, .*; "
-        r"generation_kwargs=\{'suppress_tokens': \[5, 6\]\} keeps it from that$"
+        r'generation_kwargs=\{"suppress_tokens": \[5, 6\]\} keeps it from that$'
     )
     with pytest.raises(RunFailure, match=message):
         trainer._compute_loss(trainer.model, {**batch, "completion_ids": said})

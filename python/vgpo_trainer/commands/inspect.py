@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from vgpo_trainer.options.arguments import indices, positive
+from vgpo_trainer.runs.writing import first_line
 
 DESCRIPTION = "Answer a prompt about an image, and write a page that shows what each token of the answer looks at."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``vgpo inspect`` to a parser."""
-    parser.add_argument("--model", required=True, metavar="PATH", help="folder of a Hugging Face vision-language model")
+    parser.add_argument("--model", required=True, metavar="ID_OR_PATH", help="vision-language model: hub id or folder")
     parser.add_argument("--image", required=True, type=Path, metavar="FILE", help="the image")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to ask about it")
     parser.add_argument(
@@ -57,19 +58,19 @@ def run(arguments: argparse.Namespace) -> int:
             layers=arguments.layers,
         )
         print(write_page(inspection, arguments.out))
-    except (OSError, ValueError, TypeError) as error:
-        print(f"vgpo inspect: {error}", file=sys.stderr)
+    except ModuleNotFoundError:
+        raise  # told by the vgpo command, with the extra that brings it
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(f"vgpo inspect: {first_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 def load_model(path: str) -> tuple[Any, Any]:
-    """Load a model and its processor from a folder (or the local cache), without the network."""
+    """Load a model and its processor: a folder, or an id of the hub."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    model: Any = AutoModelForImageTextToText.from_pretrained(
-        path, dtype="auto", local_files_only=True, trust_remote_code=False
-    )
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", trust_remote_code=False)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor

@@ -23,7 +23,7 @@ VIEWS = ("swap", "blank", "noise")  # of vgpo_trainer.probe, which takes seconds
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``vgpo probe`` to a parser."""
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help="folder of a Hugging Face vision-language model")
+    add("--model", required=True, metavar="ID_OR_PATH", help="vision-language model: hub id or folder")
     add_data_arguments(parser)
     add("--out", type=Path, default=Path("probe"), metavar="DIR", help="folder of the results (default: %(default)s)")
     add(
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--reward",
-        metavar="MODULE:FUNCTION",
-        help="reward function of TRL's form; default: 1 for the right answer, else 0",
+        metavar="NAME",
+        help="reward function, by one of the names that vgpo train takes; default: 1 for the right answer, else 0",
     )
     add("--vgpo", choices=("paper", "released"), default="paper", help="preset of psi and phi (default: %(default)s)")
     add("--prompts", type=positive, default=64, metavar="N", help="prompts, drawn at random (default: %(default)s)")

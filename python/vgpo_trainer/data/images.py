@@ -67,7 +67,7 @@ def is_null(value: Any) -> bool:
 
 
 def path_of(text: str, name: str, kind: str, folders: Sequence[str]) -> str:
-    """Return the path that a text of a row means, found in the first of the folders that has it.
+    """Return the path that a text of a row means, found in the first of the folders, and here at last, that has it.
 
     Raises:
         Unusable: The text is a URL, or the media itself in base64.
@@ -85,7 +85,8 @@ def path_of(text: str, name: str, kind: str, folders: Sequence[str]) -> str:
         raise Unusable(f"{name} holds a URL ({shown(text)}): download it first, and give the {kind}'s path")
     if _SCHEME.match(text):
         return text
-    places = [text if folder == "." else os.path.join(folder, text) for folder in folders] or [text]
+    # datasets itself stores and opens paths relative to the working directory.
+    places = [*(text if folder == "." else os.path.join(folder, text) for folder in folders), text]
     return next((place for place in places if os.path.isfile(place)), places[0])
 
 

@@ -14,12 +14,13 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from vgpo_trainer.data.errors import DatasetError
-from vgpo_trainer.data.rows import LINE, ROW
+from vgpo_trainer.data.errors import DatasetError, shown
+from vgpo_trainer.data.rows import LINE, NAMES, ROW
 
 JSON = (".jsonl", ".ndjson", ".json")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -88,12 +89,43 @@ def rows_of(files: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, st
             raise DatasetError(f"{file} cannot be read: {error}") from error
 
 
-def _lines(content: IO[bytes], file: str, name: str) -> Iterator[dict[str, str]]:
+def _lines(content: io.BufferedReader, file: str, name: str) -> Iterator[dict[str, str]]:
     # Of bytes, a line ends with a line feed: U+2028 inside a string ends none.
     for number, line in enumerate(content, start=1):
         text = _text(line, f"{file}:{number}").strip()
+        if number == 1 and ending_of(file) == ".json":
+            _refuse_one_object(text, content, file)
         if text:
             yield {ROW: f"{name}:{number}", LINE: text}
+
+
+def _refuse_one_object(line: str, content: io.BufferedReader, file: str) -> None:
+    """Refuse a file that is one object, over several lines or with its rows inside; told by its first line."""
+    whole: Any = None
+    several = False
+    try:
+        whole = json.loads(line)
+        if content.peek(1) or not isinstance(whole, dict) or any(name in whole for name in NAMES["prompt"]):
+            return
+    except json.JSONDecodeError as error:
+        if not line.startswith("{") or error.pos < len(line):
+            return
+        several = True
+        with suppress(json.JSONDecodeError):
+            whole = json.loads(line + _text(content.read(), file))
+    inside = whole.items() if isinstance(whole, dict) else ()
+    places = [f".{key}[]" for key, rows in inside if str(key).isidentifier() and _are_objects(rows)]
+    if _are_objects([rows for _, rows in inside]):
+        places = [".[]"]
+    told = f"{file} is no list of objects, nor an object a line"
+    if places:
+        raise DatasetError(f"{told}: jq -c '{places[0]}' {file} > rows.jsonl makes lines of the rows in it")
+    if several:
+        raise DatasetError(told)
+
+
+def _are_objects(rows: Any) -> bool:
+    return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) for row in rows)
 
 
 def _list_of_objects(content: IO[bytes], file: str, name: str) -> Iterator[dict[str, str]]:
@@ -110,6 +142,10 @@ def _cells(content: IO[bytes], file: str, name: str, separator: str) -> Iterator
     try:
         names = next(reader, [])
         number = reader.line_num + 1
+        if len(names) == 1 and any(mark in names[0] for mark in ",;|\t"):
+            raise DatasetError(
+                f"{file}: its first line names one column, {shown(names[0])}; expected {separator!r} between cells"
+            )
         for cells in reader:
             if len(cells) > len(names):
                 raise DatasetError(

@@ -245,6 +245,12 @@ def _tell_of_text(source: DataSource, opened: OpenedSource, names: Iterable[str]
         raise DatasetError(
             f"{source.path}: no row has an image, but there are some in column {others[0]!r}: say {others[1]}"
         )
+    for role in ("images", "videos"):
+        if (name := source.columns.get(role)) is not None and name.partition(".")[0] not in names:
+            listed = ", ".join(sorted(names))
+            raise DatasetError(
+                f"{source.path}: no row has the field {name!r} that {FLAGS[role]} names: they have {listed}"
+            )
     warnings.warn(
         f"no row of {source.path} has an image or a video: its fields are {', '.join(sorted(names))}; "
         "--image-column names the one with images",

@@ -36,6 +36,8 @@ def open_source(source: DataSource) -> OpenedSource:
     if path.is_dir():
         return choose(source, _of_folder(path, source))
     if path.exists():
+        if source.config is not None:
+            raise DatasetError(f"{source.path} is a file, which has no configurations: leave out --dataset-config")
         return choose(source, _of_files({_split_of(path): [path]}, path.parent, source))
     return choose(source, _of_hub(source))
 

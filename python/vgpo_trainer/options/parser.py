@@ -20,6 +20,8 @@ from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.options.names import DEFAULTS, SHORT_NAMES, TRL_NAMES, flags
 from vgpo_trainer.options.own import add_own_arguments
 
+# What TRL says where a step does not hold whole groups, in names of fields that nobody gave.
+_INDIVISIBLE = re.compile(r"generation_batch_size \((\d+)\) must be divisible by num_generations \((\d+)\)")
 KINDS = (VGPOTrainingConfig, ModelConfig)
 
 
@@ -240,6 +242,11 @@ def _build(kind: type, settings: Mapping[str, Any]) -> Any:
                 raise OptionError(f"--{name} is not JSON: {error}") from error
     try:
         return kind(**settings)
+    except ValueError as error:
+        if found := _INDIVISIBLE.match(str(error)):
+            told = "--batch-size times --accumulate times processes must be a multiple of --generations"
+            raise OptionError(f"{told}, got {found[1]} and {found[2]}") from error
+        raise
     except (TypeError, AttributeError) as error:  # a value of another type, which nothing checks
         listed = ", ".join(f"{_shown(name)}={value!r}" for name, value in settings.items() if name not in ("bf16",))
         raise OptionError(f"a setting has a value of another type than it takes: {error} ({listed})") from error

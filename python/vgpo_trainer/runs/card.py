@@ -185,7 +185,8 @@ def _numbers(trainer: Trainer, args: VGPOTrainingConfig) -> list[str]:
             (before, first), (after, last) = measured[0], measured[-1]
             when = f"after step {before} and after step {after}" if len(measured) > 1 else f"after step {after} only"
             rows.append((f"held-out {name}", f"{first:.4g}" if len(measured) > 1 else "", f"{last:.4g}", when))
-    spent = f"{trainer.state.global_step} steps in {write_time(seconds_of(records))} on {device(trainer)}."
+    steps = trainer.state.global_step
+    spent = f"{steps} step{'' if steps == 1 else 's'} in {write_time(seconds_of(records))} on {device(trainer)}."
     head = "| | first | last | |\n|---|---|---|---|\n"
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return ["## Numbers", *([head + table] if rows else []), spent]
