@@ -147,7 +147,7 @@ def test_vgpo_train_with_lora_and_a_reward_of_ones_own(checkpoint, dataset, tmp_
         (["--los-type", "grpo"], "there is no option --los-type; did you mean --loss-type"),
         (["--loss_type", "ppo"], "loss_type must be one of"),
         (["--vgpo_beta", "foo"], "--vgpo_beta: invalid float value: 'foo'"),
-        (["--generations", "3"], "must be a multiple of --generations, got 8 and 3"),
+        (["--generations", "3"], r"must be a multiple of --generations, got \d+ and 3"),
         (["--accumulate", "16"], "takes 16 prompts .* has 8"),
         (["--reward", "nothing"], "nothing"),
         (["--reward-weights", "1", "2"], "--reward-weights has 2 numbers for 1 rewards: exact_answer"),
