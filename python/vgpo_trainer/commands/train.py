@@ -308,6 +308,8 @@ def run_identity(options: Options) -> dict[str, Any]:
 
 def one_line(error: BaseException) -> str:
     """What an error says, without its line breaks, or its kind where it says nothing."""
+    if isinstance(error, ImportError) and "Torchvision" in str(error):  # a page of advice, on notebooks mostly
+        return "the model's processor needs torchvision, also where no row has a video: pip install torchvision"
     return " ".join(str(error).split()) or type(error).__name__
 
 
