@@ -71,6 +71,11 @@ def test_what_is_given_and_what_follows(tmp_path):
         (["--vgpo_gate", "false"], "vgpo_gate", False),
         (["--mask_truncated_completions"], "mask_truncated_completions", True),
         (["--epsilon-high", "none"], "epsilon_high", None),
+        (["--vgpo-gate=none"], "vgpo_gate", None),
+        (["--reward_weights", "none", "--kl", "0"], "reward_weights", None),
+        (["--generation-kwargs", "none"], "generation_kwargs", None),
+        (["--run_name", "none"], "run_name", "none"),
+        (["--lr_scheduler_kwargs", "none"], "lr_scheduler_kwargs", None),
         (["--generation_kwargs", '{"top_k": 5}'], "generation_kwargs", {"top_k": 5}),
         (["--reward-weights", "1", "0.5"], "reward_weights", [1.0, 0.5]),
         (["--kl", "0.01"], "beta", 0.01),
@@ -127,6 +132,23 @@ def test_options_of_trl_grpo_are_known_by_its_names():
         (["--optim", "adam9"], "--optim: invalid choice: 'adam9'"),
         (["--lr_scheduler_type", "steep"], "--lr_scheduler_type: invalid choice: 'steep'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "a.yaml", "--config=b.yaml"], "--config is given more than once"),
+        (["--generations", "0"], "--num_generations must be an integer of at least 1, got 0"),
+        (["--batch-size", "0"], "--per_device_train_batch_size must be an integer of at least 1, got 0"),
+        (["--accumulate", "-1"], "--gradient_accumulation_steps must be an integer of at least 1, got -1"),
+        (["--save-every", "inf"], "a setting is out of range: cannot convert float infinity to integer"),
+        (["--resume_from_checkpoint", "a"], "--resume_from_checkpoint has no effect here"),
+        (["--lr_scheduler_kwargs", "x"], "--lr_scheduler_kwargs must be a JSON object, got 'x'"),
+        (["--lr_scheduler_kwargs", '{"a": 1}'], "no schedule can be made"),
+        (["--warmup-steps", "nan"], "no schedule can be made"),
+        (["--learning-rate", "nan"], "no optimiser can be made"),
+        (["--adam-beta1", "3"], "no optimiser can be made"),
+        (["--optim-args", "x"], "no optimiser can be made"),
+        (["--temperature", "0"], "--temperature must be finite and positive, got 0.0"),
+        (["--top-p", "2"], "--top_p must be at most 1, got 2.0"),
+        (["--kl", "nan"], "--beta must be finite and not negative, got nan"),
+        (["--scale-rewards", "x"], "--scale_rewards must be one of group, batch, none, true, false, got 'x'"),
+        (["--reward-weights", "nan"], "--reward_weights must be finite, got nan"),
     ],
 )
 def test_a_wrong_option_is_one_line(line, message):
@@ -186,6 +208,8 @@ def test_what_was_given_can_be_read_back(tmp_path):
         ("max_pixels: 0\n", "max-pixels: must be positive, got 0"),
         ("config: other.yaml\n", "there is no option config"),
         ("env: 3\n", "env must hold names and values, got int"),
+        ("env: {a=b: 3}\n", "env holds a name or value that no environment has"),
+        ("steps: 1\nmax_steps: 2\n", "steps and max_steps are the same option"),
     ],
 )
 def test_a_wrong_file_of_settings_is_one_line(tmp_path, text, message):
@@ -195,6 +219,20 @@ def test_a_wrong_file_of_settings_is_one_line(tmp_path, text, message):
         read_config(path)
     assert str(caught.value).startswith(f"--config {path}") and message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000])
+def test_a_file_of_settings_that_is_no_text_or_too_deep_is_named(tmp_path, content):
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    with pytest.raises(OptionError, match=r"run\.json is neither YAML nor JSON"):
+        read_config(path)
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text('{"steps": 3}', encoding="utf-8-sig")
+    assert read_config(path) == {"max_steps": 3}
 
 
 def test_short_names_are_of_fields():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from vgpo_trainer.rewards import exact_answer, load_reward, load_rewards, needs_answer
+from vgpo_trainer.rewards.calling import guarded
 from vgpo_trainer.runs.writing import RunFailure
 
 FILE = '''\
@@ -217,6 +218,34 @@ def test_a_function_that_fails_ends_the_run_in_one_line(file, capsys, name, mess
         assert isinstance(failure.value.__cause__, (ZeroDivisionError, ValueError))
     else:
         assert said == ""
+
+
+def clears(completions, **_):
+    completions.clear()
+    return []
+
+
+def leaves(completions, **_):
+    sys.exit(3)
+
+
+def beyond_floats(completions, **_):
+    return [10**400] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (clears, "returned 0 rewards for 3 completions"),
+        (leaves, r"failed at train\[0\]: SystemExit: 3 \(.*\)"),
+        (beyond_floats, r"returned 10+\.\.\. for train\[0\], expected a finite number or None"),
+    ],
+)
+def test_whatever_a_function_does_is_said_in_one_line(function, message):
+    completions = ["1", "2", "3"]
+    with pytest.raises(RunFailure, match=rf"^the reward f {message}$"):
+        guarded(function, "f")(**{**GIVEN, "completions": completions})
+    assert completions == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,13 @@ def test_more_steps_go_on_with_the_schedule_of_all(checkpoint, dataset, tmp_path
         assert [record["loss"] for record in extended] == pytest.approx([record["loss"] for record in whole], rel=1e-4)
 
 
+def test_a_run_that_logs_no_step_is_done_without_a_report(checkpoint, dataset, tmp_path, capsys):
+    line = options(checkpoint, dataset, tmp_path / "run", "--steps", 1, "--logging-steps", 2)
+    assert train.main(line) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"model: {tmp_path / 'run' / 'model'}"
+    assert train.main(line) == 0 and "is finished" in capsys.readouterr().out
+
+
 def test_a_run_is_made_again_from_its_config(checkpoint, dataset, finished, tmp_path, capsys):
     config = finished / "config.json"
     assert train.main(["--config", str(config)]) == 0

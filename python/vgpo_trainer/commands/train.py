@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -128,6 +129,7 @@ def prepare(options: Options, argv: Sequence[str] = ()) -> Run | None:
         command=("vgpo", "train", *argv),
     )
     if trainer.is_world_process_zero():
+        run.lock()
         run.write_config()
         if checkpoint is not None:
             print(f"resuming from {checkpoint}", flush=True)
@@ -238,9 +240,16 @@ class Run:
                 ending = f"a smaller --batch-size with more --accumulate takes less; {ending}"
             complain(f"vgpo train: {'interrupted' if interrupted else one_line(error)}; {ending}")
             return 130 if interrupted else 1
+        except Exception as error:  # of libraries, or a defect of ours: somebody will want to see where
+            path = self.folder.path / f"error-{os.environ.get('RANK', '0')}.txt"
+            path.write_text(traceback.format_exc())
+            complain(f"vgpo train: {type(error).__name__}: {one_line(error)}; the traceback is in {path}")
+            return 1
         if self.trainer.is_world_process_zero():
             folder = self.folder
-            print(f"model: {folder.model}\nreport: {folder.report}\nmetrics: {folder.metrics}", flush=True)
+            print(f"model: {folder.model}", flush=True)
+            if folder.metrics.is_file():
+                print(f"report: {folder.report}\nmetrics: {folder.metrics}", flush=True)
         return 0
 
     def _train(self) -> None:
@@ -264,11 +273,29 @@ class Run:
         if trainer.is_world_process_zero():
             write_card(trainer, folder.model)
             self.write_config({"global_step": trainer.state.global_step, "epoch": trainer.state.epoch})
-            write_report(folder)
+            if folder.metrics.is_file():  # none where no step was logged
+                write_report(folder)
         if trainer.args.push_to_hub:
             trainer.push_to_hub(dataset_name=self.options.own.dataset)
         if hasattr(trainer, "end"):  # since transformers 5.18; it parts the processes for good
             atexit.register(trainer.end)
+
+    def lock(self) -> None:
+        """Keep the folder to this process while it lasts.
+
+        Raises:
+            RunError: Another process has it.
+
+        """
+        from filelock import FileLock, Timeout
+
+        with writing(self.folder.path):
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(f"{self.folder.path} is written by another run that is under way; choose another --out") from error
 
     def write_config(self, finished: Mapping[str, Any] | None = None) -> None:
         """Write every setting of the run to its folder, and how far it came once it is finished."""
@@ -282,8 +309,6 @@ class Run:
             "model": asdict(self.options.model),
             "versions": versions_of_a_run(),
         }
-        with writing(self.folder.config):
-            self.folder.path.mkdir(parents=True, exist_ok=True)
         self.folder.write_config(content if finished is None else {**content, "finished": dict(finished)})
 
 

@@ -17,6 +17,7 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from vgpo_trainer.config import VGPOTrainingConfig
+from vgpo_trainer.options.checks import check_given, check_optimizer
 from vgpo_trainer.options.names import DEFAULTS, SHORT_NAMES, TRL_NAMES, flags
 from vgpo_trainer.options.own import add_own_arguments
 
@@ -67,6 +68,8 @@ def parse_options(argv: Sequence[str]) -> Options:
         OSError: The file of settings cannot be read.
         ImportError: A setting needs a package that is not there.
     """
+    if sum(part.partition("=")[0] == "--config" for part in argv) > 1:
+        raise OptionError("--config is given more than once: one file holds all settings")
     line = _parse(argv)
     written = read_config(Path(line["config"])) if line.get("config") else {}
     given = {name: value for name, value in {**written, **line}.items() if name != "config"}
@@ -75,7 +78,10 @@ def parse_options(argv: Sequence[str]) -> Options:
     _settle_adapter(model, given)
     training = {name: given[name] for name in _names(VGPOTrainingConfig) if name in given}
     _settle_training(training, own)
-    return Options(argparse.Namespace(**own), _build(VGPOTrainingConfig, {**DEFAULTS, **training}), model, given)
+    check_given(training)
+    settings = _build(VGPOTrainingConfig, {**DEFAULTS, **training})
+    check_optimizer(settings)
+    return Options(argparse.Namespace(**own), settings, model, given)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -88,10 +94,10 @@ def read_config(path: Path) -> dict[str, Any]:
         OptionError: It is no mapping, names an option that does not exist, or a value does not do.
         OSError: It cannot be read.
     """
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise OptionError(f"--config {path} is neither YAML nor JSON: {reason}") from error
     if not isinstance(content, dict):
@@ -101,13 +107,20 @@ def read_config(path: Path) -> dict[str, Any]:
     environment = content.pop("env", {})
     if not isinstance(environment, dict):
         raise OptionError(f"--config {path}: env must hold names and values, got {type(environment).__name__}")
-    os.environ.update({str(name): str(value) for name, value in environment.items()})
+    try:
+        os.environ.update({str(name): str(value) for name, value in environment.items()})
+    except (ValueError, OSError) as error:
+        raise OptionError(f"--config {path}: env holds a name or value that no environment has: {error}") from error
     values: dict[str, Any] = {}
     scalars = []
+    keys: dict[str, str] = {}
     for key, value in content.items():
         name = _field_of(str(key))
         if name is None or name == "config":
             raise OptionError(f"--config {path}: there is no option {key}{_did_you_mean(str(key))}")
+        if name in keys:
+            raise OptionError(f"--config {path}: {keys[name]} and {key} are the same option")
+        keys[name] = str(key)
         if value is None or isinstance(value, (list, dict)) or _is_switch(name):
             values[name] = _as_written(name, value, f"--config {path}: {key}")
         else:
@@ -148,6 +161,7 @@ def _own_defaults() -> dict[str, Any]:
 
 def _parse(argv: Sequence[str]) -> dict[str, Any]:
     """What a command line gives, by field."""
+    argv, nothing = _without_nothing(argv)
     given, rest = _parser().parse_known_args(argv)
     if rest:
         option = rest[0].partition("=")[0]
@@ -156,7 +170,36 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
         if option == "--set":
             raise OptionError("--set is gone: every setting is an option of its own, --use_cpu true or --beta 0.01 say")
         raise OptionError(f"there is no option {option}{_did_you_mean(option)}")
-    return vars(given)
+    return {**vars(given), **dict.fromkeys(nothing)}
+
+
+def _without_nothing(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take options whose value is the word none from a command line, but for those that take text.
+
+    Returns:
+        The rest, and the fields that are to be None.
+    """
+    rest: list[str] = []
+    nothing: list[str] = []
+    parts = list(argv)
+    while parts:
+        part = parts.pop(0)
+        option, equals, value = part.partition("=")
+        word = value if equals else (parts[0] if parts else "")
+        name = _field_of(option.removeprefix("--")) if option.startswith("--") else None
+        if name is None or word.lower() != "none" or not _may_be_empty(name):
+            rest.append(part)
+            continue
+        nothing.append(name)
+        if not equals:
+            parts.pop(0)
+    return rest, nothing
+
+
+def _may_be_empty(name: str) -> bool:
+    """Whether a field may be None and takes no text, of which "none" might be one."""
+    hints = [get_type_hints(kind)[name] for kind in KINDS if name in _names(kind)]
+    return any("None" in str(hint) and hint != (str | None) and name not in ("vgpo", "report_to") for hint in hints)
 
 
 def _names(kind: type) -> list[str]:
@@ -247,9 +290,16 @@ def _build(kind: type, settings: Mapping[str, Any]) -> Any:
             told = "--batch-size times --accumulate times processes must be a multiple of --generations"
             raise OptionError(f"{told}, got {found[1]} and {found[2]}") from error
         raise
+    except ArithmeticError as error:  # an infinite number of steps
+        raise OptionError(f"a setting is out of range: {error} ({_listed(settings)})") from error
     except (TypeError, AttributeError) as error:  # a value of another type, which nothing checks
-        listed = ", ".join(f"{_shown(name)}={value!r}" for name, value in settings.items() if name not in ("bf16",))
-        raise OptionError(f"a setting has a value of another type than it takes: {error} ({listed})") from error
+        raise OptionError(
+            f"a setting has a value of another type than it takes: {error} ({_listed(settings)})"
+        ) from error
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{_shown(name)}={value!r}" for name, value in settings.items() if name not in ("bf16",))
 
 
 def _shown(name: str) -> str:

@@ -54,7 +54,7 @@ def guarded(function: Reward, name: str) -> Reward:
             arguments = _arguments(function, name, given)
             try:
                 rewards = await function(**arguments)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise _failure(name, error, None) from error
             return checked_rewards(rewards, name, given)
 
@@ -64,7 +64,7 @@ def guarded(function: Reward, name: str) -> Reward:
         arguments = _arguments(function, name, given)
         try:
             rewards = function(**arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _failure(name, error, _failing_row(function, arguments, given, error)) from error
         return checked_rewards(rewards, name, given)
 
@@ -99,7 +99,7 @@ def checked_rewards(rewards: Any, name: str, given: Mapping[str, Any]) -> list[f
     values: list[float | None] = []
     for index, item in enumerate(listed):
         value = item.item() if hasattr(item, "item") and getattr(item, "size", None) is not None else item
-        if value is not None and (not isinstance(value, Real) or math.isinf(value)):
+        if value is not None and (not isinstance(value, Real) or not _fits(value)):
             row = _row(given, index)
             raise RunFailure(
                 f"the reward {name} returned {_shown(value)} for {row or f'completion {index}'}, expected a finite "
@@ -107,6 +107,14 @@ def checked_rewards(rewards: Any, name: str, given: Mapping[str, Any]) -> list[f
             )
         values.append(None if value is None else float(value))
     return values
+
+
+def _fits(value: Real) -> bool:
+    """Whether a number is NaN, which TRL takes for no reward, or a finite float."""
+    try:
+        return not math.isinf(float(value))
+    except OverflowError:
+        return False
 
 
 def place_of(error: BaseException) -> str:
@@ -121,7 +129,8 @@ def place_of(error: BaseException) -> str:
 def _arguments(function: Reward, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """What of the given arguments a function takes, with the right answer by the name that it asks for."""
     parameters = parameters_of(function)
-    arguments = dict(given)
+    # Lists of its own, so that a function that changes one changes nothing else.
+    arguments = {key: list(value) if isinstance(value, list) else value for key, value in given.items()}
     known = next((arguments[known] for known in ANSWER_NAMES if known in arguments), None)
     if known is not None:
         arguments = {**dict.fromkeys(ANSWER_NAMES, known), **arguments}
@@ -140,7 +149,7 @@ def _arguments(function: Reward, name: str, given: Mapping[str, Any]) -> dict[st
     return {argument: value for argument, value in arguments.items() if argument in parameters}
 
 
-def _failure(name: str, error: Exception, row: str | None) -> RunFailure:
+def _failure(name: str, error: BaseException, row: str | None) -> RunFailure:
     frames = _user_frames(error)
     if frames:
         lines = "".join(traceback.format_list(frames))
@@ -160,7 +169,7 @@ def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def _failing_row(
-    function: Reward, arguments: Mapping[str, Any], given: Mapping[str, Any], error: Exception
+    function: Reward, arguments: Mapping[str, Any], given: Mapping[str, Any], error: BaseException
 ) -> str | None:
     """The row whose completion raises the same kind of error by itself, looked for while there is time."""
     count = len(given["completions"])

@@ -51,6 +51,6 @@ def write_atomically(path: Path, text: str) -> None:
             raise
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
