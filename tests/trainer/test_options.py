@@ -144,7 +144,6 @@ def test_options_of_trl_grpo_are_known_by_its_names():
         (["--learning-rate", "nan"], "no optimiser can be made"),
         (["--adam-beta1", "3"], "no optimiser can be made"),
         (["--optim-args", "x"], "no optimiser can be made"),
-        (["--temperature", "0"], "--temperature must be finite and positive, got 0.0"),
         (["--top-p", "2"], "--top_p must be at most 1, got 2.0"),
         (["--kl", "nan"], "--beta must be finite and not negative, got nan"),
         (["--scale-rewards", "x"], "--scale_rewards must be one of group, batch, none, true, false, got 'x'"),

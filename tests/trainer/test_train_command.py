@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 pytest.importorskip("trl")
 
@@ -233,6 +234,24 @@ def test_a_finished_run_stays_as_it_is(checkpoint, dataset, finished, capsys):
         assert train.main(short(checkpoint, dataset, finished, *more)) == 0
         assert "is finished, after 2 steps: more --steps or --epochs go on" in capsys.readouterr().out
     assert contents(finished) == before
+
+
+def test_two_runs_do_not_share_a_folder(checkpoint, dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    with FileLock(out / ".lock"):
+        assert train.main(short(checkpoint, dataset, out)) == 2
+        assert f"another process is training in {out}" in capsys.readouterr().err
+    assert not (out / "config.json").exists()
+    assert train.main(short(checkpoint, dataset, out)) == 0
+
+
+def test_an_error_that_nobody_foresaw_is_a_line_and_a_traceback_in_a_file(checkpoint, dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main(short(checkpoint, dataset, out, "--eval_on_start", "true")) == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vgpo train: ")]
+    assert re.fullmatch(rf"vgpo train: ValueError: .*eval_dataset.*; the traceback is in {out / 'error-0.txt'}", said)
+    assert "Traceback" in (out / "error-0.txt").read_text()
 
 
 def test_a_run_that_lacks_only_its_model_writes_it(checkpoint, dataset, finished, tmp_path, capsys):

@@ -218,6 +218,7 @@ class Run:
     trainer: VGPOTrainer
     checkpoint: Path | None
     complete: bool
+    _lock: Any = None
 
     def train(self) -> int:
         """Train, and write what comes of it.
@@ -245,6 +246,9 @@ class Run:
             path.write_text(traceback.format_exc())
             complain(f"vgpo train: {type(error).__name__}: {one_line(error)}; the traceback is in {path}")
             return 1
+        finally:
+            if self._lock is not None:
+                self._lock.release()
         if self.trainer.is_world_process_zero():
             folder = self.folder
             print(f"model: {folder.model}", flush=True)
@@ -295,7 +299,7 @@ class Run:
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
-            raise RunError(f"{self.folder.path} is written by another run that is under way; choose another --out") from error
+            raise RunError(f"another process is training in {self.folder.path}; choose another --out") from error
 
     def write_config(self, finished: Mapping[str, Any] | None = None) -> None:
         """Write every setting of the run to its folder, and how far it came once it is finished."""

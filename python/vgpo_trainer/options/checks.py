@@ -18,7 +18,7 @@ COUNTS = (
     "max_completion_length",
     "pad_to_multiple_of",
 )
-POSITIVE = ("temperature", "repetition_penalty", "sapo_temperature_neg", "sapo_temperature_pos")
+POSITIVE = ("repetition_penalty", "sapo_temperature_neg", "sapo_temperature_pos")
 NOT_NEGATIVE = ("top_p", "top_k", "min_p", "epsilon", "epsilon_high", "delta", "beta", "dataloader_num_workers")
 NOT_NEGATIVE += ("top_entropy_quantile", "vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg")
 AT_MOST_ONE = ("top_p", "min_p", "top_entropy_quantile")
