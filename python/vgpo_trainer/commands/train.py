@@ -243,7 +243,8 @@ class Run:
             return 130 if interrupted else 1
         except Exception as error:  # of libraries, or a defect of ours: somebody will want to see where
             path = self.folder.path / f"error-{os.environ.get('RANK', '0')}.txt"
-            path.write_text(traceback.format_exc())
+            with suppress(OSError):
+                path.write_text(traceback.format_exc())
             complain(f"vgpo train: {type(error).__name__}: {one_line(error)}; the traceback is in {path}")
             return 1
         finally:

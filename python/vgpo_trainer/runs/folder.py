@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -46,8 +47,9 @@ def version_of(package: str) -> str:
 
 
 def versions_of_a_run() -> dict[str, str]:
-    """Versions that what a run computes depends on."""
-    return {package: version_of(package) for package in ("torch", "transformers", "trl")}
+    """Versions that what a run computes depends on; rewards may depend on math-verify, where it is installed."""
+    optional = ["math-verify"] if find_spec("math_verify") else []
+    return {package: version_of(package) for package in ("torch", "transformers", "trl", *optional)}
 
 
 @dataclass(frozen=True)
