@@ -382,7 +382,7 @@ def count(lines: list[str]) -> tuple[int, int, int]:
 
 def decided(asked: str) -> int:
     """Count the test runs that decide."""
-    return len(re.findall(r"^(?:test|verl-e2e|vllm-e2e) ", asked, re.MULTILINE))
+    return len(re.findall(r"^(?:test|test-videos|verl-e2e|vllm-e2e) ", asked, re.MULTILINE))
 
 
 def test_every_test_file_is_in_one_room(tmp_path: Path) -> None:
@@ -434,6 +434,6 @@ def test_newest_releases_that_are_the_locked_ones_are_not_run_twice(tmp_path: Pa
 
 
 def test_a_room_that_fails_fails_the_run(tmp_path: Path) -> None:
-    code, lines, asked = integrate(tmp_path, failing="test verl-e2e vllm-e2e")
+    code, lines, asked = integrate(tmp_path, failing="test test-videos verl-e2e vllm-e2e")
     assert code == 1
     assert count(lines) == (decided(asked), decided(asked), decided(asked))

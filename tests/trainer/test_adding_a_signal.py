@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from trainer.test_trainer_signal import capture_unshuffled, hidden_and_masks
 from trainer.tiny_runs import generation_batch, make_trainer, rows
 from vgpo_trainer import signals
-from vgpo_trainer.cli import build_parser
+from vgpo_trainer.options.parser import parse_options
 from vgpo_trainer.runs.metrics import read_metrics
 from vgpo_trainer.signals.factors import compute_factors
 
@@ -132,5 +132,5 @@ def test_a_token_that_saw_no_image_has_no_signal_whatever_a_signal_says():
 
 
 def test_the_command_line_offers_it(nearest):
-    asked = ["train", "--model", "m", "--dataset", "d", "--out", "o", "--signal", "nearest"]
-    assert build_parser().parse_args(asked).signal == "nearest"
+    asked = ["--model", "m", "--dataset", "d", "--out", "o", "--signal", "nearest", "--use_cpu", "true"]
+    assert parse_options(asked).training.signal == "nearest"
