@@ -282,6 +282,7 @@ def step_rows(size: object, base: float) -> list[dict[str, object]]:
     ]
 
 
+@pytest.mark.slow
 def test_the_share_of_vgpo_follows_from_rows_and_is_extrapolated_in_depth(tmp_path: Path) -> None:
     table = tmp_path / "gpu.csv"
     deep, shallow = bench_training_step.GPU_SIZES
