@@ -195,8 +195,7 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         """The latest responses with their visual signal, oldest first; on the main process only."""
         return list(self._recorder.samples)
 
-    # Rollouts: what TRL generates and scores, with the number of its group and, where they are known by then, its
-    # factors.
+    # Rollouts: what TRL generates and scores, with its group and, where they are known by then, its factors.
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         refuse_unread(inputs)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("trl")
 
-from trainer.tiny_runs import picture, save_model
+from trainer.tiny_runs import save_model, save_rows
 from transformers import AutoModelForImageTextToText
 from vgpo_trainer.runs.metrics import read_metrics
 
@@ -46,12 +46,7 @@ def inputs(tmp_path_factory) -> Path:
     """A folder with a model and a dataset."""
     folder = tmp_path_factory.mktemp("inputs")
     save_model(folder / "model")
-    (folder / "data").mkdir()
-    rows = []
-    for row in range(8):
-        picture(row).save(folder / "data" / f"{row}.png")
-        rows.append({"image": f"{row}.png", "prompt": "Add the digits.", "answer": row})
-    (folder / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    save_rows(folder / "data")
     return folder
 
 

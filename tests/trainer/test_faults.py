@@ -21,7 +21,7 @@ pytest.importorskip("trl")
 
 from PIL import Image
 from safetensors import safe_open
-from trainer.tiny_runs import picture, save_model
+from trainer.tiny_runs import save_model, save_rows
 from transformers import AutoModelForImageTextToText
 from vgpo_trainer import cli
 from vgpo_trainer.commands import train
@@ -45,13 +45,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    lines = []
-    for row in range(8):
-        picture(row).save(folder / f"{row}.png")
-        lines.append(json.dumps({"image": f"{row}.png", "prompt": "Add the digits.", "answer": row}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    return save_rows(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

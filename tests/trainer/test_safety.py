@@ -17,7 +17,7 @@ pytest.importorskip("trl")
 
 from safetensors.torch import load_file
 from trainer.test_report import Page
-from trainer.tiny_runs import picture, save_model
+from trainer.tiny_runs import picture, save_model, save_rows
 from vgpo_trainer import cli
 from vgpo_trainer.demo import ablation as demo_ablation
 from vgpo_trainer.reports import pages
@@ -51,12 +51,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for row in range(4):
-        picture(row).save(folder / f"{row}.png")
-    lines = [json.dumps({"image": f"{row}.png", "prompt": "Add.", "answer": row}) for row in range(4)]
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    return save_rows(tmp_path_factory.mktemp("data"), 4, "Add.")
 
 
 @pytest.fixture

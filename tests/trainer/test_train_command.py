@@ -15,7 +15,7 @@ from filelock import FileLock
 
 pytest.importorskip("trl")
 
-from trainer.tiny_runs import picture, save_model
+from trainer.tiny_runs import picture, save_model, save_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 from vgpo_trainer.commands import train
 from vgpo_trainer.data import DataSource, load_rows
@@ -30,13 +30,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    lines = []
-    for row in range(8):
-        picture(row).save(folder / f"{row}.png")
-        lines.append(json.dumps({"image": f"{row}.png", "prompt": "Add the digits.", "answer": row}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    return save_rows(tmp_path_factory.mktemp("data"))
 
 
 def options(checkpoint: Path, dataset: Path, out: Path, *more: str) -> list[str]:

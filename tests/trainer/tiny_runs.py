@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,17 @@ def save_model(folder: str | Path, family: str = "llava") -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return Path(folder)
+
+
+def save_rows(folder: Path, number: int = 8, prompt: str = "Add the digits.") -> Path:
+    """Write a dataset of images beside a ``metadata.jsonl``; the answer is the row's number."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for row in range(number):
+        picture(row).save(folder / f"{row}.png")
+        lines.append(json.dumps({"image": f"{row}.png", "prompt": prompt, "answer": row}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 def picture(seed: int, size: int = 48) -> Image.Image:

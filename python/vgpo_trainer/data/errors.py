@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vgpo_trainer.runs.writing import first_line
+
 SHOWN = 80  # characters of a value that a message quotes
 
 
@@ -43,4 +45,4 @@ def reason(error: BaseException) -> str:
         "DatasetGenerationCastError",
     ):
         error = error.__cause__
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return first_line(error)

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vgpo_trainer.data.errors import Unusable, shown
+from vgpo_trainer.data.errors import Unusable, reason, shown
 
 # How base64 of PNG, JPEG, GIF, WebP, BMP and TIFF files begins.
 _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK")
@@ -146,8 +146,7 @@ def opened(image: Any) -> Iterator[Image.Image]:
             f"cannot read image{name}: broken, or of no format that Pillow knows; it {_begin(image)}"
         ) from error
     except Exception as error:  # Pillow's decoders raise anything for a broken file: SyntaxError, struct.error, ...
-        told = str(error).partition("\n")[0] or type(error).__name__
-        raise Unusable(f"cannot read image{name}: {told}") from error
+        raise Unusable(f"cannot read image{name}: {reason(error)}") from error
 
 
 def _file(image: str | bytes) -> Any:
