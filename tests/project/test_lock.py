@@ -350,8 +350,10 @@ exit $failed
 """
 
 
-def integrate(folder: Path, failing: str = "", differences: str = "", broken: str = "") -> tuple[int, list[str], str]:
-    """Run .ci/run with the make above; return its exit code, its lines, and what it asked of make."""
+def integrate(
+    folder: Path, failing: str = "", differences: str = "", broken: str = "", free: int = 10_000
+) -> tuple[int, list[str], str]:
+    """Run .ci/run with the make above and FREE MB of disk; return its exit code, its lines, what it asked of make."""
     for path in ROOT.glob("tests/**/test_*.py"):
         copy = folder / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -359,6 +361,8 @@ def integrate(folder: Path, failing: str = "", differences: str = "", broken: st
     (folder / ".ci").mkdir()
     shutil.copy(ROOT / ".ci/run", folder / ".ci/run")
     executable(folder / "bin/make", MAKE)
+    executable(folder / "bin/df", f"echo Avail\necho {free}")
+    (folder / "tmp").mkdir()
     result = run(
         ["bash", ".ci/run"],
         folder,
@@ -368,7 +372,9 @@ def integrate(folder: Path, failing: str = "", differences: str = "", broken: st
         FAILING=failing,
         DIFFERENCES=differences,
         BROKEN=broken,
+        TMPDIR=str(folder / "tmp"),
     )
+    assert not list((folder / "tmp").iterdir()), "what tests write goes with the run"
     return result.returncode, result.stdout.splitlines(), (folder / "asked").read_text()
 
 
@@ -437,3 +443,11 @@ def test_a_room_that_fails_fails_the_run(tmp_path: Path) -> None:
     code, lines, asked = integrate(tmp_path, failing="test test-videos verl-e2e vllm-e2e")
     assert code == 1
     assert count(lines) == (decided(asked), decided(asked), decided(asked))
+
+
+def test_a_full_disk_leaves_out_what_it_cannot_hold_and_says_so(tmp_path: Path) -> None:
+    code, lines, asked = integrate(tmp_path, free=5_000)
+    assert code == 0
+    assert "verl-e2e" not in asked and "vllm-e2e" not in asked
+    assert sum("NOT RUN, WHICH DOES NOT FAIL THIS RUN: the disk has 5000 MB left" in line for line in lines) == 2
+    assert count(lines) == (decided(asked), 0, decided(asked))
