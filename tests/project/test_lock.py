@@ -417,7 +417,7 @@ def test_newest_releases_that_fail_are_loud_and_decide_nothing(tmp_path: Path) -
     code, lines, asked = integrate(tmp_path, failing="test-newest", differences="trl: 1.16.0 -> 1.17.0\n")
     assert code == 0
     assert count(lines) == (decided(asked), 0, decided(asked))
-    said = "\n".join(lines[lines.index("======== newest ========") : lines.index("======== verl-e2e ========")])
+    said = "\n".join(lines[lines.index("======== newest ========") : lines.index("======== vllm-e2e ========")])
     assert "newest: RED, WHICH DOES NOT FAIL THIS RUN" in said
     assert "\nFAILED tests/test_one.py::test_it - because\n" in said
     assert "    trl: 1.16.0 -> 1.17.0" in said
