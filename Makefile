@@ -158,12 +158,12 @@ $(VENV)/.verl: $(VENV)/.installed requirements/verl.txt
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --require-hashes -r requirements/verl.txt
 	@touch $@
 
-# --no-deps, since the lock leaves out what a CPU does not need. torch is that of $(VENV).
+# --no-deps here and below, since the lock leaves out what a CPU does not need. torch is that of $(VENV).
 $(VIDEOS)/.installed: $(VENV)/.torch requirements/verl-e2e.txt
 	mkdir -p $(VIDEOS)
 	grep -E '^(torchvision|av)==' requirements/verl-e2e.txt | tr -d '\\' > $(VIDEOS)/requirements.txt
 	$(BIN)/python -m pip install --no-deps --upgrade --target $(VIDEOS) -r $(VIDEOS)/requirements.txt
-	touch $@
+	@touch $@
 
 $(E2E)/.installed: $(VENV)/.torch requirements/verl-e2e.txt
 	$(PYTHON) -m venv $(E2E)

@@ -22,9 +22,8 @@ pytest.importorskip("trl")
 import transformers
 from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
-from tokenizers import Tokenizer, models, pre_tokenizers
 from trainer import tiny_runs
-from trainer.tiny_runs import make_trainer, picture, save_model
+from trainer.tiny_runs import fast_tokenizer, make_trainer, picture, save_model, word_tokens
 from vgpo_trainer.commands import train
 from vgpo_trainer.data import DatasetError
 from vgpo_trainer.row_errors import ReadRows, UnreadRow, naming_rows, readable, refuse_unread
@@ -114,17 +113,8 @@ def test_a_prompt_longer_than_the_models_context(tmp_path):
 def gemma() -> tuple[Any, Any]:
     """A tiny Gemma 3, whose processor checks the token before an image, not those that it puts in its place."""
     special = ["<pad>", "<eos>", "<unk>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
-    words = [*special, *"0123456789+=.", "Add", "the", "digits"]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        extra_special_tokens={"boi_token": special[3], "eoi_token": special[4], "image_token": special[5]},
-        padding_side="left",
-    )
+    named = {"boi_token": special[3], "eoi_token": special[4], "image_token": special[5]}
+    tokenizer = fast_tokenizer(word_tokens(special), "<pad>", "<eos>", extra_special_tokens=named)
     processor = transformers.Gemma3Processor(
         image_processor=transformers.Gemma3ImageProcessorPil(size={"height": 16, "width": 16}, return_tensors="pt"),
         tokenizer=tokenizer,
@@ -135,7 +125,7 @@ def gemma() -> tuple[Any, Any]:
     )
     config = transformers.Gemma3Config(
         text_config={
-            "vocab_size": len(words),
+            "vocab_size": len(tokenizer),
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_hidden_layers": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,7 @@ class QwenImageProcessor(transformers.Qwen2_5_VLProcessor):
 
 def qwen2_5_vl() -> tuple[Any, Any]:
     """A Qwen2.5-VL of 40 thousand parameters whose processor gives one token to each 8 x 8 pixels."""
-    words = [*QWEN_SPECIAL, *"0123456789+=,.", "Add", "the", "digits"]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return _qwen(backend, QWEN_TEMPLATE, initializer_range=0.2)
+    return _qwen(word_tokens(QWEN_SPECIAL), QWEN_TEMPLATE, initializer_range=0.2)
 
 
 def qwen_with_tools() -> tuple[Any, Any]:
@@ -74,16 +72,26 @@ def qwen_with_tools() -> tuple[Any, Any]:
     return _qwen(backend, qwen3_vl_chat_template, initializer_range=0.2, max_position_embeddings=2048)
 
 
+def word_tokens(special: Sequence[str]) -> Tokenizer:
+    """A token for each special one, and for each word and sign of "Add the digits." and its answers."""
+    words = [*special, *"0123456789+=,.", "Add", "the", "digits"]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return backend
+
+
+def fast_tokenizer(
+    backend: Tokenizer, pad: str = QWEN_SPECIAL[0], eos: str = QWEN_SPECIAL[1], **named: Any
+) -> transformers.PreTrainedTokenizerFast:
+    """Transformers' tokenizer over that of tokenizers, padding on the left; ``named`` go to it."""
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=pad, eos_token=eos, unk_token="<unk>", padding_side="left", **named
+    )
+
+
 def _qwen(backend: Tokenizer, template: str, **changes: Any) -> tuple[Any, Any]:
     special = [word for word in (*QWEN_SPECIAL[3:], "<|im_start|>") if backend.token_to_id(word) is not None]
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        unk_token="<unk>",
-        additional_special_tokens=special,
-        padding_side="left",
-    )
+    tokenizer = fast_tokenizer(backend, additional_special_tokens=special)
     sizes = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
     limits: dict[str, Any] = {"size": {"shortest_edge": 8 * 8, "longest_edge": 64 * 64}}
     # TRL goes on with what the template's processor returns as if it were tensors, as that of torchvision returns.

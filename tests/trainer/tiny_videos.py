@@ -15,8 +15,7 @@ import torch
 import transformers
 from datasets import Dataset
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from trainer.tiny_runs import QWEN_TEMPLATE, picture, qwen2_5_vl
+from trainer.tiny_runs import QWEN_TEMPLATE, fast_tokenizer, picture, qwen2_5_vl, word_tokens
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.video_processing_utils import VideoProcessorMixin
@@ -118,17 +117,8 @@ def _qwen3_vl(like: Any) -> Any:
 
 def llava_onevision() -> tuple[Any, Any]:
     """A tiny LLaVA-OneVision, whose videos come without a grid and with as many frames each; needs torchvision."""
-    words = ["<|endoftext|>", "<|im_end|>", "<unk>", "<image>", "<video>", *"0123456789+=,.", "Add", "the", "digits"]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>", "<video>"],
-        padding_side="left",
-    )
+    special = ["<|endoftext|>", "<|im_end|>", "<unk>", "<image>", "<video>"]
+    tokenizer = fast_tokenizer(word_tokens(special), additional_special_tokens=special[3:])
     size, pinpoints = {"height": 16, "width": 16}, [[16, 16], [16, 32]]
     processor = transformers.LlavaOnevisionProcessor(
         image_processor=transformers.LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=pinpoints),
@@ -148,7 +138,7 @@ def llava_onevision() -> tuple[Any, Any]:
             patch_size=4,
         ),
         text_config=transformers.Qwen2Config(
-            vocab_size=len(words),
+            vocab_size=len(tokenizer),
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
