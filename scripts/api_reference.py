@@ -60,6 +60,12 @@ GROUPS = (
         "From hidden states to the loss, step by step and in one call.",
     ),
     Group(
+        "A look at the first batch",
+        "vgpo_kernels",
+        ("check_batch", "BatchFindings", "Finding", "BatchError"),
+        "For the mistakes that raise no error.",
+    ),
+    Group(
         "From the LM head",
         "vgpo_kernels",
         (
@@ -120,6 +126,7 @@ GROUPS = (
             "blind_attention",
             "reuse_vision_tower",
             "final_norm",
+            "logit_maps",
             "decoder_of",
             "unwrap",
         ),

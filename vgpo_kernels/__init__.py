@@ -9,6 +9,7 @@ The three lines that put VGPO (arXiv 2604.09349) into a policy loss::
 
 from vgpo_kernels import backends
 from vgpo_kernels.backends import backend
+from vgpo_kernels.batch_checks import BatchError, BatchFindings, Finding, check_batch
 from vgpo_kernels.config import PolicyLossOptions, VGPOConfig
 from vgpo_kernels.ops.attention_mass import attention_heatmap, attention_mass
 from vgpo_kernels.ops.divergence_measures import LinearDivergence, combine_divergences, divergence_totals
@@ -23,6 +24,9 @@ from vgpo_kernels.ops.visual_weights import VisualWeights, combine_factors, grou
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchError",
+    "BatchFindings",
+    "Finding",
     "LinearDivergence",
     "LinearLogprob",
     "PolicyLoss",
@@ -33,6 +37,7 @@ __all__ = [
     "attention_mass",
     "backend",
     "backends",
+    "check_batch",
     "combine_divergences",
     "combine_factors",
     "combine_slices",

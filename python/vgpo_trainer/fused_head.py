@@ -6,7 +6,7 @@ logits at a time. Inside ``forward``, wrappers for data parallelism, sharding an
 what reads hidden states on the way keeps reading them.
 
 Many models do more to their logits than multiplying hidden states by the head: they scale, cap, cut or mask them. What
-``linear_logprob`` can do as well is looked for in the configuration (:func:`candidates`), where names mean different
+``linear_logprob`` can do as well is looked for in the configuration (``logit_maps``), where names mean different
 things in different models. So whatever is found there, and nothing at all, is proven on a few tokens at the start,
 against the model's own logits. Where ours differ TRL's head is tried, and where that differs too all logits are
 computed.
@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from vgpo_kernels import linear_divergence, linear_logprob
-from vgpo_kernels.integrations.transformers import final_norm, unwrap
+from vgpo_kernels.integrations.transformers import final_norm, logit_maps, unwrap
 from vgpo_trainer.sharded import filled_in_calls, with_head
 
 T = TypeVar("T")
@@ -148,32 +148,6 @@ class Mapping(NamedTuple):
 
 
 NOTHING = Mapping()
-# Settings of text models, and the scale that each may stand for: Granite divides by what HyperCLOVA X multiplies by.
-SCALES: tuple[tuple[str, Callable[[float], float]], ...] = (
-    ("logit_scale", lambda value: value),
-    ("logits_scaling", lambda value: 1 / value),
-    ("logits_scaling", lambda value: value),
-    ("output_multiplier", lambda value: value),
-    ("lm_head_multiplier", lambda value: value),
-)
-CAP = "final_logit_softcapping"
-
-
-def candidates(config: PreTrainedConfig) -> list[Mapping]:
-    """Return what a configuration says, or may say, of its logits, and last that it says nothing.
-
-    Where several agree with a model, the first is taken: a cap that a few tokens do not reach is there all the same.
-    """
-
-    def positive(name: str) -> float | None:
-        value = getattr(text, name, None)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return float(value) if number and value > 0 else None
-
-    text = config.get_text_config()
-    scales = [scale(value) for name, scale in SCALES if (value := positive(name)) is not None]
-    found = (Mapping(scale, cap) for cap in (positive(CAP), None) for scale in (*scales, 1.0))
-    return list(dict.fromkeys(found))
 
 
 def linear_head(model: PreTrainedModel, norm: str | nn.Module | None) -> tuple[Mapping, str | None]:
@@ -188,7 +162,7 @@ def linear_head(model: PreTrainedModel, norm: str | nn.Module | None) -> tuple[M
     if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
         why = f"the LM head of {name} is no linear layer of floating-point numbers but {type(linear).__name__}"
         return NOTHING, why
-    left = candidates(model.config)
+    left = [Mapping(*one) for one in logit_maps(model.config)]
 
     def multiply(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> dict[str, Tensor]:
         return {"products": nn.functional.linear(hidden, weight.to(hidden.dtype), bias)}

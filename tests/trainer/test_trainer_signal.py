@@ -23,8 +23,7 @@ from vgpo_trainer.signals.factors import compute_factors, count_groups, late_ear
 from vgpo_trainer.signals.reader import PolicyPasses, image_positions
 from vgpo_trainer.trl_surface import Sequences
 
-from vgpo_kernels import VGPOConfig, visual_focus, visual_weights
-from vgpo_kernels.integrations import model_surface
+from vgpo_kernels import VGPOConfig, model_surface, visual_focus, visual_weights
 from vgpo_kernels.integrations.transformers import visual_mask, visual_token_ids
 
 

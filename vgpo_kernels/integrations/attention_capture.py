@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vgpo_kernels import attention_checks, checks
 from vgpo_kernels.integrations.attention_call import AttentionCall, MaskReader, read_call
 from vgpo_kernels.integrations.attention_passes import Follower, Pass, looked_up_by, plain_function
-from vgpo_kernels.integrations.model_surface import (
+from vgpo_kernels.model_surface import (
     decoder_of,
     sampled_positions,
     uses_prompt_learning,

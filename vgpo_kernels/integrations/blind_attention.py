@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vgpo_kernels import checks
 from vgpo_kernels.integrations.attention_capture import attention_modules, is_causal
 from vgpo_kernels.integrations.attention_passes import Follower, Pass, looked_up_by
-from vgpo_kernels.integrations.model_surface import decoder_of, unwrap, uses_prompt_learning
+from vgpo_kernels.model_surface import decoder_of, unwrap, uses_prompt_learning
 
 # Attention functions of transformers that add or apply a mask of queries by keys.
 MASKED = ("sdpa", "eager")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vgpo_kernels import checks
-from vgpo_kernels.integrations.model_surface import unwrap, visual_mask
+from vgpo_kernels.model_surface import unwrap, visual_mask
 
 # The tensors that hold pixels. DeepSeek-VL's hybrid reads each image at two sizes.
 PIXELS = ("pixel_values", "image_pixel_values", "high_res_pixel_values")

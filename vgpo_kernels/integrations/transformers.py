@@ -47,16 +47,17 @@ from vgpo_kernels.integrations.attention_capture import (
     capture_attention_mass,
 )
 from vgpo_kernels.integrations.blind_attention import blind_attention, reuse_vision_tower
-from vgpo_kernels.integrations.model_surface import (
+from vgpo_kernels.integrations.views import KINDS, NoOtherImageError, spoilt_view
+from vgpo_kernels.model_surface import (
     NORM_NAMES,
     VISUAL_TOKEN_NAMES,
     decoder_of,
     final_norm,
+    logit_maps,
     unwrap,
     visual_mask,
     visual_token_ids,
 )
-from vgpo_kernels.integrations.views import KINDS, NoOtherImageError, spoilt_view
 
 __all__ = [
     "GENERATED",
@@ -78,6 +79,7 @@ __all__ = [
     "capture_hidden_states",
     "decoder_of",
     "final_norm",
+    "logit_maps",
     "reuse_vision_tower",
     "spoilt_view",
     "unwrap",

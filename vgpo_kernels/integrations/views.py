@@ -28,8 +28,8 @@ from vgpo_kernels.integrations.images import (
     pictures_by_row,
     read_images,
 )
-from vgpo_kernels.integrations.model_surface import unwrap, visual_mask
 from vgpo_kernels.integrations.surface import group_numbers
+from vgpo_kernels.model_surface import unwrap, visual_mask
 
 Kind = Literal["mask", "noise", "pixelation", "blank", "swap", "none"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

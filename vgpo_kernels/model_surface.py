@@ -6,12 +6,14 @@ LLaVA, Qwen2-VL, Qwen2.5-VL, Qwen3-VL and most other decoders share.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vgpo_kernels import checks
+from vgpo_kernels.config import is_number
 
 # A decoder's attribute for its final norm, by family: Llama, Qwen and Gemma; Phi and StableLM; GPT-2; OPT; Mamba; LFM2;
 # Qwen4, whose last module averages several streams.
@@ -198,3 +200,36 @@ def sampled_positions(input_ids: Tensor, response_mask: Tensor) -> Tensor:
         return checks.mask("response_mask", response_mask, input_ids.shape, meaning, input_ids.device, "input_ids")
     sampled = checks.last_positions(response_mask, input_ids, "input_ids")
     return nn.functional.pad(sampled, (input_ids.shape[1] - sampled.shape[1], 0))
+
+
+# Settings of text models, and the scale that each may stand for: Granite divides by what HyperCLOVA X multiplies by.
+_SCALES: tuple[tuple[str, Callable[[float], float]], ...] = (
+    ("logit_scale", lambda value: value),
+    ("logits_scaling", lambda value: 1 / value),
+    ("logits_scaling", lambda value: value),
+    ("output_multiplier", lambda value: value),
+    ("lm_head_multiplier", lambda value: value),
+)
+_CAP = "final_logit_softcapping"
+
+
+def logit_maps(config: Any) -> list[tuple[float, float | None]]:
+    """Return what a configuration says, or may say, of a model's logits, and last that it says nothing.
+
+    Args:
+        config: The configuration of a model of transformers.
+
+    Returns:
+        ``(logit_scale, softcap)`` pairs, as :func:`linear_logprob` takes them. Where several agree with a model, the
+        first is right: a cap that a few tokens do not reach is there all the same.
+
+    """
+
+    def positive(name: str) -> float | None:
+        value = getattr(text, name, None)
+        return float(value) if is_number(value) and value > 0 else None
+
+    inside = getattr(config, "get_text_config", None)
+    text = inside() if callable(inside) else config
+    scales = [scale(value) for name, scale in _SCALES if (value := positive(name)) is not None]
+    return list(dict.fromkeys((scale, cap) for cap in (positive(_CAP), None) for scale in (*scales, 1.0)))

@@ -1,0 +1,90 @@
+"""The LM head of a model as :func:`vgpo_kernels.check_batch` finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from vgpo_kernels import checks
+from vgpo_kernels.model_surface import final_norm, logit_maps, unwrap, visual_token_ids
+
+
+class Head(NamedTuple):
+    """What turns hidden states into logits.
+
+    Attributes:
+        weight: ``[V, D]``, or ``None`` where it cannot be read.
+        bias: ``[V]``, or ``None``.
+        maps: What may happen to the products, ``(logit_scale, softcap)`` each: one of these is right.
+        norm: The model's final norm, where there is a model and it is found.
+        visual_tokens: Ids of its image tokens, where there is a model and it has them.
+        why_not: Why there is no weight.
+
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    maps: tuple[tuple[float, float | None], ...]
+    norm: nn.Module | None
+    visual_tokens: tuple[int, ...]
+    why_not: str
+
+
+def find(
+    model_or_head: nn.Module | Tensor | None, bias: Tensor | None, logit_scale: float | None, softcap: float | None
+) -> Head:
+    """Return the head of a model, or a head as it is given.
+
+    Raises:
+        TypeError: It is neither a model with an LM head, nor a linear layer, nor its weight.
+
+    """
+    told: tuple[tuple[float, float | None], ...] = ((1.0 if logit_scale is None else logit_scale, softcap),)
+    if model_or_head is None:
+        return Head(None, None, told, None, (), "no model or head is given")
+    if isinstance(model_or_head, Tensor):
+        return _readable(checks.require_floating("model_or_head", model_or_head), bias, told, None, ())
+    if not isinstance(model_or_head, nn.Module):
+        raise TypeError(
+            "model_or_head must be a model with get_output_embeddings(), its LM head, or the head's weight [V, D], "
+            f"got {type(model_or_head).__name__}"
+        )
+    model = unwrap(model_or_head)
+    norm, tokens = None, ()
+    layer: Any = model
+    if callable(getattr(model, "get_output_embeddings", None)):
+        layer = model.get_output_embeddings()  # type: ignore[operator]
+        layer = getattr(layer, "original_module", layer)  # PEFT trains a copy of it
+        norm = _found(lambda: final_norm(model))
+        tokens = _found(lambda: visual_token_ids(model)) or ()
+        config = getattr(model, "config", None)
+        if logit_scale is None and softcap is None and config is not None:
+            told = tuple(logit_maps(config))
+    # Not a subclass: layers of adapters and of quantised numbers hold another weight than they multiply by.
+    if type(layer) is not nn.Linear:
+        return Head(None, None, told, norm, tokens, f"the LM head is no plain linear layer but {type(layer).__name__}")
+    return _readable(layer.weight, layer.bias if bias is None else bias, told, norm, tokens)
+
+
+def _readable(
+    weight: Tensor,
+    bias: Tensor | None,
+    maps: tuple[tuple[float, float | None], ...],
+    norm: nn.Module | None,
+    visual_tokens: tuple[int, ...],
+) -> Head:
+    """Return a head, without its weight where that is sharded over processes (FSDP, ZeRO-3)."""
+    sharded = hasattr(weight, "full_tensor") or hasattr(weight, "ds_id") or weight.dim() != 2
+    if sharded or weight.is_meta or weight.untyped_storage().size() == 0:
+        return Head(None, None, maps, norm, visual_tokens, "the LM head's weight is sharded over processes")
+    return Head(weight.detach(), None if bias is None else bias.detach(), maps, norm, visual_tokens, "")
+
+
+def _found(look: Callable[[], Any]) -> Any:
+    """Return what there is, or ``None``: a model may be text alone, or name its parts in another way."""
+    try:
+        return look()
+    except (TypeError, ValueError):
+        return None
