@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
 
@@ -184,6 +185,16 @@ class VGPOTrainingConfig(GRPOConfig):
                 f"steps_per_generation=1 and num_iterations=1, got {self.steps_per_generation} and "
                 f"{self.num_iterations}; vgpo_signal='auto' pays for a pass of its own only where it has to"
             )
+
+    def replacing(self, **settings: str | None) -> VGPOTrainingConfig:
+        """Return a copy with the settings of the signal that are not ``None``, checked."""
+        told = {name: value for name, value in settings.items() if value is not None}
+        if not told:
+            return self
+        other = copy(self)
+        vars(other).update(told)
+        other.check_signal()
+        return other
 
     def check_signal(self) -> None:
         """Raise ValueError for a signal that does not exist, or layers that it does not read."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +34,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from vgpo_kernels import VGPOConfig, policy_loss
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.data import DatasetError
+from vgpo_trainer.first_batch import FirstBatch
 from vgpo_trainer.fused_head import TRLS, fuse_heads
 from vgpo_trainer.generation_batch import RowFacts, group_ids, refuse_mixed, trl_rows, warn_of_sizes
 from vgpo_trainer.lora import dtypes_kept
@@ -133,11 +133,7 @@ class VGPOTrainer(WithCard, GRPOTrainer):
             args = VGPOTrainingConfig(f"{Path(name).name}-VGPO")
         if not isinstance(args, VGPOTrainingConfig):
             args = VGPOTrainingConfig.from_trl(args)
-        told = {name: value for name, value in {"signal": signal, "view": view}.items() if value is not None}
-        if told:
-            args = copy(args)
-            vars(args).update(told)
-            args.check_signal()
+        args = args.replacing(signal=signal, view=view)
         check_surface()
         refuse_unsupported(args)
         check_trackers(args.report_to)
@@ -172,6 +168,7 @@ class VGPOTrainer(WithCard, GRPOTrainer):
             kind.check(self.model, settings)
             tokens = find_visual_tokens(visual_tokens, self.model, self.processing_class)
             self._reader = SignalReader(kind, settings, tokens)
+        self._first_batch = FirstBatch(self, tokens, final_norm)
         # With ZeRO-3 TRL's head, which never calls the head's module, fails in its backward pass after one that did.
         self._scores_with_head = head == TRLS and is_deepspeed_zero3_enabled()
         if args.passes_views():
@@ -234,6 +231,7 @@ class VGPOTrainer(WithCard, GRPOTrainer):
             self._record(batch, mode)
         else:
             batch["prompt_group"] = groups
+            self._first_batch.generated(inputs, batch, groups)
         views = {} if self._views is None else self._views.end(Sequences.of(batch), batch)
         batch.update(views)
         if scores:
@@ -463,7 +461,7 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         """TRL's loss on re-weighted advantages, by policy_loss."""
         sequence = Sequences.of(inputs)
         mask = sequence.response_mask
-        with reading as signal:
+        with reading as signal, self._first_batch.watching(model):
             logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
                 model,
                 sequence.input_ids,
@@ -474,6 +472,7 @@ class VGPOTrainer(WithCard, GRPOTrainer):
                 **{name: inputs.get(name) for name in FORWARD_INPUTS},
             )
         assert entropy is not None
+        self._first_batch.passed(inputs, logp)
         factors = inputs["visual_factors"] if signal is None else self._signal_factors(inputs, signal, mode).factors
 
         old = rollout_logp(inputs, logp)

@@ -70,7 +70,7 @@ def check_batch(
         ids: Tokens, integer: of the whole sequences, ``[B, S]``, or of the responses, in response_mask's shape.
         logp: Log-probabilities of the tokens, in response_mask's shape. ``None`` where a loss computes them itself
             (``linear_vgpo_loss``): then ``hidden`` has to carry the graph.
-        old_logp: The same under the policy that sampled, or ``None``.
+        old_logp: The same under the policy that sampled, in response_mask's shape, or ``None``.
         advantages: Per response ``[B]`` or per token.
         visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``.
         response_mask: True at scored tokens, bool or integer, ``[B, T]`` with T <= S (the last T positions) or ``[N]``.

@@ -229,8 +229,11 @@ def _handing_over(log_probs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reweighting(advantage: Callable[..., Any], config: VGPOConfig, latest: dict[str, float]) -> Callable[..., Any]:
+    look = True
+
     @_patch(advantage)
     def compute_advantage(data: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal look
         data = advantage(data, *arguments, **options)
         if FIELD in data.batch:
             data.batch["advantages"], metrics = reweight(
@@ -239,7 +242,9 @@ def _reweighting(advantage: Callable[..., Any], config: VGPOConfig, latest: dict
                 data.batch["response_mask"],
                 list(data.non_tensor_batch["uid"]),
                 config,
+                look=look,
             )
+            look = False
             latest.update(metrics)
         return data
 

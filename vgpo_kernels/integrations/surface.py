@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels import VGPOConfig, checks, combine_factors, group_weights, visual_weights
+from vgpo_kernels import Finding, VGPOConfig, check_batch, checks, combine_factors, group_weights, visual_weights
 
 # The releases that the adapters were tested with; `vgpo doctor` prints them beside those installed.
 TESTED = {
@@ -121,6 +122,31 @@ def group_numbers(prompts: Any, device: torch.device, called: str = "prompts") -
     return torch.tensor([numbers[name] for name in names], dtype=torch.int64, device=device)
 
 
+def look_at_first_batch(where: str, *, response_mask: Tensor, cos: Tensor | None = None, **arguments: Any) -> None:
+    """Warn of what :func:`vgpo_kernels.check_batch` finds in the first batch of a run.
+
+    Args:
+        where: What warnings begin with.
+        response_mask: The scored tokens, ``[B, T]`` or ``[N]``.
+        cos: Cosines of :func:`visual_focus` where masks of images are not at hand, in the same shape: NaN says that no
+            image was seen.
+        **arguments: The others of :func:`check_batch`, by name; what is not given is not looked at.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or boundaries do not fit together.
+
+    """
+    names = ("model_or_head", "hidden", "ids", "logp", "old_logp", "advantages", "visual_mask", "group_ids")
+    given: dict[str, Any] = dict.fromkeys(names) | arguments
+    findings = list(check_batch(**given, response_mask=response_mask))
+    mask = response_mask.bool()
+    if cos is not None and bool(mask.any()) and bool(cos[mask].isnan().all()):
+        findings.append(Finding("no-image", "no scored token has a visual focus: no response has an image"))
+    for finding in findings:
+        warnings.warn(f"{where}: {finding.name}: {finding.message}", stacklevel=3)
+
+
 def reweight(
     advantages: Tensor,
     cos: Tensor,
@@ -129,6 +155,7 @@ def reweight(
     config: VGPOConfig,
     cu_seqlens: Tensor | None = None,
     finals: Sequence[int] | None = None,
+    look: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """Multiply advantages by VGPO's factors (paper, Eq. 11), over a whole rollout batch.
 
@@ -145,6 +172,7 @@ def reweight(
         finals: Where sessions of an agent leave several responses: for each response, which one ends its session, as
             places in the batch. Groups compare the last responses of sessions, and all responses of a session have the
             phi of its last one.
+        look: Warn of what :func:`vgpo_kernels.check_batch` finds: for the first batch of a run.
 
     Returns:
         The new advantages, and the focus metrics by name, as ``vgpo/...``, with the mean, least and largest factor of
@@ -162,6 +190,9 @@ def reweight(
     groups = group_numbers(prompts, cos.device)
     if len(groups) != checks.batch_size(mask, boundaries):
         raise ValueError(f"prompts must name {checks.batch_size(mask, boundaries)} responses, got {len(groups)}")
+    if look:
+        batch = {"advantages": advantages, "group_ids": groups, "cu_seqlens": boundaries}
+        look_at_first_batch("VGPO's first batch", response_mask=mask, cos=cos, **batch)
     weights = visual_weights(cos.float(), mask, groups, config, cu_seqlens=boundaries)
     factors, found = weights.factors, dict(weights.metrics)
     if finals is not None and list(finals) != list(range(len(groups))):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vgpo_kernels import checks, visual_focus
 from vgpo_kernels.integrations.sequence_parallel import parallel_focus
-from vgpo_kernels.integrations.surface import require
+from vgpo_kernels.integrations.surface import look_at_first_batch, require
 from vgpo_kernels.integrations.transformers import capture_hidden_states, unwrap, visual_mask
 from vgpo_kernels.integrations.verl.losses import KNOWN
 
@@ -85,6 +85,13 @@ def focus_of_packed(
     return cos.roll(-1)
 
 
+def _packed(hidden: Tensor, offsets: Tensor) -> Tensor:
+    """Return the rows of sequences ``[N, D]`` of states ``[1, N (+ padding), D]``, or ``[B, S, D]`` padded right."""
+    if hidden.shape[0] == 1:
+        return hidden[0, : int(offsets[-1])]
+    return hidden[torch.arange(hidden.shape[1], device=hidden.device) < offsets.diff()[:, None]]
+
+
 def change_fsdp(transformer_impl: ModuleType) -> None:
     """Make verl's FSDP engine, and those that inherit from it, compute the focus when they are asked to.
 
@@ -138,6 +145,9 @@ def score_focus(engine: type, transformer_impl: ModuleType) -> None:
                 loss, output = forward_step(self, micro_batch, loss_function, forward_only)
         group = self.ulysses_parallel_group if getattr(self, "use_ulysses_sp", False) else None
         input_ids = micro_batch["input_ids"]
+        if group is None and not getattr(self, "vgpo_looked", False):
+            self.vgpo_looked = True
+            _look(captured.hidden, micro_batch, self.module, output["model_output"].get("log_probs"))
         stop = clock(captured.hidden)
         cos = focus_of_packed(captured.hidden, input_ids, self.module, micro_batch["response_mask"], group)
         seconds = stop()
@@ -146,6 +156,27 @@ def score_focus(engine: type, transformer_impl: ModuleType) -> None:
 
     with_focus.scores_visual_focus = True  # type: ignore[attr-defined]
     engine.forward_step = with_focus  # type: ignore[attr-defined]
+
+
+def _look(hidden: Tensor, micro_batch: Any, model: Any, log_probs: Any) -> None:
+    """Look at the first micro-batch of a worker: its states, masks, and the log-probs that verl computed."""
+    input_ids, temperature = micro_batch["input_ids"], _of_micro_batch(micro_batch, "temperature", None)
+    sampled = sampled_of_packed(input_ids, micro_batch["response_mask"]).to(hidden.device)
+    ids, offsets = input_ids.values().to(hidden.device), input_ids.offsets().to(hidden.device)
+    visual = visual_mask(ids, model, sampled)
+    known = log_probs is not None and isinstance(temperature, float)  # not one for each response
+    look_at_first_batch(
+        "VGPO's first micro-batch",
+        model_or_head=model,
+        hidden=_packed(hidden, offsets),
+        ids=ids,
+        # verl's are shifted to the left.
+        old_logp=log_probs.values().roll(1).to(hidden.device) if known else None,
+        visual_mask=visual if bool(visual.any()) else None,
+        response_mask=sampled,
+        cu_seqlens=offsets,
+        temperature=temperature if known else 1.0,
+    )
 
 
 @contextmanager
@@ -182,9 +213,13 @@ def nested_outputs(cos: Tensor, input_ids: Any, seconds: float) -> dict[str, Ten
 
 
 def asked(micro_batch: Any, flag: str) -> bool:
+    return bool(_of_micro_batch(micro_batch, flag, False))
+
+
+def _of_micro_batch(micro_batch: Any, key: str, default: Any) -> Any:
     from verl.utils.tensordict_utils import get_non_tensor_data
 
-    return bool(get_non_tensor_data(data=micro_batch, key=flag, default=False))
+    return get_non_tensor_data(data=micro_batch, key=key, default=default)
 
 
 def clock(tensor: Tensor) -> Callable[[], float]:

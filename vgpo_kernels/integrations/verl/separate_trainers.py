@@ -173,7 +173,9 @@ def _reweighting(compute_advantage: Any) -> Any:
             batch.batch["response_mask"],
             list(batch.non_tensor_batch["uid"]),
             self.vgpo.config,
+            look=not getattr(self, "vgpo_looked", False),
         )
+        self.vgpo_looked = True
         self.metrics.update(found)
         self.vgpo_reweighted = True
         return batch

@@ -120,7 +120,9 @@ def _reweighting(compute_advantage: Any) -> Any:
             self.vgpo.config,
             cu_seqlens=mask.offsets(),
             finals=finals(batch.keys) if self.config.algorithm.adv_estimator == "grpo" else None,
+            look=not getattr(self, "vgpo_looked", False),
         )
+        self.vgpo_looked = True
         metrics.update(found)
         metrics[SECONDS_METRIC] = data[SECONDS].values().sum().item()
         nested = torch.nested.nested_tensor_from_jagged(reweighted, advantages.offsets())
