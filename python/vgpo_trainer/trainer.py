@@ -437,9 +437,8 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         """Read the signal of a batch from the pass of its loss in the block."""
         assert self._reader is not None
         with self._reader.read(model, *Sequences.of(inputs)) as signal:
-            if isinstance(signal, ViewSignal):
-                assert views is not None
-                views.take = signal.take
+            if views is not None:
+                views.reads, views.take = signal, signal.take if isinstance(signal, ViewSignal) else None
             yield signal
 
     def _trl_loss(

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from vgpo_kernels import policy_loss
 from vgpo_kernels.integrations.transformers import NoOtherImageError, spoilt_view
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.fused_head import OURS, ViewCall
-from vgpo_trainer.signals import SignalBatch
+from vgpo_trainer.signals import SignalBatch, VisualSignal
 from vgpo_trainer.signals.reader import image_positions
 from vgpo_trainer.trl_loss import denominators
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, LOSS_TYPES, Sequences, WithoutEmptyImages
@@ -157,6 +158,7 @@ class TwoViews:
         take: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.take = take
+        self.reads: VisualSignal | None = None  # what is read on the way, of the model as it is
         self._rows = {name.removeprefix(PREFIX): rows for name, rows in batch.items() if name.startswith(PREFIX)}
         self._gradient = gradient
         self._detach = detach
@@ -176,7 +178,8 @@ class TwoViews:
         spoilt = inputs | {name: _joined(value[rows]) for name, value in self._rows.items()}
         spoilt = {name: value for name, value in spoilt.items() if value is not None}
         call = {"labels": labels, "fused_lm_head": True}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._gradient and not self._detach):
+        graph = torch.is_grad_enabled() and self._gradient and not self._detach
+        with torch.set_grad_enabled(graph), self._not_reading():
             states = WithoutEmptyImages(self._model)(**spoilt, **call, view=ViewCall(self._length)).states
         # Releases of torch keep weights that autocast has cast without a graph for the pass that needs one.
         torch.clear_autocast_cache()
@@ -189,6 +192,17 @@ class TwoViews:
         if self._head:
             return output
         return SimpleNamespace(log_probs=labels.new_zeros(labels.shape, dtype=torch.float32))
+
+    @contextmanager
+    def _not_reading(self) -> Iterator[None]:
+        """Let no signal be read in the block."""
+        if self.reads is not None:
+            self.reads.paused = True
+        try:
+            yield
+        finally:
+            if self.reads is not None:
+                self.reads.paused = False
 
     def kl(self) -> Tensor:
         """KL(real view || spoilt view) of each token's distribution, ``[B, T]``, with its gradient; 0 at padding."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -73,3 +74,23 @@ def test_a_mean_of_nothing_is_left_out() -> None:
         "vgpo/factor_max": 1,
         "vgpo/weighted_share": 0,
     }
+
+
+def first_batch(advantages: torch.Tensor, cos: torch.Tensor, prompts: list[str]) -> list[str]:
+    """What is said of a first batch."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reweight(advantages, cos, torch.ones_like(cos), prompts, VGPOConfig.paper(), look=True)
+    return [str(warning.message) for warning in caught]
+
+
+def test_the_first_batch_is_looked_at_on_request() -> None:
+    centred = torch.tensor([1.0, -1.0, 0.5, -0.5])[:, None].expand(4, 3)
+    cos = torch.rand(4, 3)
+    assert first_batch(centred, cos, ["a", "a", "b", "b"]) == []
+    (of_groups,) = first_batch(centred, cos, ["a", "b", "a", "b"])
+    assert of_groups.startswith("VGPO's first batch: group-ids: advantages sum to zero over every 2 responses in a row")
+    (of_images,) = first_batch(centred, torch.full((4, 3), math.nan), ["a", "a", "b", "b"])
+    assert of_images == "VGPO's first batch: no-image: no scored token has a visual focus: no response has an image"
+    (of_rewards,) = first_batch(centred * torch.tensor([[1.0], [1], [math.nan], [1]]), cos, ["a", "a", "b", "b"])
+    assert "nonfinite: advantages is NaN or infinite at 3 of 12" in of_rewards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,6 +79,33 @@ def test_the_engine_scores_focus_beside_log_probs(model: Any, monkeypatch: pytes
     found = (output["model_output"][scoring.FIELD].values() for output in (alone, scored))
     torch.testing.assert_close(*found, equal_nan=True)
     assert alone["model_output"][scoring.SECONDS].values().shape == (3,)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+def test_a_worker_looks_at_its_first_micro_batch(
+    model: Any, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """Right log-probs pass; those of another temperature than verl says do not."""
+    engine = engine_of(model, monkeypatch)
+    with torch.no_grad():  # so that temperatures show
+        model.lm_head.weight.mul_(8)
+    data = micro_batch(**{scoring.FLAG: True})
+    if temperature != 1:
+        forward_step = engine.prepare_model_outputs
+
+        def colder(*arguments: Any, **named: Any) -> Any:
+            output = forward_step(*arguments, **named)
+            tensordict_utils.assign_non_tensor(data, temperature=temperature)
+            return output
+
+        monkeypatch.setattr(engine, "prepare_model_outputs", colder)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        engine.forward_step(data, None, forward_only=True)
+        engine.forward_step(data, None, forward_only=True)
+    said = [str(one.message) for one in caught if "first micro-batch" in str(one.message)]
+    wrong = "VGPO's first micro-batch: temperature: old_logp fits a temperature of 1 instead of 0.2"
+    assert [message[: len(wrong)] for message in said] == ([] if temperature == 1 else [wrong])
 
 
 @pytest.mark.parametrize("theirs", [False, True])

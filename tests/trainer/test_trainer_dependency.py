@@ -367,6 +367,22 @@ def test_lora_beside_a_reference(tmp_path, monkeypatch):
     assert slopes and all(slope is not None and slope.isfinite().all() for slope in slopes)
 
 
+@pytest.mark.parametrize("signal", ["focus", "attention"])
+def test_another_signal_is_read_of_the_model_as_it_is(tmp_path, monkeypatch, signal):
+    """Beside the term of the loss, in whose pass the spoilt view goes by as well."""
+    found = []
+    for folder, settings in {"with": {"view": "mask", "view_coef": 0.1}, "without": {}}.items():
+        trainer = build(tmp_path / folder, signal=signal, seed=3, **settings)
+        kept = keep_signals(trainer, monkeypatch)
+        torch.manual_seed(0)
+        batch = trainer._prepare_inputs(generation_batch(trainer))
+        trainer._compute_loss(trainer.model, batch)
+        found.append((batch["completion_ids"], kept[0][1].shown, kept[0][2].factors))
+        assert len(kept) == 1
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_rows_of_text_have_neither_signal_nor_term(tmp_path):
     settings = {"signal": "dependency", "view_coef": 0.1, "max_steps": 1}
     trainer = build(tmp_path, "qwen2_5_vl", [1, 0, 1, 0], per_device_train_batch_size=16, **settings)

@@ -99,6 +99,7 @@ class VisualSignal(ABC):
     def __init__(self, batch: SignalBatch, settings: SignalSettings) -> None:
         self.batch = batch
         self.settings = settings
+        self.paused = False  # set in a block: passes of another view are not read
         self._rows = 0  # of the batch, read so far
 
     def next_rows(self, number: int) -> slice:

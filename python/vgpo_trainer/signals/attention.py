@@ -47,6 +47,8 @@ class AttentionSignal(VisualSignal):
 
     def _take(self, call: AttentionCall) -> None:
         """Take the queries and keys of the next layer; the first layer again begins the next slice."""
+        if self.paused:
+            return
         if self._last_layer is None or call.layer <= self._last_layer:
             self._slices.append([])
             self._slice = self.next_rows(call.q.shape[0])

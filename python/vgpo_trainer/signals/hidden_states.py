@@ -40,6 +40,8 @@ class HiddenStateSignal(VisualSignal):
 
     def _take(self, hidden: Tensor) -> None:
         """Take the hidden states ``[b, S, D]`` of the next b rows."""
+        if self.paused:
+            return
         rows = self.next_rows(hidden.shape[0])
         image_mask = self.batch.image_mask[rows].to(hidden.device)
         response_mask = self.batch.response_mask[rows].to(hidden.device)
