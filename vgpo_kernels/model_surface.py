@@ -207,6 +207,7 @@ _SCALES: tuple[tuple[str, Callable[[float], float]], ...] = (
     ("logit_scale", lambda value: value),
     ("logits_scaling", lambda value: 1 / value),
     ("logits_scaling", lambda value: value),
+    ("logits_mup_width_multiplier", lambda value: 1 / value),
     ("output_multiplier", lambda value: value),
     ("lm_head_multiplier", lambda value: value),
 )

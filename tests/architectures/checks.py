@@ -22,6 +22,7 @@ from trl.trainer.utils import add_fused_lm_head
 from vgpo_trainer.fused_head import fuse_heads, probe_tokens
 from vgpo_trainer.lora import decoder_linears, decoder_targets
 
+from vgpo_kernels import check_batch
 from vgpo_kernels.integrations.transformers import (
     GENERATED,
     attention_segments,
@@ -162,12 +163,18 @@ def attentions_of(output: Any) -> Any:
 def log_probs(example: Example) -> Verdict:
     """Log-probabilities of the answer by the trainer's head equal those of the model's own logits.
 
-    In bfloat16, where a small change of the logits hides in their rounding, the same head is chosen.
+    In bfloat16, where a small change of the logits hides in their rounding, the same head is chosen. check_batch, which
+    takes what the configuration says of the logits, finds them right as well.
     """
     model, inputs = example
     ids = inputs["input_ids"]
-    expected = run(model, inputs).logits[:, :-1].float().log_softmax(-1)
+    with capture_hidden_states(model) as captured:
+        expected = run(model, inputs).logits[:, :-1].float().log_softmax(-1)
     expected = expected[:, -ANSWER:].gather(-1, ids[:, -ANSWER:, None])[..., 0]
+    answer = torch.ones(len(ids), ANSWER, dtype=torch.bool)
+    images = visual_mask(ids, model, answer)
+    with torch.no_grad():
+        assert check_batch(model, captured.hidden, ids, expected, None, None, images, answer, torch.arange(2)) == ()
     narrow = deepcopy(model).to(torch.bfloat16)
     kind = kind_of_head(model)
     labels = ids.clone()
