@@ -163,6 +163,12 @@ GROUPS = (
         ("VGPOTrainer", "VGPOTrainingConfig", "RolloutSample"),
         "On TRL; the `vgpo` command is made of these.",
     ),
+    Group(
+        "In a notebook",
+        "vgpo_trainer",
+        ("show_tokens", "TokenView", "load_demo_model"),
+        "The tokens of any loop in colours, and a model to try things with.",
+    ),
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -8,10 +8,13 @@ from typing import Any
 # Loaded when asked for: TRL takes seconds to import, and `vgpo --help` should not.
 _LAZY = {
     "RolloutSample": "rollouts",
+    "TokenView": "reports.tokens",
     "VGPOTrainer": "trainer",
     "VGPOTrainingConfig": "config",
+    "load_demo_model": "demo.warm_start",
+    "show_tokens": "reports.tokens",
 }
-__all__ = ["RolloutSample", "VGPOTrainer", "VGPOTrainingConfig"]
+__all__ = ["RolloutSample", "TokenView", "VGPOTrainer", "VGPOTrainingConfig", "load_demo_model", "show_tokens"]
 
 
 def __getattr__(name: str) -> Any:

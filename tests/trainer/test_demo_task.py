@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from vgpo_trainer import load_demo_model
 from vgpo_trainer.demo.digits import (
     CELL,
     GRID,
@@ -112,6 +113,29 @@ def test_prompt_has_one_image_token_a_cell_and_pixels_in_range(processor):
     assert inputs["pixel_values"].min() >= -1 and inputs["pixel_values"].max() == 1
 
 
+def test_a_row_is_what_the_chat_template_and_trl_take(processor, tmp_path):
+    """All ways to the model's inputs give the same: by the row's text, by TRL's messages, and of a dataset on disk."""
+    from datasets import Dataset
+    from trl.data_utils import prepare_multimodal_messages
+
+    problem = make_problems(1, "train", 0)[0]
+    expected = encode_prompts(processor, [problem])
+    Dataset.from_list([problem.row()]).to_parquet(tmp_path / "rows.parquet")
+    for row in (
+        problem.row(),
+        Dataset.from_list([problem.row()])[0],
+        Dataset.from_parquet(str(tmp_path / "rows.parquet"))[0],
+    ):
+        text = processor.apply_chat_template(row["prompt"], add_generation_prompt=True)
+        messages = prepare_multimodal_messages(row["prompt"], images=[row["image"]])
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        for found in (
+            processor(text=text, images=row["image"], return_tensors="pt"),
+            processor.apply_chat_template([messages], **options),
+        ):
+            assert all(torch.equal(found[name], expected[name]) for name in ("input_ids", "pixel_values"))
+
+
 def test_labels_score_the_solution_and_nothing_else(processor):
     problems = make_problems(4, "train", 0)
     batch = imitation_batch(processor, problems)
@@ -160,7 +184,8 @@ def test_warm_start_imitates_and_stops_at_its_target(processor):
 
 
 def test_shipped_checkpoint_solves_some_and_leaves_most_to_learn():
-    model, processor = load_checkpoint(SHIPPED)
+    model, processor = load_demo_model()
+    assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     evaluation = evaluate(model, processor, make_problems(160, "held_out", 11))
     assert 0.15 < evaluation.accuracy < 0.55

@@ -61,8 +61,15 @@ class Problem:
         return solution_text(self.digits)
 
     def row(self) -> dict[str, Any]:
-        """The problem as a dataset row: a conversational prompt, the image, and the answer for the reward."""
-        return {"prompt": [{"role": "user", "content": PROMPT}], "image": self.image, "answer": self.answer}
+        """The problem as a dataset row: a conversational prompt, the image, and the answer for the reward.
+
+        The prompt is what TRL and a processor's chat template take, with a part where the image stands::
+
+            text = processor.apply_chat_template(row["prompt"], add_generation_prompt=True)
+            inputs = processor(text=text, images=row["image"], return_tensors="pt")
+        """
+        content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
+        return {"prompt": [{"role": "user", "content": content}], "image": self.image, "answer": self.answer}
 
 
 def solution_text(digits: Sequence[int]) -> str:

@@ -145,6 +145,28 @@ def load_checkpoint(folder: str | Path) -> tuple[Any, Any]:
     return model, AutoProcessor.from_pretrained(folder, **local)
 
 
+def load_demo_model() -> tuple[Any, Any]:
+    """Load the demo's model and its processor from the files of this package, without a network.
+
+    A LLaVA of 1.3 million parameters in fp32 on the CPU that adds up handwritten digits, and solves two problems in
+    five. ``make_problems`` of ``vgpo_trainer.demo.digits`` makes problems for it::
+
+        model, processor = vgpo_trainer.load_demo_model()
+        row = make_problems(1, "held_out", seed=0)[0].row()
+        text = processor.apply_chat_template(row["prompt"], add_generation_prompt=True)
+        inputs = processor(text=text, images=row["image"], return_tensors="pt")
+        answer = model.generate(**inputs)
+
+    Returns:
+        The model (``LlavaForConditionalGeneration``, in evaluation mode) and its processor (``LlavaProcessor``).
+
+    Raises:
+        ImportError: A package of ``vgpo-kernels[train]`` is missing.
+
+    """
+    return load_checkpoint(SHIPPED)
+
+
 def main() -> None:
     """Make the checkpoint that the package ships."""
     parser = argparse.ArgumentParser(description=main.__doc__)

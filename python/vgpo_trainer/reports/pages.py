@@ -12,7 +12,7 @@ from textwrap import fill
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from vgpo_trainer.reports.charts import MINUS
 from vgpo_trainer.runs.folder import StoredRollout
@@ -21,7 +21,10 @@ from vgpo_trainer.signals.words import SignalWords
 FOLDER = Path(__file__).parent
 NOTHING = "\N{EN DASH}"  # instead of a number that is not finite
 RETURN = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"  # before a line break
+TAB = "\N{RIGHTWARDS ARROW TO BAR}"  # before a tab
+EMPTY = "\N{EMPTY SET}"  # instead of a token without text
 BOX = "\N{REPLACEMENT CHARACTER}"  # instead of a character that shows nothing
+READABLE = 0.6  # opacity of a colour below text on any page, light or dark
 FIRST_TOKENS, LAST_TOKENS = 300, 100  # of a response that is longer than both
 
 
@@ -54,15 +57,25 @@ def signed(value: float, digits: int = 2) -> str:
     return f"{value:+.{digits}f}".replace("-", MINUS) if math.isfinite(value) else NOTHING
 
 
+def shade(strength: float, most: float = 0.85) -> str:
+    """Return the CSS colour of a token: orange at 1, none at 0 and without a number, blue at -1.
+
+    Args:
+        strength: Cut at -1 and 1.
+        most: Opacity of the strongest colour.
+    """
+    opacity = most * min(abs(strength), 1.0) if math.isfinite(strength) else 0.0
+    return f"rgba(var(--{'up' if strength > 0.0 else 'down'}),{opacity:.2f})"
+
+
 def factor_colour(factor: float) -> str:
     """Return the CSS colour of a token with this factor: transparent at 1, strongest at 0 and from 2 on."""
-    strength = min(abs(factor - 1.0), 1.0) if math.isfinite(factor) else 0.0
-    return f"rgba(var(--{'up' if factor > 1.0 else 'down'}),{0.85 * strength:.2f})"
+    return shade(factor - 1.0)
 
 
 def heat(strength: float) -> str:
     """Return the CSS colour of a token from transparent at 0 to strongest at 1."""
-    return f"rgba(var(--up),{0.85 * min(max(strength, 0.0), 1.0) if math.isfinite(strength) else 0.0:.2f})"
+    return shade(max(0.0, strength))
 
 
 def fold(text: Markup) -> Markup:
@@ -76,9 +89,14 @@ def cut(text: str, most: int = 200) -> str:
 
 
 def visible(token: str) -> str:
-    """Show line breaks of a token, which would have no width, and what is no character."""
-    shown = "".join(character if character.isprintable() or character == "\n" else BOX for character in token)
-    return shown.replace("\n", f"{RETURN}\n")
+    """Show line breaks and tabs of a token, which would have no width or look like spaces, and what is no character."""
+    shown = "".join(character if character.isprintable() or character in "\n\t" else BOX for character in token)
+    return shown.replace("\n", f"{RETURN}\n").replace("\t", f"{TAB}\t")
+
+
+def spaced(token: str) -> Markup:
+    """Show the spaces of a token, too, by marks that are not copied with the text, and a token without text."""
+    return (escape(visible(token)) or Markup(EMPTY)).replace(" ", Markup("<i> </i>"))
 
 
 def reading(value: float, signal: SignalWords) -> str:
@@ -109,8 +127,8 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-FILTERS = (cut, ends, factor_colour, fold, heat, percent, plain, reading, signed, visible)
+FILTERS = (cut, ends, factor_colour, fold, heat, percent, plain, reading, shade, signed, spaced, visible)
 ENVIRONMENT.filters |= {filter.__name__: filter for filter in FILTERS}
 ENVIRONMENT.tests["special_token"] = lambda text: text.startswith("<") and text.endswith(">")
-ENVIRONMENT.globals |= {"asset": asset, "zip": zip}
+ENVIRONMENT.globals |= {"asset": asset, "zip": zip, "READABLE": READABLE}
 ENVIRONMENT.policies["json.dumps_kwargs"] = {"allow_nan": False}
