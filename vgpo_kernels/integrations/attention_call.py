@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vgpo_kernels import attention_checks
 from vgpo_kernels.ops.attention_mass import attention_heatmap, attention_mass
+from vgpo_kernels.summaries import summary
 
 CHUNK_BYTES = 64 * 2**20  # of scores that exist at a time where a mask has to be followed
 # Arguments of attention functions that change the softmax itself: its shares are then no plain softmax of q k^T.
@@ -56,6 +57,10 @@ class AttentionCall(NamedTuple):
     visible: Tensor | None = None
     sequence: int = 0
     reordered: bool = False
+
+    def __repr__(self) -> str:
+        """A few lines; ``tuple(...)`` shows every number."""
+        return summary(self)
 
     def last(self, number: int) -> AttentionCall:
         """Return the call with its last queries only."""

@@ -13,6 +13,7 @@ from vgpo_kernels.ops.linear_logprob import of_one_slice
 from vgpo_kernels.ops.paired_head import VIEWS
 from vgpo_kernels.reference.linear_divergence import MEASURES, ROW, STATISTICS
 from vgpo_kernels.reference.linear_logprob import FARTHEST, IGNORED
+from vgpo_kernels.summaries import summary
 
 
 class LinearDivergence(NamedTuple):
@@ -42,6 +43,10 @@ class LinearDivergence(NamedTuple):
     other_entropy: Tensor | None = None
     logp: Tensor | None = None
     other_logp: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """A few lines; ``tuple(...)`` shows every number."""
+        return summary(self)
 
 
 def divergence_totals(slices: Tensor) -> Tensor:

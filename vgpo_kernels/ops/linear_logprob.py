@@ -23,6 +23,7 @@ from vgpo_kernels.reference import linear_logprob as reference
 from vgpo_kernels.reference.linear_logprob import FARTHEST, IGNORED, is_distribution, logp_and_entropy
 from vgpo_kernels.reference.logits import LogitMap
 from vgpo_kernels.reference.truncation import Truncation
+from vgpo_kernels.summaries import summary
 
 # Bytes of products that a call keeps for its backward pass without being asked to.
 KEPT = 32 * 2**20
@@ -51,6 +52,10 @@ class LinearLogprob(NamedTuple):
     sum_squares: Tensor | None = None
     log_mass: Tensor | None = None
     kept: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """A few lines; ``tuple(...)`` shows every number."""
+        return summary(self)
 
 
 def linear_logprob(

@@ -15,6 +15,7 @@ from vgpo_kernels.config import PolicyLossOptions
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.visual_weights import name_metrics
 from vgpo_kernels.reference import policy_loss as reference
+from vgpo_kernels.summaries import summary
 
 POLICY_METRICS = (
     "clip_fraction",
@@ -53,6 +54,10 @@ class PolicyLoss(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+    def __repr__(self) -> str:
+        """A few lines; ``tuple(...)`` shows every number."""
+        return summary(self)
 
 
 def policy_loss(

@@ -12,6 +12,7 @@ from vgpo_kernels import checks
 from vgpo_kernels.config import VGPOConfig
 from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import visual_weights as reference
+from vgpo_kernels.summaries import summary
 
 FOCUS_METRICS = (
     "focus_mean",
@@ -49,6 +50,10 @@ class VisualWeights(NamedTuple):
     phi: Tensor
     score: Tensor
     metrics: dict[str, Tensor]
+
+    def __repr__(self) -> str:
+        """A few lines; ``tuple(...)`` shows every number."""
+        return summary(self)
 
 
 def visual_weights(
