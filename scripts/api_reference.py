@@ -166,8 +166,8 @@ GROUPS = (
     Group(
         "In a notebook",
         "vgpo_trainer",
-        ("show_tokens", "TokenView", "load_demo_model"),
-        "The tokens of any loop in colours, and a model to try things with.",
+        ("show_tokens", "TokenView", "inspect_answer", "Inspection", "load_demo_model"),
+        "The tokens of any loop in colours, what a model looks at, and a model to try things with.",
     ),
 )
 

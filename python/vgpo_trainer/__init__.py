@@ -7,14 +7,25 @@ from typing import Any
 
 # Loaded when asked for: TRL takes seconds to import, and `vgpo --help` should not.
 _LAZY = {
+    "Inspection": "reports.inspection",
     "RolloutSample": "rollouts",
     "TokenView": "reports.tokens",
     "VGPOTrainer": "trainer",
     "VGPOTrainingConfig": "config",
+    "inspect_answer": "inspection",
     "load_demo_model": "demo.warm_start",
     "show_tokens": "reports.tokens",
 }
-__all__ = ["RolloutSample", "TokenView", "VGPOTrainer", "VGPOTrainingConfig", "load_demo_model", "show_tokens"]
+__all__ = [
+    "Inspection",
+    "RolloutSample",
+    "TokenView",
+    "VGPOTrainer",
+    "VGPOTrainingConfig",
+    "inspect_answer",
+    "load_demo_model",
+    "show_tokens",
+]
 
 
 def __getattr__(name: str) -> Any:

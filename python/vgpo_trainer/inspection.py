@@ -8,13 +8,11 @@ generated before, where on the image it lies, and how close its hidden state is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pad
 
 from vgpo_kernels import VGPOConfig, visual_focus, visual_weights
 from vgpo_kernels.integrations.transformers import (
@@ -25,44 +23,12 @@ from vgpo_kernels.integrations.transformers import (
     capture_hidden_states,
     visual_token_ids,
 )
+from vgpo_trainer.reports.inspection import Inspection
+from vgpo_trainer.sequences import extended_inputs
 
 
 class InspectError(ValueError):
     """What keeps an answer from being inspected; the message says what to change."""
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """An answer and what it looked at; per-token lists have an entry for each token of the answer.
-
-    Attributes:
-        model: The model, as it was asked for.
-        prompt: The prompt.
-        image_name: What to call the image; may be empty.
-        picture: The image as the model saw it (cropped, say), or as it was given where that cannot be told.
-        tokens: Text of each token, special ones included.
-        shares: Share of a token's attention on the image, the question and the tokens generated before it and itself.
-        cos: Cosine of a token's last hidden state to the mean of the image's.
-        psi: Intra-trajectory weights.
-        factors: What an advantage would be multiplied by, with the paper's settings and no other answer to compare.
-        maps: Attention on each image token, row by row, ``grid`` of them; empty without a grid.
-        grid: Rows and columns of image tokens, or ``None`` where they form no single grid.
-        layers: Layers that attention is averaged over, all their heads alike.
-
-    """
-
-    model: str
-    prompt: str
-    image_name: str
-    picture: Image.Image
-    tokens: list[str]
-    shares: list[tuple[float, float, float]]
-    cos: list[float]
-    psi: list[float]
-    factors: list[float]
-    maps: list[list[float]]
-    grid: tuple[int, int] | None
-    layers: list[int]
 
 
 def inspect_answer(
@@ -87,6 +53,9 @@ def inspect_answer(
         image_name: What to call the image.
         max_new_tokens: Longest answer.
         layers: Decoder layers whose attention is averaged, negative ones counted from the last; by default all.
+
+    Returns:
+        An :class:`~vgpo_trainer.Inspection`, which a notebook shows as the page of ``vgpo inspect``.
 
     Raises:
         InspectError: The processor has no chat template, the model answered nothing, or no image token reached it.
@@ -216,13 +185,3 @@ def _picture(pixels: Tensor, image_processor: Any) -> Image.Image:
         )
         values = values * deviation[:, None, None] + mean[:, None, None]
     return Image.fromarray((values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-def extended_inputs(inputs: Any, sequence: Tensor) -> dict[str, Any]:
-    """Return the inputs of a pass over the whole sequence: what stands by each token grows with it."""
-    begin = inputs["input_ids"].shape
-    extended = dict(inputs)
-    for name, value in inputs.items():
-        if getattr(value, "shape", None) == begin:
-            extended[name] = pad(value, (0, sequence.shape[1] - begin[1]), value=int(name == "attention_mask"))
-    return extended | {"input_ids": sequence}

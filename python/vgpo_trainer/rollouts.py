@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ _DIGEST_BITS = 53
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RolloutSample:
     """One response and its visual signal. Per-token lists have one entry for each token of ``tokens``.
 
@@ -60,6 +61,13 @@ class RolloutSample:
     advantage: float
     late_early_ratio: float
     correct: bool | None
+
+    def __repr__(self) -> str:
+        """One line: where it comes from, how it begins, and what it earned."""
+        response = shorten("".join(self.tokens), 60, placeholder=" …")
+        verdict = {None: "", True: ", right", False: ", wrong"}[self.correct]
+        numbers = f"reward {self.reward:.4g}, advantage {self.advantage:.4g}, phi {self.phi:.4g}{verdict}"
+        return f"<RolloutSample: {self.mode}, step {self.step}, {response!r}, {len(self.tokens)} tokens, {numbers}>"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ pytest.importorskip("trl")
 
 from PIL import Image
 from safetensors import safe_open
+from trainer.test_inspect import inspection
 from trainer.tiny_runs import save_model, save_rows
 from transformers import AutoModelForImageTextToText
 from vgpo_trainer import cli
@@ -168,8 +169,7 @@ def test_a_full_disk_under_the_pages_of_a_demo(tmp_path, monkeypatch):
     folder.write_evaluation({"examples": [{"image": image, "answer": "7", "right_after": True}]})
     folder.inspections.mkdir()
     folder.inspection(image).symlink_to("/dev/full")
-    monkeypatch.setattr(inspections, "inspect_answer", lambda *_, **__: None)
-    monkeypatch.setattr("vgpo_trainer.reports.inspection.build_page", lambda _: "a page")
+    monkeypatch.setattr(inspections, "inspect_answer", lambda *_, **__: inspection())
     with pytest.raises(RunFailure, match=f"^cannot write {folder.inspection(image)}: No space left on device$"):
         inspections.write_inspections(folder, torch.nn.Linear(1, 1), None, "a model")
     folder.inspection(image).unlink()

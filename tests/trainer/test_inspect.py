@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
+import html
 import json
 import math
 import os
@@ -20,9 +22,9 @@ pytest.importorskip("trl")
 from PIL import Image
 from trainer.test_report import Page
 from trainer.tiny_runs import FAMILIES, llava, picture, qwen2_5_vl
+from vgpo_trainer import Inspection, inspect_answer
 from vgpo_trainer.cli import main
 from vgpo_trainer.demo.warm_start import SHIPPED
-from vgpo_trainer.inspection import Inspection, inspect_answer
 from vgpo_trainer.reports.inspection import build_page
 
 from vgpo_kernels import VGPOConfig, visual_focus, visual_weights
@@ -115,6 +117,30 @@ def test_every_text_is_escaped_and_nothing_is_fetched():
 def test_a_page_without_a_grid_says_so():
     page = Page(build_page(inspection(grid=None, maps=[])))
     assert "no single grid" in page.text and "overlay" not in [value for name, value in page.attributes if name == "id"]
+
+
+def test_an_inspection_as_json_and_in_a_line():
+    found = inspection()
+    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert set(data) == {field.name for field in dataclasses.fields(found)} - {"picture"} | {"size"}
+    assert data["shares"] == {
+        "image": [0.5, 0.4, 0.3, 0.2],
+        "question": [0.4, 0.4, 0.4, 0.2],
+        "generated": [0.1, 0.2, 0.3, 0.6],
+    }
+    assert data["cos"] == [0.5, -0.25, 0.1, None] and data["size"] == [48, 48] and data["grid"] == [2, 2]
+    line = "<Inspection: 'Add the digits.' -> '1+\\n<eos>', 4 tokens, 35.0% on the image>"
+    assert repr(found) == line
+    assert len(repr(inspection(prompt="why? " * 1000, tokens=["word "] * 1000, shares=[(math.nan,) * 3]))) < 250
+
+
+def test_a_notebook_shows_the_page_in_a_frame(tmp_path):
+    found = inspection(prompt=ATTACK)
+    page = Page(found._repr_html_())
+    assert page.tags == ["iframe"] and page.text == ""
+    attributes = dict(page.attributes)
+    assert attributes["srcdoc"] == build_page(found) == found.save(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert attributes["sandbox"] == "allow-scripts"  # and no more: its script does not reach the notebook
 
 
 def test_the_command_writes_a_page(tmp_path, capsys):
@@ -215,6 +241,28 @@ def test_a_browser_shows_the_page(browse, shipped_page):
         assert image.size == (1200, 1440)
         # Ink, the curves' colours and the map, not a blank page.
         assert len(image.convert("RGB").resize((300, 360)).getcolors(300 * 360)) > 500
+
+
+CELL = """
+<script>
+addEventListener("message", (event) => {
+  document.body.append(Object.assign(document.createElement("pre"), { id: "read", textContent: event.data }));
+});
+</script>
+"""
+
+
+def test_the_page_works_in_a_cell(browse, tmp_path):
+    """In its sandbox, under its policy; the frame says what it shows once its script ran."""
+    frame = inspection()._repr_html_()
+    # The page's own script is the only one that its policy lets run, so the test's goes without the policy.
+    told = "<script>parent.postMessage(document.getElementById('factor').textContent, '*')</script></body>"
+    shown = html.unescape(frame)
+    shown = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", shown).replace("</body>", told)
+    (source,) = re.findall(r'srcdoc="(.*)" sandbox', shown, re.DOTALL)
+    path = tmp_path / "cell.html"
+    path.write_text(f'{CELL}<iframe srcdoc="{html.escape(source)}" sandbox="allow-scripts"></iframe>', encoding="utf-8")
+    assert words(browse(path.as_uri(), "--dump-dom"), "read") == "1.03"
 
 
 POINTER = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -146,3 +147,9 @@ def test_what_is_no_file_of_rollouts_ends_a_resumed_run_in_one_line(tmp_path):
     state = SimpleNamespace(global_step=2, max_steps=4, save_steps=2, is_world_process_zero=True)
     with pytest.raises(RunFailure, match=r"rollouts.jsonl, line 1, is not a rollout"):
         RolloutFile(SimpleNamespace(), folder).on_train_begin(SimpleNamespace(save_strategy="steps"), state, None)
+
+
+def test_a_sample_prints_as_a_line():
+    assert repr(sample()) == "<RolloutSample: train, step 0, 'ab', 2 tokens, reward 1, advantage 0.5, phi 0>"
+    long = replace(sample(), tokens=["word "] * 1000, correct=False)
+    assert repr(long).endswith(", wrong>") and len(repr(long)) < 170

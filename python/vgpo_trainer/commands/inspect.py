@@ -37,7 +37,6 @@ def run(arguments: argparse.Namespace) -> int:
     from PIL import Image, UnidentifiedImageError
 
     from vgpo_trainer.inspection import InspectError, inspect_answer
-    from vgpo_trainer.reports.inspection import write_page
 
     try:
         if not arguments.out.parent.is_dir():
@@ -57,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             max_new_tokens=arguments.max_new_tokens,
             layers=arguments.layers,
         )
-        print(write_page(inspection, arguments.out))
+        print(inspection.save(arguments.out))
     except ModuleNotFoundError:
         raise  # told by the vgpo command, with the extra that brings it
     except (OSError, ValueError, TypeError, ImportError) as error:

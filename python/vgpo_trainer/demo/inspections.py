@@ -9,7 +9,6 @@ from PIL import Image
 
 from vgpo_trainer.demo.digits import MAX_RESPONSE_TOKENS, PROMPT
 from vgpo_trainer.inspection import inspect_answer
-from vgpo_trainer.reports.inspection import write_page
 from vgpo_trainer.runs.folder import RunFolder
 from vgpo_trainer.runs.writing import writing
 
@@ -45,7 +44,7 @@ def write_inspections(folder: RunFolder, model: Any, processor: Any, name: str) 
             )
         page = folder.inspection(example["image"])
         with writing(page):
-            write_page(inspection, page)
+            inspection.save(page)
     model.train(training)
 
 

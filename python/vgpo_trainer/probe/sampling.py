@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vgpo_kernels.integrations.transformers import visual_token_ids
-from vgpo_trainer.inspection import extended_inputs
+from vgpo_trainer.sequences import extended_inputs
 
 
 class ProbeError(ValueError):
