@@ -167,7 +167,7 @@ GROUPS = (
         "In a notebook",
         "vgpo_trainer",
         ("show_tokens", "TokenView", "inspect_answer", "Inspection", "load_demo_model"),
-        "The tokens of any loop in colours, what a model looks at, and a model to try things with.",
+        "The tokens of any loop in colours, what a model looks at, a model to try it with: [a page](notebook.md).",
     ),
 )
 
