@@ -22,8 +22,8 @@ COMPILE = $(UV) pip compile --quiet --upgrade --no-python-downloads --universal 
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-anyway test-videos bench docs lint lock build verl verl-e2e vllm-e2e easyr1 \
-	asan gpu-check clean FORCE
+.PHONY: help demo test test-newest test-anyway test-videos bench docs lint lock build dist verl verl-e2e vllm-e2e \
+	easyr1 asan gpu-check clean FORCE
 
 help:
 	@echo "make demo         train a small vision-language model with VGPO, end with a report"
@@ -35,6 +35,7 @@ help:
 	@echo "make lint         run the linters and the type checker"
 	@echo "make lock         renew the lock that every target installs, then lint and run all tests"
 	@echo "make build        compile the extension only (VGPO_BUILD=auto|cpu|cuda|none)"
+	@echo "make dist         build an sdist and a wheel into dist/, and install and check them (VGPO_BUILD as above)"
 	@echo "make verl         install verl and DeepSpeed into $(VENV), so that the tests with them run"
 	@echo "make verl-e2e     run verl on Ray with vLLM and VGPO on this machine, without a GPU"
 	@echo "make vllm-e2e     run VGPOTrainer with vLLM's engine and server on this machine, without a GPU"
@@ -106,6 +107,9 @@ lock: $(UV)
 	$(MAKE) lint verl test
 
 build: $(VENV)/.built
+
+dist: $(VENV)/.installed
+	$(BIN)/python scripts/dist.py --torch '$(TORCH)'
 
 verl: $(VENV)/.verl
 

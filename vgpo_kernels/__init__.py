@@ -21,7 +21,7 @@ from vgpo_kernels.ops.vgpo_loss import vgpo_loss
 from vgpo_kernels.ops.visual_focus import visual_focus, visual_prototype
 from vgpo_kernels.ops.visual_weights import VisualWeights, combine_factors, group_weights, visual_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BatchError",

@@ -18,7 +18,7 @@ from vgpo_trainer.cli import build_parser
 from vgpo_trainer.options.help import help_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 # The reference is made of docstrings, and its signatures are no statements.
 WRITTEN = [page for page in PAGES if page.name != "api.md"]
 

@@ -22,6 +22,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,12 +39,9 @@ SMALL = 256  # pixels of a picture that a page shows without loss
 
 
 def version_of(package: str) -> str:
-    """Version of an installed package; of torch with its CUDA, which the metadata of its wheels leaves out."""
-    if package != "torch":
-        return version(package)
-    import torch
-
-    return str(torch.__version__)
+    """Version of a package: torch's with its CUDA and ours of the code that runs, which metadata may not know."""
+    module = {"torch": "torch", "vgpo-kernels": "vgpo_kernels"}.get(package)
+    return version(package) if module is None else str(import_module(module).__version__)
 
 
 def versions_of_a_run() -> dict[str, str]:
