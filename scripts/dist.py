@@ -24,10 +24,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 # Beside what packages hold: what a build reads, what tests read, what people look for.
-OF_AN_SDIST = ("benchmarks", "csrc", "docs", "examples", "python", "requirements", "scripts", "tests", "vgpo_kernels")
+OF_AN_SDIST = (
+    *(".ci", ".github", "benchmarks", "csrc", "docs", "examples", "python", "requirements", "scripts", "tests"),
+    "vgpo_kernels",
+)
 FILES_OF_AN_SDIST = (
-    *(".ci/run", "CHANGELOG.md", "CITATION.cff", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in"),
-    *("Makefile", "README.md", "SECURITY.md", "pyproject.toml", "setup.py"),
+    *("CHANGELOG.md", "CITATION.cff", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile"),
+    *("README.md", "SECURITY.md", "pyproject.toml", "setup.py"),
 )
 OF_A_WHEEL = {"vgpo_kernels": ROOT / "vgpo_kernels", "vgpo_trainer": ROOT / "python" / "vgpo_trainer"}
 NO_SOURCE = {".pyc", ".so", ".o"}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
 from vgpo_trainer import load_demo_model
 from vgpo_trainer.demo.digits import (
     CELL,
@@ -183,8 +184,9 @@ def test_warm_start_imitates_and_stops_at_its_target(processor):
     assert len(steps) == 2
 
 
-def test_shipped_checkpoint_solves_some_and_leaves_most_to_learn():
+def test_shipped_checkpoint_solves_some_and_leaves_most_to_learn(capsys):
     model, processor = load_demo_model()
+    assert capsys.readouterr().err == "" and transformers_logging.is_progress_bar_enabled()
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     evaluation = evaluate(model, processor, make_problems(160, "held_out", 11))

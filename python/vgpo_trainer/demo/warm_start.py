@@ -164,7 +164,15 @@ def load_demo_model() -> tuple[Any, Any]:
         ImportError: A package of ``vgpo-kernels[train]`` is missing.
 
     """
-    return load_checkpoint(SHIPPED)
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # five megabytes need none
+    try:
+        return load_checkpoint(SHIPPED)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def main() -> None:
