@@ -30,7 +30,7 @@ def make_scope() -> dict[str, Any]:
 
 
 def test_the_three_lines_are_your_loss_with_factors() -> None:
-    yours, three_lines = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    yours, three_lines, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (multiplied,) = re.findall(r"`(advantage = [^`]*factors)`", README)
     scope = make_scope()
     exec(three_lines, scope)
@@ -48,3 +48,11 @@ def test_the_three_lines_are_your_loss_with_factors() -> None:
     exec(yours, scope)
     torch.testing.assert_close(without_factors, scope["loss"])
     assert second_line.startswith("advantage = advantages[:, None]")
+
+
+def test_the_block_to_paste_runs_and_its_batch_is_right(capsys: Any) -> None:
+    *_, pasted = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(pasted, scope)
+    assert capsys.readouterr().out.startswith("nothing looks wrong\nVisualWeights")
+    assert scope["hidden"].grad.abs().sum() > 0 and scope["weights"].factors.ne(1).any()
