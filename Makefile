@@ -14,7 +14,7 @@ NEWEST := $(VENV)-newest
 E2E := $(VENV)-verl
 VIDEOS := $(VENV)-videos
 # Tests of what other packages' releases can break.
-OUTWARD := tests/integrations tests/trainer tests/architectures
+OUTWARD := tests/integrations tests/trainer tests/architectures tests/examples
 UV := $(VENV)-uv/bin/uv
 NEW := build/lock
 COMPILE = $(UV) pip compile --quiet --upgrade --no-python-downloads --universal --python-version 3.10 \
