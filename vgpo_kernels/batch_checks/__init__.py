@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -98,15 +100,15 @@ def check_batch(
     """
     checks.positive_integer("samples", samples)
     checks.flag("raises", raises)
-    mask = checks.require_tensor("response_mask", response_mask) != 0
-    head_checks.logit_map(temperature, 1.0 if logit_scale is None else logit_scale, softcap, mask, mask, "its")
     head = find(model_or_head, bias, logit_scale, softcap)
     with torch.no_grad():
-        batch = read(
-            hidden, ids, logp, old_logp, advantages, visual_mask, response_mask, group_ids, cu_seqlens, prompt_mask
-        )
-        masks = {"visual_mask": visual_mask, "response_mask": response_mask, "prompt_mask": prompt_mask}
-        findings = [*check_values(masks), *check_masks(batch, head.visual_tokens)]
+        given = {"visual_mask": visual_mask, "response_mask": response_mask, "prompt_mask": prompt_mask}
+        findings = list(check_values(given))
+        masks = {name: _truth(mask) for name, mask in given.items()}
+        batch = read(hidden, ids, logp, old_logp, advantages, group_ids=group_ids, cu_seqlens=cu_seqlens, **masks)
+        scored = masks["response_mask"]
+        head_checks.logit_map(temperature, 1.0 if logit_scale is None else logit_scale, softcap, scored, scored, "its")
+        findings += check_masks(batch, head.visual_tokens)
         unchecked: list[str] = []
         if bool(batch.scored.any()):
             findings += _nonfinite(batch)
@@ -117,6 +119,11 @@ def check_batch(
     if found and raises:
         raise BatchError(found)
     return found
+
+
+def _truth(mask: Tensor | None) -> Any:
+    """Return a mask of integers as the losses read it on a GPU; there, nothing says that it holds other values."""
+    return mask != 0 if isinstance(mask, Tensor) and mask.dtype in checks.INTEGER_DTYPES else mask
 
 
 def _detached(hidden: Tensor | None, logp: Tensor | None) -> list[Finding]:

@@ -82,6 +82,7 @@ def read(
     logp: Tensor | None,
     old_logp: Tensor | None,
     advantages: Tensor | None,
+    *,
     visual_mask: Tensor | None,
     response_mask: Tensor,
     group_ids: Tensor | None,

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from vgpo_kernels import checks
 from vgpo_kernels.batch_checks.batch import Batch
 from vgpo_kernels.batch_checks.findings import Finding
 
 
-def check_values(masks: Mapping[str, Tensor | None]) -> Iterator[Finding]:
+def check_values(masks: Mapping[str, object]) -> Iterator[Finding]:
     """Find integer masks that hold more than 0 and 1: whatever is not 0 counts as true."""
     for name, mask in masks.items():
-        if mask is None or mask.dtype == torch.bool or not mask.numel():
+        if not isinstance(mask, Tensor) or mask.dtype not in checks.INTEGER_DTYPES:
             continue
         others = mask[(mask != 0) & (mask != 1)]
         if len(others):
