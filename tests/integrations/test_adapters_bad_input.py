@@ -340,7 +340,7 @@ SUBJECTS = {
     "compute_policy_loss": policy_of_easyr1(),
 }
 # unwrap() takes anything, and hands back what wraps nothing. What it is called on in an error is the model.
-ANYTHING = {"unwrap"}
+ANYTHING = {"unwrap", "logit_maps"}
 CASES = [pytest.param(made, name, id=f"{label}: {name}") for label, made in SUBJECTS.items() for name in made.bad]
 
 
