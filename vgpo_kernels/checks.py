@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from vgpo_kernels import hints
 from vgpo_kernels.config import FLOAT32_LEAST, FLOAT32_MOST, Visibility, is_number, spell, type_name
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ def describe(tensor: Tensor) -> str:
 def require_tensor(name: str, value: object) -> Tensor:
     """Return ``value`` if it is a dense tensor, else raise TypeError."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{hints.not_a_tensor(name, value)}")
     if value.layout != torch.strided or value.is_nested:
         kind = "a nested one" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense torch.Tensor, got {kind}")
@@ -44,14 +45,18 @@ def require_floating(name: str, value: object) -> Tensor:
     """Return ``value`` if it is a tensor of fp32, bf16, fp16 or fp64, else raise TypeError."""
     tensor = require_tensor(name, value)
     if tensor.dtype not in HIDDEN_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(tensor)}")
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {describe(tensor)}"
+            f"{hints.not_floating(name, tensor)}"
+        )
     return tensor
 
 
-def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    """Raise ValueError unless ``tensor`` has ``shape``, which ``meaning`` explains."""
+def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str, like: str = "") -> None:
+    """Raise ValueError unless ``tensor`` has ``shape``, which ``meaning`` explains: that of ``like``, if of any."""
     if tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)} ({meaning}), got {describe(tensor)}")
+        hint = hints.shape(name, tensor.shape, shape, like)
+        raise ValueError(f"{name} must have shape {list(shape)} ({meaning}), got {describe(tensor)}{hint}")
 
 
 def require_device(name: str, tensor: Tensor, device: torch.device, other: str) -> None:
@@ -81,16 +86,23 @@ def mask(name: str, value: object, shape: tuple[int, ...], meaning: str, device:
 
     Raises:
         TypeError: Not a tensor, or a floating-point mask, which would have to be rounded.
-        ValueError: Wrong shape or device.
+        ValueError: Wrong shape or device, or (CPU tensors) integers other than 0 and 1.
 
     """
     tensor = require_tensor(name, value)
-    if tensor.dtype != torch.bool:
-        if tensor.dtype not in INTEGER_DTYPES:
-            raise TypeError(f"{name} must be bool or an integer mask, got {describe(tensor)}; use {name}.bool()")
-        tensor = tensor != 0
-    require_shape(name, tensor, shape, meaning)
+    if tensor.dtype != torch.bool and tensor.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name} must be bool or an integer mask, got {describe(tensor)}; use {name}.bool()")
+    require_shape(name, tensor, shape, meaning, other if len(shape) == 2 else "")
     require_device(name, tensor, device, other)
+    if tensor.dtype != torch.bool:
+        if values_are_free(tensor) and tensor.numel():
+            low, high = (int(bound) for bound in tensor.aminmax())
+            if low < 0 or high > 1:
+                raise ValueError(
+                    f"{name} must hold 0 and 1, got {low} to {high} in {describe(tensor)}; say what counts, as by "
+                    f"{name} != {-100 if low < 0 else 0}"
+                )
+        tensor = tensor != 0
     return tensor.contiguous()
 
 
@@ -105,7 +117,7 @@ def cu_seqlens(value: object, packed: Tensor, other: str, name: str = "cu_seqlen
     total = packed.shape[0]
     boundaries = require_tensor(name, value)
     if boundaries.dtype not in INDEX_DTYPES:
-        raise TypeError(f"{name} must be int32 or int64, got {describe(boundaries)}")
+        raise TypeError(f"{name} must be int32 or int64, got {describe(boundaries)}; use {name}.int()")
     if boundaries.dim() != 1 or boundaries.shape[0] < 1:
         raise ValueError(f"{name} must have shape [B + 1], got {describe(boundaries)}")
     require_device(name, boundaries, packed.device, other)
@@ -142,7 +154,8 @@ def response_layout(
     expected = 2 if boundaries is None else 1
     if tensor.dim() != expected:
         layout = "[B, T] without cu_seqlens" if boundaries is None else "[N] with cu_seqlens"
-        raise ValueError(f"response_mask must have shape {layout}, got {describe(tensor)}")
+        hint = hints.response_mask(tensor.shape, tensor.is_floating_point(), boundaries is not None)
+        raise ValueError(f"response_mask must have shape {layout}, got {describe(tensor)}{hint}")
     checked = mask("response_mask", tensor, tensor.shape, "", device or tensor.device, "hidden")
     if boundaries is None:
         return checked, None
@@ -160,7 +173,8 @@ def hidden_states(hidden: object, boundaries: object) -> tuple[Tensor, Tensor | 
     expected = 3 if boundaries is None else 2
     if tensor.dim() != expected:
         layout = "[B, S, D] without cu_seqlens" if boundaries is None else "[N, D] with cu_seqlens"
-        raise ValueError(f"hidden must have shape {layout}, got {describe(tensor)}")
+        hint = hints.hidden(tensor.shape, boundaries is not None)
+        raise ValueError(f"hidden must have shape {layout}, got {describe(tensor)}{hint}")
     if tensor.shape[-1] == 0:
         raise ValueError(f"hidden must have at least one feature, got {describe(tensor)}")
     tensor = rows_apart(tensor)
@@ -185,6 +199,7 @@ def last_positions(value: object, of: Tensor, name: str) -> Tensor:
         raise ValueError(
             f"response_mask must have shape [{of.shape[0]}, T] with T <= {of.shape[1]} (the last T "
             f"positions of {name} {describe(of)}), got {describe(tensor)}"
+            f"{hints.last_positions(tensor.shape, of.shape, name)}"
         )
     return mask("response_mask", tensor, tensor.shape, "", of.device, name)
 
@@ -285,7 +300,8 @@ def integers(name: str, value: object) -> Tensor:
     """Return ``value`` if it is an integer tensor, else raise TypeError."""
     tensor = require_tensor(name, value)
     if tensor.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"{name} must be an integer tensor, got {describe(tensor)}")
+        hint = "" if tensor.is_complex() else f"; use {name}.long()"
+        raise TypeError(f"{name} must be an integer tensor, got {describe(tensor)}{hint}")
     return tensor
 
 
@@ -305,7 +321,7 @@ def per_response_mask(name: str, value: object, batch: int, device: torch.device
 def per_token(name: str, value: object, like: Tensor, *, detach: bool = True) -> Tensor:
     """Return a floating tensor of ``like``'s shape, fp32 (or fp64 if it is), contiguous."""
     tensor = require_floating(name, value)
-    require_shape(name, tensor, like.shape, "response_mask's")
+    require_shape(name, tensor, like.shape, "response_mask's", "response_mask")
     require_device(name, tensor, like.device, "response_mask")
     return computable(tensor, detach)
 
@@ -329,9 +345,15 @@ def per_response_or_token(name: str, value: object, like: Tensor, batch: int) ->
     # Not written as `in`, which tracing cannot resolve for symbolic shapes of different lengths.
     one_each = tensor.dim() == 1 and tensor.shape[0] == batch
     if not one_each and tensor.shape != like.shape:
+        meant = [
+            hints.shape(name, tensor.shape, (batch,)),
+            hints.shape(name, tensor.shape, like.shape, "response_mask"),
+        ]
+        by_token = tensor.dim() == like.dim() and tensor.shape[-1] != 1
+        hint = next(filter(None, reversed(meant) if by_token else meant), "")
         raise ValueError(
             f"{name} must have shape [{batch}] (one entry per response) or {list(like.shape)} (response_mask's), "
-            f"got {describe(tensor)}"
+            f"got {describe(tensor)}{hint}"
         )
     require_device(name, tensor, like.device, "response_mask")
     return computable(tensor, detach=True)
@@ -349,13 +371,17 @@ def count(name: str, value: object, device: torch.device) -> Tensor | None:
     if isinstance(value, Tensor):
         require_tensor(name, value)
         if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
-            raise ValueError(f"{name} must be a number or a tensor of one number, got {describe(value)}")
+            hint = f"; use {name}.sum()" if value.numel() > 1 and not value.is_complex() else ""
+            raise ValueError(f"{name} must be a number or a tensor of one number, got {describe(value)}{hint}")
         require_device(name, value, device, "the other arguments")
         if values_are_free(value):
             _denominator(name, value.item())
         return value.detach().reshape(()).to(torch.float32)
     if not is_number(value):
-        raise TypeError(f"{name} must be a number (int or float), a tensor of one, or None, got {type_name(value)}")
+        hint = "; such as response_mask.sum()" if isinstance(value, bool) else ""
+        raise TypeError(
+            f"{name} must be a number (int or float), a tensor of one, or None, got {type_name(value)}{hint}"
+        )
     _denominator(name, value)
     if torch.compiler.is_compiling():  # a product keeps a number that changes an input of the graph
         return torch.ones((), dtype=torch.float32, device=device) * value
@@ -441,7 +467,8 @@ def function(name: str, value: object) -> None:
 def settings(name: str, value: object, kind: type[T]) -> T:
     """Return ``value`` if it is of the settings class ``kind``, else raise TypeError."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+        hint = hints.settings(name, value, kind)
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}{hint}")
     return value
 
 

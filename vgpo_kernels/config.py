@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
+from vgpo_kernels import hints
+
 # Kernels know a choice by its place in these lists (csrc/math.h and loss_math.h have enums of the same order).
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "gspo_token", "cispo", "sapo", "luspo", "vespo"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
@@ -85,7 +87,7 @@ class Number:
         if value is None and self.none is not None:
             return
         if not is_number(value):
-            raise TypeError(f"{name} must be a number, an int or a float, got {value!r}")
+            raise TypeError(f"{name} must be a number, an int or a float, got {value!r}{hints.number(value)}")
         if not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be finite, got {value}")
         if not _RANGES[self.expected](value):
@@ -231,6 +233,25 @@ class _Settings:
 # ---- the settings --------------------------------------------------------------------------------------------------
 
 
+def _option_meant(name: str) -> str:
+    """Say what an unknown option of a loss was meant to be."""
+    field = hints.AUTHORS_NAMES.get(name, name)
+    if field in VGPOConfig.kinds and name not in hints.MISPLACED:
+        return f"{field} is a field of VGPOConfig"
+    return hints.MISPLACED.get(name) or hints.name_meant(name, [*PolicyLossOptions.kinds, *hints.LOSS_ARGUMENTS])
+
+
+def _explained(meant: Callable[[str], str] | None = None) -> Callable[[type[S]], type[S]]:
+    """Let a field that there is not be answered by the one that was probably meant."""
+
+    def explain(kind: type[S]) -> type[S]:
+        kind.__init__ = hints.explained(kind.__init__, meant)  # type: ignore[method-assign]
+        return kind
+
+    return explain
+
+
+@_explained()
 @dataclass(frozen=True)
 class VGPOConfig(_Settings):
     """How cosines become token and trajectory factors. The defaults are the paper's.
@@ -290,11 +311,13 @@ class VGPOConfig(_Settings):
             raise ValueError(f"score_offset={self.score_offset} needs score='offset', got {self.score!r}")
 
     @classmethod
+    @hints.explained
     def paper(cls, **changes: Any) -> VGPOConfig:
         """Return the settings of the paper's equations (arXiv 2604.09349), with ``changes`` applied."""
         return replace(cls(), **changes)
 
     @classmethod
+    @hints.explained
     def released(cls, **changes: Any) -> VGPOConfig:
         """Return the settings that the authors' released training code computes, with ``changes`` applied."""
         released = cls(
@@ -307,6 +330,7 @@ class VGPOConfig(_Settings):
         return replace(released, **changes)
 
 
+@_explained(_option_meant)
 @dataclass(frozen=True)
 class PolicyLossOptions(_Settings):
     """How log-probs and advantages become a loss. ``policy_loss`` takes these fields as keyword arguments.

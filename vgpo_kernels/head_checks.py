@@ -38,7 +38,7 @@ def head(hidden: object, weight: object, bias: object) -> tuple[Tensor, Tensor, 
     if rows.shape[1] != states.shape[-1] or rows.shape[1] == 0:
         raise ValueError(
             f"weight must have shape [V, {states.shape[-1]}], a column per feature of hidden {describe(states)}, "
-            f"got {describe(rows)}"
+            f"got {describe(rows)}{'; use weight.T' if rows.shape[0] == states.shape[-1] else ''}"
         )
     require_device("weight", rows, states.device, "hidden")
     if bias is not None:
@@ -87,9 +87,9 @@ def other_view(
 
 
 def targets(value: object, shape: tuple[int, ...], meaning: str, device: torch.device, other: str = "hidden") -> Tensor:
-    """Return target ids of ``shape`` as int64."""
+    """Return target ids of ``shape`` as int64; ``meaning`` says whose shape it is."""
     ids = integers("targets", value)
-    require_shape("targets", ids, shape, meaning)
+    require_shape("targets", ids, shape, meaning, meaning.partition("'")[0])
     require_device("targets", ids, device, other)
     return ids.to(torch.int64).contiguous()
 

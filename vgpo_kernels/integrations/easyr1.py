@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import VGPOConfig, checks, policy_loss, visual_focus
+from vgpo_kernels.hints import AUTHORS_NAMES
 from vgpo_kernels.integrations.sequence_parallel import parallel_focus
 from vgpo_kernels.integrations.surface import UnknownSurfaceError, known, masked_mean, require, reweight
 from vgpo_kernels.integrations.transformers import capture_hidden_states, visual_mask
@@ -49,19 +50,6 @@ LOSS_TYPES = {
 }
 AGGREGATIONS = {"token": "token-mean", "seq": "seq-mean-token-mean"}
 
-# The authors' names for what VGPOConfig calls otherwise.
-AUTHORS_NAMES = {
-    "use_intra_trajectory_reweighting": "intra",
-    "use_inter_trajectory_reweighting": "inter",
-    "visual_compensation_type": "schedule",
-    "visual_compensation_strength": "beta",
-    "visual_compensation_start_ratio": "start_ratio",
-    "visual_compensation_exponent": "exponent",
-    "visual_compensation_step_ratio": "step_ratio",
-    "use_gated_visual_compensation": "gate",
-    "gated_visual_compensation_start_ratio": "tail_ratio",
-    "visual_attention_threshold": "top_ratio",
-}
 # Those by which the authors' fork weighs the advantages itself, when it updates the policy.
 AUTHORS_SWITCHES = ("use_intra_trajectory_reweighting", "use_inter_trajectory_reweighting")
 

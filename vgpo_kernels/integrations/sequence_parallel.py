@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from vgpo_kernels import checks
 from vgpo_kernels.config import Visibility
+from vgpo_kernels.hints import explained
 from vgpo_kernels.ops.linear_logprob import linear_logprob
 from vgpo_kernels.ops.visual_focus import visual_focus, visual_prototype
 from vgpo_kernels.reference.layout import responses_of
@@ -23,6 +24,7 @@ from vgpo_kernels.reference.linear_logprob import IGNORED, first_tokens
 from vgpo_kernels.reference.visual_focus import totals_before
 
 
+@explained
 def parallel_focus(
     hidden: Tensor,
     visual_mask: Tensor,
@@ -106,6 +108,7 @@ def parallel_focus(
     return gather_tokens(cos, places - first, scored.shape[-1], group)
 
 
+@explained
 def parallel_token_logprob(
     hidden: Tensor,
     weight: Tensor,

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from vgpo_kernels import checks
 from vgpo_kernels.config import VGPOConfig, Visibility
+from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.divergence_measures import LinearDivergence, combine_divergences, divergence_totals
 from vgpo_kernels.ops.linear_divergence import by_totals, linear_divergence_slice
@@ -41,6 +42,7 @@ from vgpo_kernels.reference.linear_logprob import IGNORED
 from vgpo_kernels.reference.logits import LogitMap
 
 
+@explained
 def parallel_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -113,6 +115,7 @@ def parallel_logprob(
     return found if both else found[0]
 
 
+@explained
 def parallel_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -218,6 +221,7 @@ def parallel_policy_loss(
     return unpack(registry.call("policy_loss", mask.device, dtype, **arguments), POLICY_METRICS, dtype, arguments)
 
 
+@explained
 def parallel_vgpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -311,6 +315,7 @@ def parallel_vgpo_loss(
     )
 
 
+@explained
 def parallel_divergence(
     hidden: Tensor,
     other: Tensor,

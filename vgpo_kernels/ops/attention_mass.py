@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import attention_checks, checks
+from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import attention_mass as reference
 from vgpo_kernels.reference.layout import responses_of
@@ -17,6 +18,7 @@ IGNORED, SEEN, SHOWN = -1, 0, 1
 LABELS = 2  # of keys that take part
 
 
+@explained
 def attention_mass(
     q: Tensor,
     k: Tensor,
@@ -87,6 +89,7 @@ def attention_mass(
     return mass.to(dtype)  # type: ignore[no-any-return]
 
 
+@explained
 def attention_heatmap(
     q: Tensor,
     k: Tensor,

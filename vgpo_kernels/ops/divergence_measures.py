@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import checks, head_checks
+from vgpo_kernels.hints import explained
 from vgpo_kernels.ops.linear_logprob import of_one_slice
 from vgpo_kernels.ops.paired_head import VIEWS
 from vgpo_kernels.reference.linear_divergence import MEASURES, ROW, STATISTICS
@@ -49,6 +50,7 @@ class LinearDivergence(NamedTuple):
         return summary(self)
 
 
+@explained
 def divergence_totals(slices: Tensor) -> Tensor:
     """Compute both views' normalisers from the results of :func:`linear_divergence_slice` for every slice.
 
@@ -68,6 +70,7 @@ def divergence_totals(slices: Tensor) -> Tensor:
     return torch.stack([value for maximum, log_sum, _ in found for value in (maximum, log_sum)])
 
 
+@explained
 def combine_divergences(
     slices: Tensor,
     targets: Tensor | None = None,

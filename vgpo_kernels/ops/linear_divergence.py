@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import checks, head_checks
+from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.divergence_measures import LinearDivergence, measures_of
 from vgpo_kernels.ops.lm_head import at_rows, chunk_elements, kept_rows, without_autocast
@@ -19,6 +20,7 @@ from vgpo_kernels.reference.linear_logprob import IGNORED
 from vgpo_kernels.reference.logits import LogitMap
 
 
+@explained
 def linear_divergence(
     hidden: Tensor,
     other: Tensor,
@@ -103,6 +105,7 @@ def linear_divergence(
     return measures_of(statistics[None], arguments["targets"], arguments["ignore_index"], names, targets is not None)
 
 
+@explained
 def linear_divergence_slice(
     hidden: Tensor,
     other: Tensor,

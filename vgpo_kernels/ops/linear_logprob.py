@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import checks, head_checks
+from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import liger_head, registry
 from vgpo_kernels.ops.lm_head import (
     TRUNCATION_COPIES,
@@ -58,6 +59,7 @@ class LinearLogprob(NamedTuple):
         return summary(self)
 
 
+@explained
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -171,6 +173,7 @@ def _more(head: dict[str, Any], entropy: bool, squares: bool, truncation: Trunca
     return found._replace(log_mass=torch.zeros_like(logp, requires_grad=False), kept=kept)
 
 
+@explained
 def linear_logprob_slice(
     hidden: Tensor,
     weight: Tensor,
@@ -235,6 +238,7 @@ def linear_logprob_slice(
     return _statistics(head, squares=squares, keep=not squares and _keeps(head, again))
 
 
+@explained
 def combine_slices(slices: Tensor, targets: Tensor, *, ignore_index: int | None = IGNORED) -> tuple[Any, ...]:
     """Compute log-probabilities and entropies from the results of :func:`linear_logprob_slice` for every slice.
 

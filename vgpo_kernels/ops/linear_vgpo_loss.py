@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels import checks, head_checks
+from vgpo_kernels import checks, head_checks, hints
 from vgpo_kernels.config import PolicyLossOptions, VGPOConfig, Visibility
+from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.lm_head import (
     Head,
@@ -37,6 +38,7 @@ from vgpo_kernels.reference.logits import LogitMap
 from vgpo_kernels.reference.policy_loss import SEQUENCE_LEVEL
 
 
+@explained
 def linear_vgpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -150,6 +152,8 @@ def with_factors(
     **arguments: Any,
 ) -> PolicyLoss:
     """Return ``loss_of_head`` of hidden states with the factors that they have, and the metrics of both."""
+    if "factors" in arguments:
+        raise TypeError(f"a loss of VGPO has no 'factors': {hints.MISPLACED['factors']}")
     cos = visual_focus(
         hidden,
         visual_mask,
@@ -166,6 +170,7 @@ def with_factors(
     return PolicyLoss(loss, metrics | weights.metrics)
 
 
+@explained
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -325,7 +330,7 @@ def _warn_of_detached() -> None:
         "detached. A differentiable hidden is what the decoder returns, model.model(**inputs).last_hidden_state in "
         "transformers (docs/integrate.md, 'Without logits'). To train the head alone is legal: ignore this then",
         UserWarning,
-        stacklevel=4,
+        stacklevel=5,  # past the public function and what explains its arguments
     )
 
 

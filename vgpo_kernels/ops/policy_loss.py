@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vgpo_kernels import checks
 from vgpo_kernels.config import PolicyLossOptions
+from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.visual_weights import name_metrics
 from vgpo_kernels.reference import policy_loss as reference
@@ -60,6 +61,7 @@ class PolicyLoss(NamedTuple):
         return summary(self)
 
 
+@explained
 def policy_loss(
     logp: Tensor,
     old_logp: Tensor | None,
@@ -153,6 +155,7 @@ def loss_arguments(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
+    /,
     *,
     entropy: Tensor | None = None,
     **shared: Any,
@@ -173,6 +176,7 @@ def shared_arguments(
     mask: Tensor,
     boundaries: Tensor | None,
     advantages: Tensor,
+    /,
     *,
     ref_logp: Tensor | None = None,
     importance_weights: Tensor | None = None,

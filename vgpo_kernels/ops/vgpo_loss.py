@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vgpo_kernels import checks
 from vgpo_kernels.config import VGPOConfig, Visibility
+from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.policy_loss import (
     LOSS_RESULT,
@@ -27,6 +28,7 @@ from vgpo_kernels.reference import vgpo_loss as reference
 METRICS = POLICY_METRICS + FOCUS_METRICS
 
 
+@explained
 def vgpo_loss(
     hidden: Tensor,
     logp: Tensor,

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from vgpo_kernels import checks
 from vgpo_kernels.config import Visibility
+from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import visual_focus as reference
 
 
+@explained
 def visual_prototype(
     hidden: Tensor,
     visual_mask: Tensor,
@@ -53,6 +55,7 @@ def visual_prototype(
     return means.to(dtype)  # type: ignore[no-any-return]
 
 
+@explained
 def visual_focus(
     hidden: Tensor,
     visual_mask: Tensor | None,

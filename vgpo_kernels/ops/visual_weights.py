@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vgpo_kernels import checks
+from vgpo_kernels import checks, hints
 from vgpo_kernels.config import VGPOConfig
+from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import visual_weights as reference
 from vgpo_kernels.summaries import summary
@@ -56,6 +57,7 @@ class VisualWeights(NamedTuple):
         return summary(self)
 
 
+@explained
 def visual_weights(
     cos: Tensor,
     response_mask: Tensor,
@@ -114,6 +116,7 @@ def visual_weights(
     return VisualWeights(factors, psi, w, phi, score, name_metrics(FOCUS_METRICS, metrics))
 
 
+@explained
 def group_weights(score: Tensor, group_ids: Tensor, config: VGPOConfig, *, has_visual: Tensor | None = None) -> Tensor:
     """Inter-trajectory weights phi from the visual accumulation of each response (paper, Eq. 9-10).
 
@@ -139,7 +142,8 @@ def group_weights(score: Tensor, group_ids: Tensor, config: VGPOConfig, *, has_v
     """
     score = checks.require_floating("score", score)
     if score.dim() != 1:
-        raise ValueError(f"score must have shape [B], got {checks.describe(score)}")
+        hint = hints.shape("score", score.shape, score.shape[:1])
+        raise ValueError(f"score must have shape [B], got {checks.describe(score)}{hint}")
     batch = score.shape[0]
     values = checks.per_response("score", score, batch, score.device)
     groups = checks.per_response_integers("group_ids", group_ids, batch, score.device, "score")
@@ -150,7 +154,7 @@ def group_weights(score: Tensor, group_ids: Tensor, config: VGPOConfig, *, has_v
             "group_weights compares scores with score='offset' and score_offset=None: each call of visual_weights took "
             "the smallest cosine of its own batch for the offset, so factors depend on how the batch was cut; set "
             "score_offset to that of the whole rollout batch: min(0, its smallest cosine)",
-            stacklevel=2,
+            stacklevel=3,
         )
     dtype = checks.compute_dtype(values)
     phi = registry.call(
@@ -165,6 +169,7 @@ def group_weights(score: Tensor, group_ids: Tensor, config: VGPOConfig, *, has_v
     return phi.to(dtype)  # type: ignore[no-any-return]
 
 
+@explained
 def combine_factors(
     psi: Tensor,
     phi: Tensor,
