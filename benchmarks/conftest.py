@@ -28,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if refused is not None:  # the reference would be measured in its place
         raise pytest.UsageError(refused)
     config.stash[ROWS] = []
+    # torch.compile's own use of torch.jit, which says nothing of what is measured.
+    config.addinivalue_line("filterwarnings", r"ignore:`torch\.jit\.:DeprecationWarning")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -65,6 +67,7 @@ def speed(benchmark, request: pytest.FixtureRequest) -> Callable[[measure.Settin
     return run
 
 
+@pytest.hookimpl(trylast=True)  # at the end, below the tables of pytest-benchmark
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     rows = config.stash[ROWS]
     if not rows:

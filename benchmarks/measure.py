@@ -385,8 +385,22 @@ class Stopwatch:
         ]
 
 
+# What the table of a CPU has, row by row and column by column.
+LEGEND = {
+    "vgpo_kernels": "the op as this library computes it on this machine; its result was compared with the reference",
+    "ceiling": "what the machine can do: memory read or copied, or a matrix product, timed right before the op",
+    "other rows": "the same by PyTorch, torch.compile and other libraries, compared too; or a familiar op beside it",
+    "ms, median ms": "the fastest call, and the median of all; other processes only ever make a call longer",
+    "GB/s, GFLOP/s": "by the fewest bytes and operations that the op takes; the ceiling's by what it moves or computes",
+    "of ceiling": "share of the ceiling's rate: 100% is as fast as the machine can, and more is noise. A ceiling may move "
+    "more than the op does, so that its ms may be more than the op's: compare rates with it, not times",
+    "peak MiB": "most memory that a call held beyond its inputs, its result included",
+    "time / ours": "how many times as long as vgpo_kernels: above 1 it is slower",
+}
+
+
 def print_table(rows: Sequence[Row], console: Any = None) -> None:
-    """Print the rows of a CPU as one table, a section an op, shape and dtype."""
+    """Print the rows of a CPU as one table, a section an op, shape and dtype, and what is in it."""
     # Not at the top: a machine with a GPU may have little more than torch.
     from rich.console import Console
     from rich.table import Table
@@ -417,3 +431,7 @@ def print_table(rows: Sequence[Row], console: Any = None) -> None:
     if not console.is_terminal:
         console.width = 140  # a log has no width of its own
     console.print(table)
+    legend = Table.grid("name", "text", padding=(0, 2))
+    for name, text in LEGEND.items():
+        legend.add_row(name, text)
+    console.print(legend)

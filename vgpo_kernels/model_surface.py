@@ -165,7 +165,7 @@ def visual_mask(input_ids: Tensor, visual_tokens: Any, response_mask: Tensor | N
     Args:
         input_ids: Integers of any shape, ``[B, S]`` or packed ``[N]``.
         visual_tokens: A model, a config, or the ids themselves.
-        response_mask: True at tokens that the policy sampled, bool or integer: ``[B, T]`` for the last T positions of
+        response_mask: True at tokens that the policy sampled, bool or 0 and 1: ``[B, T]`` for the last T positions of
             ``[B, S]``, or in ``input_ids``' shape. A visual token that the policy sampled itself stands for no image;
             what a tool shows in the middle of a response is not sampled. By default nothing is.
 

@@ -71,6 +71,7 @@ class VGPOTrainingConfig(GRPOConfig):
     Raises:
         ValueError: An unknown preset, signal or source, a setting out of range, or a setting of VGPO beside
             ``vgpo=None``.
+        TypeError: ``vgpo`` is no text.
 
     """
 
@@ -161,6 +162,11 @@ class VGPOTrainingConfig(GRPOConfig):
 
     def _check(self) -> None:
         """Raise ValueError for settings of VGPO that are out of range or do not go together."""
+        if self.vgpo is not None and not isinstance(self.vgpo, str):
+            raise TypeError(
+                f"vgpo must be the name of a preset, {' or '.join(PRESETS)}, or None, got {type(self.vgpo).__name__}; "
+                "what differs from the preset goes to vgpo_beta, vgpo_top_ratio, ..."
+            )
         if self.vgpo is not None and self.vgpo.lower() == "none":
             self.vgpo = None
         if self.vgpo is not None and self.vgpo not in PRESETS:

@@ -25,6 +25,8 @@ from vgpo_kernels.integrations.transformers import (
 )
 from vgpo_trainer.reports.inspection import Inspection
 from vgpo_trainer.sequences import extended_inputs
+from vgpo_trainer.data.errors import Unusable
+from vgpo_trainer.data.images import decode, image_of
 
 
 class InspectError(ValueError):
@@ -34,7 +36,7 @@ class InspectError(ValueError):
 def inspect_answer(
     model: Any,
     processor: Any,
-    image: Image.Image,
+    image: Any,
     prompt: str,
     *,
     name: str = "",
@@ -47,7 +49,7 @@ def inspect_answer(
     Args:
         model: A vision-language model of transformers whose image tokens are in its sequence.
         processor: Its processor, with a chat template.
-        image: RGB.
+        image: An image of Pillow, its path, the bytes of its file, or an array ``[H, W, 3]`` or ``[H, W]`` of 8 bits.
         prompt: What to ask.
         name: What to call the model.
         image_name: What to call the image.
@@ -58,10 +60,17 @@ def inspect_answer(
         An :class:`~vgpo_trainer.Inspection`, which a notebook shows as the page of ``vgpo inspect``.
 
     Raises:
-        InspectError: The processor has no chat template, the model answered nothing, or no image token reached it.
+        InspectError: The image cannot be read, the processor has no chat template, the model answered nothing, or no
+            image token reached it.
         ValueError: A layer is out of range, or attention that cannot be captured.
 
     """
+    if isinstance(image, (list, tuple)):
+        raise InspectError(f"one image is inspected at a time, got a {type(image).__name__} of {len(image)}")
+    try:
+        image = decode(image_of(image, "image", ()))
+    except Unusable as error:
+        raise InspectError(str(error)) from error
     content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
     if not getattr(processor, "chat_template", None):
         raise InspectError(f"the processor of {name or 'the model'} has no chat template to put the prompt into")

@@ -83,8 +83,8 @@ class VGPOTrainer(WithCard, GRPOTrainer):
     """:class:`trl.GRPOTrainer` with visually-guided advantages; its arguments are TRL's.
 
     Args:
-        model: As TRL's: a name, a path, a model or a PEFT model. With VGPO on, a vision-language model whose image
-            tokens are in its sequence.
+        model: As TRL's: a name, a path (also a ``Path``), a model or a PEFT model. With VGPO on, a vision-language
+            model whose image tokens are in its sequence.
         reward_funcs: As TRL's.
         args: Settings; default: ``VGPOTrainingConfig("<model>-VGPO")``. A :class:`trl.GRPOConfig` is carried over by
             :meth:`VGPOTrainingConfig.from_trl`, with the paper's VGPO.
@@ -128,9 +128,10 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         final_norm: str | nn.Module | None = None,
         **others: Any,
     ) -> None:
+        model = str(model) if isinstance(model, Path) else model
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = VGPOTrainingConfig(f"{Path(name).name}-VGPO")
+            name = Path(model if isinstance(model, str) else model.config._name_or_path).name
+            args = VGPOTrainingConfig(f"{name}-VGPO")
         if not isinstance(args, VGPOTrainingConfig):
             args = VGPOTrainingConfig.from_trl(args)
         args = args.replacing(signal=signal, view=view)
@@ -524,8 +525,7 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         if self.log_completions and "wandb" in self.args.report_to:
             tell_in_words(self._logs)
         super().log(logs, start_time)
-        norm = float(logs.get("grad_norm", 0.0))
-        if not math.isfinite(norm) and not self.args.fp16:
+        if not math.isfinite(norm := float(logs.get("grad_norm", 0.0))) and not self.args.fp16:
             self._break_off(self.state.global_step, f"gradient's norm is {norm}")
 
     def _break_off(self, step: int, what: str) -> None:

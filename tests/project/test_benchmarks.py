@@ -63,11 +63,19 @@ def test_a_cpus_rate_is_of_the_fastest_call_and_a_gpus_of_the_median(device, ms,
     assert (row.ms, row.median_ms, row.percent_of_ceiling) == (ms, 3.0, round(100 / ms, 1))
 
 
-def test_the_table_has_every_implementation_and_figure() -> None:
+def test_the_table_has_every_implementation_and_figure_and_says_what_they_are() -> None:
     output = io.StringIO()
     measure.print_table(rows(flops=8_000_000), Console(file=output))
+    table, _, legend = output.getvalue().partition("└")
     for expected in ("sum", "vgpo_kernels", "ceiling: read", "peer <x>", "2.000", "50%", "4.0", "3.00"):
-        assert expected in output.getvalue()
+        assert expected in table
+    headings = [heading.strip() for heading in table.splitlines()[2].strip("┃").split("┃")]
+    explained = ", ".join(measure.LEGEND).split(", ")
+    assert headings == ["op and shape", "implementation", *explained[explained.index("ms") :]]
+    assert {"vgpo_kernels", "ceiling", "other rows"} <= set(explained)
+    said = " ".join(legend.split())
+    assert "so that its ms may be more than the op's: compare rates with it, not times" in said
+    assert all(name in said and " ".join(text.split()) in said for name, text in measure.LEGEND.items())
 
 
 def test_rows_are_appended_under_one_heading(tmp_path: Path) -> None:

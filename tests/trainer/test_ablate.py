@@ -148,6 +148,20 @@ def test_settings_that_do_not_go_together(ablation, changes, message, capsys):
     assert re.search(message, error), error
 
 
+def test_arms_are_explained(tmp_path, capsys):
+    meanings = [f"{name} ({arm.meaning})" for name, arm in ARMS.items()]
+    with pytest.raises(SystemExit) as caught:
+        main(["ablate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0 and all(meaning in said for meaning in meanings)
+    with pytest.raises(SystemExit) as caught:
+        main(command(tmp_path / "out", "--arms", "vgpo", "grpo"))
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and f"there is no arm 'grpo'; the arms are {', '.join(meanings)}" in said
+    with pytest.raises(ValueError, match="there is no arm 'grpo'; the arms are dapo"):
+        demo_ablation.AblationSettings(arms=("vgpo", "grpo")).check(1)
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "precious").write_text("mine")
     assert main(command(tmp_path)) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,8 +13,10 @@ import pytest
 
 pytest.importorskip("trl")
 
+from PIL import Image
 from trl import GRPOConfig, ModelConfig
 from vgpo_trainer.config import VGPOTrainingConfig
+from vgpo_trainer.data import DataSource, load_rows
 from vgpo_trainer.options.help import help_parser, settings_groups
 from vgpo_trainer.options.names import DEFAULTS, SHORT_NAMES
 from vgpo_trainer.options.parser import OptionError, parse_options, read_config
@@ -43,6 +46,22 @@ def test_the_help_waits_for_no_library():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0 and "--vgpo-beta" in done.stdout and done.stderr == ""
     assert time.perf_counter() - start < 10  # 0.2 s on a quiet machine
+
+
+def test_the_help_shows_a_row_that_is_read(tmp_path):
+    text = help_parser().format_help()
+    (line,) = re.findall(r"^ *({.*})$", text, re.MULTILINE)
+    row = json.loads(line)
+    for name in ("image", "question", "answer"):
+        assert name in row and re.search(rf"^  {name}  ", text, re.MULTILINE), name
+    (tmp_path / row["image"]).parent.mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / row["image"])
+    (tmp_path / "rows.jsonl").write_text(line)
+    (read,) = load_rows(DataSource(tmp_path / "rows.jsonl")).dataset
+    (message,) = read["prompt"]
+    parts = [part.get("text", part["type"]) for part in message["content"]]
+    assert parts == ["image", row["question"].removeprefix("<image>")]
+    assert read["answer"] == row["answer"] and [image.size for image in read["images"]] == [(8, 8)]
 
 
 def test_what_is_given_and_what_follows(tmp_path):
@@ -134,6 +153,9 @@ def test_options_of_trl_grpo_are_known_by_its_names():
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--config", "a.yaml", "--config=b.yaml"], "--config is given more than once"),
         (["--generations", "0"], "--num_generations must be an integer of at least 1, got 0"),
+        (["--steps", "0"], "--max_steps must be at least 1, or -1 where --num_train_epochs is to count, got 0"),
+        (["--epochs", "0"], "--num_train_epochs must be finite and positive, got 0.0"),
+        (["--epochs", "inf"], "--num_train_epochs must be finite and positive, got inf"),
         (["--batch-size", "0"], "--per_device_train_batch_size must be an integer of at least 1, got 0"),
         (["--accumulate", "-1"], "--gradient_accumulation_steps must be an integer of at least 1, got -1"),
         (["--save-every", "inf"], "a setting is out of range: cannot convert float infinity to integer"),

@@ -230,6 +230,19 @@ def test_a_finished_run_stays_as_it_is(checkpoint, dataset, finished, capsys):
     assert contents(finished) == before
 
 
+def test_steps_go_before_epochs(checkpoint, dataset, tmp_path, capsys):
+    """Eight rows, one a step: an eighth of an epoch is one step, and --steps are as many whatever --epochs says."""
+    out = tmp_path / "run"
+    command = [*options(checkpoint, dataset, out), "--reward", "trainer.tiny_runs:parity_reward", "--epochs", "0.125"]
+    assert train.main(command) == 0
+    assert RunFolder(out).read_config()["finished"]["global_step"] == 1
+    assert "steps go before epochs" not in capsys.readouterr().err
+    assert train.main([*command, "--steps", "2"]) == 0
+    assert RunFolder(out).read_config()["finished"]["global_step"] == 2
+    said = capsys.readouterr().err
+    assert "--steps 2 --epochs 0.125: steps go before epochs, and the run ends after 2 steps\n" in said
+
+
 def test_two_runs_do_not_share_a_folder(checkpoint, dataset, tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()

@@ -50,7 +50,7 @@ def blind_attention(model: nn.Module, visual_mask: Tensor, *, norm: str | nn.Mod
 
     Args:
         model: As in :func:`capture_attention`; with SDPA or eager attention.
-        visual_mask: True at image tokens, bool or integer ``[B, S]``, as :func:`visual_mask` makes it. A batch that
+        visual_mask: True at image tokens, bool or 0 and 1 ``[B, S]``, as :func:`visual_mask` makes it. A batch that
             generation expands (several sequences a prompt) repeats each row.
         norm: As in :func:`capture_attention`.
 

@@ -113,10 +113,10 @@ def attention_heatmap(
     Args:
         q: Queries ``[B, Hq, T, d]``, or packed ``[N, Hq, d]``; float32, bfloat16 or float16, after position embedding.
         k: Keys ``[B, Hk, S, d]`` or ``[M, Hk, d]`` in q's dtype, Hq a multiple of Hk.
-        key_mask: True at keys to return, bool or integer, ``[B, S]`` or ``[M]``.
-        query_mask: True at queries to average over, bool or integer, ``[B, T]`` or ``[N]``; by default all. A query
+        key_mask: True at keys to return, bool or 0 and 1, ``[B, S]`` or ``[M]``.
+        query_mask: True at queries to average over, bool or 0 and 1, ``[B, T]`` or ``[N]``; by default all. A query
             that sees no key is left out.
-        attention_mask: True at keys that are not padding (transformers' attention mask), bool or integer, in
+        attention_mask: True at keys that are not padding (transformers' attention mask), bool or 0 and 1, in
             ``key_mask``'s shape; by default all. The other keys are not read.
         query_positions: As in :func:`attention_mass`, like the arguments that follow.
         cu_seqlens_q: Boundaries of packed queries, int32 or int64 ``[B + 1]``.

@@ -82,9 +82,9 @@ def linear_vgpo_loss(
         targets: Ids of the tokens, integer, in response_mask's shape. Values off the mask are not read.
         old_logp: As in :func:`linear_policy_loss`.
         advantages: Per response ``[B]`` or per token.
-        visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``; may be ``None`` where ``prototype``
+        visual_mask: True at image tokens, bool or 0 and 1, ``[B, S]`` or ``[N]``; may be ``None`` where ``prototype``
             is given.
-        response_mask: True at scored response tokens, bool or integer, ``[B, T]`` with T <= S (the last T positions) or
+        response_mask: True at scored response tokens, bool or 0 and 1, ``[B, T]`` with T <= S (the last T positions) or
             ``[N]``. False at the first token of a sequence, which no row predicts.
         group_ids: Responses to one prompt share an id, integer ``[B]``.
         config: The settings of the factors.

@@ -106,7 +106,7 @@ def policy_loss(
             ratio is 1 then, but the gradient is not zero.
         advantages: Per response ``[B]``, or per token in ``logp``'s shape. (``[B]`` and ``[N]`` are the same shape in
             a packed batch with N = B: then the values are per response.)
-        response_mask: True at scored response tokens, bool or integer, in ``logp``'s shape. Values of any
+        response_mask: True at scored response tokens, bool or 0 and 1, in ``logp``'s shape. Values of any
             argument off the mask are not read.
         factors: Factor of each token's advantage, in ``logp``'s shape, from :func:`visual_weights`.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.

@@ -58,9 +58,9 @@ def vgpo_loss(
         old_logp: The same under the policy that generated the tokens, in ``logp``'s shape; ``None``:
             ``logp.detach()``, as in :func:`policy_loss`.
         advantages: Per response ``[B]`` or per token.
-        visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``; may be ``None`` where
+        visual_mask: True at image tokens, bool or 0 and 1, ``[B, S]`` or ``[N]``; may be ``None`` where
             ``prototype`` is given.
-        response_mask: True at scored response tokens, bool or integer, ``[B, T]`` with T <= S (the last T
+        response_mask: True at scored response tokens, bool or 0 and 1, ``[B, T]`` with T <= S (the last T
             positions) or ``[N]``.
         group_ids: Responses to one prompt share an id, integer ``[B]``.
         config: The settings of the factors.

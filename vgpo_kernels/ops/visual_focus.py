@@ -25,7 +25,7 @@ def visual_prototype(
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
             float32, bfloat16 or float16. Detached: no gradient flows into the signal.
-        visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``. Any number of spans.
+        visual_mask: True at image tokens, bool or 0 and 1, ``[B, S]`` or ``[N]``. Any number of spans.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         visibility: ``"all"``: the mean over all image tokens of the response. ``"causal"``: at each position the mean
             over those before it.
@@ -77,9 +77,9 @@ def visual_focus(
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
             float32, bfloat16 or float16. Detached. Rows off both masks are never read.
-        visual_mask: True at image tokens, bool or integer, ``[B, S]`` or ``[N]``; may be ``None`` where
+        visual_mask: True at image tokens, bool or 0 and 1, ``[B, S]`` or ``[N]``; may be ``None`` where
             ``prototype`` is given. Placeholders that the policy sampled into its answer are no image: leave them out.
-        response_mask: True at scored response tokens, bool or integer: ``[B, T]`` with T <= S for the last T
+        response_mask: True at scored response tokens, bool or 0 and 1: ``[B, T]`` with T <= S for the last T
             positions, or ``[N]``. May have holes.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         prototype: Prototypes to use instead of the mean over ``visual_mask``: ``[P, D]``, or one for each position in

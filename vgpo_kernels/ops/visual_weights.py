@@ -81,7 +81,7 @@ def visual_weights(
     Args:
         cos: Cosines of :func:`visual_focus`, ``[B, T]`` or packed ``[N]``. Values off the mask are not read. Of a
             response's cosines, NaN is no signal up to the first number, and spoils the response after it.
-        response_mask: True at scored response tokens, bool or integer, in ``cos``'s shape.
+        response_mask: True at scored response tokens, bool or 0 and 1, in ``cos``'s shape.
         group_ids: Responses to one prompt share an id, integer ``[B]``, in any order.
         config: The settings, such as ``VGPOConfig.paper()`` or ``VGPOConfig.released()``.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
@@ -188,7 +188,7 @@ def combine_factors(
     Args:
         psi: Intra-trajectory weights, ``[B, T]`` or packed ``[N]``. Values off the mask are not read.
         phi: Inter-trajectory weights of these responses, ``[B]``.
-        response_mask: True at scored response tokens, bool or integer, in ``psi``'s shape.
+        response_mask: True at scored response tokens, bool or 0 and 1, in ``psi``'s shape.
         config: The settings; only their clamps matter here.
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         weighted: Whether a response is weighted, bool ``[B]``, such as ``score.isfinite()``; others have factors of 1.

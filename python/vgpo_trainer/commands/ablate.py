@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from vgpo_trainer.demo.ablation import BUDGET, AblationError, AblationFolder, AblationSettings, run_ablation
-from vgpo_trainer.reports.arms import ARMS
+from vgpo_trainer.reports.arms import arm_named, meanings
 
 DESCRIPTION = (
     "Train the demo's model with DAPO, with VGPO, and with parts of VGPO, over several seeds each, and compare "
@@ -30,9 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--problems", type=int, default=default.problems, help="held-out problems (default: %(default)s)")
     add("--learning-rate", type=float, default=default.learning_rate, help="(default: %(default)s)")
     add("--temperature", type=float, default=default.temperature, help="of sampling (default: %(default)s)")
-    add("--arms", nargs="+", choices=tuple(ARMS), default=default.arms, metavar="ARM", help=f"of {', '.join(ARMS)}")
+    add("--arms", nargs="+", type=_arm, default=default.arms, metavar="ARM", help=f"by default all: {meanings()}")
     add("--report-only", action="store_true", help="train nothing: make table and plot from the runs that are finished")
     add("--report", type=Path, metavar="DIR", help="folder of ablation.md and images/ablation.svg (default: --out)")
+
+
+def _arm(text: str) -> str:
+    try:
+        return arm_named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -115,6 +115,9 @@ def prepare(options: Options, argv: Sequence[str] = ()) -> Run | None:
         return None
     if checkpoint is None and finished is not None:
         raise ResumeError(f"{folder.path} holds a finished run without a checkpoint; choose another --out")
+    if is_first() and training.max_steps > 0 and "num_train_epochs" in options.given:
+        both = f"--steps {training.max_steps} --epochs {training.num_train_epochs:g}"
+        print(f"{both}: steps go before epochs, and the run ends after {training.max_steps} steps", file=sys.stderr)
     trainer = build_trainer(options)
 
     from vgpo_trainer.runs.card import RunFacts

@@ -44,16 +44,18 @@ class LoadedRows:
     skipped: list[str] = field(default_factory=list)
 
 
-def load_rows(source: DataSource) -> LoadedRows:
+def load_rows(source: DataSource | str | os.PathLike[str]) -> LoadedRows:
     """Open a dataset and check its rows.
 
     Args:
-        source: Which dataset, and how its rows are read.
+        source: Which dataset, and how its rows are read; or the dataset's id or path alone.
 
     Raises:
         DatasetError: The dataset cannot be opened or has no rows, a row cannot be used (unless those are skipped), or
             no row has an image although the data has a column of images.
     """
+    if not isinstance(source, DataSource):
+        source = DataSource(source)
     opened = open_source(source)
     reader = RowReader(
         columns=dict(source.columns),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ class DataSource:
     """A dataset as people name it.
 
     Attributes:
-        path: Id on the Hugging Face hub, folder or file.
+        path: Id on the Hugging Face hub, folder or file; text, whatever kind of path is given.
         config: Configuration of a dataset that has several.
         split: Split, or a part of one as ``datasets`` writes it: ``train[:1000]``, ``train[:10%]+test``. By default
             ``train``, or the only one.
@@ -34,7 +35,7 @@ class DataSource:
         ValueError: ``columns`` names no role.
     """
 
-    path: str
+    path: str | os.PathLike[str]
     config: str | None = None
     split: str | None = None
     streaming: bool = False
@@ -46,6 +47,7 @@ class DataSource:
     check_images: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", os.fspath(self.path))
         unknown = sorted(set(self.columns) - set(NAMES))
         if unknown:
             raise ValueError(f"columns: {unknown[0]!r} is no role; expected {', '.join(NAMES)}")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vgpo_trainer.demo.settings import EVALUATION_SEED, DemoSettings
 from vgpo_trainer.demo.training import reinforce, silence_libraries, starting_point
-from vgpo_trainer.reports.arms import ARMS, Run
+from vgpo_trainer.reports.arms import ARMS, Run, arm_named
 from vgpo_trainer.runs.folder import RunFolder, versions_of_a_run
 from vgpo_trainer.runs.writing import RunFailure, write_atomically
 
@@ -108,6 +108,8 @@ class AblationSettings:
         }.items():
             if value < 1:
                 raise AblationError(f"--{name} must be positive, got {value}")
+        for arm in self.arms:
+            arm_named(arm)
         self.demo(self.arms[0], 0, Path()).check()
 
 
@@ -126,10 +128,10 @@ class AblationFolder:
         path: It need not exist yet.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.budget = path / "ablation.json"
-        self.results = path / "results"
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.budget = self.path / "ablation.json"
+        self.results = self.path / "results"
 
     def open(self, budget: dict[str, Any]) -> None:
         """Make the folder, or go on with it.

@@ -31,7 +31,7 @@ class DemoSettings:
         changes: Fields of :class:`~vgpo_kernels.VGPOConfig` that are not to be the paper's.
     """
 
-    out: Path
+    out: str | Path
     algo: str = "vgpo"
     seed: int = 0
     steps: int = 120

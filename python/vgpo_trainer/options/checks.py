@@ -41,6 +41,12 @@ def check_given(settings: Mapping[str, Any]) -> None:
         value = settings.get(name)
         if value is not None and not (str(value).isdecimal() and int(value) >= 1):
             raise ValueError(f"--{name} must be an integer of at least 1, got {value!r}")
+    steps, epochs = (settings.get(name) for name in ("max_steps", "num_train_epochs"))
+    steps, epochs = -1 if steps is None else steps, 1 if epochs is None else epochs
+    if steps < 1 and steps != -1:
+        raise ValueError(f"--max_steps must be at least 1, or -1 where --num_train_epochs is to count, got {steps}")
+    if steps == -1 and not 0 < epochs < math.inf:
+        raise ValueError(f"--num_train_epochs must be finite and positive, got {epochs}")
     for name in (*POSITIVE, *NOT_NEGATIVE):
         value = settings.get(name)
         if value is None or (name == "top_k" and settings.get("use_vllm")):  # -1 means all tokens to vLLM

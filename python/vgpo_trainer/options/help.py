@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,21 @@ from vgpo_trainer.options.names import DEFAULTS, OFTEN, SHORT_NAMES, flags
 from vgpo_trainer.options.own import add_own_arguments
 
 USAGE = "vgpo train --model ID_OR_PATH --dataset ID_OR_PATH --out DIR [options]"
-EPILOG = """\
+# Rows of a dataset as the help shows them.
+ROW = {"image": "figures/7.png", "question": "<image>How long is AB?", "answer": "12"}
+EPILOG = f"""\
+a row of the dataset, as a line of JSON (parquet, CSV and others have the same as columns):
+
+  {json.dumps(ROW)}
+
+  image     a path from the folder of the file, bytes or an array; as images a list of them; none for text alone
+  question  the prompt, text or chat messages; <image> says where the image stands, by default first
+  answer    what --reward compares answers with: text or a number
+  any other is handed to reward functions by its name
+
+  Columns may be called otherwise: prompt or problem, solution or label (docs/train.md), or what --prompt-column,
+  --image-column and --answer-column say. A row may have --video-column, too.
+
 Every option may be written with hyphens or underscores. true, false and none are values; settings that are
 dictionaries are JSON. docs/train.md explains data, rewards, launchers and metrics.
 """
@@ -97,7 +112,7 @@ def help_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Formatter(argparse.HelpFormatter):
+class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Names each option once, with hyphens, and its value once."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 SHORT_NAMES = {
     "model_name_or_path": ("model", "model to train: hub id or folder"),
     "output_dir": ("out", "folder of the run"),
-    "max_steps": ("steps", "optimisation steps; goes before --epochs"),
-    "num_train_epochs": ("epochs", "passes over the dataset"),
+    "max_steps": ("steps", "optimisation steps; where given, they end the run whatever --epochs says"),
+    "num_train_epochs": ("epochs", "passes over the dataset, where no --steps are given"),
     "per_device_train_batch_size": ("batch_size", "responses a process and micro-batch"),
     "gradient_accumulation_steps": ("accumulate", "micro-batches a step"),
     "num_generations": ("generations", "responses a prompt"),

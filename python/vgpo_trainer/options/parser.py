@@ -84,7 +84,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     return Options(argparse.Namespace(**own), settings, model, given)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: str | Path) -> dict[str, Any]:
     """Read a file of settings: YAML or JSON, or the ``config.json`` that a run wrote.
 
     Returns:
@@ -94,6 +94,7 @@ def read_config(path: Path) -> dict[str, Any]:
         OptionError: It is no mapping, names an option that does not exist, or a value does not do.
         OSError: It cannot be read.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

@@ -229,7 +229,7 @@ class Findings:
         """Return the finding of a signal at a place."""
         return next(found for found in self.signals if (found.signal, found.place) == (name, place))
 
-    def write(self, path: Path) -> Path:
+    def write(self, path: str | Path) -> Path:
         """Write ``probe.json`` and return its path."""
         write_atomically(path, json.dumps(finite(asdict(self), digits=6), indent=1, allow_nan=False) + "\n")
-        return path
+        return Path(path)

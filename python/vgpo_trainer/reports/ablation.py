@@ -69,7 +69,7 @@ def summarise(runs: Sequence[Run]) -> list[ArmStatistics]:
     return summary
 
 
-def write_ablation(folder: Path, report: Path, budget: Mapping[str, Any], runs: Sequence[Run]) -> Path:
+def write_ablation(folder: str | Path, report: str | Path, budget: Mapping[str, Any], runs: Sequence[Run]) -> Path:
     """Write ``results.csv`` and ``results.json`` to one folder, ``ablation.md`` and ``images/ablation.svg`` to another.
 
     Args:
@@ -84,6 +84,7 @@ def write_ablation(folder: Path, report: Path, budget: Mapping[str, Any], runs: 
     Raises:
         RunFailure: A file cannot be written.
     """
+    folder, report = Path(folder), Path(report)
     summary = summarise(runs)
     columns = [field.name for field in fields(Run) if field.name not in ("versions", "rewards")]
     buffer = io.StringIO()

@@ -14,22 +14,42 @@ class Arm:
 
     Attributes:
         title: For the table and the plot.
+        meaning: What it is, for the command line.
         changes: Fields of :class:`~vgpo_kernels.VGPOConfig` that differ from the paper's; None trains without VGPO.
     """
 
     title: str
+    meaning: str
     changes: dict[str, Any] | None
 
 
 ARMS = {
-    "dapo": Arm("DAPO", None),
-    "intra": Arm("DAPO + intra", {"inter": False}),
-    "inter": Arm("DAPO + inter", {"intra": False}),
-    "vgpo": Arm("VGPO: both, linear, tail gate", {}),
-    "exponential": Arm("VGPO, exponential schedule", {"schedule": "exponential"}),
-    "step": Arm("VGPO, step schedule", {"schedule": "step"}),
-    "full": Arm("VGPO, full compensation", {"gate": False}),
+    "dapo": Arm("DAPO", "no visual signal: what the others are compared with", None),
+    "intra": Arm("DAPO + intra", "tokens re-weighted within a response alone", {"inter": False}),
+    "inter": Arm("DAPO + inter", "responses re-weighted within a group alone", {"intra": False}),
+    "vgpo": Arm("VGPO: both, linear, tail gate", "both of them, as the paper sets them", {}),
+    "exponential": Arm(
+        "VGPO, exponential schedule", "vgpo with compensation that grows exponentially", {"schedule": "exponential"}
+    ),
+    "step": Arm("VGPO, step schedule", "vgpo with compensation from the middle on", {"schedule": "step"}),
+    "full": Arm("VGPO, full compensation", "vgpo with compensation of every token, without the gate", {"gate": False}),
 }
+
+
+def arm_named(name: str) -> str:
+    """Return the name of an arm.
+
+    Raises:
+        ValueError: There is none of that name; the message says what each is.
+    """
+    if name not in ARMS:
+        raise ValueError(f"there is no arm {name!r}; the arms are {meanings()}")
+    return name
+
+
+def meanings() -> str:
+    """Say in a line what each arm is."""
+    return ", ".join(f"{name} ({arm.meaning})" for name, arm in ARMS.items())
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Line:
     values: list[str]
 
 
-def write_page(found: Findings, pictures: Sequence[Image.Image], path: Path) -> Path:
+def write_page(found: Findings, pictures: Sequence[Image.Image], path: str | Path) -> Path:
     """Write the page of a probe and return its path.
 
     Args:
@@ -52,7 +52,7 @@ def write_page(found: Findings, pictures: Sequence[Image.Image], path: Path) -> 
         path: Of the page.
     """
     write_atomically(path, build_page(found, pictures))
-    return path
+    return Path(path)
 
 
 def build_page(found: Findings, pictures: Sequence[Image.Image]) -> str:

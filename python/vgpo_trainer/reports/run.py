@@ -29,12 +29,14 @@ SHOWN_RESPONSES = 3
 CURVE_POINTS = 25  # of the focus curve
 
 
-def write_report(folder: RunFolder) -> Path:
-    """Make ``report.html`` from a run folder and return its path.
+def write_report(folder: RunFolder | str | Path) -> Path:
+    """Make ``report.html`` from a run folder, or from its path, and return the page's path.
 
     Raises:
         RunFolderError: The folder lacks ``config.json`` or ``metrics.jsonl``, or one of its files cannot be read.
     """
+    if not isinstance(folder, RunFolder):
+        folder = RunFolder(folder)
     config = folder.read_config()
     try:
         records = read_metrics(folder.metrics)

@@ -37,7 +37,9 @@ class _Named(NamedTuple):
     function: Reward
 
 
-def load_rewards(names: Sequence[str], *, max_completion_length: int | None = None) -> list[Reward]:
+def load_rewards(
+    names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None, *, max_completion_length: int | None = None
+) -> list[Reward]:
     """Find reward functions by name.
 
     A name is that of one of ours (``exact_answer``) or of TRL's training script (``accuracy_reward``,
@@ -45,7 +47,7 @@ def load_rewards(names: Sequence[str], *, max_completion_length: int | None = No
     is: ``file.py:function``, ``module:function`` or ``module.function``; modules in the current folder are found.
 
     Args:
-        names: None for :func:`exact_answer` alone.
+        names: A name or several; none for :func:`exact_answer` alone.
         max_completion_length: That of the run, in tokens, for ``get_soft_overlong_punishment``: it punishes the last
             fifth. ``None`` for TRL's 1280.
 
@@ -56,10 +58,17 @@ def load_rewards(names: Sequence[str], *, max_completion_length: int | None = No
 
     Raises:
         ValueError: There is no such function, its file does not run, or a name is given twice; one line.
+        TypeError: A name is no text.
 
     """
     if not names:
         return [exact_answer]
+    names = [names] if isinstance(names, (str, os.PathLike)) else names
+    names = [os.fspath(name) if isinstance(name, os.PathLike) else name for name in names]
+    for name in names:
+        if not isinstance(name, str):
+            hint = "; VGPOTrainer takes functions as they are" if callable(name) else ""
+            raise TypeError(f"a reward is named by text, {FORMS} say, got {name!r}{hint}")
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise ValueError(f"the reward {repeated[0]} is given twice")

@@ -32,12 +32,13 @@ def writing(path: str | Path) -> Iterator[None]:
         raise RunFailure(f"cannot write {path}, is the disk full? {reason}") from error
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: str | Path, text: str) -> None:
     """Write a text file so that whoever reads it finds the old content or the new, whatever happens meanwhile.
 
     Raises:
         RunFailure: It cannot be written.
     """
+    path = Path(path)
     part = path.with_name(f".{path.name}.part")
     with writing(path):
         try:
