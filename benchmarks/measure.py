@@ -392,8 +392,8 @@ LEGEND = {
     "other rows": "the same by PyTorch, torch.compile and other libraries, compared too; or a familiar op beside it",
     "ms, median ms": "the fastest call, and the median of all; other processes only ever make a call longer",
     "GB/s, GFLOP/s": "by the fewest bytes and operations that the op takes; the ceiling's by what it moves or computes",
-    "of ceiling": "share of the ceiling's rate: 100% is as fast as the machine can, and more is noise. A ceiling may move "
-    "more than the op does, so that its ms may be more than the op's: compare rates with it, not times",
+    "of ceiling": "share of the ceiling's rate: 100% is as fast as the machine can, and more is noise. A ceiling may "
+    "move more than the op does, so that its ms may be more than the op's: compare rates with it, not times",
     "peak MiB": "most memory that a call held beyond its inputs, its result included",
     "time / ours": "how many times as long as vgpo_kernels: above 1 it is slower",
 }

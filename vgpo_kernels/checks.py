@@ -1,7 +1,8 @@
 """Argument checks, and their messages: the argument, what it is, what was expected. Attention and heads have their own.
 
-Checks of shape, dtype and device cost nothing on the device. Checks of values (boundaries, indices, masks of integers) would make the host
-wait for a GPU, so they run for CPU tensors only; GPU kernels clamp the values that they read instead.
+Checks of shape, dtype and device cost nothing on the device. Checks of values (boundaries, indices, masks of integers)
+would make the host wait for a GPU, so they run for CPU tensors only; GPU kernels clamp the values that they read
+instead.
 """
 
 from __future__ import annotations

@@ -133,7 +133,8 @@ class Choice:
 
     def check(self, name: str, value: Any) -> None:
         if not isinstance(value, str) or value not in self.choices:  # an array would compare element by element
-            raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {spell(value)}")
+            hint = hints.choice(value, self.choices)
+            raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {spell(value)}{hint}")
 
     def encode(self, value: str) -> list[float]:
         return [float(self.choices.index(value))]

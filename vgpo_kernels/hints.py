@@ -261,6 +261,23 @@ def number(value: object) -> str:
     return f"; use VGPOConfig.{value}()" if isinstance(value, str) and value in ("paper", "released") else ""
 
 
+def choice(value: object, choices: Sequence[str]) -> str:
+    """Say which of the choices another name of it means: verl's, or one spelled otherwise."""
+    if not isinstance(value, str):
+        return ""
+    meant = _CHOICES.get(value, "")
+    close = (
+        [meant] if meant in choices else get_close_matches(value.lower().replace("_", "-"), choices, n=1, cutoff=0.8)
+    )
+    close = close or get_close_matches(value.lower(), choices, n=1, cutoff=0.8)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+# verl's estimators of the KL divergence and its plain loss, and the schedule of the authors' script.
+_CHOICES = {"low_var_kl": "k3_clamped", "kl": "k1", "mse": "k2", "vanilla": "grpo", "ppo": "grpo"}
+_CHOICES |= {"step-function": "step"}
+
+
 # ---- shapes --------------------------------------------------------------------------------------------------------
 
 

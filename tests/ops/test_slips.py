@@ -179,6 +179,23 @@ def test_settings_say_which_field_was_meant(call: Callable[[], Any], says: str) 
     assert says in message_of(call, TypeError)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"kl_estimator": "low_var_kl"}, "got 'low_var_kl'; did you mean 'k3_clamped'?"),
+        ({"kl_estimator": "K3"}, "did you mean 'k3'?"),
+        ({"loss_type": "vanilla"}, "did you mean 'grpo'?"),
+        ({"loss_type": "GSPO"}, "did you mean 'gspo'?"),
+        ({"loss_type": "drgrpo"}, "did you mean 'dr_grpo'?"),
+        ({"aggregation": "token_mean"}, "did you mean 'token-mean'?"),
+    ],
+)
+def test_another_name_of_a_choice_is_told(changes: dict[str, Any], says: str) -> None:
+    assert changed("policy_loss", ValueError, **changes).endswith(says)
+    assert message_of(VGPOConfig, ValueError, schedule="step-function").endswith("did you mean 'step'?")
+    assert message_of(VGPOConfig, ValueError, schedule="another").endswith("got 'another'")
+
+
 def test_what_is_suggested_exists() -> None:
     names = set(VGPOConfig.kinds) | set(PolicyLossOptions.kinds)
     for function in CALLED:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("trl")
 
@@ -30,7 +31,7 @@ from vgpo_trainer.runs.metrics import MetricsFile, read_metrics
 from vgpo_trainer.runs.writing import write_atomically
 from vgpo_trainer.trainer import VGPOTrainer
 
-from vgpo_kernels import VGPOConfig
+from vgpo_kernels import VGPOConfig, group_weights
 
 PATHS = pytest.mark.parametrize("kind", [str, Path])
 
@@ -105,6 +106,12 @@ def test_the_preset_of_a_run_is_named_by_text(tmp_path, value):
         TypeError, match=r"vgpo must be the name of a preset, paper or released, or None, got .*vgpo_beta"
     ):
         VGPOTrainingConfig(tmp_path, use_cpu=True, bf16=False, vgpo=value)
+
+
+def test_settings_of_a_run_are_no_settings_of_vgpo(tmp_path):
+    args = VGPOTrainingConfig(tmp_path, use_cpu=True, bf16=False)
+    with pytest.raises(TypeError, match=r"config must be a VGPOConfig, .*; use config.vgpo_config\(\)"):
+        group_weights(torch.zeros(2), torch.zeros(2, dtype=torch.int64), args)
 
 
 @pytest.fixture(scope="module")
