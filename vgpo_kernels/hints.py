@@ -19,12 +19,17 @@ R = TypeVar("R")
 
 # ---- names ---------------------------------------------------------------------------------------------------------
 
-# What others call an argument or an option: TRL, verl, EasyR1, OpenRLHF, Liger and transformers.
+# What others call an argument or an option: TRL, verl, EasyR1, OpenRLHF, Liger, transformers, and people.
 _OURS: dict[str, tuple[str, ...]] = {
     "epsilon_low": ("clip_ratio_low", "cliprange_low", "clip_eps_low"),
     "epsilon_high": ("clip_ratio_high", "cliprange_high", "clip_eps_high"),
     "epsilon_low and epsilon_high": (
-        *("epsilon", "clip_ratio", "cliprange", "clip_range", "eps_clip", "clip_eps", "eps_clip_low_high"),
+        "epsilon",
+        "clip_ratio",
+        "cliprange",
+        "clip_range",
+        "eps_clip",
+        "eps_clip_low_high",
     ),
     "dual_clip": ("delta", "clip_ratio_c", "clip_ratio_dual"),
     "kl_coef": ("beta", "kl_beta", "kl_loss_coef", "init_kl_coef", "kl_ctl"),
@@ -41,16 +46,15 @@ _OURS: dict[str, tuple[str, ...]] = {
     "importance_cap": ("vllm_importance_sampling_cap", "vllm_importance_sampling_clip_max"),
     "importance_mode": ("vllm_importance_sampling_mode",),
     "importance_weights": ("rollout_is_weights", "importance_sampling_ratio", "vllm_is_ratio"),
-    "response_mask": ("mask", "attention_mask", "completion_mask", "action_mask", "loss_mask", "labels_mask"),
+    "response_mask": ("mask", "attention_mask", "completion_mask", "action_mask", "loss_mask"),
     "visual_mask": ("image_mask", "vision_mask", "image_token_mask", "mm_token_type_ids"),
-    "logp": ("log_prob", "log_probs", "logprobs", "logps", "per_token_logps", "logits"),
+    "logp": ("log_prob", "log_probs", "logprobs", "logps", "per_token_logps"),
     "old_logp": ("old_log_prob", "old_log_probs", "old_logprobs", "old_logps", "old_per_token_logps"),
     "ref_logp": ("ref_log_prob", "ref_log_probs", "ref_logprobs", "ref_logps", "ref_per_token_logps"),
-    "advantages": ("rewards", "token_level_rewards"),
     "hidden": ("hidden_states", "last_hidden_state", "_input"),
-    "weight": ("lm_head", "lin_weight", "lm_head_weight"),
+    "weight": ("lm_head", "lin_weight"),
     "targets": ("labels", "input_ids", "selected_token_ids", "completion_ids", "responses"),
-    "group_ids": ("uid", "uids", "index", "prompt_ids"),
+    "group_ids": ("uid", "uids", "index"),
     "cu_seqlens": ("cu_seq_lens", "cu_seqlens_q", "cu_seq_lens_q"),
     # Fields of VGPOConfig: the paper's letters.
     "tail_ratio": ("gamma",),
@@ -78,15 +82,17 @@ _OF_FOCUS = "is an argument of vgpo_loss and linear_vgpo_loss, which compute the
 MISPLACED = {
     "beta": "TRL's weight of the KL term is kl_coef; VGPO's beta is a field of VGPOConfig",
     "temperature": f"temperature {_OF_HEADS}: log-probs that are given have to be of logits divided by it",
+    "logits": "log-probs are expected, of linear_policy_loss and linear_vgpo_loss hidden states and the head",
+    "rewards": "advantages are expected, such as rewards less the mean of their group",
     "factors": "vgpo_loss and linear_vgpo_loss compute them themselves; policy_loss and linear_policy_loss take them",
     "entropy": "linear_policy_loss and linear_vgpo_loss compute entropies themselves: entropy_coef is enough",
     "config": "the settings of VGPO go to visual_weights, whose factors policy_loss takes, or to vgpo_loss",
     "options": "options are keywords each: policy_loss(..., **options)",
-    **{name: f"{name} {_OF_HEADS}" for name in ("hidden", "weight", "bias", "logit_scale", "softcap", "targets")},
-    **{name: f"{name} {_OF_HEADS}" for name in ("chunk_bytes", "recompute")},
-    **{name: f"{name} {_OF_FOCUS}" for name in ("visual_mask", "group_ids", "prototype", "prototype_index")},
-    **{name: f"{name} {_OF_FOCUS}" for name in ("visibility",)},
 }
+_HEADS = ("hidden", "weight", "bias", "targets", "logit_scale", "softcap", "chunk_bytes", "recompute")
+MISPLACED |= {name: f"{name} {_OF_HEADS}" for name in _HEADS}
+_FOCUS = ("visual_mask", "group_ids", "prototype", "prototype_index", "visibility")
+MISPLACED |= {name: f"{name} {_OF_FOCUS}" for name in _FOCUS}
 # What losses take besides their options.
 LOSS_ARGUMENTS = (
     *("logp", "old_logp", "advantages", "response_mask", "factors", "cu_seqlens", "ref_logp", "entropy"),
@@ -145,18 +151,19 @@ def _misfit(
             hint = name_meant(name, absent) if absent & set(ALIASES.get(name, ())) else ""
             if not hint:
                 continue
-        own = ", ".join(one for one in parameters if one not in ("self", "cls"))
-        return f"{called} has no '{name}': {hint or f'its arguments are {own}'}"
+        names = ", ".join(one for one in parameters if one not in ("self", "cls"))
+        return f"{called} has no '{name}': {hint or f'its arguments are {names}'}"
     placed = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    own = [name for name in placed if name not in ("self", "cls")]
     if len(given) <= len(placed):
         return f"{said}; the paper's is VGPOConfig.paper()" if said.endswith("'config'") else said
     if isinstance(given[len(placed)], Mapping):
         return f"{called} takes no dict by place: hand its entries over by **"
-    by_place = ", ".join(name for name in placed if name not in ("self", "cls"))
     by_name = [name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY]
     rest = "the rest by name" if by_name or has_options else "no more"
     rest += f", such as {by_name[0]}=..." if by_name else ""
-    return f"{called} takes {by_place or 'nothing'} by place and {rest}, got {len(given)} by place"
+    number = len(given) - len(placed) + len(own)
+    return f"{called} takes {', '.join(own) or 'nothing'} by place and {rest}, got {number} by place"
 
 
 def _field_meant(function: Callable[..., Any], name: str) -> str:
@@ -171,6 +178,7 @@ def _field_meant(function: Callable[..., Any], name: str) -> str:
 
 LOG_PROBS = ("logp", "old_logp", "ref_logp")
 STATES = ("hidden", "other")
+OF_RESPONSES = ("group_ids", "advantages", "importance_weights", "score", "phi", "has_visual", "weighted")
 
 _CALLED = "model(**inputs, output_hidden_states=True).hidden_states[-1]"
 _GATHER = "logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1), of the logits one position before each id"
@@ -199,7 +207,7 @@ def not_a_tensor(name: str, value: object) -> str:
         return _of_sequence(name, value)
     if name in STATES and (isinstance(value, (nn.Module, Mapping)) or hasattr(value, "logits")):
         return f"; the last hidden states are {_CALLED}"
-    if hasattr(value, "as_floats"):
+    if hasattr(value, "as_floats") and not isinstance(value, type):
         return f"; a {type(value).__name__} goes to config"
     if isinstance(getattr(value, "__self__", None), Tensor):
         return f"; call it: .{getattr(value, '__name__', '')}()"
@@ -265,11 +273,8 @@ def choice(value: object, choices: Sequence[str]) -> str:
     """Say which of the choices another name of it means: verl's, or one spelled otherwise."""
     if not isinstance(value, str):
         return ""
-    meant = _CHOICES.get(value, "")
-    close = (
-        [meant] if meant in choices else get_close_matches(value.lower().replace("_", "-"), choices, n=1, cutoff=0.8)
-    )
-    close = close or get_close_matches(value.lower(), choices, n=1, cutoff=0.8)
+    meant = _CHOICES.get(value)
+    close = [meant] if meant in choices else get_close_matches(value.lower(), choices, n=1, cutoff=0.8)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
@@ -291,12 +296,17 @@ def shape(name: str, got: Sequence[int], expected: Sequence[int], like: str = ""
             return f"; use {name}.squeeze(0)"
         if name in LOG_PROBS and got[0] == expected[0]:
             return f"; logits? Log-probs are {_GATHER}; or use linear_logprob"
-        if len(expected) == 1 and got[0] == expected[0] and like != "response_mask":
+        if got[0] == expected[0] and name in OF_RESPONSES:
             one = f"{name}.any(-1)" if name in ("has_visual", "weighted") else f"{name}[:, 0] where a row is all equal"
             return f"; one a response is expected, such as {one}"
     if got == expected[::-1]:
         return f"; use {name}.T"
-    if got and expected and got[1:] == expected[1:] and got[0] and expected[0] > got[0] and expected[0] % got[0] == 0:
+    if (
+        name in OF_RESPONSES
+        and len(got) == len(expected) == 1
+        and 0 < got[0] < expected[0]
+        and not expected[0] % got[0]
+    ):
         return f"; one a prompt? Repeat them: {name}.repeat_interleave({expected[0] // got[0]}, dim=0)"
     if len(expected) == 2 and like == "response_mask":
         return _positions(name, got, expected)

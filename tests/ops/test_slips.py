@@ -110,6 +110,8 @@ def test_an_unknown_option_names_the_one_that_was_meant(name: str, says: str) ->
     ("function", "name", "says"),
     [
         ("policy_loss", "temperature", "log-probs that are given have to be of logits divided by it"),
+        ("policy_loss", "logits", "log-probs are expected, of linear_policy_loss"),
+        ("policy_loss", "rewards", "advantages are expected, such as rewards less the mean of their group"),
         ("policy_loss", "hidden", "an argument of linear_policy_loss and linear_vgpo_loss"),
         ("policy_loss", "visual_mask", "an argument of vgpo_loss and linear_vgpo_loss"),
         ("policy_loss", "config", "settings of VGPO go to visual_weights"),
@@ -168,7 +170,7 @@ def test_an_error_of_the_function_itself_is_left_alone() -> None:
         (lambda: VGPOConfig.paper(visual_compensation_strength=1), "did you mean beta? authors_config of "),
         (lambda: VGPOConfig.paper(vgpo_top_ratio=1), "did you mean top_ratio?"),
         (lambda: VGPOConfig.paper(nonsense=1), "its arguments are beta, tail_ratio, top_ratio, schedule"),
-        (lambda: VGPOConfig.paper(0.3), "VGPOConfig.paper takes nothing by place and the rest by name"),
+        (lambda: VGPOConfig.paper(0.3), "VGPOConfig.paper takes nothing by place and the rest by name, got 1 by place"),
         (lambda: VGPOConfig.paper({"beta": 1}), "hand its entries over by **"),
         (lambda: VGPOConfig({"beta": 0.3}), "got {'beta': 0.3}; hand a dict of fields over by **"),
         (lambda: VGPOConfig("paper"), "got 'paper'; use VGPOConfig.paper()"),
@@ -433,6 +435,12 @@ def test_a_shape_one_step_away_says_the_step(functions: str, changes: dict[str, 
     for function in functions.split():
         message = changed(function, ValueError, **changes)
         assert says in message, message
+
+
+def test_a_shape_that_is_no_slip_has_no_hint() -> None:
+    for change in ({"bias": torch.zeros(1)}, {"bias": torch.zeros(V, 2)}, {"targets": torch.zeros(B, S, 2).long()}):
+        assert changed("linear_logprob", ValueError, **change).endswith(" on cpu")
+    assert changed("visual_weights", ValueError, group_ids=torch.zeros(B + 1).long()).endswith("int64[5] on cpu")
 
 
 def test_advantages_in_the_place_of_the_mask_are_told() -> None:
