@@ -306,11 +306,11 @@ KINDS: dict[str, Callable[[Tensor], list[Bad]]] = {
         ("hidden", "logp", "old_logp", "ref_logp", "entropy", "advantages", "importance_weights"), floating
     ),
     **dict.fromkeys(("factors", "cos", "psi", "phi", "score", "prototype"), floating),
-    **dict.fromkeys(("weight", "bias", "q", "k", "slices"), floating),
+    **dict.fromkeys(("weight", "model_or_head", "bias", "q", "k", "slices"), floating),
     **dict.fromkeys(("other", "other_weight", "other_bias", "totals"), floating),
-    **dict.fromkeys(("visual_mask", "response_mask", "has_visual", "weighted"), mask),
+    **dict.fromkeys(("visual_mask", "response_mask", "prompt_mask", "has_visual", "weighted"), mask),
     **dict.fromkeys(("key_mask", "query_mask", "attention_mask"), mask),
-    **dict.fromkeys(("group_ids", "prototype_index", "targets", "key_segments", "query_positions"), integers),
+    **dict.fromkeys(("group_ids", "prototype_index", "targets", "ids", "key_segments", "query_positions"), integers),
     **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"), boundaries),
 }
 OTHERS: dict[str, list[Bad]] = {
@@ -337,6 +337,8 @@ OTHERS: dict[str, list[Bad]] = {
     "chunk_bytes": whole_numbers(0, -1),
     "first": whole_numbers(-1),
     "visibility": choices(),
+    "samples": whole_numbers(0, -1),
+    "raises": flags(),
 }
 
 
@@ -414,7 +416,12 @@ def _batch_subjects(packed: bool) -> dict[str, Subject]:
     states = KINDS["hidden"](hidden)
     shorter = {"hidden": states if packed else without(states, f"{hidden.shape[1] - 1} of dimension 1")}
     both = image | response | layout | shared
+    first_batch = image | response | layout | {"group_ids": batch.group_ids, "advantages": batch.advantages}
+    first_batch |= {"model_or_head": head.weight, "bias": head.bias, "ids": head.targets}
+    first_batch |= {"prompt_mask": batch.visual_mask, "logp": batch.logp, "old_logp": batch.old_logp}
+    fewer_positions = fewer_features if packed else without(fewer_features, *_dimensions(hidden, 1))
     return {
+        "check_batch": subject(vgpo_kernels.check_batch, first_batch, hidden=fewer_positions, response_mask=fewer_rows),
         "visual_prototype": subject(vgpo_kernels.visual_prototype, image | layout, hidden=fewer_features),
         "visual_focus": subject(vgpo_kernels.visual_focus, both, response_mask=fewer_rows, **shares),
         "visual_weights": subject(

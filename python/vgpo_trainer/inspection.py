@@ -23,10 +23,10 @@ from vgpo_kernels.integrations.transformers import (
     capture_hidden_states,
     visual_token_ids,
 )
-from vgpo_trainer.reports.inspection import Inspection
-from vgpo_trainer.sequences import extended_inputs
 from vgpo_trainer.data.errors import Unusable
 from vgpo_trainer.data.images import decode, image_of
+from vgpo_trainer.reports.inspection import Inspection
+from vgpo_trainer.sequences import extended_inputs
 
 
 class InspectError(ValueError):

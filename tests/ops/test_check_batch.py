@@ -371,7 +371,7 @@ def test_a_scale_of_the_logits_is_the_temperatures_inverse() -> None:
         ({"samples": 0}, ValueError, "samples must be at least 1"),
         ({"raises": 1}, TypeError, "raises must be True or False"),
         ({"temperature": 0.0}, ValueError, "temperature must be finite and above 0"),
-        ({"model_or_head": torch.zeros(7, 2)}, ValueError, "the LM head must have a column for each of the"),
+        ({"model_or_head": torch.zeros(7, 2)}, ValueError, "model_or_head must have a column for each of the"),
         ({"prompt_mask": torch.ones(3, 3)}, TypeError, "prompt_mask must be bool"),
         ({"group_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, "group_ids must have shape"),
     ],

@@ -23,7 +23,6 @@ from vgpo_trainer.inspection import InspectError, inspect_answer
 from vgpo_trainer.options.parser import read_config
 from vgpo_trainer.reports.ablation import write_ablation
 from vgpo_trainer.reports.arms import Run
-from vgpo_trainer.reports.inspection import write_page
 from vgpo_trainer.reports.run import write_report
 from vgpo_trainer.rewards import exact_answer, load_rewards
 from vgpo_trainer.runs.folder import RunFolder
@@ -137,7 +136,7 @@ def test_an_image_is_inspected_in_any_form(model, tmp_path, given: Callable[[Ima
     expected = inspect_answer(*model, image, "Add the digits.", max_new_tokens=2)
     found = inspect_answer(*model, given(image, path), "Add the digits.", max_new_tokens=2)
     assert found.tokens == expected.tokens and found.cos == expected.cos
-    assert write_page(found, str(tmp_path / "page.html")).is_file()
+    assert found.save(str(tmp_path / "page.html")).is_file()
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ from vgpo_kernels.batch_checks.groups import check_groups
 from vgpo_kernels.batch_checks.heads import find
 from vgpo_kernels.batch_checks.logprobs import check_logprobs
 from vgpo_kernels.batch_checks.masks import check_masks, check_values
+from vgpo_kernels.hints import explained
 
 __all__ = ["BatchError", "BatchFindings", "Finding", "check_batch"]
 
 
+@explained
 def check_batch(
     model_or_head: nn.Module | Tensor | None,
     hidden: Tensor | None,

@@ -21,6 +21,7 @@ class Head(NamedTuple):
         norm: The model's final norm, where there is a model and it is found.
         visual_tokens: Ids of its image tokens, where there is a model and it has them.
         why_not: Why there is no weight.
+        is_given: Whether the weight is the caller's argument, not a module's.
 
     """
 
@@ -30,6 +31,7 @@ class Head(NamedTuple):
     norm: nn.Module | None
     visual_tokens: tuple[int, ...]
     why_not: str
+    is_given: bool = False
 
 
 def find(
@@ -39,13 +41,17 @@ def find(
 
     Raises:
         TypeError: It is neither a model with an LM head, nor a linear layer, nor its weight.
+        ValueError: The weight is no matrix.
 
     """
     told: tuple[tuple[float, float | None], ...] = ((1.0 if logit_scale is None else logit_scale, softcap),)
     if model_or_head is None:
         return Head(None, None, told, None, (), "no model or head is given")
     if isinstance(model_or_head, Tensor):
-        return _readable(checks.require_floating("model_or_head", model_or_head), bias, told, None, ())
+        weight = checks.require_floating("model_or_head", model_or_head)
+        if weight.dim() != 2:
+            raise ValueError(f"model_or_head must have shape [V, D] as a weight, got {checks.describe(weight)}")
+        return _readable(weight, bias, told, None, ())._replace(is_given=True)
     if not isinstance(model_or_head, nn.Module):
         raise TypeError(
             "model_or_head must be a model with get_output_embeddings(), its LM head, or the head's weight [V, D], "
@@ -77,9 +83,13 @@ def _readable(
 ) -> Head:
     """Return a head, without its weight where that is sharded over processes (FSDP, ZeRO-3)."""
     sharded = hasattr(weight, "full_tensor") or hasattr(weight, "ds_id") or weight.dim() != 2
-    if sharded or weight.is_meta or weight.untyped_storage().size() == 0:
+    if sharded or weight.untyped_storage().size() == 0:
         return Head(None, None, maps, norm, visual_tokens, "the LM head's weight is sharded over processes")
-    return Head(weight.detach(), None if bias is None else bias.detach(), maps, norm, visual_tokens, "")
+    if bias is not None:
+        bias = checks.require_floating("bias", bias).detach()
+        checks.require_shape("bias", bias, weight.shape[:1], "one entry per row of model_or_head's weight")
+        checks.require_device("bias", bias, weight.device, "model_or_head")
+    return Head(weight.detach(), bias, maps, norm, visual_tokens, "")
 
 
 def _found(look: Callable[[], Any]) -> Any:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vgpo_kernels import checks
 from vgpo_kernels.batch_checks.batch import Batch
 from vgpo_kernels.batch_checks.findings import Finding
 from vgpo_kernels.batch_checks.heads import Head
@@ -99,10 +100,14 @@ def check_logprobs(
     if batch.hidden is None or batch.ids is None or head.weight is None:
         why = head.why_not if head.weight is None else "hidden or ids are not given"
         return positive, [f"{' and '.join(given)} against hidden: {why}"]
+    if head.weight.device != batch.hidden.device:
+        if head.is_given:
+            checks.require_device("model_or_head", head.weight, batch.hidden.device, "hidden")
+        return positive, [f"{' and '.join(given)} against hidden: the LM head is on {head.weight.device}"]
     if head.weight.shape[1] != batch.hidden.shape[1]:
         raise ValueError(
-            f"the LM head must have a column for each of the {batch.hidden.shape[1]} features of hidden, got weight "
-            f"{list(head.weight.shape)}"
+            f"model_or_head must have a column for each of the {batch.hidden.shape[1]} features of hidden, got "
+            f"{checks.describe(head.weight)}"
         )
     sample = _sample(batch, next(iter(given.values())), len(head.weight), temperature, samples)
     if sample is None:
