@@ -116,6 +116,8 @@ def sample(model: Any, processor: Any, prompts: Sequence[Prompt], settings: argp
     }
     inputs["input_ids"] = sequences
     inputs["attention_mask"] = torch.cat([asked["attention_mask"], response_mask.to(asked["attention_mask"])], dim=1)
+    if settings.skip_truncated:  # after the attention mask: a row in which nothing is attended has no softmax
+        response_mask = response_mask & ends.any(1, keepdim=True)
 
     texts = processor.batch_decode(tokens, skip_special_tokens=True)
     rewards = torch.tensor(
@@ -209,7 +211,10 @@ def update(
     *,
     check: bool = False,
 ) -> Tensor:
-    """Take one optimizer step on micro-batches, of which every rank has its own; return loss and focus, ``[2]``."""
+    """Take one optimizer step on micro-batches, of which every rank has its own.
+
+    Returns loss, visual focus and the norm of the gradient, ``[3]``, the same on every rank.
+    """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     # A mean over the tokens of all micro-batches and ranks is a sum of shares, each over the number of them all.
     num_tokens = total(sum(rollout.response_mask.sum() for rollout in rollouts))
@@ -221,10 +226,10 @@ def update(
             # DistributedDataParallel takes the mean of the ranks' gradients, where the loss is the sum of shares.
             (loss * ranks).backward()
         measured += torch.stack([loss.detach(), metrics["focus_mean"] / (len(rollouts) * ranks)])
-    nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+    norm = nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return total(measured)
+    return torch.cat([total(measured), norm[None]])
 
 
 def total(value: Tensor) -> Tensor:
@@ -267,9 +272,10 @@ def train(settings: argparse.Namespace, logp: Callable[..., Tensor], loss: Calla
 
         for number in range(settings.updates):
             check = step == 0 and number == 0
-            mean_loss, focus = update(objective, optimizer, rollouts, settings, check=check).tolist()
+            found = update(objective, optimizer, rollouts, settings, check=check)
         if rank == 0:
-            print(f"step {step + 1}: reward {mean_reward:.3f}, loss {mean_loss:.4f}, focus {focus:.4f}", flush=True)
+            numbers = "loss {:.4f}, focus {:.4f}, gradient {:.3f}".format(*found.tolist())
+            print(f"step {step + 1}: reward {mean_reward:.3f}, {numbers}", flush=True)
 
 
 @contextmanager
@@ -296,6 +302,7 @@ def parse_arguments(description: str | None, **defaults: Any) -> argparse.Namesp
     parser.add_argument("--generations", type=int, default=8, help="responses to a prompt")
     parser.add_argument("--updates", type=int, default=2, help="optimizer steps on each rollout batch")
     parser.add_argument("--max-new-tokens", type=int, default=40)
+    parser.add_argument("--skip-truncated", action="store_true", help="score no response that has not ended")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)

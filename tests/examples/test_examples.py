@@ -51,8 +51,9 @@ def started(*command: str) -> str:
 
 
 def numbers(printed: str) -> list[tuple[float, ...]]:
-    """Step, reward, loss and focus of each step."""
-    lines = re.findall(r"^step (\d+): reward (\S+), loss (\S+), focus (\S+)$", printed, re.MULTILINE)
+    """Step, reward, loss, focus and norm of the gradient of each step."""
+    line = r"^step (\d+): reward (\S+), loss (\S+), focus (\S+), gradient (\S+)$"
+    lines = re.findall(line, printed, re.MULTILINE)
     return [tuple(map(float, line)) for line in lines]
 
 
@@ -67,13 +68,14 @@ def run_here(name: str, *options: str) -> None:
 def test_loops_print_the_same_numbers_with_logits_without_and_on_two_processes(capsys):
     one = numbers(started("examples/grpo_own_loop.py", *SHORT))
     assert [line[0] for line in one] == [1, 2]
-    assert all(0 < reward < 1 and loss != 0 and -1 < focus < 1 for _, reward, loss, focus in one)
+    assert all(0 < reward < 1 and loss != 0 and -1 < focus < 1 for _, reward, loss, focus, _ in one)
+    assert min(norm for *_, norm in one) > 0.1
     run_here("linear_own_loop.py", *SHORT)
     without_logits = numbers(capsys.readouterr().out)
     two = numbers(started(*TORCHRUN, "examples/grpo_own_loop.py", "--accumulation", "1", *SHORT))
     for other in (without_logits, two):
         for line, expected in zip(other, one, strict=True):
-            assert line == pytest.approx(expected, abs=2e-3)
+            assert line == pytest.approx(expected, abs=2e-3, rel=1e-2)
 
 
 def test_a_packed_batch_is_compared_with_a_padded_one(capsys):

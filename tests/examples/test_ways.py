@@ -6,9 +6,11 @@ policies apart. The models are real ones: the demo's, and a tiny Qwen2.5-VL, who
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +42,8 @@ from vgpo_kernels.integrations.transformers import capture_hidden_states, visual
 QUESTIONS = ("Add the digits.", "digits", "Add digits. Add the digits.")
 GENERATIONS = 4
 CONFIG = VGPOConfig.paper()
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "integrate.md").read_text()
+(LABELS,) = re.findall(r"^```python\n(labels = .*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
 @dataclass
@@ -65,7 +69,7 @@ class Case:
 @pytest.fixture(scope="module", params=["demo", "qwen2_5_vl"])
 def case(request) -> Case:
     settings = Namespace(model=str(SHIPPED), dtype="float32", device="cpu", generations=GENERATIONS)
-    settings.temperature, settings.max_new_tokens = 1.3, 36
+    settings.temperature, settings.max_new_tokens, settings.skip_truncated = 1.3, 36, False
     model, processor = grpo_own_loop.load(settings) if request.param == "demo" else qwen2_5_vl()
     prompts = [
         Prompt(prompt.image, question, prompt.answer)
@@ -151,7 +155,7 @@ def two_phases(case: Case) -> Tensor:
 
 
 def with_labels(case: Case, *, on_the_right: bool = False) -> Tensor:
-    """The layout of supervised losses: ``logits[:, :-1]`` against ``labels[:, 1:]``, so that T = S - 1."""
+    """The layout of supervised losses, as docs/integrate.md has it: T = S - 1."""
     rollout = case.rollout
     width = case.ids.shape[1] - rollout.response_mask.shape[1]
     scored = pad(rollout.response_mask, (width, 0))
@@ -165,13 +169,11 @@ def with_labels(case: Case, *, on_the_right: bool = False) -> Tensor:
         assert inputs["attention_mask"][:, 0].all() and not inputs["attention_mask"][:, -1].all()
         scored, old_logp = scored.gather(1, order), old_logp.gather(1, order)
     ids = inputs["input_ids"]
-    labels = ids.masked_fill(~scored, -100)
-
     with capture_hidden_states(case.model) as captured:
         logits = case.model(**inputs, use_cache=False).logits
-    response_mask = labels[:, 1:] != -100
-    targets = labels[:, 1:].clamp(min=0)
-    logp = (logits[:, :-1] / case.settings.temperature).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+    scope = {"input_ids": ids, "sampled": scored, "logits": logits, "temperature": case.settings.temperature}
+    exec(LABELS, scope)
+    response_mask, logp = scope["response_mask"], scope["logp"]
     images = visual_mask(ids, case.model, response_mask)
     batch = (old_logp[:, 1:], rollout.advantages, images, response_mask, rollout.group_ids)
     check_batch(case.model, captured.hidden, ids, logp, *batch, temperature=case.settings.temperature, raises=True)
@@ -254,6 +256,27 @@ def test_every_way_has_one_loss_and_one_gradient(case, expected, way, tmp_path):
     assert largest > 1e-3
     for name, gradient in expected[1].items():
         assert (found[name] - gradient).abs().max() <= 2e-5 * largest, name
+
+
+def test_a_response_that_was_cut_off_is_left_out_on_request(case):
+    prompts = draw_prompts(2, 1)
+    settings = Namespace(**{**vars(case.settings), "max_new_tokens": 22, "temperature": 1.0})
+    torch.manual_seed(2)
+    rollout = sample(case.model, case.processor, prompts, settings)
+    torch.manual_seed(2)
+    settings.skip_truncated = True
+    shorter = sample(case.model, case.processor, prompts, settings)
+    left_out = ~shorter.response_mask.any(1)
+    assert left_out.any() and rollout.response_mask.any(1).all()
+    if case.model.config.model_type == "llava":
+        assert not left_out.all()
+    assert torch.equal(shorter.response_mask, rollout.response_mask & ~left_out[:, None])
+    assert (rollout.tokens[left_out] != case.processor.tokenizer.eos_token_id).all()
+    shorter.advantages = torch.randn(shorter.advantages.shape)
+    loss, metrics = grpo_own_loop.loss_of(case.model, shorter, shorter.response_mask.sum(), settings)
+    found = gradients(case, lambda _: loss)[1]
+    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in found.values())
+    assert metrics["weighted_responses"] == (~left_out).sum()
 
 
 def test_factors_and_clipping_matter_here(case, expected):
