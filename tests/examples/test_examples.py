@@ -91,7 +91,7 @@ def test_a_packed_batch_is_compared_with_a_padded_one(capsys):
 def test_the_readme_has_every_example():
     links = re.findall(r"^\| \[([^]]+)\]\(([^)]+)\)", README, re.MULTILINE)
     assert {link for _, link in links} == {
-        path.name for path in EXAMPLES.iterdir() if path.name not in ("README.md", "__pycache__")
+        path.name for path in EXAMPLES.iterdir() if path.name[0] not in "._" and path.name != "README.md"
     }
     assert all(name.rstrip("/") == link for name, link in links)
     assert (EXAMPLES / "../docs/integrate.md").exists() and "(../docs/integrate.md)" in README

@@ -207,9 +207,9 @@ def test_what_is_refused() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_pages_two_views(family: str) -> None:
-    """The block as it stands in docs/integrate.md: the divergences are those of logits."""
+    """The block as it stands in docs/attention.md: the divergences are those of logits."""
     model, inputs, visual = built(family)
-    page = (Path(__file__).resolve().parents[2] / "docs" / "integrate.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "attention.md").read_text()
     block = page.partition("## Two views")[2].partition("```python\n")[2].partition("```")[0]
     scope: dict[str, Any] = {"model": model, "inputs": inputs, "response_mask": torch.ones(2, ANSWER, dtype=torch.bool)}
     exec(block, scope)

@@ -59,5 +59,5 @@ def test_an_adapter_offers_every_loss_type_or_says_why_not(framework: str) -> No
 def test_pages_list_every_loss_type() -> None:
     (listed,) = re.findall(r"^\| `policy_loss` .* loss \((.*?)\)", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert tuple(listed.split(", ")) == CHOICES["loss_type"]
-    (modes,) = re.findall(r"^`loss_mode` (.*?) are this", (ROOT / "docs" / "integrate.md").read_text(), re.MULTILINE)
+    (modes,) = re.findall(r"^`loss_mode` (.*?) are this", (ROOT / "docs" / "verl.md").read_text(), re.MULTILINE)
     assert re.findall(r"`(\w+)`", modes) == list(LOSS_MODES)

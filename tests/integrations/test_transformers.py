@@ -265,7 +265,7 @@ def test_the_pages_loss_without_logits_trains_the_decoder(family):
     model.float()
     rollout = sampled(inputs, 3)
     scope = {"model": model, "inputs": inputs, **rollout}
-    exec(page_block("**Without logits.**"), scope)
+    exec(page_block("### Without logits"), scope)
     found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     decoder = [name for name in found if "layers" in name and "language_model" in name]
     assert decoder and all(found[name].abs().max() > 0 for name in decoder)
@@ -315,7 +315,7 @@ def test_what_the_page_says_of_heads_that_scale_or_cap(family, setting, given):
 def test_detached_states_train_the_head_alone_and_it_is_said():
     model, inputs = build("qwen2_5_vl"), batch_with_images("qwen2_5_vl")
     rollout = sampled(inputs, 3)
-    code = page_block("**Without logits.**").replace("model.model(**inputs).last_hidden_state", "captured.hidden")
+    code = page_block("### Without logits").replace("model.model(**inputs).last_hidden_state", "captured.hidden")
     with capture_hidden_states(model) as captured:
         model(**inputs)
     linear_ops._warn_of_detached.cache_clear()

@@ -164,17 +164,16 @@ def test_verl_is_locked_as_it_is_listed() -> None:
             assert_locked(one, versions)
 
 
-def test_the_guide_names_the_locked_releases() -> None:
-    guide = (ROOT / "docs/integrate.md").read_text()
+def test_pages_name_the_locked_releases() -> None:
     patterns = {
-        "trl": r"Tested with\s+TRL\s+([\d.]+\d)",
-        "verl": r"Tested with verl\s+([\d.]+\d)",
-        "deepspeed": r"of\s+DeepSpeed\s+([\d.]+\d)",
+        "trl": ("integrate", r"Tested with\s+TRL\s+([\d.]+\d)"),
+        "verl": ("verl", r"Tested with verl\s+([\d.]+\d)"),
+        "deepspeed": ("integrate", r"of\s+DeepSpeed\s+([\d.]+\d)"),
     }
-    for name, pattern in patterns.items():
-        (stated,) = re.findall(pattern, guide)
+    for name, (page, pattern) in patterns.items():
+        (stated,) = re.findall(pattern, (ROOT / "docs" / f"{page}.md").read_text())
         (found,) = locked("3.11", LOCK, VERL)[name]
-        assert f"{found}.".startswith(f"{stated}."), f"docs/integrate.md says {name} {stated}, the lock has {found}"
+        assert f"{found}.".startswith(f"{stated}."), f"docs/{page}.md says {name} {stated}, the lock has {found}"
 
 
 # ---- what make does with it ----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def test_the_version_is_the_same_everywhere() -> None:
     headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[:2] == ["Unreleased", f"{version} - {citation['date-released']}"]
     assert str(citation["version"]) == version
-    banner = re.search(r"vgpo_kernels (\d\S*),", (ROOT / "docs" / "integrate.md").read_text())
+    banner = re.search(r"vgpo_kernels (\d\S*),", (ROOT / "docs" / "verl.md").read_text())
     assert banner is not None and banner.group(1) == version
 
 
