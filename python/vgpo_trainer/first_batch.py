@@ -70,6 +70,9 @@ class FirstBatch:
             return
         states, self._states = self._states, None
         sequence = Sequences.of(inputs)
+        if not bool(sequence.response_mask.any()):  # a micro-batch of responses that are masked out: the next will do
+            self._passed = False
+            return
         # The passes of two views are not told apart here.
         whole = sum(len(one) for one in states) == len(sequence.input_ids)
         look_at_first_batch(

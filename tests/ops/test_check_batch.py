@@ -389,3 +389,10 @@ def test_arrays_of_responses_alone_are_no_prompts(layout: str) -> None:
     given = {"logp": None, "hidden": None, "visual_mask": None, "old_logp": None, "response_mask": alone}
     ids = None if layout == "packed" else batch["targets"]
     assert check_batch(**arguments(batch) | given | {"ids": ids, "model_or_head": None}) == ()
+
+
+def test_zeros_are_no_probabilities() -> None:
+    """Log-probs that were never computed are near the probabilities of unlikely tokens."""
+    batch = plain_batch(0)
+    (finding,) = check_batch(**arguments(batch | {"old_logp": torch.zeros_like(batch["old_logp"])}))
+    assert finding.name == "log-probs" and "though logp agrees" in finding.message

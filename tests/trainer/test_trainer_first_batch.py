@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("trl")
 
@@ -80,3 +81,17 @@ def test_an_evaluation_is_not_looked_at(tmp_path: Path) -> None:
     trainer.model.eval()
     generation_batch(trainer)
     assert not trainer._first_batch._generated
+
+
+def test_a_micro_batch_in_which_nothing_is_scored_is_not_the_first(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.model.train()
+    batch = trainer._prepare_inputs(generation_batch(trainer))
+    first = trainer._first_batch
+    with first.watching(trainer.model):
+        first.passed(batch | {"completion_mask": torch.zeros_like(batch["completion_mask"])}, torch.zeros(0))
+    with first.watching(trainer.model):
+        assert first._states == [], "the next one is watched"
+    first.passed(batch, torch.zeros(batch["completion_ids"].shape, requires_grad=True))
+    with first.watching(trainer.model):
+        assert first._states is None

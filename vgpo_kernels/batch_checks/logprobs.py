@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -82,6 +82,11 @@ class Explanation(NamedTuple):
     name: str
     values: Tensor
     told: str
+    read: Callable[[Tensor], Tensor] = torch.Tensor.detach  # what to compare of what is given
+
+    def distance(self, given: Tensor) -> float:
+        """How far what is given is from this."""
+        return _core(self.read(given), self.values)
 
 
 def check_logprobs(
@@ -179,7 +184,7 @@ def _compare(batch: Batch, head: Head, sample: Sample, given: dict[str, Tensor])
     explained: dict[int, list[str]] = {}
     unexplained = []
     for name in off:
-        distances = [_core(given[name], one.values) for one in explanations]
+        distances = [one.distance(given[name]) for one in explanations]
         nearest = min(range(len(distances)), key=distances.__getitem__, default=-1)
         if distances and distances[nearest] < min(_core(given[name], expected) / BETTER, FAR[False] * size):
             explained.setdefault(nearest, []).append(name)
@@ -251,7 +256,8 @@ def _explanations(reader: Reader, head: Head, sample: Sample) -> Iterator[Explan
     logp = distribution.gather(-1, own)[:, 0]
     yield Explanation("logits", raw.gather(-1, own)[:, 0], "{name} holds logits: " + _LOGITS)
     yield Explanation("logits", divided.gather(-1, own)[:, 0], "{name} holds logits: " + _LOGITS)
-    yield Explanation("probabilities", logp.exp(), "{name} holds probabilities: take their logarithm")
+    # By their logarithms: next to a small probability zeros would do as well.
+    yield Explanation("probabilities", logp, "{name} holds probabilities: take their logarithm", torch.log)
     yield Explanation("negated", -logp, "{name} has the wrong sign: cross_entropy gives minus the log-probability")
     entropy = -(distribution.exp() * distribution.clamp(min=-1e4)).sum(-1)
     yield Explanation("entropy", entropy, "{name} holds entropies")
