@@ -40,6 +40,7 @@ def run(folder: Path, kind: str, *overrides: str) -> tuple[list[dict[str, Any]],
     task.write_prompts(prompts, launch.STEPS * launch.PROMPTS)
     status, output = launch.run(folder, model, prompts, *overrides)
     assert status == 0, output[-6000:]
+    assert "VGPO's first" not in output, "a right batch is warned of"
     files = [folder / "records" / f"{step}.pt" for step in range(1, launch.STEPS + 1)]
     return [torch.load(file, weights_only=True) for file in files], output
 
