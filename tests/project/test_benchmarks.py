@@ -174,7 +174,11 @@ PEERS = {
     ),
     "gpu.csv": (
         "cuda",
-        {"vgpo_loss": "torch.compile in fp32", "linear_logprob": "TRL, chunked", "attention_mass": "flash attention"},
+        {
+            "vgpo_loss": "torch.compile in fp32",
+            "linear_logprob": "TRL, chunked",
+            "attention_mass": "cuDNN attention, all keys",
+        },
     ),
 }
 
