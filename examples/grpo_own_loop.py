@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 2 examples/grpo_own_loop.py --accumulation 1
     python examples/grpo_own_loop.py --model Qwen/Qwen2.5-VL-3B-Instruct --learning-rate 1e-6 --max-new-tokens 256
 
-The first trains the demo's model of 1.3 million parameters to add up handwritten digits, in under a minute on two
+The first trains the demo's model of 1.3 million parameters to add up handwritten digits, in about a minute on two
 cores. The second prints the same numbers from two processes. The third needs a GPU. For a task of your own, change
 ``draw_prompts`` and ``reward``; for images and questions of a dataset, that is all.
 """
@@ -296,7 +296,7 @@ def parse_arguments(description: str | None, **defaults: Any) -> argparse.Namesp
     parser.add_argument("--model", default=str(SHIPPED), help="id or path of a vision-language model")
     parser.add_argument("--dtype", default="float32", help="of weights and activations")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=10, help="rollout batches")
+    parser.add_argument("--steps", type=int, default=5, help="rollout batches")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches a step, on each rank")
     parser.add_argument("--prompts", type=int, default=16, help="prompts of a micro-batch")
     parser.add_argument("--generations", type=int, default=8, help="responses to a prompt")

@@ -6,6 +6,9 @@
 
 One batch of rollouts passes the model twice, padded as ``generate`` left it, and packed into one row. Loss, focus and
 the gradient of every parameter are the same.
+
+A model of transformers keeps the sequences of a row apart if it is given positions that begin anew, no attention mask
+and **no cache**. With ``use_cache=True``, the default, they attend to one another, and nothing says so.
 """
 
 from __future__ import annotations

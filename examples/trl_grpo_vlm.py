@@ -19,7 +19,8 @@
 #     python examples/trl_grpo_vlm.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --output_dir grpo-vgpo \
 #         --learning_rate 1e-5 --dtype bfloat16 --max_completion_length 1024 --dataset_name DATASET
 #
-# DATASET has the columns of TRL's: `problem`, `image` and `solution`.
+# DATASET has the columns of TRL's: `problem`, `image` and `solution`. The rewards need math-verify:
+# pip install 'vgpo-kernels[train,math]'. On a CPU add `--use_cpu --bf16 False`.
 
 # /// script
 # dependencies = [

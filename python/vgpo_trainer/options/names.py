@@ -17,7 +17,7 @@ SHORT_NAMES = {
     "beta": ("kl", "weight of the KL term"),
     "save_steps": ("save_every", "steps between two checkpoints"),
     "eval_steps": ("eval_every", "steps between two evaluations"),
-    "lora_r": ("lora_rank", "train a LoRA adapter of this rank instead of all weights"),
+    "lora_r": ("lora_rank", "train a LoRA adapter, of this rank; without the option all weights are trained"),
     "lora_target_modules": (
         "lora_targets",
         "linear layers of the decoder that the adapter is added to, q_proj say; default: all",

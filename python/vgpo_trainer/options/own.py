@@ -35,7 +35,7 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         metavar="FILE",
         help="settings in YAML or JSON, by the names of the options, or the config.json of a run; what else is on the "
-        "command line goes before it",
+        "command line overrides it",
     )
     run.add_argument(
         "--resume",
