@@ -203,6 +203,9 @@ class _Settings:
         for name, default in self.defaults.items():
             value = getattr(self, name)
             if value is not default:  # most are, in every call of a loss
+                if isinstance(value, list) and isinstance(self.kinds[name], Bounds):  # of YAML and JSON
+                    value = tuple(value)
+                    object.__setattr__(self, name, value)
                 self.kinds[name].check(name, value)
 
     def as_floats(self) -> list[float]:

@@ -128,6 +128,7 @@ def test_what_python_cannot_compare_or_spell_is_named(settings: type[VGPOConfig 
 def test_a_float_of_numpy_is_one_of_python() -> None:
     config = VGPOConfig(beta=np.float64(0.25), intra_clamp=(np.float64(0.5), 2))
     assert config == VGPOConfig(beta=0.25, intra_clamp=(0.5, 2.0))
+    assert hash(VGPOConfig(intra_clamp=[0.5, 2.0])) == hash(VGPOConfig(intra_clamp=(0.5, 2.0))), "of YAML"
     assert all(type(number) is float for number in config.as_floats())
 
 
