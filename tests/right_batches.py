@@ -105,11 +105,12 @@ def _responses(plan: Plan, features: int, vocabulary: int) -> list[Response]:
     deviation = centred.square().mean().sqrt() if whitened else centred.square().mean(1, keepdim=True).sqrt()
     advantages = centred / (1e-4 + deviation)
     found = []
+    end = [] if plan.now_and_then() else [2, 3]  # of a chat template
     for group in range(prompts):
         shown = [IMAGE] * plan.rng.randint(1, 9)
         if plan.images is None and group and plan.rng.random() < 0.2:
             shown = []  # text alone, or an image that a tool shows
-        prompt = [*words(5, 2), *shown, *words(6)]
+        prompt = [*words(5, 2), *shown, *words(6), *end]
         rows = torch.randn(len(prompt), features)
         for place in range(generations):
             answer = words(14)

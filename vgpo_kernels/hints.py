@@ -307,7 +307,9 @@ def shape(name: str, got: Sequence[int], expected: Sequence[int], like: str = ""
         and 0 < got[0] < expected[0]
         and not expected[0] % got[0]
     ):
-        return f"; one a prompt? Repeat them: {name}.repeat_interleave({expected[0] // got[0]}, dim=0)"
+        times = expected[0] // got[0]
+        repeated = f"{name}.repeat_interleave({times}, dim=0) where its responses are next to each other"
+        return f"; one a prompt? Repeat them: {repeated}, {name}.repeat({times}) where prompts alternate"
     if len(expected) == 2 and like == "response_mask":
         return _positions(name, got, expected)
     if len(got) == len(expected) == 2 and got[0] == expected[0] and like == "hidden":
@@ -341,6 +343,9 @@ def _positions(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> st
         return "; a packed batch needs cu_seqlens and a packed response_mask [N]"
     if len(got) != 2 or got[0] != expected[0]:
         return ""
+    if got[1] == expected[1] + 1 and name in (*LOG_PROBS, "entropy"):
+        # Which end is to be cut is not known: the row after the last token, or the one too early.
+        return f"; those of the last {expected[1]} tokens are of logits[:, -{got[1]}:-1], one row before each"
     if got[1] > expected[1]:
         return f"; cut it to the last {expected[1]} positions, those of response_mask: {name}[:, -{expected[1]}:]"
     return (

@@ -19,9 +19,9 @@ class Batch:
         begin: First position of each sequence, int64 ``[B]``.
         response: Positions that the response arrays cover, int64 ``[N]``.
         scored: Whether the response mask is set, bool ``[L]``.
-        prompt: Whether a position is before the first scored one of its sequence, bool ``[L]``. Nothing is known of a
-            sequence without a scored position, which has none.
-        prompt_mask: What the caller says of that, or ``None``.
+        prompt: Whether a position is in the prompt, bool ``[L]``: what the caller says, or else what comes before the
+            first scored position. Nothing is known of a sequence without a scored position, which has none.
+        prompt_mask: What the caller says, or ``None``.
         visual: Whether a position holds an image token, bool ``[L]``, or ``None``.
         hidden: Hidden states, ``[L, D]``, or ``None``.
         ids: Tokens, int64 ``[L]``, -1 where they are not given; or ``None``.
@@ -141,13 +141,15 @@ def read(
     begun = scored.to(torch.int64).cumsum(0)
     before = torch.cat([begun.new_zeros(1), begun])[begin]
     any_scored = torch.zeros_like(begin).index_add(0, sequence, scored.to(torch.int64)) > 0
+    told = whole_mask("prompt_mask", prompt_mask)
+    prompt = begun == before[sequence] if told is None else told
     return Batch(
         sequence=sequence,
         begin=begin,
         response=response,
         scored=scored,
-        prompt=(begun == before[sequence]) & any_scored[sequence],
-        prompt_mask=whole_mask("prompt_mask", prompt_mask),
+        prompt=prompt & any_scored[sequence],
+        prompt_mask=told,
         visual=whole_mask("visual_mask", visual_mask),
         hidden=None if states is None else states.reshape(length, states.shape[-1]),
         ids=tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vgpo_kernels.batch_checks.batch import Batch
 from vgpo_kernels.batch_checks.findings import Finding
@@ -15,6 +15,7 @@ MOST_RESPONSES = 512  # that are compared with each other
 # How far two prototypes of one image may be apart, as a share of their norm: those of a batch are computed alike.
 SAME_IMAGE = {torch.float64: 1e-3, torch.float32: 1e-3}
 SAME_IMAGE_HALF = 1e-2
+OTHER_IMAGE = 5  # times that; between the two is rounding, or an image that looks much alike
 
 _HOW_TO = (
     "responses to one prompt share an id: repeat_interleave(n) where they are next to each other, repeat(n) where "
@@ -27,27 +28,35 @@ def check_groups(batch: Batch) -> Iterator[Finding]:
     if batch.groups is None or batch.size < 2:
         return
     groups = batch.groups[:MOST_RESPONSES]
-    twins, complete = _twins(batch)
-    if twins is None:
+    same_text, apart = _same_texts(batch), _images_apart(batch)
+    if same_text is None and apart is None:
         yield from _advantages(batch)
         return
+    known = batch.any_of(batch.prompt)[:MOST_RESPONSES]
+    known = known[:, None] & known
+    texts = known if same_text is None else known & same_text
+    twins = texts if apart is None else texts & (apart <= 1)
+    others = known & ~texts if apart is None else known & (apart > OTHER_IMAGE)
     together = groups[:, None] == groups
     one = bool(together.all())
-    known = twins.diagonal()
-    has_twin = (twins.sum(0) > 1) & known
-    # A group whose members are no twins of each other, though each of them has one: its prompts are mixed. (Images that
-    # are augmented by response make a group whose members have none.)
-    mates = together & known[:, None] & known
-    wrong = (mates & ~twins).any(1) & (has_twin | ~mates).all(1)
+    # Images of one group may differ, augmented by response or by dropout: they are of another prompt where that one is
+    # in another group.
+    elsewhere = (together & (twins & ~together).any(1)).any(1)
+    wrong = _mixed(together, texts, known & ~texts) | (_mixed(together, twins, others) & elsewhere)
+    has_twin = twins.sum(0) > 1
+    # One image has many questions, and one question many images.
+    no_image = batch.visual is not None and not bool(batch.visual.any())
+    complete = same_text is not None and (apart is not None or no_image)
     if bool(wrong.any()):
         number = "all" if one else f"{int(wrong.sum())} of {len(groups)}"
         yield Finding(
             "group-ids",
             f"group_ids put responses to different prompts or images into one group ({number} of them); {_HOW_TO}",
         )
-    elif one and complete and bool(known.all()) and not bool(has_twin.any()):
+    elif one and bool(known.all()) and not bool((texts.sum(0) > 1).any()):
         yield Finding("group-ids", f"group_ids are all equal, but no two responses have the same prompt; {_HOW_TO}")
-    elif int(together.sum()) == len(groups) and 2 * int(has_twin.sum()) >= len(groups):
+    # A few rows of a data set may be equal.
+    elif complete and int(together.sum()) == len(groups) and int(has_twin.sum()) >= max(len(groups) / 2, 3):
         yield Finding(
             "group-ids",
             f"group_ids are all different, but {int(has_twin.sum())} of {len(groups)} responses have the prompt of "
@@ -57,42 +66,58 @@ def check_groups(batch: Batch) -> Iterator[Finding]:
         yield from _advantages(batch)
 
 
-def _twins(batch: Batch) -> tuple[Tensor | None, bool]:
-    """Say which responses have the same prompt, text and images, bool ``[b, b]``.
+def _mixed(together: Tensor, twins: Tensor, others: Tensor) -> Tensor:
+    """Whether a response's group holds another prompt, though every member that is known has a twin, bool ``[b]``.
 
-    Returns:
-        The matrix, with False on its diagonal for a response of whose prompt nothing is known; ``None`` where neither
-        tokens nor images are known. And whether tokens are.
-
+    A group whose members have no twin at all may be of one prompt that was written or shown differently.
     """
-    known = batch.any_of(batch.prompt)[:MOST_RESPONSES]
-    twins = known[:, None] & known
-    complete = batch.ids is not None and batch.has_prompts
-    if complete:
-        assert batch.ids is not None
-        keys = _keys(batch, batch.ids)[:MOST_RESPONSES]
-        twins &= keys[:, None] == keys
-    images = None if batch.hidden is None or batch.visual is None else _same_images(batch, batch.hidden, batch.visual)
-    if images is None and not complete:
-        return None, False
-    return (twins if images is None else twins & images), complete
+    mates = together & twins.diagonal()[:, None] & twins.diagonal()
+    return (mates & others).any(1) & ((twins.sum(0) > 1) | ~mates).all(1)
 
 
-def _keys(batch: Batch, ids: Tensor) -> Tensor:
-    """Return a number for the tokens of each prompt, int64 ``[B]``: equal for equal ones."""
-    place = torch.arange(len(ids), device=ids.device) - batch.begin[batch.sequence]
+def _same_texts(batch: Batch) -> Tensor | None:
+    """Say which responses have prompts of the same tokens, bool ``[b, b]``; ``None`` where tokens are not known.
+
+    Prompts end alike where padding is before them, and begin with one token over and over: of two, the end of the
+    longer is compared with the shorter, without what both begin with.
+    """
+    if batch.ids is None or not batch.has_prompts or not _ends_alike(batch, batch.ids):
+        return None
+    ids = batch.ids
+    end = batch.last(batch.prompt) + 1
+    inside = batch.prompt
+    if batch.prompt_mask is None:
+        inside = inside & (ids != ids[batch.begin.clamp(max=len(ids) - 1)][batch.sequence])
+    length = (end - batch.first(inside)).clamp(min=0)
     # A product with odd numbers that look random, modulo 2^64.
-    mixed = ((place + 1) * -7046029254386353131) ^ ((ids + 1) * -4417276706812531889)
+    place = end[batch.sequence] - torch.arange(len(ids), device=ids.device)
+    mixed = (place * -7046029254386353131) ^ ((ids + 1) * -4417276706812531889)
     mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
-    mixed = torch.where(batch.prompt, mixed ^ (mixed >> 32), 0)
-    return torch.zeros_like(batch.begin).index_add(0, batch.sequence, mixed)
+    sums = nn.functional.pad((mixed ^ (mixed >> 32)).cumsum(0), (1, 0))
+    end, length = end[:MOST_RESPONSES], length[:MOST_RESPONSES]
+    keys = sums[end, None] - sums[end[:, None] - torch.minimum(length[:, None], length)]
+    return keys == keys.T
 
 
-def _same_images(batch: Batch, hidden: Tensor, visual: Tensor) -> Tensor | None:
-    """Say which prompts have images of the same hidden states, bool ``[b, b]``; ``None`` where there are no images."""
-    shown = visual & batch.prompt
+def _ends_alike(batch: Batch, ids: Tensor) -> bool:
+    """Whether a chat template ends all prompts; else the mask may leave out what responses begin with."""
+    if batch.prompt_mask is not None:
+        return True
+    first = batch.first(batch.scored)[batch.any_of(batch.scored)]
+    ends = torch.stack([ids[(first - back).clamp(min=0)] for back in (1, 2)])
+    return bool((ends == ends[:, :1]).all())
+
+
+def _images_apart(batch: Batch) -> Tensor | None:
+    """Return how far the images of prompts are apart, ``[b, b]``, in what images of one prompt may be at most.
+
+    ``None`` where they are not known.
+    """
+    if batch.hidden is None or batch.visual is None:
+        return None
+    hidden, shown = batch.hidden, batch.visual & batch.prompt
     kept = batch.begin[:MOST_RESPONSES]
-    end = int(batch.begin[len(kept)]) if batch.size > len(kept) else len(visual)
+    end = int(batch.begin[len(kept)]) if batch.size > len(kept) else len(shown)
     if not bool(shown[:end].any()):
         return None
     boundaries = torch.cat([kept, kept.new_tensor([end])])
@@ -100,7 +125,7 @@ def _same_images(batch: Batch, hidden: Tensor, visual: Tensor) -> Tensor | None:
     norms = means.norm(dim=1)
     apart = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")
     allowed = SAME_IMAGE.get(hidden.dtype, SAME_IMAGE_HALF) * torch.maximum(norms[:, None], norms)
-    return apart <= allowed
+    return torch.where(apart > 0, apart / allowed, 0.0)
 
 
 def _advantages(batch: Batch) -> Iterator[Finding]:
@@ -120,15 +145,24 @@ def _advantages(batch: Batch) -> Iterator[Finding]:
     order = torch.arange(batch.size, device=values.device)
     orders = {f"every {size} responses in a row": order // size, f"responses {number} apart": order % number}
     for told, blocks in orders.items():
-        # Advantages that are whitened over the batch may cancel in other blocks by chance: then all blocks are alike.
         members = values[blocks.argsort(stable=True)].view(number, size).sort(1).values
-        if _largest_sum(values, blocks, number) < scale and not torch.allclose(members, members[:1]):
+        if _largest_sum(values, blocks, number) < scale and _tells_order(members, scale):
             yield Finding(
                 "group-ids",
                 f"advantages sum to zero over {told}, as GRPO's do over a group, but not over group_ids (up to "
                 f"{uneven:.2g}); one of the two is in another order: {_HOW_TO}",
             )
             return
+
+
+def _tells_order(blocks: Tensor, scale: float) -> bool:
+    """Whether blocks ``[n, size]``, sorted, that sum to zero each do not by chance.
+
+    Advantages that are whitened over the batch do where rewards have few values: then few blocks differ.
+    """
+    steps = (blocks / scale).round()
+    varied = len(torch.unique(steps.abs())) == steps.numel()
+    return len(torch.unique(steps, dim=0)) > 2 or (blocks.shape[1] > 2 and varied)
 
 
 def _largest_sum(values: Tensor, groups: Tensor, number: int) -> float:

@@ -61,16 +61,16 @@ def find(
     norm, tokens = None, ()
     layer: Any = model
     if callable(getattr(model, "get_output_embeddings", None)):
-        layer = model.get_output_embeddings()  # type: ignore[operator]
-        layer = getattr(layer, "original_module", layer)  # PEFT trains a copy of it
+        layer = _found(model.get_output_embeddings)  # type: ignore[arg-type]
         norm = _found(lambda: final_norm(model))
         tokens = _found(lambda: visual_token_ids(model)) or ()
         config = getattr(model, "config", None)
         if logit_scale is None and softcap is None and config is not None:
             told = tuple(logit_maps(config))
     # Not a subclass: layers of adapters and of quantised numbers hold another weight than they multiply by.
-    if type(layer) is not nn.Linear:
-        return Head(None, None, told, norm, tokens, f"the LM head is no plain linear layer but {type(layer).__name__}")
+    inner = getattr(layer, "original_module", layer)  # PEFT trains a copy of it, and hands on its weight and bias
+    if type(inner) is not nn.Linear:
+        return Head(None, None, told, norm, tokens, f"the LM head is no plain linear layer but {type(inner).__name__}")
     return _readable(layer.weight, layer.bias if bias is None else bias, told, norm, tokens)
 
 
@@ -83,8 +83,10 @@ def _readable(
 ) -> Head:
     """Return a head, without its weight where that is sharded over processes (FSDP, ZeRO-3)."""
     sharded = hasattr(weight, "full_tensor") or hasattr(weight, "ds_id") or weight.dim() != 2
-    if sharded or weight.untyped_storage().size() == 0:
+    if sharded or (type(weight) is nn.Parameter and weight.untyped_storage().size() == 0):
         return Head(None, None, maps, norm, visual_tokens, "the LM head's weight is sharded over processes")
+    if type(weight) not in (Tensor, nn.Parameter):
+        return Head(None, None, maps, norm, visual_tokens, f"the LM head's weight is a {type(weight).__name__}")
     if bias is not None:
         bias = checks.require_floating("bias", bias).detach()
         checks.require_shape("bias", bias, weight.shape[:1], "one entry per row of model_or_head's weight")
@@ -96,5 +98,5 @@ def _found(look: Callable[[], Any]) -> Any:
     """Return what there is, or ``None``: a model may be text alone, or name its parts in another way."""
     try:
         return look()
-    except (TypeError, ValueError):
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
         return None

@@ -18,11 +18,13 @@ from vgpo_kernels.reference.logits import LogitMap
 
 FULL = (torch.float32, torch.float64)
 # Mean differences, in nats and as shares of 1 + the mean size: no more than rounding makes, and more than engines do.
-FINE = {True: 1e-3, False: 0.02}  # of states of 32 bits and more, and of 16
-FAR = {True: 0.02, False: 0.1}
+FINE = {True: 1e-3, False: 0.02}  # of states of 32 bits and more, and of 16; logits may be of 16 nevertheless
+FAR = 0.1
+ROUNDING = 0.15  # nats that rounding of logits to 16 bits makes at most, where states are of 32
 OFF_POLICY = 0.5  # of log-probabilities of another policy, which is near this one
 BETTER = 4  # how many times closer an explanation has to be
-TELLING = 8  # tokens: of fewer, one or another explanation fits by chance
+LEAST_TEMPERATURE = 0.08  # difference of its logarithm that is told
+TELLING = 16  # tokens: of fewer, one or another explanation fits by chance
 
 _LOGITS = "logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)"
 
@@ -178,17 +180,22 @@ def _compare(batch: Batch, head: Head, sample: Sample, given: dict[str, Tensor])
     expected, reader = right[best], readers[best]
     size = 1 + float(expected.abs().mean())
     apart = {name: _apart(values, expected) for name, values in given.items()}
-    off = [name for name in given if FINE[full] * size < apart[name] < math.inf]
+    fine = {"logp": FINE[full] * size, "old_logp": FINE[False] * size}  # engines are of 16 bits
+    far = {"logp": min(FAR * size, ROUNDING) if full else FAR * size, "old_logp": OFF_POLICY * size}
+    off = [name for name in given if fine[name] < apart[name] < math.inf]
     tells = bool(off) and len(sample.ids) >= TELLING
     explanations = list(_explanations(reader, head, sample)) if tells else []
     explained: dict[int, list[str]] = {}
     unexplained = []
     for name in off:
-        distances = [one.distance(given[name]) for one in explanations]
+        beside = "temperature" if name == "old_logp" and _may_be_cut(given[name] - expected, size) else ""
+        distances = [math.inf if one.name == beside else one.distance(given[name]) for one in explanations]
         nearest = min(range(len(distances)), key=distances.__getitem__, default=-1)
-        if distances and distances[nearest] < min(_core(given[name], expected) / BETTER, FAR[False] * size):
+        core = _core(given[name], expected)
+        # Where all but a few tokens fit, the rest of them tells nothing.
+        if distances and core > fine[name] and distances[nearest] < min(core / BETTER, FAR * size):
             explained.setdefault(nearest, []).append(name)
-        elif apart[name] > (FAR[full] if name == "logp" else OFF_POLICY) * size:
+        elif apart[name] > far[name] or (name == "logp" and _has_others(given[name] - expected)):
             unexplained.append(name)
     for nearest, names in explained.items():
         others = f", and {names[1]} too" if len(names) > 1 else ""
@@ -196,8 +203,23 @@ def _compare(batch: Batch, head: Head, sample: Sample, given: dict[str, Tensor])
         figures = f"{apart[names[0]]:.2g} nats off on average of {len(sample.ids)} tokens"
         yield Finding(explanations[nearest].name, f"{told} ({figures}{others})")
     if unexplained:
-        agree = [name for name in given if apart[name] <= FAR[full] * size]
+        agree = [name for name in given if apart[name] <= far["logp"]]
         yield _unexplained(unexplained, agree, apart, len(sample.ids))
+
+
+def _has_others(differences: Tensor) -> bool:
+    """Whether a tenth of the tokens, those of some rows, are off by more than any rounding."""
+    return 10 * int((differences.abs() > 1).sum()) >= len(differences) >= TELLING
+
+
+def _may_be_cut(above: Tensor, size: float) -> bool:
+    """Whether a sampler may have cut the tail (top-p, top-k) and given log-probs of what is left, which are higher.
+
+    They are so by minus the logarithm of what is left, of at most one half.
+    """
+    above = above[above.isfinite()]
+    other = (above < -FINE[False] * size) | (above > math.log(2))
+    return 10 * int(other.sum()) < len(above)
 
 
 def _unexplained(names: list[str], agree: list[str], apart: dict[str, float], number: int) -> Finding:
@@ -221,10 +243,14 @@ def _apart(one: Tensor, other: Tensor) -> float:
 
 
 def _core(one: Tensor, other: Tensor) -> float:
-    """Mean of the smallest three quarters of what :func:`_apart` averages: some tokens may be beside the point."""
+    """Mean of the smallest three quarters of what :func:`_apart` averages: some tokens may be beside the point.
+
+    Infinite where fewer than half are finite: a few fit by chance.
+    """
     differences = (one - other).abs()
     differences = differences[differences.isfinite()].sort().values
-    return float(differences[: max(3 * len(differences) // 4, 1)].mean()) if len(differences) else math.inf
+    enough = len(differences) >= max(len(one) / 2, TELLING)
+    return float(differences[: 3 * len(differences) // 4].mean()) if enough else math.inf
 
 
 def _explanations(reader: Reader, head: Head, sample: Sample) -> Iterator[Explanation]:
@@ -263,6 +289,8 @@ def _explanations(reader: Reader, head: Head, sample: Sample) -> Iterator[Explan
     yield Explanation("entropy", entropy, "{name} holds entropies")
     told = _spell(sample.temperatures)
     for other in _temperatures(raw, own, batch, sample):
+        if float((sample.temperatures / other).log().abs().mean()) < LEAST_TEMPERATURE:
+            continue
         yield Explanation(
             "temperature",
             (raw / other).log_softmax(-1).gather(-1, own)[:, 0],

@@ -63,7 +63,12 @@ def _all_later(batch: Batch, visual: Tensor) -> bool:
     """Whether images come after responses, where there are both."""
     both = batch.any_of(visual) & batch.any_of(batch.scored)
     later = batch.first(visual) > batch.last(batch.scored)
-    return bool(both.any()) and bool(later[both].all())
+    if not bool(both.any()) or not bool(later[both].all()):
+        return False
+    if batch.ids is None or not batch.has_prompts:
+        return True
+    # A tool may show an image after the last scored token; few ids stand for images, and many are in responses.
+    return len(torch.unique(batch.ids[visual])) > len(torch.unique(batch.ids[batch.scored]))
 
 
 def _prompts(batch: Batch) -> Iterator[Finding]:
@@ -91,9 +96,11 @@ def _prompts(batch: Batch) -> Iterator[Finding]:
 
 
 def _nothing_before(batch: Batch, ids: Tensor) -> bool:
-    """Whether all that comes before responses is one token over and over, as padding is."""
+    """Whether all that comes before responses is one token over and over, as padding is; once may be a prompt."""
     others = batch.prompt & (ids != ids[batch.begin.clamp(max=len(ids) - 1)][batch.sequence])
-    return bool(batch.prompt.any()) and not bool(others.any())
+    if batch.visual is not None:
+        others |= batch.prompt & batch.visual
+    return bool((batch.count(batch.prompt) > 1).any()) and not bool(others.any())
 
 
 def _visual_tokens(batch: Batch, visual: Tensor, visual_tokens: tuple[int, ...]) -> Iterator[Finding]:
