@@ -47,6 +47,7 @@ def test_an_image_that_is_augmented_once_in_each_group() -> None:
     assert looked(**given) == ()
     given["group_ids"] = torch.tensor([0, 0, 0, 1, 0, 1, 1, 1])  # two images have changed places
     assert looked(**given).names == ("group-ids",)
+    assert looked(**given | {"group_ids": torch.zeros(8, dtype=torch.int64)}).names == ("group-ids",)
 
 
 def test_responses_whose_first_token_is_not_scored() -> None:

@@ -40,9 +40,10 @@ def check_groups(batch: Batch) -> Iterator[Finding]:
     together = groups[:, None] == groups
     one = bool(together.all())
     # Images of one group may differ, augmented by response or by dropout: they are of another prompt where that one is
-    # in another group.
+    # in another group, or where there are more than an image and its augmentation.
     elsewhere = (together & (twins & ~together).any(1)).any(1)
-    wrong = _mixed(together, texts, known & ~texts) | (_mixed(together, twins, others) & elsewhere)
+    kinds = together.float() @ (1 / (twins & together).sum(1).clamp(min=1))
+    wrong = _mixed(together, texts, known & ~texts) | (_mixed(together, twins, others) & (elsewhere | (kinds > 2.5)))
     has_twin = twins.sum(0) > 1
     # One image has many questions, and one question many images.
     no_image = batch.visual is not None and not bool(batch.visual.any())
