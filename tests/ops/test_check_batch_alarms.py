@@ -165,6 +165,13 @@ def test_a_few_rows_that_are_shifted_are_found() -> None:
     assert looked(head, logp=logp, **given).names == ("hidden-states",)
 
 
+def test_states_of_other_rows_are_not_taken_for_entropies() -> None:
+    for seed in range(10):
+        head, given, distribution = policy(2.0, seed)
+        found = looked(head, logp=of(distribution, given), **given | {"hidden": given["hidden"].flip(0)})
+        assert not {"logits", "probabilities", "negated", "entropy"} & set(found.names) and found
+
+
 class Quantised(Tensor):
     """A weight that holds other numbers than it multiplies by, as libraries of quantised layers have."""
 

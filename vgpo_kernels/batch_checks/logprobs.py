@@ -20,11 +20,13 @@ FULL = (torch.float32, torch.float64)
 # Mean differences, in nats and as shares of 1 + the mean size: no more than rounding makes, and more than engines do.
 FINE = {True: 1e-3, False: 0.02}  # of states of 32 bits and more, and of 16; logits may be of 16 nevertheless
 FAR = 0.1
-ROUNDING = 0.15  # nats that rounding of logits to 16 bits makes at most, where states are of 32
+ROUNDING = 0.2  # nats that rounding of logits to 16 bits makes at most, where states are of 32
 OFF_POLICY = 0.5  # of log-probabilities of another policy, which is near this one
 BETTER = 4  # how many times closer an explanation has to be
 LEAST_TEMPERATURE = 0.08  # difference of its logarithm that is told
 TELLING = 16  # tokens: of fewer, one or another explanation fits by chance
+
+ABOVE = ("logits", "probabilities", "negated", "entropy")  # what may be above 0
 
 _LOGITS = "logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)"
 
@@ -181,7 +183,7 @@ def _compare(batch: Batch, head: Head, sample: Sample, given: dict[str, Tensor])
     size = 1 + float(expected.abs().mean())
     apart = {name: _apart(values, expected) for name, values in given.items()}
     fine = {"logp": FINE[full] * size, "old_logp": FINE[False] * size}  # engines are of 16 bits
-    far = {"logp": min(FAR * size, ROUNDING) if full else FAR * size, "old_logp": OFF_POLICY * size}
+    farthest = {"logp": min(FAR * size, ROUNDING) if full else FAR * size, "old_logp": OFF_POLICY * size}
     off = [name for name in given if fine[name] < apart[name] < math.inf]
     tells = bool(off) and len(sample.ids) >= TELLING
     explanations = list(_explanations(reader, head, sample)) if tells else []
@@ -190,12 +192,17 @@ def _compare(batch: Batch, head: Head, sample: Sample, given: dict[str, Tensor])
     for name in off:
         beside = "temperature" if name == "old_logp" and _may_be_cut(given[name] - expected, size) else ""
         distances = [math.inf if one.name == beside else one.distance(given[name]) for one in explanations]
+        if bool((given[name] <= 1e-3).all()):
+            # No log-probs are above 0: of what is, nothing but an exact fit tells.
+            exact = FINE[full] * (1 + float(given[name].abs().mean()))
+            loose = [one.name in ABOVE and far > exact for one, far in zip(explanations, distances, strict=True)]
+            distances = [math.inf if is_loose else far for is_loose, far in zip(loose, distances, strict=True)]
         nearest = min(range(len(distances)), key=distances.__getitem__, default=-1)
         core = _core(given[name], expected)
         # Where all but a few tokens fit, the rest of them tells nothing.
         if distances and core > fine[name] and distances[nearest] < min(core / BETTER, FAR * size):
             explained.setdefault(nearest, []).append(name)
-        elif apart[name] > far[name] or (name == "logp" and _has_others(given[name] - expected)):
+        elif apart[name] > farthest[name] or (name == "logp" and _has_others(given[name] - expected)):
             unexplained.append(name)
     for nearest, names in explained.items():
         others = f", and {names[1]} too" if len(names) > 1 else ""
@@ -203,7 +210,7 @@ def _compare(batch: Batch, head: Head, sample: Sample, given: dict[str, Tensor])
         figures = f"{apart[names[0]]:.2g} nats off on average of {len(sample.ids)} tokens"
         yield Finding(explanations[nearest].name, f"{told} ({figures}{others})")
     if unexplained:
-        agree = [name for name in given if apart[name] <= far["logp"]]
+        agree = [name for name in given if apart[name] <= farthest["logp"]]
         yield _unexplained(unexplained, agree, apart, len(sample.ids))
 
 
