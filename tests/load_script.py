@@ -1,4 +1,7 @@
-"""Scripts of this project as modules; other packages install a top-level ``scripts``."""
+"""Scripts and examples of this project as modules.
+
+Other packages install a top-level ``scripts``; and with ``examples`` on the path its folder ``verl`` would be verl.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,17 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS, EXAMPLES = ROOT / "scripts", ROOT / "examples"
 
 
-def load_script(name: str) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+def load_script(name: str, folder: Path = SCRIPTS) -> ModuleType:
+    """Return a file as the module of its name, which others may import from then on."""
+    path = folder / f"{name}.py"
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__file__ == str(path):
+        return loaded
+    specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module

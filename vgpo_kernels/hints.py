@@ -294,9 +294,9 @@ def shape(name: str, got: Sequence[int], expected: Sequence[int], like: str = ""
             return f"; use {name}.squeeze(-1)"
         if got == (1, *expected):
             return f"; use {name}.squeeze(0)"
-        if name in LOG_PROBS and got[0] == expected[0]:
+        if name in LOG_PROBS and got[:1] == expected[:1]:
             return f"; logits? Log-probs are {_GATHER}; or use linear_logprob"
-        if got[0] == expected[0] and name in OF_RESPONSES:
+        if expected and got[0] == expected[0] and name in OF_RESPONSES:
             one = f"{name}.any(-1)" if name in ("has_visual", "weighted") else f"{name}[:, 0] where a row is all equal"
             return f"; one a response is expected, such as {one}"
     if got == expected[::-1]:

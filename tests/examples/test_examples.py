@@ -19,6 +19,7 @@ pytest.importorskip("trl")
 
 import trl.rewards
 from datasets import Dataset
+from load_script import EXAMPLES, load_script
 from trainer.tiny_runs import picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vgpo_trainer import TokenView
@@ -29,7 +30,6 @@ from vgpo_kernels import VisualWeights
 from vgpo_kernels.batch_checks import BatchFindings
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
 README = (EXAMPLES / "README.md").read_text()
 SHORT = ("--steps", "2", "--prompts", "4", "--generations", "4", "--seed", "1")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -59,6 +59,7 @@ def numbers(printed: str) -> list[tuple[float, ...]]:
 
 def run_here(name: str, *options: str) -> None:
     """Run an example as Python runs a file, without the seconds that a process takes to import everything."""
+    load_script("grpo_own_loop", EXAMPLES)  # which the others import from beside them
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *options])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")

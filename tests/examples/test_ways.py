@@ -20,10 +20,7 @@ from torch.nn.functional import pad
 
 pytest.importorskip("trl")
 
-import grpo_own_loop
-import linear_own_loop
-import packed
-from grpo_own_loop import Prompt, Rollout, draw_prompts, forward, sample
+from load_script import EXAMPLES, load_script
 from trainer.tiny_runs import make_trainer, qwen2_5_vl
 from vgpo_trainer.demo.warm_start import SHIPPED
 
@@ -38,6 +35,13 @@ from vgpo_kernels import (
     visual_weights,
 )
 from vgpo_kernels.integrations.transformers import capture_hidden_states, visual_mask
+
+# In this order: the first is imported by the others.
+grpo_own_loop, linear_own_loop, packed = (
+    load_script(name, EXAMPLES) for name in ("grpo_own_loop", "linear_own_loop", "packed")
+)
+Prompt, Rollout, draw_prompts = grpo_own_loop.Prompt, grpo_own_loop.Rollout, grpo_own_loop.draw_prompts
+forward, sample = grpo_own_loop.forward, grpo_own_loop.sample
 
 QUESTIONS = ("Add the digits.", "digits", "Add digits. Add the digits.")
 GENERATIONS = 4
