@@ -127,7 +127,7 @@ def cu_seqlens(value: object, packed: Tensor, other: str, name: str = "cu_seqlen
         if boundaries[0] != 0 or boundaries[-1] != total or bool((steps < 0).any()):
             raise ValueError(
                 f"{name} must rise from 0 to {total} (the packed length of {other}) without decreasing, "
-                f"got {summarise(boundaries)}"
+                f"got {summarise(boundaries)}; of lengths they are torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
             )
     return boundaries.to(torch.int64).contiguous()
 

@@ -245,11 +245,11 @@ def _option_meant(name: str) -> str:
     return hints.MISPLACED.get(name) or hints.name_meant(name, [*PolicyLossOptions.kinds, *hints.LOSS_ARGUMENTS])
 
 
-def _explained(meant: Callable[[str], str] | None = None) -> Callable[[type[S]], type[S]]:
+def _explained(meant: Callable[[str], str] | None = None, called: str = "") -> Callable[[type[S]], type[S]]:
     """Let a field that there is not be answered by the one that was probably meant."""
 
     def explain(kind: type[S]) -> type[S]:
-        kind.__init__ = hints.explained(kind.__init__, meant)  # type: ignore[method-assign]
+        kind.__init__ = hints.explained(kind.__init__, meant, called)  # type: ignore[method-assign]
         return kind
 
     return explain
@@ -334,7 +334,7 @@ class VGPOConfig(_Settings):
         return replace(released, **changes)
 
 
-@_explained(_option_meant)
+@_explained(_option_meant, "policy_loss (PolicyLossOptions)")
 @dataclass(frozen=True)
 class PolicyLossOptions(_Settings):
     """How log-probs and advantages become a loss. ``policy_loss`` takes these fields as keyword arguments.

@@ -28,6 +28,8 @@ _OURS: dict[str, tuple[str, ...]] = {
         "clip_ratio",
         "cliprange",
         "clip_range",
+        "clip_eps",
+        "eps",
         "eps_clip",
         "eps_clip_low_high",
     ),
@@ -51,6 +53,8 @@ _OURS: dict[str, tuple[str, ...]] = {
     "logp": ("log_prob", "log_probs", "logprobs", "logps", "per_token_logps"),
     "old_logp": ("old_log_prob", "old_log_probs", "old_logprobs", "old_logps", "old_per_token_logps"),
     "ref_logp": ("ref_log_prob", "ref_log_probs", "ref_logprobs", "ref_logps", "ref_per_token_logps"),
+    "model_or_head": ("model", "head", "policy"),
+    "factors": ("factor", "token_weights"),
     "hidden": ("hidden_states", "last_hidden_state", "_input"),
     "weight": ("lm_head", "lin_weight"),
     "targets": ("labels", "input_ids", "selected_token_ids", "completion_ids", "responses"),
@@ -110,12 +114,13 @@ def name_meant(name: str, known: Collection[str]) -> str:
     return f"did you mean {' and '.join(meant)}?" if meant else ""
 
 
-def explained(function: Callable[P, R], meant: Callable[[str], str] | None = None) -> Callable[P, R]:
+def explained(function: Callable[P, R], meant: Callable[[str], str] | None = None, called: str = "") -> Callable[P, R]:
     """Let a call that does not fit the function's signature raise a TypeError that says what was probably meant.
 
     Args:
         function: Any function. What it raises itself is left as it is.
         meant: What an unknown keyword was meant to be, in words, where its likeness to others does not say so.
+        called: What messages call the function; by default its name.
 
     """
 
@@ -128,13 +133,14 @@ def explained(function: Callable[P, R], meant: Callable[[str], str] | None = Non
         except TypeError as error:
             if error.__traceback__ is None or error.__traceback__.tb_next is not None:
                 raise
-            raise TypeError(_misfit(function, given, named, meant, str(error))) from None
+            raise TypeError(_misfit(function, called, given, named, meant, str(error))) from None
 
     return call
 
 
 def _misfit(
     function: Callable[..., Any],
+    called: str,
     given: Sequence[object],
     named: Mapping[str, object],
     meant: Callable[[str], str] | None,
@@ -142,7 +148,7 @@ def _misfit(
 ) -> str:
     """Say how a call does not fit a signature, by what Python ``said`` where that will do."""
     parameters = inspect.signature(function).parameters
-    called = function.__qualname__.removesuffix(".__init__")
+    called = called or function.__qualname__.removesuffix(".__init__")
     has_options = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     for name in [name for name in named if name not in parameters]:
         hint = (meant(name) if meant else "") or _field_meant(function, name) or name_meant(name, parameters)
@@ -205,6 +211,10 @@ def not_a_tensor(name: str, value: object) -> str:
             return f"; use {instead.format(name)}"
     if isinstance(value, (list, tuple)):
         return _of_sequence(name, value)
+    if name in STATES and type(value).__name__ == "CapturedHiddenStates":
+        return f"; use {name}.hidden"
+    if getattr(value, "__name__", "") == "visual_mask" and callable(value):
+        return "; call it: visual_mask(input_ids, model, response_mask)"
     if name in STATES and (isinstance(value, (nn.Module, Mapping)) or hasattr(value, "logits")):
         return f"; the last hidden states are {_CALLED}"
     if hasattr(value, "as_floats") and not isinstance(value, type):

@@ -105,3 +105,22 @@ def test_what_a_configuration_says_of_logits(
     for name, value in settings.items():
         monkeypatch.setattr(model.config.get_text_config(), name, value, raising=False)
     assert check_batch(**batch) == ()
+
+
+@pytest.mark.parametrize("padding", [3, 2])
+def test_what_follows_the_end_of_a_response(model: Any, padding: int) -> None:
+    """Padding of an id of its own, and by the id of the end. The policy's own end is scored."""
+    batch = loop(model)
+    batch["ids"][0, -3] = 2
+    batch["ids"][0, -2:] = padding
+    batch |= {"logp": None, "old_logp": None, "hidden": None}
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [2, 4], padding
+    (finding,) = check_batch(**batch)
+    assert finding.name == "after-end" and "follow the end of a sequence (id 2, 4)" in finding.message
+    batch["response_mask"][0, -2:] = False
+    assert check_batch(**batch) == ()
+
+
+def test_a_model_without_its_head(model: Any) -> None:
+    found = check_batch(**loop(model) | {"model_or_head": model.model})
+    assert found == () and "has no LM head; hand over the whole model" in found.unchecked[0]

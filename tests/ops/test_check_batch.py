@@ -212,6 +212,16 @@ def end_of_the_prompt_scored(batch: Batch) -> Batch:
     }
 
 
+@mistake("rewards")
+def rewards_for_advantages(batch: Batch) -> Batch:
+    return {"advantages": torch.arange(len(batch["group_ids"])).remainder(2).float()}
+
+
+@mistake("log-probs")
+def a_buffer_that_was_never_filled(batch: Batch) -> Batch:
+    return {"old_logp": torch.zeros_like(batch["old_logp"])}
+
+
 @mistake("nonfinite")
 def a_reward_that_failed(batch: Batch) -> Batch:
     advantages = batch["advantages"].clone()
@@ -391,8 +401,14 @@ def test_arrays_of_responses_alone_are_no_prompts(layout: str) -> None:
     assert check_batch(**arguments(batch) | given | {"ids": ids, "model_or_head": None}) == ()
 
 
-def test_zeros_are_no_probabilities() -> None:
-    """Log-probs that were never computed are near the probabilities of unlikely tokens."""
-    batch = plain_batch(0)
-    (finding,) = check_batch(**arguments(batch | {"old_logp": torch.zeros_like(batch["old_logp"])}))
-    assert finding.name == "log-probs" and "though logp agrees" in finding.message
+def test_states_that_were_cut_like_logits_are_told() -> None:
+    batch = arguments(plain_batch(0, "T = S - 1"))
+    with pytest.raises(ValueError, match=r"hidden must have a row for each of the \d+ positions of ids, .*stays whole"):
+        check_batch(**batch | {"hidden": batch["hidden"][:, :-1], "visual_mask": batch["visual_mask"][:, :-1]})
+
+
+def test_a_mask_of_the_prompt_alone_has_to_be_longer() -> None:
+    batch = arguments(plain_batch(0))
+    prompt = batch["visual_mask"].shape[1] - batch["response_mask"].shape[1]
+    with pytest.raises(ValueError, match=r"torch.nn.functional.pad\(visual_mask"):
+        check_batch(**batch | {"visual_mask": batch["visual_mask"][:, :prompt]})

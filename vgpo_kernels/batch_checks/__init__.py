@@ -64,6 +64,8 @@ def check_batch(
     - ``mask-overlap``: image tokens are scored;
     - ``masks-swapped``: ``visual_mask`` and ``response_mask`` in each other's place;
     - ``prompt-overlap``: tokens of prompts are scored;
+    - ``after-end``: what follows the end of a response is scored;
+    - ``rewards``: rewards in place of advantages;
     - ``group-ids``: group ids are all equal or all different, or do not fit prompts, images or advantages.
 
     Args:
@@ -110,7 +112,7 @@ def check_batch(
         batch = read(hidden, ids, logp, old_logp, advantages, group_ids=group_ids, cu_seqlens=cu_seqlens, **masks)
         scored = masks["response_mask"]
         head_checks.logit_map(temperature, 1.0 if logit_scale is None else logit_scale, softcap, scored, scored, "its")
-        findings += check_masks(batch, head.visual_tokens)
+        findings += check_masks(batch, head)
         unchecked: list[str] = []
         if bool(batch.scored.any()):
             findings += _nonfinite(batch)

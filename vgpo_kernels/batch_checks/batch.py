@@ -118,12 +118,17 @@ def read(
         if value is None:
             return None
         meaning = "one entry per position of the whole sequences"
-        return checks.mask(name, value, shape, meaning, device, "response_mask").reshape(-1)
+        return checks.mask(name, value, shape, meaning, device, "ids" if states is None else "hidden").reshape(-1)
 
     tokens, has_prompts = None, False
     if ids is not None:
         given = checks.integers("ids", ids).to(torch.int64)
         checks.require_device("ids", given, device, "response_mask")
+        if states is not None and given.dim() == 2 and tuple(given.shape) == (shape[0], shape[-1] + 1) != mask.shape:
+            raise ValueError(
+                f"hidden must have a row for each of the {given.shape[1]} positions of ids, got "
+                f"{checks.describe(states)}; it stays whole, also where logits are cut to [:, :-1]"
+            )
         if given.shape not in (shape, mask.shape):
             raise ValueError(
                 f"ids must have shape {list(shape)} (the tokens of the whole sequences) or {list(mask.shape)} "

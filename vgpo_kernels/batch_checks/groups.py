@@ -24,9 +24,15 @@ _HOW_TO = (
 
 
 def check_groups(batch: Batch) -> Iterator[Finding]:
-    """Find group ids that do not fit prompts, images or advantages."""
+    """Find group ids that do not fit prompts, images or advantages, and rewards in the place of advantages."""
     if batch.groups is None or batch.size < 2:
         return
+    if _are_rewards(batch):
+        yield Finding(
+            "rewards",
+            "no advantage is negative, though they differ within groups; are they rewards? What a loss takes is less "
+            "the mean of its group: rewards - rewards.mean(1, keepdim=True), of rewards [prompts, n]",
+        )
     groups = batch.groups[:MOST_RESPONSES]
     same_text, apart = _same_texts(batch), _images_apart(batch)
     if same_text is None and apart is None:
@@ -127,6 +133,20 @@ def _images_apart(batch: Batch) -> Tensor | None:
     apart = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")
     allowed = SAME_IMAGE.get(hidden.dtype, SAME_IMAGE_HALF) * torch.maximum(norms[:, None], norms)
     return torch.where(apart > 0, apart / allowed, 0.0)
+
+
+def _are_rewards(batch: Batch) -> bool:
+    """Whether advantages are never below 0, and differ in a group."""
+    assert batch.groups is not None
+    values = _per_response(batch)
+    if values is None or not bool((values.isfinite() & (values >= 0)).all()):
+        return False
+    numbers = torch.unique(batch.groups, return_inverse=True)[1]
+    largest, least = (
+        values.new_zeros(len(values)).scatter_reduce(0, numbers, values, how, include_self=False)
+        for how in ("amax", "amin")
+    )
+    return bool((largest > least).any())
 
 
 def _advantages(batch: Batch) -> Iterator[Finding]:

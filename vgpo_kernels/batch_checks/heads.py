@@ -20,6 +20,7 @@ class Head(NamedTuple):
         maps: What may happen to the products, ``(logit_scale, softcap)`` each: one of these is right.
         norm: The model's final norm, where there is a model and it is found.
         visual_tokens: Ids of its image tokens, where there is a model and it has them.
+        ends: Ids that end a sequence, likewise.
         why_not: Why there is no weight.
         is_given: Whether the weight is the caller's argument, not a module's.
 
@@ -32,6 +33,7 @@ class Head(NamedTuple):
     visual_tokens: tuple[int, ...]
     why_not: str
     is_given: bool = False
+    ends: tuple[int, ...] = ()
 
 
 def find(
@@ -59,6 +61,7 @@ def find(
         )
     model = unwrap(model_or_head)
     norm, tokens = None, ()
+    ends = _ends(model)
     layer: Any = model
     if callable(getattr(model, "get_output_embeddings", None)):
         layer = _found(model.get_output_embeddings)  # type: ignore[arg-type]
@@ -70,8 +73,21 @@ def find(
     # Not a subclass: layers of adapters and of quantised numbers hold another weight than they multiply by.
     inner = getattr(layer, "original_module", layer)  # PEFT trains a copy of it, and hands on its weight and bias
     if type(inner) is not nn.Linear:
-        return Head(None, None, told, norm, tokens, f"the LM head is no plain linear layer but {type(inner).__name__}")
-    return _readable(layer.weight, layer.bias if bias is None else bias, told, norm, tokens)
+        why = f"the LM head is no plain linear layer but {type(inner).__name__}"
+        if inner is None:
+            why = f"{type(model).__name__} has no LM head; hand over the whole model"
+        return Head(None, None, told, norm, tokens, why, ends=ends)
+    found = _readable(layer.weight, layer.bias if bias is None else bias, told, norm, tokens)
+    return found._replace(ends=ends)
+
+
+def _ends(model: nn.Module) -> tuple[int, ...]:
+    """Return the ids that end a sequence, as generation takes them."""
+    for place in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        found = getattr(place, "eos_token_id", None)
+        if found is not None:
+            return (found,) if isinstance(found, int) else tuple(found)
+    return ()
 
 
 def _readable(

@@ -190,6 +190,10 @@ def _compare(batch: Batch, head: Head, sample: Sample, given: dict[str, Tensor])
     explained: dict[int, list[str]] = {}
     unexplained = []
     for name in off:
+        same = len(sample.ids) >= TELLING and bool((given[name] == given[name][0]).all())
+        if same and apart[name] > OFF_POLICY:
+            yield Finding("log-probs", f"{name} is {float(given[name][0]):.3g} at every token; was it ever filled?")
+            continue
         beside = "temperature" if name == "old_logp" and _may_be_cut(given[name] - expected, size) else ""
         distances = [math.inf if one.name == beside else one.distance(given[name]) for one in explanations]
         if bool((given[name] <= 1e-3).all()):
@@ -280,7 +284,8 @@ def _explanations(reader: Reader, head: Head, sample: Sample) -> Iterator[Explan
             "shifted",
             values.masked_fill(~inside, torch.nan),
             f"{{name}}[b, t] is the log-probability of the token {which} position t: shift it by one, so that it "
-            "stands where ids and response_mask have its token (logits[:, -T-1:-1] for the last T tokens)",
+            "stands where ids and response_mask have its token (logits[:, -T-1:-1] for the last T tokens; hidden and "
+            "visual_mask stay whole)",
         )
     raw = reader.logits(positions - 1)
     divided = raw / sample.temperatures[:, None]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vgpo_kernels import checks
 from vgpo_kernels.batch_checks.batch import Batch
 from vgpo_kernels.batch_checks.findings import Finding
+from vgpo_kernels.batch_checks.heads import Head
 
 
 def check_values(masks: Mapping[str, object]) -> Iterator[Finding]:
@@ -26,7 +27,7 @@ def check_values(masks: Mapping[str, object]) -> Iterator[Finding]:
             )
 
 
-def check_masks(batch: Batch, visual_tokens: tuple[int, ...]) -> Iterator[Finding]:
+def check_masks(batch: Batch, head: Head) -> Iterator[Finding]:
     """Find masks that are empty, overlap, are swapped or do not fit the tokens."""
     scored = batch.scored
     if not bool(scored.any()):
@@ -34,6 +35,8 @@ def check_masks(batch: Batch, visual_tokens: tuple[int, ...]) -> Iterator[Findin
         return
     if batch.is_whole:
         yield from _prompts(batch)
+    if batch.ids is not None:
+        yield from _after_the_end(batch, batch.ids, head.ends)
     if batch.visual is None:
         return
     visual = batch.visual
@@ -41,7 +44,8 @@ def check_masks(batch: Batch, visual_tokens: tuple[int, ...]) -> Iterator[Findin
         yield Finding(
             "no-image",
             "visual_mask is false everywhere: no response has an image, so all factors are 1; is the id of the image "
-            "tokens right, and were the ids taken after the processor had put one for each patch?",
+            "tokens right, and were the ids taken after the processor had put one for each patch? For a batch of text "
+            "alone pass visual_mask=None",
         )
     elif overlap := int((visual & scored).sum()):
         yield Finding(
@@ -55,8 +59,24 @@ def check_masks(batch: Batch, visual_tokens: tuple[int, ...]) -> Iterator[Findin
             "every token of visual_mask comes after every token of response_mask, in each sequence that has both; are "
             "the two swapped?",
         )
-    if batch.ids is not None and batch.has_prompts and visual_tokens:
-        yield from _visual_tokens(batch, visual, visual_tokens)
+    if batch.ids is not None and batch.has_prompts and head.visual_tokens:
+        yield from _visual_tokens(batch, visual, head.visual_tokens)
+
+
+def _after_the_end(batch: Batch, ids: Tensor, ends: tuple[int, ...]) -> Iterator[Finding]:
+    """Find scored tokens behind one that ended a response. Between the turns of a dialogue some are not scored."""
+    ended = torch.zeros_like(batch.scored)
+    for token in ends:
+        ended |= batch.scored & (ids == token)
+    ended = nn.functional.pad(ended[:-1], (1, 0)).index_fill(0, batch.begin[batch.begin < len(ids)], False)
+    number = int((batch.scored & ended).sum())
+    if number:
+        yield Finding(
+            "after-end",
+            f"{number} scored tokens follow the end of a sequence (id {', '.join(map(str, ends))}): padding? The first "
+            "end is the policy's and scored, and nothing after it: "
+            "ends = torch.isin(tokens, eos).int(); response_mask = ends.cumsum(1) - ends == 0",
+        )
 
 
 def _all_later(batch: Batch, visual: Tensor) -> bool:
