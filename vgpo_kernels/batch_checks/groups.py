@@ -136,7 +136,7 @@ def _images_apart(batch: Batch) -> Tensor | None:
 
 
 def _are_rewards(batch: Batch) -> bool:
-    """Whether advantages are never below 0, and differ in a group."""
+    """Whether advantages are never below 0, and differ in two groups: of fewer that may be chance, or a cut group."""
     assert batch.groups is not None
     values = _per_response(batch)
     if values is None or not bool((values.isfinite() & (values >= 0)).all()):
@@ -146,7 +146,7 @@ def _are_rewards(batch: Batch) -> bool:
         values.new_zeros(len(values)).scatter_reduce(0, numbers, values, how, include_self=False)
         for how in ("amax", "amin")
     )
-    return bool((largest > least).any())
+    return len(values) >= 8 and len(torch.unique(numbers[(largest > least)[numbers]])) >= 2
 
 
 def _advantages(batch: Batch) -> Iterator[Finding]:
