@@ -85,12 +85,13 @@ def first_batch(advantages: torch.Tensor, cos: torch.Tensor, prompts: list[str])
 
 
 def test_the_first_batch_is_looked_at_on_request() -> None:
-    centred = torch.tensor([1.0, -1.0, 0.5, -0.5])[:, None].expand(4, 3)
-    cos = torch.rand(4, 3)
-    assert first_batch(centred, cos, ["a", "a", "b", "b"]) == []
-    (of_groups,) = first_batch(centred, cos, ["a", "b", "a", "b"])
+    centred = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.2, -0.2])[:, None].expand(6, 3)
+    cos, uids = torch.rand(6, 3), [*"aabbcc"]
+    assert first_batch(centred, cos, uids) == []
+    (of_groups,) = first_batch(centred, cos, [*"abcabc"])
     assert of_groups.startswith("VGPO's first batch: group-ids: advantages sum to zero over every 2 responses in a row")
-    (of_images,) = first_batch(centred, torch.full((4, 3), math.nan), ["a", "a", "b", "b"])
+    (of_images,) = first_batch(centred, torch.full((6, 3), math.nan), uids)
     assert of_images == "VGPO's first batch: no-image: no scored token has a visual focus: no response has an image"
-    (of_rewards,) = first_batch(centred * torch.tensor([[1.0], [1], [math.nan], [1]]), cos, ["a", "a", "b", "b"])
-    assert "nonfinite: advantages is NaN or infinite at 3 of 12" in of_rewards
+    failed = torch.tensor([1.0, 1, math.nan, 1, 1, 1])[:, None]
+    (of_rewards,) = first_batch(centred * failed, cos, uids)
+    assert "nonfinite: advantages is NaN or infinite at 3 of 18" in of_rewards

@@ -48,7 +48,7 @@ def check_groups(batch: Batch) -> Iterator[Finding]:
     # Images of one group may differ, augmented by response or by dropout: they are of another prompt where that one is
     # in another group, or where there are more than an image and its augmentation.
     elsewhere = (together & (twins & ~together).any(1)).any(1)
-    kinds = together.float() @ (1 / (twins & together).sum(1).clamp(min=1))
+    kinds = together.float() @ (twins & together).sum(1).clamp(min=1).float().reciprocal()
     wrong = _mixed(together, texts, known & ~texts) | (_mixed(together, twins, others) & (elsewhere | (kinds > 2.5)))
     has_twin = twins.sum(0) > 1
     # One image has many questions, and one question many images.
