@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from vgpo_kernels import checks
+from vgpo_kernels.reference.layout import responses_of
 
 
 @dataclass(frozen=True)
@@ -19,9 +21,7 @@ class Batch:
         begin: First position of each sequence, int64 ``[B]``.
         response: Positions that the response arrays cover, int64 ``[N]``.
         scored: Whether the response mask is set, bool ``[L]``.
-        prompt: Whether a position is in the prompt, bool ``[L]``: what the caller says, or else what comes before the
-            first scored position. Nothing is known of a sequence without a scored position, which has none.
-        prompt_mask: What the caller says, or ``None``.
+        prompt_mask: What the caller says of prompts, bool ``[L]``, or ``None``.
         visual: Whether a position holds an image token, bool ``[L]``, or ``None``.
         hidden: Hidden states, ``[L, D]``, or ``None``.
         ids: Tokens, int64 ``[L]``, -1 where they are not given; or ``None``.
@@ -38,7 +38,6 @@ class Batch:
     begin: Tensor
     response: Tensor
     scored: Tensor
-    prompt: Tensor
     prompt_mask: Tensor | None
     visual: Tensor | None
     hidden: Tensor | None
@@ -54,6 +53,17 @@ class Batch:
     def size(self) -> int:
         """Number of sequences, B."""
         return self.begin.shape[0]
+
+    @cached_property
+    def prompt(self) -> Tensor:
+        """Whether a position is in the prompt, bool ``[L]``: what the caller says, or what is before all scored ones.
+
+        Nothing is known of a sequence without a scored position, which has none.
+        """
+        length = len(self.sequence)
+        first = self.first(self.scored)[self.sequence]
+        before = torch.arange(length, device=first.device) < first
+        return (before if self.prompt_mask is None else self.prompt_mask) & (first < length)
 
     def any_of(self, positions: Tensor) -> Tensor:
         """Whether a sequence has a position that is True in ``[L]``, bool ``[B]``."""
@@ -99,14 +109,9 @@ def read(
     shape = mask.shape if whole is None else whole
     size, device = checks.batch_size(mask, boundaries), mask.device
     length = shape.numel()
-    positions = torch.arange(length, device=device)
-    if boundaries is None:
-        width = max(shape[1], 1)
-        sequence, begin = positions // width, torch.arange(size, device=device) * shape[1]
-        response = positions.view(shape)[:, shape[1] - mask.shape[1] :].reshape(-1)
-    else:
-        sequence, begin = torch.searchsorted(boundaries[1:].contiguous(), positions, right=True), boundaries[:-1]
-        response = positions
+    sequence, begin = responses_of(length, size, boundaries, device)
+    # Of a packed batch all; of a padded one the last of each row.
+    response = torch.arange(length, device=device).view(shape)[..., shape[-1] - mask.shape[-1] :].reshape(-1)
 
     def everywhere(values: Tensor, other: float) -> Tensor:
         return values.new_full((length,), other).index_copy(0, response, values.reshape(-1))
@@ -142,19 +147,12 @@ def read(
             advantages = everywhere(advantages, torch.nan)
     if group_ids is not None:
         group_ids = checks.per_response_integers("group_ids", group_ids, size, device, "response_mask")
-    scored = everywhere(mask, False)
-    begun = scored.to(torch.int64).cumsum(0)
-    before = torch.cat([begun.new_zeros(1), begun])[begin]
-    any_scored = torch.zeros_like(begin).index_add(0, sequence, scored.to(torch.int64)) > 0
-    told = whole_mask("prompt_mask", prompt_mask)
-    prompt = begun == before[sequence] if told is None else told
     return Batch(
         sequence=sequence,
         begin=begin,
         response=response,
-        scored=scored,
-        prompt=prompt & any_scored[sequence],
-        prompt_mask=told,
+        scored=everywhere(mask, False),
+        prompt_mask=whole_mask("prompt_mask", prompt_mask),
         visual=whole_mask("visual_mask", visual_mask),
         hidden=None if states is None else states.reshape(length, states.shape[-1]),
         ids=tokens,

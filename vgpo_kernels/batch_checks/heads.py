@@ -47,38 +47,36 @@ def find(
 
     """
     told: tuple[tuple[float, float | None], ...] = ((1.0 if logit_scale is None else logit_scale, softcap),)
+    head = Head(None, None, told, None, (), "no model or head is given")
     if model_or_head is None:
-        return Head(None, None, told, None, (), "no model or head is given")
+        return head
     if isinstance(model_or_head, Tensor):
         weight = checks.require_floating("model_or_head", model_or_head)
         if weight.dim() != 2:
             raise ValueError(f"model_or_head must have shape [V, D] as a weight, got {checks.describe(weight)}")
-        return _readable(weight, bias, told, None, ())._replace(is_given=True)
+        return _with_weight(head, weight, bias)._replace(is_given=True)
     if not isinstance(model_or_head, nn.Module):
         raise TypeError(
             "model_or_head must be a model with get_output_embeddings(), its LM head, or the head's weight [V, D], "
             f"got {type(model_or_head).__name__}"
         )
     model = unwrap(model_or_head)
-    norm, tokens = None, ()
-    ends = _ends(model)
+    head = head._replace(ends=_ends(model))
     layer: Any = model
     if callable(getattr(model, "get_output_embeddings", None)):
         layer = _found(model.get_output_embeddings)  # type: ignore[arg-type]
-        norm = _found(lambda: final_norm(model))
-        tokens = _found(lambda: visual_token_ids(model)) or ()
+        norm, tokens = _found(lambda: final_norm(model)), _found(lambda: visual_token_ids(model))
+        head = head._replace(norm=norm, visual_tokens=tokens or ())
         config = getattr(model, "config", None)
         if logit_scale is None and softcap is None and config is not None:
-            told = tuple(logit_maps(config))
+            head = head._replace(maps=tuple(logit_maps(config)))
     # Not a subclass: layers of adapters and of quantised numbers hold another weight than they multiply by.
     inner = getattr(layer, "original_module", layer)  # PEFT trains a copy of it, and hands on its weight and bias
+    if inner is None:
+        return head._replace(why_not=f"{type(model).__name__} has no LM head; hand over the whole model")
     if type(inner) is not nn.Linear:
-        why = f"the LM head is no plain linear layer but {type(inner).__name__}"
-        if inner is None:
-            why = f"{type(model).__name__} has no LM head; hand over the whole model"
-        return Head(None, None, told, norm, tokens, why, ends=ends)
-    found = _readable(layer.weight, layer.bias if bias is None else bias, told, norm, tokens)
-    return found._replace(ends=ends)
+        return head._replace(why_not=f"the LM head is no plain linear layer but {type(inner).__name__}")
+    return _with_weight(head, layer.weight, layer.bias if bias is None else bias)
 
 
 def _ends(model: nn.Module) -> tuple[int, ...]:
@@ -90,24 +88,18 @@ def _ends(model: nn.Module) -> tuple[int, ...]:
     return ()
 
 
-def _readable(
-    weight: Tensor,
-    bias: Tensor | None,
-    maps: tuple[tuple[float, float | None], ...],
-    norm: nn.Module | None,
-    visual_tokens: tuple[int, ...],
-) -> Head:
-    """Return a head, without its weight where that is sharded over processes (FSDP, ZeRO-3)."""
+def _with_weight(head: Head, weight: Tensor, bias: Tensor | None) -> Head:
+    """Return a head with its weight, or without it where that is sharded over processes (FSDP, ZeRO-3)."""
     sharded = hasattr(weight, "full_tensor") or hasattr(weight, "ds_id") or weight.dim() != 2
     if sharded or (type(weight) is nn.Parameter and weight.untyped_storage().size() == 0):
-        return Head(None, None, maps, norm, visual_tokens, "the LM head's weight is sharded over processes")
+        return head._replace(why_not="the LM head's weight is sharded over processes")
     if type(weight) not in (Tensor, nn.Parameter):
-        return Head(None, None, maps, norm, visual_tokens, f"the LM head's weight is a {type(weight).__name__}")
+        return head._replace(why_not=f"the LM head's weight is a {type(weight).__name__}")
     if bias is not None:
         bias = checks.require_floating("bias", bias).detach()
         checks.require_shape("bias", bias, weight.shape[:1], "one entry per row of model_or_head's weight")
         checks.require_device("bias", bias, weight.device, "model_or_head")
-    return Head(weight.detach(), bias, maps, norm, visual_tokens, "")
+    return head._replace(weight=weight.detach(), bias=bias, why_not="")
 
 
 def _found(look: Callable[[], Any]) -> Any:
