@@ -71,25 +71,28 @@ def focus_of_packed(
         ValueError: The model's configuration names no visual token.
 
     """
-    sampled = sampled_of_packed(input_ids, response_mask).to(hidden.device)
-    ids, offsets = input_ids.values().to(hidden.device), input_ids.offsets().to(hidden.device)
-    visual = visual_mask(ids, model, sampled)
+    ids, offsets, sampled, visual = _tokens(input_ids, model, response_mask, hidden.device)
     if group is not None:
         cos = parallel_focus(hidden[0], visual, sampled, cu_seqlens=offsets, visibility="causal", group=group)
     elif hidden.shape[0] == 1:
         cos = visual_focus(hidden[0, : ids.shape[0]], visual, sampled, cu_seqlens=offsets, visibility="causal")
     else:
-        inside = torch.arange(hidden.shape[1], device=hidden.device) < offsets.diff()[:, None]
+        inside = _inside(hidden, offsets)
         images, answers = (torch.zeros_like(inside).masked_scatter(inside, mask) for mask in (visual, sampled))
         cos = visual_focus(hidden, images, answers, visibility="causal")[inside]
     return cos.roll(-1)
 
 
-def _packed(hidden: Tensor, offsets: Tensor) -> Tensor:
-    """Return the rows of sequences ``[N, D]`` of states ``[1, N (+ padding), D]``, or ``[B, S, D]`` padded right."""
-    if hidden.shape[0] == 1:
-        return hidden[0, : int(offsets[-1])]
-    return hidden[torch.arange(hidden.shape[1], device=hidden.device) < offsets.diff()[:, None]]
+def _tokens(input_ids: Any, model: Any, response_mask: Any, device: torch.device) -> tuple[Tensor, ...]:
+    """Return a nested batch's ids ``[N]``, boundaries ``[B + 1]``, sampled tokens and images, bool ``[N]``."""
+    sampled = sampled_of_packed(input_ids, response_mask).to(device)
+    ids = input_ids.values().to(device)
+    return ids, input_ids.offsets().to(device), sampled, visual_mask(ids, model, sampled)
+
+
+def _inside(hidden: Tensor, offsets: Tensor) -> Tensor:
+    """Return True at the rows of states ``[B, S, D]``, padded right, that are no padding, ``[B, S]``."""
+    return torch.arange(hidden.shape[1], device=hidden.device) < offsets.diff()[:, None]
 
 
 def change_fsdp(transformer_impl: ModuleType) -> None:
@@ -160,15 +163,14 @@ def score_focus(engine: type, transformer_impl: ModuleType) -> None:
 
 def _look(hidden: Tensor, micro_batch: Any, model: Any, log_probs: Any) -> None:
     """Look at the first micro-batch of a worker: its states, masks, and the log-probs that verl computed."""
-    input_ids, temperature = micro_batch["input_ids"], _of_micro_batch(micro_batch, "temperature", None)
-    sampled = sampled_of_packed(input_ids, micro_batch["response_mask"]).to(hidden.device)
-    ids, offsets = input_ids.values().to(hidden.device), input_ids.offsets().to(hidden.device)
-    visual = visual_mask(ids, model, sampled)
+    tokens = _tokens(micro_batch["input_ids"], model, micro_batch["response_mask"], hidden.device)
+    ids, offsets, sampled, visual = tokens
+    temperature = _of_micro_batch(micro_batch, "temperature", None)
     known = log_probs is not None and isinstance(temperature, float)  # not one for each response
     look_at_first_batch(
         "VGPO's first micro-batch",
         model_or_head=model,
-        hidden=_packed(hidden, offsets),
+        hidden=hidden[0, : len(ids)] if hidden.shape[0] == 1 else hidden[_inside(hidden, offsets)],
         ids=ids,
         # verl's are shifted to the left.
         old_logp=log_probs.values().roll(1).to(hidden.device) if known else None,
