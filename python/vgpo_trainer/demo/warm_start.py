@@ -23,6 +23,7 @@ from torch import Tensor
 from vgpo_trainer.demo.digits import Problem, make_problem, make_problems
 from vgpo_trainer.demo.evaluation import encode_prompts, evaluate
 from vgpo_trainer.demo.tiny_vlm import build_model, build_processor
+from vgpo_trainer.runs.terminal import without_bars
 
 SHIPPED = Path(__file__).parent / "assets" / "digits-warm-start"
 RISE_STEPS = 30  # over which the learning rate rises
@@ -164,15 +165,8 @@ def load_demo_model() -> tuple[Any, Any]:
         ImportError: A package of ``vgpo-kernels[train]`` is missing.
 
     """
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # five megabytes need none
-    try:
+    with without_bars():  # five megabytes need none
         return load_checkpoint(SHIPPED)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def main() -> None:

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from vgpo_trainer.runs.metrics import is_number
-from vgpo_trainer.runs.terminal import TerminalLine
+from vgpo_trainer.runs.terminal import TerminalLine, without_bars
 from vgpo_trainer.signals.words import words_of
 
 if TYPE_CHECKING:
@@ -315,12 +314,6 @@ def show_progress(trainer: Trainer) -> Iterator[ProgressLine]:
     args: VGPOTrainingConfig = trainer.args
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    bars = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
-        with ProgressLine(args.signal if args.reads_signal() else None) as line:
-            trainer.add_callback(line)
-            yield line
-    finally:
-        if bars:
-            enable_progress_bar()
+    with without_bars(), ProgressLine(args.signal if args.reads_signal() else None) as line:
+        trainer.add_callback(line)
+        yield line

@@ -1,14 +1,29 @@
-"""A line of a terminal that is rewritten in place while others print."""
+"""A line of a terminal that is rewritten in place while others print, and quiet for those that print too much."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import RLock
 from typing import Any, TextIO
 
 ERASE = "\r\x1b[K"  # to the first column, and everything from there on
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let transformers show no bars in the block, of weights that it loads or writes."""
+    from transformers.utils import logging as shown
+
+    bars = shown.is_progress_bar_enabled()
+    shown.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            shown.enable_progress_bar()
 
 
 class TerminalLine:
