@@ -3,14 +3,19 @@
 ``with backend(name)`` forces one inside the block, the environment variable ``VGPO_BACKEND`` in the whole process.
 Another library's kernel can take :func:`vgpo_kernels.linear_logprob` on one kind of GPU: :func:`liger_head`.
 
-========= ===================================================== =======================
+========= ===================================================== ========================
 backend   what it is                                            handles
-========= ===================================================== =======================
-reference the reference implementation: plain PyTorch, in fp64  every device
+========= ===================================================== ========================
+reference the reference implementation: plain PyTorch           every device
 cpp       C++ with vector code, from the extension              CPU
 cuda      CUDA C++, from an extension built with nvcc           NVIDIA GPUs
-triton    Triton kernels                                        GPUs; CPU, interpreted
-========= ===================================================== =======================
+triton    Triton kernels                                        devices for which Triton
+                                                                has a driver; all,
+                                                                interpreted
+========= ===================================================== ========================
+
+The reference implementation computes in float64 where a device has it, and elsewhere (Apple's GPUs, some of Intel's) in
+float32: :func:`wide_dtype`.
 
 OpenMP's threads do not survive a ``fork()``: in the child process, the first parallel operator of torch would wait for
 them forever. So if the extension has used several threads, a forked child runs torch with one thread. Processes started
@@ -30,6 +35,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vgpo_kernels import extension
 
@@ -66,7 +72,8 @@ class _Block:
 
 _blocks: list[_Block] = []  # in the order in which they were entered
 _lock = threading.Lock()
-_warned = _LOADED.refused is not None
+# Types of devices that a user has been told of; of the CPU already where an extension was found and is not used.
+_warned = {"cpu"} if _LOADED.refused is not None else set()
 
 
 def _validate_name(name: str, origin: str) -> str:
@@ -230,8 +237,48 @@ def _state_of_liger() -> str:
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels. Only then do they handle CPU tensors."""
+    """Whether Triton's interpreter runs the kernels, on tensors of any device. It is used only where it is forced."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+# What needs no trial. A graph that torch.compile traces has its devices, and takes this as a constant.
+_WIDE = {"cpu": torch.float64, "cuda": torch.float64, "meta": torch.float64, "mps": torch.float32}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the widest dtype that a device computes in, in which the reference implementation computes there.
+
+    Args:
+        device: Any device. One of a type that is not known to have float64 or to lack it computes a sum, once.
+
+    """
+    key = device.type if device.type in _WIDE else str(device)
+    if key not in _WIDE:
+        with _disable_current_modes():  # a trial on fake tensors would tell nothing
+            _WIDE[key] = torch.float64 if _computes_float64(device) else torch.float32
+    return _WIDE[key]
+
+
+def _computes_float64(device: torch.device) -> bool:
+    # Some devices store what they cannot compute, and some narrow it.
+    small = 2.0**-40
+    try:
+        return bool((torch.full((2,), small, dtype=torch.float64, device=device) + 1).sum().item() == 2 + 2 * small)
+    except (RuntimeError, TypeError):
+        return False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@lru_cache
+def _triton_device() -> str | None:
+    """Type of the devices that Triton has a driver for here, or ``None``: it refuses to have two."""
+    try:
+        from triton.runtime import driver
+
+        return str(driver.active.get_active_torch_device().type)
+    except Exception:  # whatever a driver raises that finds no device, or half of its software
+        return None
 
 
 def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -250,10 +297,20 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if not _BUILT_CUDA:
             return "is not built: VGPO_BUILD=cuda with `pip install -e .` builds it and says what is missing"
         return None if device.type == "cuda" else f"handles CUDA tensors, and these are on {device}"
+    return _refusal_of_triton(device)
+
+
+def _refusal_of_triton(device: torch.device) -> str | None:
     if not _HAS_TRITON:
         return "needs the triton package, which is not installed"
-    if device.type == "cpu" and not triton_interpreted():
+    if triton_interpreted() or device.type == "cuda":
+        return None
+    if device.type == "cpu":
         return "handles GPU tensors; CPU tensors only in its interpreter (set TRITON_INTERPRET=1 before import)"
+    if _triton_device() != device.type:
+        return f"has no driver for {device.type} here"
+    if wide_dtype(device) != torch.float64:
+        return f"sums in float64, which {device} does not compute"
     return None
 
 
@@ -273,27 +330,33 @@ def select(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         if refusal is not None:
             raise RuntimeError(f"backend '{_forced}' {refusal}")
         return _forced
-    for name in ("cuda", "triton") if device.type == "cuda" else ("cpp",):
-        if _refusal(name, device, dtype) is None:
-            return name
-    if dtype != torch.float64:
-        _warn_unbuilt(device)
-    return "reference"
+    name = _fastest(device, dtype)
+    if name == "reference" and dtype != torch.float64:
+        _warn_unserved(device)
+    return name
 
 
-def _warn_unbuilt(device: torch.device) -> None:
-    global _warned
-    if _warned or torch.compiler.is_compiling():
+def _fastest(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    candidates = ("cpp",) if device.type == "cpu" else ("cuda",) if triton_interpreted() else ("cuda", "triton")
+    return next((name for name in candidates if _refusal(name, device, dtype) is None), "reference")
+
+
+def _warn_unserved(device: torch.device) -> None:
+    if device.type in _warned or torch.compiler.is_compiling():
         return
-    _warned = True
-    missing = "its CUDA kernels" if device.type == "cuda" else "its C++ extension"
-    reason = f" ({_LOADED.failure})" if _LOADED.failure else ""
-    warnings.warn(
-        f"vgpo_kernels runs without {missing}{reason}: the slower PyTorch reference handles {device.type} tensors. "
-        "To build: `pip install -e .` with a C++ compiler (and nvcc for CUDA) installed.",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+    _warned.add(device.type)
+    width = str(wide_dtype(device)).removeprefix("torch.")
+    slower = f"plain PyTorch computes in {width} there, which is right, and slower"
+    if device.type in ("cpu", "cuda"):
+        missing = "CUDA kernels" if device.type == "cuda" else "C++ extension"
+        reason = f" ({_LOADED.failure})" if _LOADED.failure else ""
+        message = (
+            f"vgpo_kernels runs without its {missing}{reason}: on {device.type} {slower}. To build: "
+            "`pip install -e .` with a C++ compiler (and nvcc for CUDA) installed."
+        )
+    else:
+        message = f"vgpo_kernels has no kernels for {device.type}, and Triton {_refusal_of_triton(device)}: {slower}."
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def describe() -> dict[str, Any]:
@@ -312,9 +375,10 @@ def describe() -> dict[str, Any]:
             triton_version = version("triton")
         except PackageNotFoundError:
             triton_version = "unknown"
-    serves = {"cpu": "cpp" if _BUILT_CPP else "reference"}
-    if torch.cuda.is_available():
-        serves["cuda"] = "cuda" if _BUILT_CUDA else "triton" if _HAS_TRITON else "reference"
+    serves = {"cpu": _fastest(torch.device("cpu"))}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        serves[accelerator.type] = _fastest(accelerator)
     return {
         "built": {"reference": True, "cpp": _BUILT_CPP, "cuda": _BUILT_CUDA, "triton": _HAS_TRITON},
         "serves": serves if _forced is None else dict.fromkeys(serves, _forced),

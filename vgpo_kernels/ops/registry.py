@@ -37,7 +37,7 @@ class Operator(NamedTuple):
         signature: Arguments and result, as the schema spells them.
         arguments: Names of the arguments, in the schema's order.
         floats: Names of those that are floats or lists of floats.
-        reference: The reference implementation.
+        reference: The reference implementation; it also takes the ``dtype`` to compute in, by name.
         compiled: The operator of torch: C++ and CUDA.
         fake: Shapes and dtypes of the result.
         setup_context: What saves the values that ``backward`` needs, as torch calls it; ``None`` without gradients.
@@ -153,7 +153,7 @@ def by_name(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..
         names: Names of the values.
 
     Returns:
-        A function that takes one value for each name, by position.
+        A function that takes one value for each name, by position, and other parameters by theirs.
 
     Raises:
         TypeError: The function has a parameter without a default that is none of ``names``.
@@ -162,10 +162,10 @@ def by_name(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..
     read = _read(function, names)
 
     @wraps(function)
-    def bound(*values: Any) -> Any:
+    def bound(*values: Any, **others: Any) -> Any:
         if len(values) != len(names):
             raise TypeError(f"{function} takes the {len(names)} values {', '.join(names)}, got {len(values)}")
-        return function(**{name: values[index] for index, name in read})
+        return function(**{name: values[index] for index, name in read}, **others)
 
     return bound
 
@@ -252,8 +252,8 @@ def call(name: str, device: torch.device, dtype: torch.dtype, **arguments: Any) 
         **arguments: Every argument of the schema, by name.
 
     Returns:
-        The schema's result; of the reference implementation, fp64 tensors (and for losses only the loss, which
-        autograd differentiates, and the metrics).
+        The schema's result; of the reference implementation, tensors of :func:`vgpo_kernels.backends.wide_dtype` (and
+        for losses only the loss, which autograd differentiates, and the metrics).
 
     Raises:
         TypeError: An argument is missing, or the schema has none of its name.
@@ -267,7 +267,7 @@ def call(name: str, device: torch.device, dtype: torch.dtype, **arguments: Any) 
     backend = backends.select(device, dtype)
     values = [arguments[key] for key in names]
     if backend == "reference":
-        return operator.reference(*values)
+        return operator.reference(*values, dtype=backends.wide_dtype(device))
     tracing = torch.compiler.is_compiling()
     if not tracing and transformed():
         _refuse_transforms(operator, name, backend, values)

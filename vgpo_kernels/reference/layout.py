@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# Rows that sums in 64 bits have room for, as a power of two.
+ROOM = 24
+LEAST_UNIT = 2.0**-80  # of the largest magnitude of a sum
+
 
 class Tokens(NamedTuple):
     """A padded ``[B, T]`` or packed ``[N]`` batch of response tokens, flattened to ``[N]``.
@@ -39,6 +43,11 @@ class Tokens(NamedTuple):
         chosen = torch.where(self.valid, values, torch.zeros_like(values))
         return values.new_zeros(self.batch()).index_add(0, self.response, chosen)
 
+    def signal_total(self, values: Tensor) -> Tensor:
+        """Sum values ``[N]`` as :meth:`total` does, without a gradient, and by :func:`sums_of`."""
+        chosen = torch.where(self.valid, values, torch.zeros_like(values))
+        return sums_of(chosen[:, None], self.response, self.batch()).squeeze(-1)
+
     def extreme(self, values: Tensor, reduce: str, empty: float) -> Tensor:
         """Smallest (``"amin"``) or largest (``"amax"``) value over the valid tokens of each response, ``[B]``."""
         chosen = torch.where(self.valid, values, torch.full_like(values, empty))
@@ -52,6 +61,36 @@ def responses_of(length: int, batch: int, cu_seqlens: Tensor | None, device: tor
         width = length // max(batch, 1)
         return flat // max(width, 1), torch.arange(batch, device=device) * width
     return torch.searchsorted(cu_seqlens[1:].contiguous(), flat, right=True), cu_seqlens[:-1]
+
+
+def sums_of(rows: Tensor, index: Tensor, number: int) -> Tensor:
+    """Sum the rows ``[N, D]`` of each of ``number`` entries, ``[number, D]``, without a gradient.
+
+    In fp32 as integers, of which a row's largest entry gets 38 bits: a sum has the same bits in whatever order a device
+    adds, whatever else is in a batch. Integers are added by running sums, which need no atomic instructions.
+
+    Args:
+        rows: fp32 or fp64.
+        index: The entry of each row, ``[N]``, in ascending order.
+        number: Of entries; one without rows is zero.
+
+    """
+    if rows.dtype == torch.float64:
+        return rows.new_zeros(number, rows.shape[1]).index_add(0, index, rows)
+    finite = rows.isfinite()
+    whole = torch.where(finite, rows, torch.zeros_like(rows))
+    size = whole.abs().amax(-1) if rows.shape[1] else rows.new_zeros(len(rows))
+    largest = size.new_zeros(number).scatter_reduce(0, index, size, "amax")
+    # The power of two below, whose exponent stands above the other bits.
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+    unit = (power.clamp(min=LEAST_UNIT) * 2.0 ** (ROOM - 62))[:, None]
+    fixed = (whole / unit[index]).round().to(torch.int64)
+    running = torch.cat([fixed.new_zeros(1, fixed.shape[1]), fixed.cumsum(0)])
+    entries = torch.arange(number, device=rows.device)
+    begin, end = (torch.searchsorted(index, entries, right=right) for right in (False, True))
+    # What is not finite spoils its own sum.
+    spoiled = rows.new_zeros(number, rows.shape[1]).index_add(0, index, torch.where(finite, 0.0, rows))
+    return (running[end] - running[begin]).to(rows.dtype) * unit + spoiled
 
 
 def tokens_of(response_mask: Tensor, cu_seqlens: Tensor | None) -> Tokens:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vgpo_kernels.backends import wide_dtype
+
 
 class Truncation(NamedTuple):
     """Settings of a sampler, applied one after the other: min-p, then top-k, then top-p on what is left.
@@ -48,7 +50,7 @@ class Truncation(NamedTuple):
             least = torch.maximum(least, logp.topk(self.top_k).values[:, -1:])
         if self.top_p < 1:
             ordered = logp.sort(-1, descending=True).values
-            shares = torch.where(ordered >= least, ordered.exp().double(), 0.0)
+            shares = torch.where(ordered >= least, ordered.exp().to(wide_dtype(logits.device)), 0.0)
             before = shares.cumsum(-1) - shares
             stays = (ordered >= least) & (before < self.top_p * shares.sum(-1, keepdim=True))
             stays[:, 0] = True

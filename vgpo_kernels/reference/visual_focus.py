@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vgpo_kernels.reference.layout import responses_of, rows_of, tokens_of
+from vgpo_kernels.reference.layout import responses_of, rows_of, sums_of, tokens_of
 
 NORM_FLOOR = 1e-8
 
@@ -35,7 +35,7 @@ def visual_prototype(
         total = totals_before(rows, place)
         count = totals_before(visible.to(dtype)[:, None], place)
         return (total / count.clamp(min=1)).reshape(hidden.shape)
-    total = rows.new_zeros(batch, hidden.shape[-1]).index_add(0, response, rows)
+    total = sums_of(rows, response, batch)
     count = rows.new_zeros(batch).index_add(0, response, visible.to(dtype))
     return total / count.clamp(min=1)[:, None]
 

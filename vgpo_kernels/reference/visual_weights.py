@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels.config import VGPOConfig
-from vgpo_kernels.reference.layout import Tokens, numbers_of, tokens_of
+from vgpo_kernels.reference.layout import Tokens, numbers_of, sums_of, tokens_of
 
 EPSILON = 1e-8
 LARGEST_SIGNAL = 1024.0  # a cosine beyond it is broken, and spoils its response
@@ -53,15 +53,15 @@ def visual_weights(
     low, high = counted.extreme(w, "amin", math.inf), counted.extreme(w, "amax", -math.inf)
     normalized = (w - tokens.spread(low)) / (tokens.spread(high) - tokens.spread(low) + EPSILON)
     number = (tokens.length - start).clamp(min=1).to(dtype)
-    psi = normalized - tokens.spread(counted.total(normalized) / number)
+    psi = normalized - tokens.spread(counted.signal_total(normalized) / number)
     if not settings.intra:
         psi = torch.zeros_like(psi)
     psi = torch.where(active, psi, torch.zeros_like(psi))
     score = {
-        "compensated": counted.total(w),
-        "normalized": counted.total(normalized),
-        "mean": counted.total(w) / number,
-    }[settings.accumulation]
+        "compensated": lambda: counted.signal_total(w),
+        "normalized": lambda: counted.signal_total(normalized),
+        "mean": lambda: counted.signal_total(w) / number,
+    }[settings.accumulation]()
     score = torch.where(weighted, score, torch.full_like(score, math.nan))
     phi = group_weights(score, group_ids, None, config, dtype=dtype)
 
@@ -101,7 +101,9 @@ def group_weights(
     low, high = reduce(score, "amin", math.inf), reduce(score, "amax", -math.inf)
     normalized = (score - low) / (high - low + EPSILON)
     size = reduce(torch.ones_like(score), "sum", 0.0).clamp(min=1)
-    phi = normalized - reduce(normalized, "sum", 0.0) / size
+    order = group.argsort(stable=True)
+    total = sums_of(torch.where(member, normalized, 0.0)[order, None], group[order], len(score)).squeeze(-1)[group]
+    phi = normalized - total / size
     return torch.where(member, phi, torch.zeros_like(phi))
 
 
@@ -153,9 +155,10 @@ def _gate(usable: Tensor, active: Tensor, tokens: Tokens, start: Tensor, setting
     """
     if not settings.gate:
         return torch.ones_like(usable)
-    first = (tokens.length.to(torch.float64) * (1.0 - settings.tail_ratio)).to(torch.int64).maximum(start)
+    wide = usable.dtype == torch.float64
+    first = _share_of(tokens.length, 1.0 - settings.tail_ratio, wide).maximum(start)
     tail_length = tokens.length - first
-    k = (tail_length.to(torch.float64) * settings.top_ratio).to(torch.int64).clamp(min=1)
+    k = _share_of(tail_length, settings.top_ratio, wide).clamp(min=1)
     tail = active & (tokens.ordinal > tokens.spread(first))
     # Sort by response, then by decreasing cosine, with the tail first: the k-th of a response is at begin + k - 1.
     candidates = torch.where(tail, usable, torch.full_like(usable, -math.inf))
@@ -164,6 +167,12 @@ def _gate(usable: Tensor, active: Tensor, tokens: Tokens, start: Tensor, setting
     ranked = torch.cat([candidates[order], candidates.new_zeros(1)])
     threshold = ranked[(tokens.begin + k - 1).clamp(max=len(candidates))]
     return (tail & (usable >= tokens.spread(threshold))).to(usable.dtype)
+
+
+def _share_of(count: Tensor, ratio: float, wide: bool) -> Tensor:
+    """Share of each count ``[B]``, rounded down from an fp64 product: on the host, unless the device is ``wide``."""
+    there = count if wide else count.cpu()
+    return (there.to(torch.float64) * ratio).to(torch.int64).to(count.device)
 
 
 def _clamp(factor: Tensor, bounds: tuple[Tensor, Tensor] | None) -> Tensor:

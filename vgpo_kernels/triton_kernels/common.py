@@ -236,18 +236,22 @@ def _completed(registered: Any, definition: registry.Operator) -> Any:
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[None]:
     """Make a tensor's GPU the current one: Triton launches on that."""
-    on_gpu = tensor.device.type == "cuda" and torch.cuda.is_available()
-    return torch.cuda.device(tensor.device) if on_gpu else nullcontext()
+    if INTERPRETED or tensor.device.type == "cpu" or not torch.accelerator.is_available():
+        return nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)  # type: ignore[no-any-return]
 
 
 def architecture() -> str:
-    """Return the key of block-size tables for the GPU that Triton compiles for."""
+    """Return the key of block-size tables for the GPU that Triton compiles for.
+
+    Devices that no table knows (Intel's, Ascend's) take the smallest blocks of NVIDIA's GPUs.
+    """
     if INTERPRETED:
         return "sm90"
     target = triton.runtime.driver.active.get_current_target()
-    if target.backend != "cuda":
+    if target.backend == "hip":
         return "gfx9"
-    return "sm80" if target.arch < 90 else "sm90" if target.arch < 100 else "sm100"
+    return "sm80" if target.backend != "cuda" or target.arch < 90 else "sm90" if target.arch < 100 else "sm100"
 
 
 def warps_of(threads: int) -> int:
