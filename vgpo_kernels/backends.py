@@ -15,7 +15,8 @@ triton    Triton kernels                                        devices for whic
 ========= ===================================================== ========================
 
 The reference implementation computes in float64 where a device has it, and elsewhere (Apple's GPUs, some of Intel's) in
-float32: :func:`wide_dtype`.
+float32: :func:`wide_dtype`. It holds every logit of an LM head. So where no backend is forced and none of the others
+handles a device, heads are computed by plain PyTorch in chunks, in float32, to the same results within rounding.
 
 OpenMP's threads do not survive a ``fork()``: in the child process, the first parallel operator of torch would wait for
 them forever. So if the extension has used several threads, a forked child runs torch with one thread. Processes started
@@ -334,6 +335,11 @@ def select(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     if name == "reference" and dtype != torch.float64:
         _warn_unserved(device)
     return name
+
+
+def is_forced() -> bool:
+    """Whether a backend is forced, by :func:`backend` or by ``VGPO_BACKEND``."""
+    return _forced is not None
 
 
 def _fastest(device: torch.device, dtype: torch.dtype = torch.float32) -> str:

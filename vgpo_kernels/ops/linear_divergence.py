@@ -12,7 +12,7 @@ from vgpo_kernels import checks, head_checks
 from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.divergence_measures import LinearDivergence, measures_of
-from vgpo_kernels.ops.lm_head import at_rows, chunk_elements, kept_rows, without_autocast
+from vgpo_kernels.ops.lm_head import at_rows, chunk_elements, in_fp32, kept_rows, without_autocast
 from vgpo_kernels.ops.paired_head import PairedHead, PairKernels, compiled_kernels, pair_coefficients
 from vgpo_kernels.reference import linear_divergence as reference
 from vgpo_kernels.reference.linear_divergence import MEASURES, SHARES, STATISTICS
@@ -458,15 +458,18 @@ registry.define(
     reference.pair_statistics,
     f"({_PAIRS}, Tensor targets, int first, {_LOGITS}, Tensor(a!) sums, Tensor(b!) logits, bool recompute) -> ()",
     registry.fake_nothing,
+    implementation=in_fp32(reference.pair_statistics),
 )
 registry.define(
     reference.pair_shares,
     f"({_PAIRS}, {_LOGITS}, Tensor totals, float js_beta, Tensor(a!) sums, Tensor(b!) logits, bool recompute) -> ()",
     registry.fake_nothing,
+    implementation=in_fp32(reference.pair_shares),
 )
 registry.define(
     reference.pair_gradient,
     f"({_PAIRS}, Tensor targets, int first, {_LOGITS}, Tensor coefficients, float js_beta, Tensor(a!) logits, "
     "bool recompute) -> ()",
     registry.fake_nothing,
+    implementation=in_fp32(reference.pair_gradient),
 )

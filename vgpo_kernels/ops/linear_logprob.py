@@ -17,6 +17,7 @@ from vgpo_kernels.ops.lm_head import (
     at_rows,
     chunk_elements,
     compiled_kernels,
+    in_fp32,
     kept_rows,
     without_autocast,
 )
@@ -536,14 +537,17 @@ registry.define(
     reference.head_statistics,
     f"({_HEAD}, Tensor(a!) statistics, Tensor(b!) logits, bool keep) -> ()",
     registry.fake_nothing,
+    implementation=in_fp32(reference.head_statistics),
 )
 registry.define(
     reference.head_gradient,
     f"({_HEAD}, Tensor coefficients, Tensor(a!) logits, bool recompute) -> ()",
     registry.fake_nothing,
+    implementation=in_fp32(reference.head_gradient),
 )
 registry.define(
     reference.head_product,
     "(Tensor left, Tensor right, Tensor(a!) result, bool accumulate) -> ()",
     registry.fake_nothing,
+    implementation=in_fp32(reference.head_product),
 )

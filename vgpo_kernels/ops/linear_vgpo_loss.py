@@ -433,6 +433,12 @@ def _compiled(hidden: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor,
     return compute(compiled_kernels(hidden.device), hidden=hidden, **arguments)
 
 
+def _chunked(**arguments: Any) -> tuple[Tensor, Tensor]:
+    """Compute log-probs in chunks, and a loss of them that autograd differentiates: fp32, in plain PyTorch."""
+    statistics_of = registry.OPERATORS["linear_logprob"].compiled
+    return reference.linear_policy_loss(dtype=torch.float32, statistics_of=statistics_of, **arguments)
+
+
 def _fake(hidden: Tensor, weight: Tensor, gradients: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def gradient(tensor: Tensor, shape: torch.Size, needed: bool, dtype: torch.dtype) -> Tensor:
         return tensor.new_empty(shape, dtype=dtype) if needed else hidden.new_empty(0)
@@ -489,4 +495,5 @@ registry.define(
     setup_context=_save,
     backward=_backward,
     implementation=_compiled,
+    chunked=_chunked,
 )

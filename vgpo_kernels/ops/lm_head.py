@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -88,17 +88,30 @@ class HeadKernels(NamedTuple):
     tile_columns: Callable[[Tensor, Tensor, bool], int] = no_tiles
 
 
+def in_fp32(reference: Callable[..., None]) -> Callable[..., None]:
+    """Return the arithmetic of a chunk as its reference implementation in fp32, for devices without kernels."""
+    return partial(reference, dtype=torch.float32)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the extension computes heads on a device itself."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("vgpo_kernels::head_statistics", key)
+
+
 def compiled_kernels(device: torch.device) -> HeadKernels:
-    """Return the kernels of the extension: C++ on the CPU, CUDA on a GPU."""
+    """Return the kernels of the extension, C++ on the CPU and CUDA on a GPU, or plain PyTorch where it has none."""
     ops = torch.ops.vgpo_kernels
+    compiled = has_kernels(device)
+    on_gpu = compiled and device.type == "cuda"
     return HeadKernels(
         ops.head_statistics.default,
         ops.head_gradient.default,
         ops.head_product.default,
         ops.policy_loss.default,
-        half=device.type != "cpu",
-        packs=device.type == "cpu",
-        tile_columns=import_module(extension.NAME).head_tile_columns if device.type == "cuda" else no_tiles,
+        half=on_gpu,
+        packs=compiled and not on_gpu,
+        tile_columns=import_module(extension.NAME).head_tile_columns if on_gpu else no_tiles,
     )
 
 
@@ -117,7 +130,7 @@ def chunk_elements(chunk_bytes: int, rows: int, weight: Tensor, *, sweep: bool =
         shares = SWEEP_SHARE if sweep else LOGITS_SHARE
         share = shares.get(device, shares["cpu"])
         least = LEAST_SWEEP.get(device, LEAST_CHUNK) if sweep else LEAST_CHUNK
-        chunk_bytes = min(max(logits // share, least), MOST_CHUNK.get(device, LEAST_CHUNK))
+        chunk_bytes = min(max(logits // share, least), MOST_CHUNK.get(device, MOST_CHUNK["cpu"]))
     return max(chunk_bytes // 4, 1)
 
 

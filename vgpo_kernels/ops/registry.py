@@ -42,6 +42,8 @@ class Operator(NamedTuple):
         fake: Shapes and dtypes of the result.
         setup_context: What saves the values that ``backward`` needs, as torch calls it; ``None`` without gradients.
         backward: Gradients, one for each argument, as torch calls it; ``None`` without gradients.
+        chunked: Plain PyTorch in fp32 that works in chunks, where the reference implementation would hold every logit
+            in fp64, or ``None``.
 
     """
 
@@ -54,6 +56,7 @@ class Operator(NamedTuple):
     fake: Callable[..., Any]
     setup_context: Callable[..., None] | None
     backward: Callable[..., Any] | None
+    chunked: Callable[..., Any] | None
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -67,6 +70,7 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Mapping[str, Tensor | None]] | None = None,
     implementation: Callable[..., Any] | None = None,
+    chunked: Callable[..., Any] | None = None,
 ) -> None:
     """Define ``torch.ops.vgpo_kernels.<name>``, named after its reference implementation.
 
@@ -79,7 +83,10 @@ def define(
         setup_context: Keeps (see :func:`keep`) what ``backward`` needs. It takes ``ctx``, ``output``, and arguments.
         backward: ``backward(ctx, needed, *gradients)`` takes the names of the arguments that need a gradient, and the
             gradients of the results. It returns gradients by name; an argument without one has none.
-        implementation: Python that handles every device, for an operator that only calls others.
+        implementation: Python for every device that the extension has nothing else for: it only calls other operators,
+            or is plain PyTorch in fp32.
+        chunked: Plain PyTorch in chunks, returning what the reference implementation does; by default the operator
+            itself where it has an ``implementation``.
 
     """
     name = reference.__name__
@@ -97,6 +104,7 @@ def define(
         by_name(fake, names),
         None if setup_context is None else _setup(setup_context, names),
         None if backward is None else _backward(backward, qualified, names),
+        by_name(chunked, names) if chunked is not None else compiled if implementation is not None else None,
     )
     if implementation is not None:
         _library.impl(name, by_name(implementation, names), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -252,8 +260,8 @@ def call(name: str, device: torch.device, dtype: torch.dtype, **arguments: Any) 
         **arguments: Every argument of the schema, by name.
 
     Returns:
-        The schema's result; of the reference implementation, tensors of :func:`vgpo_kernels.backends.wide_dtype` (and
-        for losses only the loss, which autograd differentiates, and the metrics).
+        The schema's result; of plain PyTorch, tensors of :func:`vgpo_kernels.backends.wide_dtype` (and for losses only
+        the loss, which autograd differentiates, and the metrics).
 
     Raises:
         TypeError: An argument is missing, or the schema has none of its name.
@@ -267,6 +275,8 @@ def call(name: str, device: torch.device, dtype: torch.dtype, **arguments: Any) 
     backend = backends.select(device, dtype)
     values = [arguments[key] for key in names]
     if backend == "reference":
+        if operator.chunked is not None and dtype != torch.float64 and not backends.is_forced():
+            return operator.chunked(*values)
         return operator.reference(*values, dtype=backends.wide_dtype(device))
     tracing = torch.compiler.is_compiling()
     if not tracing and transformed():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -294,21 +296,22 @@ def linear_policy_loss(
     chunk_bytes: int = 0,
     recompute: bool = True,
     dtype: torch.dtype = torch.float64,
+    statistics_of: Callable[..., Tensor] | None = None,
     **loss_arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the policy metrics. Without ``old_logp`` the log-probs are their own old ones.
 
-    The rest are the other arguments of :func:`policy_loss`. ``gradients``, ``chunk_bytes`` and ``recompute`` are not
-    read: autograd differentiates this.
+    The rest are the other arguments of :func:`policy_loss`. ``gradients`` and ``recompute`` are not read: autograd
+    differentiates this. ``statistics_of`` stands for :func:`linear_logprob`, and reads ``chunk_bytes``.
     """
     valid = response_mask.reshape(-1)
     # A token off the mask may have no row (-1). Its result is not used.
     rows = hidden.reshape(-1, hidden.shape[-1])[predicting_rows(response_mask, hidden).clamp(min=0)]
     scored = torch.where(valid, targets.reshape(-1), IGNORED)
     of_rows = None if temperatures is None else temperatures.reshape(-1)
-    statistics = linear_logprob(
-        rows, weight, bias, scored, 0, temperature, of_rows, logit_scale, softcap, IGNORED, dtype=dtype
-    )
+    settings = (0, temperature, of_rows, logit_scale, softcap, IGNORED, chunk_bytes, False, False, 0, 1.0, 0.0)
+    statistics_of = statistics_of or partial(linear_logprob, dtype=dtype)
+    statistics = statistics_of(rows, weight, bias, scored, *settings)
     logp, entropy = (values.reshape(response_mask.shape) for values in logp_and_entropy(statistics))
     return policy_loss(
         logp=logp,
