@@ -15,7 +15,6 @@ from torch import Tensor
 import vgpo_kernels
 from vgpo_kernels import attention_heatmap, attention_mass, backend, backends
 from vgpo_kernels.ops import registry
-from vgpo_kernels.reference import attention_mass as reference
 
 NAN = float("nan")
 
@@ -129,8 +128,7 @@ def check(function: Any, case: Attention, **options: Any) -> None:
         exact = run(function, case.to(torch.float64), **options)
     # What a definition in fp32 gets wrong: the yardstick.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference.attention_mass, "__kwdefaults__", {"dtype": torch.float32})
-        patch.setattr(reference.attention_heatmap, "__kwdefaults__", {"dtype": torch.float32})
+        patch.setattr(backends, "wide_dtype", lambda device: torch.float32)
         with backend("reference"):
             narrow = run(function, case.to(torch.float32), **options)
     names = (function.__name__, "gradient of q", "gradient of k")
