@@ -271,8 +271,12 @@ def _computes_float64(device: torch.device) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@lru_cache
 def _triton_device() -> str | None:
+    return _find_triton_device()
+
+
+@lru_cache
+def _find_triton_device() -> str | None:
     """Type of the devices that Triton has a driver for here, or ``None``: it refuses to have two."""
     try:
         from triton.runtime import driver

@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Rows that sums in 64 bits have room for, as a power of two.
 ROOM = 24
-LEAST_UNIT = 2.0**-80  # of the largest magnitude of a sum
+LEAST_MAGNITUDE = 2.0**-80  # what is smaller is rounded as this is: its last bit must be a normal number
 
 
 class Tokens(NamedTuple):
@@ -83,7 +83,7 @@ def sums_of(rows: Tensor, index: Tensor, number: int) -> Tensor:
     largest = size.new_zeros(number).scatter_reduce(0, index, size, "amax")
     # The power of two below, whose exponent stands above the other bits.
     power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
-    unit = (power.clamp(min=LEAST_UNIT) * 2.0 ** (ROOM - 62))[:, None]
+    unit = (power.clamp(min=LEAST_MAGNITUDE) * 2.0 ** (ROOM - 62))[:, None]
     fixed = (whole / unit[index]).round().to(torch.int64)
     running = torch.cat([fixed.new_zeros(1, fixed.shape[1]), fixed.cumsum(0)])
     entries = torch.arange(number, device=rows.device)
