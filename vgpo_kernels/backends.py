@@ -243,7 +243,8 @@ def triton_interpreted() -> bool:
 
 
 # What needs no trial. A graph that torch.compile traces has its devices, and takes this as a constant.
-_WIDE = {"cpu": torch.float64, "cuda": torch.float64, "meta": torch.float64, "mps": torch.float32}
+# Ascend's NPUs (npu) turn most float64 into float32 with a warning, and a sum in float64 has broken their stream.
+_WIDE = {"cpu": torch.float64, "cuda": torch.float64, "meta": torch.float64, "mps": torch.float32, "npu": torch.float32}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
