@@ -89,8 +89,8 @@ def signal_records(
         "nonfinite_responses": Statistic(float, (total["nonfinite"],)),
     }
     if groups:
-        counts = torch.stack([found.groups.double(), found.singleton_groups.double(), found.phi_length])
-        number, alone, follows = counts.tolist()
+        counts = (found.groups, found.singleton_groups, found.phi_length)
+        number, alone, follows = torch.stack([count.to(found.phi_length) for count in counts]).tolist()
         records["groups"] = Statistic(float, (number,))
         records["singleton_groups"] = Statistic(float, (alone,))
         there = math.isfinite(follows)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vgpo_kernels import checks
+from vgpo_kernels import backends, checks
 from vgpo_kernels.config import Visibility
 from vgpo_kernels.hints import explained
 from vgpo_kernels.ops.linear_logprob import linear_logprob
@@ -344,19 +344,20 @@ def _spans(visible: Tensor, scored: Tensor, boundaries: Tensor | None, causal: b
 
 
 def _total(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Add up the sums of all ranks in the order of ranks, in fp64.
+    """Add up the sums of all ranks in the order of ranks, in the widest dtype that their device has.
 
     An all-reduce would move less from 3 ranks on, 2 (R - 1) / R of a rank's sums instead of R - 1, but adds in an order
     that may depend on where a number stands among the others: other sequences of the batch would change bits. What
     moves is small either way: 3.7 MB to each of 8 ranks for 32 images and D = 4096.
     """
+    wide = backends.wide_dtype(sums.device)
     if not sums.numel():
-        return sums.double()
+        return sums.to(wide)
     parts = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, sums, group=group)
-    total = parts[0].double()
+    total = parts[0].to(wide)
     for part in parts[1:]:
-        total += part
+        total = total + part
     return total
 
 

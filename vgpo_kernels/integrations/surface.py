@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels import Finding, VGPOConfig, check_batch, checks, combine_factors, group_weights, visual_weights
+from vgpo_kernels import (
+    Finding,
+    VGPOConfig,
+    backends,
+    check_batch,
+    checks,
+    combine_factors,
+    group_weights,
+    visual_weights,
+)
 
 # The releases that the adapters were tested with; `vgpo doctor` prints them beside those installed.
 TESTED = {
@@ -223,7 +232,7 @@ def _of_sessions(score: Tensor, groups: Tensor, finals: Tensor, config: VGPOConf
 def _of_factors(factors: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Mean, least and largest of the scored tokens' factors; NaN of none. Factors are 1 at all others."""
     tokens = mask.sum()
-    mean = (factors.sum(dtype=torch.float64) - (mask.numel() - tokens)) / tokens
+    mean = torch.where(mask, factors, 0.0).sum(dtype=backends.wide_dtype(factors.device)) / tokens
     if not mask.numel():
         return {"factor_mean": mean}
     least, largest = (torch.where(mask, factors, far) for far in (math.inf, -math.inf))

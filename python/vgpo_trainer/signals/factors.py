@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vgpo_kernels import VGPOConfig, combine_factors, group_weights, visual_weights
+from vgpo_kernels import VGPOConfig, backends, combine_factors, group_weights, visual_weights
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,16 @@ def phi_length(phi: Tensor, lengths: Tensor, group_ids: Tensor, weighted: Tensor
         group_ids: ``[B]``.
         weighted: Which responses take part, bool ``[B]``.
     """
+    wide = backends.wide_dtype(phi.device)
     if not len(phi):
-        return torch.full((), torch.nan, dtype=torch.float64, device=phi.device)
+        return torch.full((), torch.nan, dtype=wide, device=phi.device)
     ordered = group_ids.sort().values
     group = torch.searchsorted(ordered, group_ids)  # a number for each group that is an index, too
-    there = weighted.double()
-    length = lengths.double() * there
+    there = weighted.to(wide)
+    length = lengths.to(wide) * there
     total, count = (torch.zeros_like(there).scatter_add(0, group, value)[group] for value in (length, there))
     beside = (length - total / count.clamp(min=1)).masked_fill(~weighted, 0.0)
-    ranks = [_ranks(values.double(), weighted) for values in (phi, beside)]
+    ranks = [_ranks(values.to(wide), weighted) for values in (phi, beside)]
     first, second = ((rank - (rank * there).sum() / there.sum()) * there for rank in ranks)
     square = (first * first).sum() * (second * second).sum()
     return torch.where(square > 0, (first * second).sum() / square.sqrt(), torch.nan)
@@ -137,7 +138,8 @@ def phi_length(phi: Tensor, lengths: Tensor, group_ids: Tensor, weighted: Tensor
 def _ranks(values: Tensor, weighted: Tensor) -> Tensor:
     """Ranks among the weighted, equal values sharing theirs, ``[B]``."""
     ordered = values.masked_fill(~weighted, torch.inf).sort().values
-    return (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double() / 2
+    places = [torch.searchsorted(ordered, values, right=right) for right in (False, True)]
+    return (places[0] + places[1]).to(values.dtype) / 2
 
 
 def fix_offset(
