@@ -131,7 +131,7 @@ def join(worker: Any) -> Worker:
             final_norm(model)
             device = next(model.parameters()).device.type
     # Offloaded parameters say nothing about where the passes run.
-    kind = torch.device("cuda" if torch.cuda.is_available() else device)
+    kind = torch.accelerator.current_accelerator(check_available=True) or torch.device(device)
     return Worker(platform.node(), vgpo_kernels.__version__, backends.select(kind))
 
 

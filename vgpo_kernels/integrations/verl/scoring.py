@@ -225,12 +225,12 @@ def _of_micro_batch(micro_batch: Any, key: str, default: Any) -> Any:
 
 
 def clock(tensor: Tensor) -> Callable[[], float]:
-    """Return a function that returns the seconds since now, those of the tensor's GPU where it is on one."""
-    if not tensor.is_cuda:
+    """Return a function that returns the seconds since now, those of the tensor's GPU or NPU where it is on one."""
+    if tensor.device.type == "cpu":
         began = time.perf_counter()
         return lambda: time.perf_counter() - began
-    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    module = torch.get_device_module(tensor.device)
+    start, end = (module.Event(enable_timing=True) for _ in range(2))
     start.record()
 
     def stop() -> float:
