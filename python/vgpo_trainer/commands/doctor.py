@@ -35,7 +35,7 @@ class CheckResult:
     """The self-check of one device.
 
     Attributes:
-        device: ``"cpu"`` or ``"cuda"``.
+        device: Its type: ``"cpu"``, ``"cuda"``, ``"mps"``, ...
         backend: The backend that computed it.
         error: Largest difference from the fp64 definition in the loss, its gradient and the factors.
         milliseconds: Of the fastest of a few calls.
@@ -129,6 +129,8 @@ def diagnosis(described: dict[str, Any]) -> list[tuple[str, str]]:
     import torch
 
     import vgpo_kernels
+    from vgpo_kernels import backends
+    from vgpo_trainer.accelerators import best_device, device_name
 
     lines = [
         ("vgpo_kernels", f"{vgpo_kernels.__version__} in {Path(vgpo_kernels.__file__).parent}"),
@@ -136,16 +138,22 @@ def diagnosis(described: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     lines += [(name, with_tested(name, installed_version(name))) for name in PACKAGES]
     lines.append(("cpu threads", str(torch.get_num_threads())))
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
+    kind = best_device().type
+    for index in range(torch.accelerator.device_count()):
+        name = device_name(torch.device(kind, index))
+        if kind == "cuda":
             major, minor = torch.cuda.get_device_capability(index)
-            lines.append((f"gpu {index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"))
-    else:
+            name += f", compute capability {major}.{minor}"
+        lines.append((f"gpu {index}", name))
+    if kind == "cpu":
         lines.append(("gpu", "none that torch can use"))
     built = [name for name, is_built in described["built"].items() if is_built]
     lines.append(("built", ", ".join(built)))
     lines += [("extension", f"{name}: {value}") for name, value in (described["extension"] or {}).items()]
-    lines += [(f"{device} tensors", f"handled by {name}") for device, name in described["serves"].items()]
+    for device, name in described["serves"].items():
+        width = str(backends.wide_dtype(torch.device(device))).removeprefix("torch.")
+        by = f"reference, plain PyTorch in {width}" if name == "reference" else name
+        lines.append((f"{device} tensors", f"handled by {by}"))
     if described["forced"]:
         lines.append(("forced", f"{described['forced']}, by VGPO_BACKEND"))
     return lines

@@ -67,9 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def load_model(path: str) -> tuple[Any, Any]:
     """Load a model and its processor: a folder, or an id of the hub."""
-    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from vgpo_trainer.accelerators import best_device
 
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", trust_remote_code=False)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+    return model.to(best_device()).eval(), processor

@@ -264,12 +264,15 @@ def _settle_adapter(model: ModelConfig, given: Mapping[str, Any]) -> None:
 def _settle_training(training: dict[str, Any], own: Mapping[str, Any]) -> None:
     """Fill in what follows from other settings."""
     import torch
+    from transformers.utils import is_torch_bf16_gpu_available
 
     if not training.get("output_dir"):
         raise OptionError("--out DIR is missing: the folder of the run")
     if training.get("bf16") is None and not training.get("fp16"):
-        training["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    if not torch.accelerator.is_available():  # nothing to copy to
+        # Where transformers takes it. It refuses what an accelerator lacks, Apple's GPUs before macOS 14 for instance.
+        training["bf16"] = not training.get("use_cpu") and is_torch_bf16_gpu_available()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or accelerator.type == "mps":  # nothing to copy to, and memory that cannot be pinned
         training.setdefault("dataloader_pin_memory", False)
     if "per_device_train_batch_size" in training:
         training.setdefault("per_device_eval_batch_size", training["per_device_train_batch_size"])

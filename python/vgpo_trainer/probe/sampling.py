@@ -174,8 +174,8 @@ def sample_rollouts(
     begins = list(range(0, len(questions), size))
     if len(begins) > 1 and len(questions) - begins[-1] < 2:  # one question has no other to exchange images with
         begins.pop()
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), left_padded(processor):
+    kind = model.device.type
+    with torch.random.fork_rng([model.device] if kind != "cpu" else [], device_type=kind), left_padded(processor):
         torch.manual_seed(seed)
         return [
             _sample_batch(

@@ -276,12 +276,11 @@ def lora_settings(trainer: Trainer) -> str | None:
 
 def device(trainer: Trainer) -> str:
     """Return what a trainer computes on: how many processes, and the name of their device."""
-    import torch
+    from vgpo_trainer.accelerators import device_name
 
-    found = trainer.accelerator.device
-    name = torch.cuda.get_device_name(found) if found.type == "cuda" else found.type.upper()
+    name = device_name(trainer.accelerator.device)
     number = trainer.accelerator.num_processes
-    return f"{number} x {name}" if number > 1 else str(name)
+    return f"{number} x {name}" if number > 1 else name
 
 
 def shown_command(command: Sequence[str]) -> str:
