@@ -93,8 +93,8 @@ def check(batch: Batch, config: VGPOConfig, loss_type: str, visibility: str) -> 
     for name in ("factors", "psi", "w", "phi", "score"):
         assert_close(getattr(weights, name), getattr(exact_weights, name), name=name, floor=1e-5)
     assert torch.equal(phi.cpu(), weights.phi.cpu()), "phi in two phases"
-    assert_close(whole, separate.double(), name="loss in one call", floor=1e-5)
-    assert_close(gradients[1], gradients[0].double(), name="gradient in one call", floor=1e-5)
+    assert_close(whole, separate.cpu().double(), name="loss in one call", floor=1e-5)
+    assert_close(gradients[1], gradients[0].cpu().double(), name="gradient in one call", floor=1e-5)
 
 
 def check_attention(dtype: torch.dtype, packed: bool, size: int) -> None:
