@@ -193,11 +193,11 @@ def test_a_check_fails_when_what_it_claims_is_broken(monkeypatch, breaks, prove,
 
 
 def test_a_failed_check_is_one_line_and_no_traceback(monkeypatch, capsys):
-    def broken():
-        print("noise")
+    def broken(device):
+        print("noise on", device)
         raise RuntimeError("no such thing\nand more")
 
-    claims = (model_checks.Check("first", (), broken), model_checks.Check("second", (), lambda: None))
+    claims = (model_checks.Check("first", (), broken), model_checks.Check("second", (), lambda device: None))
     monkeypatch.setattr(model_checks, "CHECKS", claims)
     assert main(["doctor"]) == 1
     shown, told = capsys.readouterr()

@@ -20,8 +20,8 @@ from typing import Any
 from vgpo_trainer.runs.folder import version_of
 
 DESCRIPTION = (
-    "Print versions, what is built and which backend each device gets. Check the kernels on a small example, and on "
-    "a tiny model what is captured of it, the fused head and a training step."
+    "Print versions, what is built and which backend each device gets. Check on each device the kernels on a small "
+    "example, and on a tiny model what is captured of it, the fused head and a training step."
 )
 PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "accelerate", "deepspeed", "datasets", "peft")
 PACKAGES += ("scikit-learn", "numpy")
@@ -77,16 +77,18 @@ def run(arguments: argparse.Namespace) -> int:
         tell("extension", f"failed: {described['refused']}", RED)
     elif not described["built"]["cpp"]:
         print("The C++ extension is not built; `pip install -e .` with a C++ compiler builds it.")
-    return 0 if check_models() and passed else 1
+    for device in described["serves"]:
+        passed &= check_models(device)
+    return 0 if passed else 1
 
 
-def check_models() -> bool:
-    """Print what a tiny model proves, line by line; whether nothing failed."""
+def check_models(device: str) -> bool:
+    """Print what a tiny model proves on a device, line by line; whether nothing failed."""
     from vgpo_trainer.commands import model_checks
 
-    print("\nOn a tiny LLaVA, made here and run on the CPU:", flush=True)
+    print(f"\nOn a tiny LLaVA, made here and run on {'the CPU' if device == 'cpu' else device}:", flush=True)
     passed = True
-    for outcome in model_checks.outcomes():
+    for outcome in model_checks.outcomes(device):
         if outcome.missing:
             tell(outcome.claim, f"{NOT_INSTALLED}: {', '.join(outcome.missing)}", DIM)
         elif outcome.failure is None:

@@ -1,8 +1,8 @@
 """What ``vgpo doctor`` proves on a tiny LLaVA: hidden states, attention, the fused head and a training step.
 
 Each check compares what this package computes with what the model computes by itself, in the installed releases of
-transformers and TRL. They run on the CPU, download nothing and take a second together; most of the time goes into
-importing TRL.
+transformers and TRL, on one device. They download nothing and take a second together on a CPU; most of the time goes
+into importing TRL.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Check(NamedTuple):
     Attributes:
         claim: What is true if the check passes.
         needs: Packages without which nothing is claimed.
-        prove: Raises where the claim is false.
+        prove: Takes the type of a device; raises where the claim is false on it.
     """
 
     claim: str
     needs: tuple[str, ...]
-    prove: Callable[[], None]
+    prove: Callable[[str], None]
 
 
 class Outcome(NamedTuple):
@@ -74,20 +74,20 @@ class Outcome(NamedTuple):
     failure: str | None
 
 
-def outcomes() -> Iterator[Outcome]:
-    """Run every check, and yield what became of each as it ends."""
+def outcomes(device: str) -> Iterator[Outcome]:
+    """Run every check on a device, and yield what became of each as it ends."""
     # Read when huggingface_hub is imported: nothing is fetched, and TRL does not report that a trainer was made.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for check in CHECKS:
         missing = tuple(name for name in check.needs if importlib.util.find_spec(name) is None)
-        yield Outcome(check.claim, missing, None if missing else failure_of(check))
+        yield Outcome(check.claim, missing, None if missing else failure_of(check, device))
 
 
-def failure_of(check: Check) -> str | None:
-    """Why a check's claim is false, in one line, or None."""
+def failure_of(check: Check, device: str = "cpu") -> str | None:
+    """Why a check's claim is false on a device, in one line, or None."""
     try:
         with quiet(), one_thread():
-            check.prove()
+            check.prove(device)
     except Failure as failure:
         return str(failure)
     except Exception as error:  # whatever it is, the diagnosis goes on and says so
@@ -121,8 +121,8 @@ def quiet() -> Iterator[None]:
             logging.disable(disabled)
 
 
-def tiny_model() -> tuple[Any, Any]:
-    """A tiny LLaVA for inference, and its processor."""
+def tiny_model(device: str) -> tuple[Any, Any]:
+    """A tiny LLaVA for inference on a device, and its processor."""
     import torch
 
     from vgpo_trainer.demo.tiny_vlm import build_model, build_processor
@@ -133,7 +133,7 @@ def tiny_model() -> tuple[Any, Any]:
         for name, weight in model.named_parameters():
             if "language_model" in name and name.endswith("q_proj.weight"):
                 weight *= 8  # the attention of a new model is all but even, and hardly depends on what is looked at
-    return model, processor
+    return model.to(device), processor
 
 
 def pictures(number: int) -> list[Any]:
@@ -148,13 +148,13 @@ def pictures(number: int) -> list[Any]:
     return [Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)) for _ in range(number)]
 
 
-def padded_batch(processor: Any) -> Any:
-    """Inputs of two images with a prompt and the beginning of an answer, the second padded on its left."""
+def padded_batch(processor: Any, device: str) -> Any:
+    """Inputs on a device of two images with a prompt and the beginning of an answer, the second padded on its left."""
     from vgpo_trainer.demo.digits import PROMPT
     from vgpo_trainer.demo.tiny_vlm import IMAGE, RESPOND
 
     texts = [IMAGE + PROMPT + RESPOND + answer for answer in ("0+3=3, 3", "1+")]
-    return processor(images=pictures(2), text=texts, padding=True, return_tensors="pt")
+    return processor(images=pictures(2), text=texts, padding=True, return_tensors="pt").to(device)
 
 
 def ordinary_tokens_only(processor: Any) -> dict[str, Any]:
@@ -181,30 +181,30 @@ def expect_equal(found: Any, expected: Any, where: Any, tolerance: float) -> Non
         raise Failure(f"wrong by {error:.1e}")
 
 
-def prove_hidden_states() -> None:
+def prove_hidden_states(device: str) -> None:
     """Compare captured hidden states with the input of the LM head, bit for bit."""
     import torch
 
     from vgpo_kernels.integrations.transformers import capture_hidden_states
 
-    model, processor = tiny_model()
+    model, processor = tiny_model(device)
     read: list[Any] = []
     model.get_output_embeddings().register_forward_pre_hook(lambda head, arguments: read.append(arguments[0]))
     with torch.no_grad(), capture_hidden_states(model) as captured:
-        model(**padded_batch(processor))
-    expect_equal(captured.hidden, read[0], torch.tensor(True), tolerance=0.0)
+        model(**padded_batch(processor, device))
+    expect_equal(captured.hidden, read[0], torch.ones(1, dtype=torch.bool, device=device), tolerance=0.0)
 
 
-def prove_attention() -> None:
+def prove_attention(device: str) -> None:
     """Compare captured shares of attention with sums of the weights that eager attention returns."""
     import torch
 
     from vgpo_kernels.integrations.transformers import SEGMENT_NAMES, attention_segments, capture_attention_mass
 
-    model, processor = tiny_model()
-    inputs = padded_batch(processor)
+    model, processor = tiny_model(device)
+    inputs = padded_batch(processor, device)
     real = inputs["attention_mask"]
-    segments = attention_segments(inputs["input_ids"], model, real, torch.ones(2, 2, dtype=torch.bool))
+    segments = attention_segments(inputs["input_ids"], model, real, torch.ones(2, 2, dtype=torch.bool, device=device))
     with torch.no_grad():
         with capture_attention_mass(model, segments) as captured:
             model(**inputs)
@@ -215,35 +215,35 @@ def prove_attention() -> None:
     expect_equal(captured.masses, expected, real.bool()[:, None, :, None], TOLERANCE)
 
 
-def prove_attention_in_generate() -> None:
+def prove_attention_in_generate(device: str) -> None:
     """Compare the shares of tokens as they are generated with those of one pass over all of them."""
     import torch
 
     from vgpo_kernels.integrations.transformers import attention_segments, capture_attention_mass
 
-    model, processor = tiny_model()
-    inputs = padded_batch(processor)
+    model, processor = tiny_model(device)
+    inputs = padded_batch(processor, device)
     ids, real = inputs["input_ids"], inputs["attention_mask"]
     with torch.no_grad():
         with capture_attention_mass(model, attention_segments(ids, model, real)) as generated:
             options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, **ordinary_tokens_only(processor)}
             sequences = model.generate(**inputs, **options)
         sequences = sequences[:, :-1]  # the last token is never a query
-        written = torch.ones(2, sequences.shape[1] - ids.shape[1], dtype=torch.bool)
+        written = torch.ones(2, sequences.shape[1] - ids.shape[1], dtype=torch.bool, device=device)
         real = torch.cat([real, written.long()], dim=1)
         with capture_attention_mass(model, attention_segments(sequences, model, real, written)) as whole:
             model(input_ids=sequences, attention_mask=real, pixel_values=inputs["pixel_values"])
     expect_equal(generated.masses, whole.masses, real.bool()[:, None, :, None], TOLERANCE)
 
 
-def prove_fused_head() -> None:
+def prove_fused_head(device: str) -> None:
     """Compare log-probabilities of the fused head with those of the model's own logits."""
     import torch
 
     from vgpo_trainer.fused_head import fuse_heads
 
-    model, processor = tiny_model()
-    inputs = padded_batch(processor)
+    model, processor = tiny_model(device)
+    inputs = padded_batch(processor, device)
     ids, real = inputs["input_ids"], inputs["attention_mask"]
     with torch.no_grad():
         logits = model(**inputs).logits[:, :-1].float() / TEMPERATURE
@@ -258,7 +258,7 @@ def prove_fused_head() -> None:
     expect_equal(found, expected, real.bool()[:, 1:], TOLERANCE)
 
 
-def prove_training_step() -> None:
+def prove_training_step(device: str) -> None:
     """Train for one step, and look at the weights and at the metrics that it leaves."""
     from datasets import Dataset
 
@@ -270,7 +270,7 @@ def prove_training_step() -> None:
     def reward(completions: Sequence[Any], **_: Any) -> list[float]:
         return [float(index % 2) for index in range(len(completions))]  # differs between the answers to a prompt
 
-    model, processor = tiny_model()
+    model, processor = tiny_model(device)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     rows = [{"prompt": [{"role": "user", "content": PROMPT}], "images": [image]} for image in pictures(2)]
     with tempfile.TemporaryDirectory(prefix="vgpo-doctor-") as folder:
@@ -284,7 +284,7 @@ def prove_training_step() -> None:
             learning_rate=LEARNING_RATE,
             bf16=False,
             gradient_checkpointing=False,
-            use_cpu=True,
+            use_cpu=device == "cpu",
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
