@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import checks
-from vgpo_kernels.reference.layout import responses_of
+from vgpo_kernels.reference.layout import counts_of, responses_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Batch:
 
     def count(self, positions: Tensor) -> Tensor:
         """How many positions of a sequence are True in ``[L]``, int64 ``[B]``."""
-        return torch.zeros_like(self.begin).index_add(0, self.sequence, positions.to(torch.int64))
+        return counts_of(positions, self.sequence, self.size)
 
     def first(self, positions: Tensor) -> Tensor:
         """Position of the first True of each sequence, int64 ``[B]``; L where there is none."""

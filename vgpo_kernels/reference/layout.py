@@ -100,8 +100,20 @@ def tokens_of(response_mask: Tensor, cu_seqlens: Tensor | None) -> Tokens:
     response, begin = responses_of(valid.shape[0], batch, cu_seqlens, valid.device)
     running = torch.cat([valid.new_zeros(1, dtype=torch.int64), valid.cumsum(0)])
     ordinal = running[1:] - running[begin][response]
-    count = valid.new_zeros(batch, dtype=torch.int64).index_add(0, response, valid.to(torch.int64))
-    return Tokens(valid, response, begin, ordinal, count)
+    return Tokens(valid, response, begin, ordinal, counts_of(valid, response, batch))
+
+
+def counts_of(valid: Tensor, index: Tensor, number: int) -> Tensor:
+    """Count how often ``valid [N]`` is True for each of ``number`` entries, int64 ``[number]``.
+
+    Args:
+        valid: Bool.
+        index: The entry of each of its elements, ``[N]``.
+        number: Of entries.
+
+    """
+    # Not every release of torch adds 64-bit integers on Apple's GPUs.
+    return valid.new_zeros(number, dtype=torch.int32).index_add(0, index, valid.to(torch.int32)).to(torch.int64)
 
 
 def rows_of(response_mask: Tensor, hidden: Tensor) -> Tensor:

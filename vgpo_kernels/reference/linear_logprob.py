@@ -111,7 +111,9 @@ def linear_logprob_keeping(
         dtype=dtype,
     )
     ignored = torch.zeros_like(targets, dtype=torch.bool) if ignore_index is None else targets == ignore_index
-    rows = hidden.detach()[ignored.to(torch.uint8).argsort(stable=True)]
+    # Those that are kept come first, and all in their order, whether or not a device sorts stably.
+    place = torch.arange(len(ignored), device=ignored.device)
+    rows = hidden.detach()[torch.where(ignored, place + len(ignored), place).argsort()]
     return statistics, (rows.to(dtype) @ weight.detach().to(dtype).T).to(hidden.dtype)
 
 

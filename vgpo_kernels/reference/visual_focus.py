@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vgpo_kernels.reference.layout import responses_of, rows_of, sums_of, tokens_of
+from vgpo_kernels.reference.layout import counts_of, responses_of, rows_of, sums_of, tokens_of
 
 NORM_FLOOR = 1e-8
 
@@ -113,9 +113,9 @@ def _cosine(rows: Tensor, mean: Tensor, numbers: torch.finfo) -> Tensor:
 def images_of(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None, causal: bool) -> Tensor:
     """Whether a response has a visual token, bool ``[B]``; causal: before each position, in visual_mask's shape."""
     batch = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    visible = visual_mask.reshape(-1).to(torch.int64)
+    visible = visual_mask.reshape(-1)
     response, begin = responses_of(visible.shape[0], batch, cu_seqlens, hidden.device)
     if causal:
-        running = torch.cat([visible.new_zeros(1), visible.cumsum(0)])
+        running = torch.cat([visible.new_zeros(1, dtype=torch.int64), visible.cumsum(0)])
         return (running[:-1] > running[begin][response]).reshape(visual_mask.shape)
-    return visible.new_zeros(batch).index_add(0, response, visible) > 0
+    return counts_of(visible, response, batch) > 0

@@ -101,7 +101,7 @@ def group_weights(
     low, high = reduce(score, "amin", math.inf), reduce(score, "amax", -math.inf)
     normalized = (score - low) / (high - low + EPSILON)
     size = reduce(torch.ones_like(score), "sum", 0.0).clamp(min=1)
-    order = group.argsort(stable=True)
+    order = group.argsort()
     total = sums_of(torch.where(member, normalized, 0.0)[order, None], group[order], len(score)).squeeze(-1)[group]
     phi = normalized - total / size
     return torch.where(member, phi, torch.zeros_like(phi))
@@ -109,7 +109,7 @@ def group_weights(
 
 def _number_groups(group_ids: Tensor) -> Tensor:
     """Number the groups by sorting their ids, ``[B]``. No shape depends on their number, so this can be traced."""
-    order = group_ids.argsort(stable=True)
+    order = group_ids.argsort()
     ordered = group_ids[order]
     starts = torch.cat([ordered.new_zeros(min(1, len(ordered))), (ordered[1:] != ordered[:-1]).to(torch.int64)])
     return torch.empty_like(group_ids).scatter(0, order, starts.cumsum(0))
@@ -162,8 +162,10 @@ def _gate(usable: Tensor, active: Tensor, tokens: Tokens, start: Tensor, setting
     tail = active & (tokens.ordinal > tokens.spread(first))
     # Sort by response, then by decreasing cosine, with the tail first: the k-th of a response is at begin + k - 1.
     candidates = torch.where(tail, usable, torch.full_like(usable, -math.inf))
-    order = candidates.argsort(descending=True, stable=True)
-    order = order[tokens.response[order].argsort(stable=True)]
+    order = candidates.argsort(descending=True)
+    rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    # By numbers of which no two are equal: not every release of torch sorts stably on Apple's GPUs.
+    order = (tokens.response * len(order) + rank).argsort()
     ranked = torch.cat([candidates[order], candidates.new_zeros(1)])
     threshold = ranked[(tokens.begin + k - 1).clamp(max=len(candidates))]
     return (tail & (usable >= tokens.spread(threshold))).to(usable.dtype)
