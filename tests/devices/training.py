@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
@@ -13,10 +12,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from rich.console import Console
 from trainer.tiny_runs import make_trainer, picture, save_model
 from vgpo_trainer.cli import main
 from vgpo_trainer.commands import model_checks
 from vgpo_trainer.commands.doctor import check_device, diagnosis
+from vgpo_trainer.demo.display import DemoDisplay
+from vgpo_trainer.demo.probes import write_probe
+from vgpo_trainer.demo.settings import DemoSettings
+from vgpo_trainer.demo.training import reinforce
+from vgpo_trainer.runs.folder import RunFolder
 from vgpo_trainer.runs.metrics import read_metrics
 
 from vgpo_kernels import backends
@@ -63,14 +68,17 @@ def check_commands(device: torch.device) -> None:
 
 
 def check_demo(device: torch.device) -> None:
-    """The demo's first step, between its probes and evaluations."""
+    """The demo up to the end of its training of one step: evaluations, the probe before it, and what it records."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "run"
-        sizes = {"steps": 1, "prompts": 2, "generations": 4, "evaluation-problems": 4}
-        options = [part for option, value in sizes.items() for part in (f"--{option}", str(value))]
-        assert main(["demo", "--out", str(folder), *options]) == 0
-        backend = json.loads((folder / "config.json").read_text())["backend"]
-        assert backend[device.type] == "reference"
+        settings = DemoSettings(out=name, steps=1, prompts=2, evaluation_problems=4)
+        folder = RunFolder(name)
+
+        def probe(*of_model: Any) -> None:
+            assert write_probe(folder, "before", *of_model, settings)
+
+        run = reinforce(settings, DemoDisplay(1, Console(quiet=True)), before_training=probe)
+        assert run.trainer.accelerator.device == device and run.trainer.state.global_step == 1
+        assert folder.read_config()["backend"][device.type] == "reference"
 
 
 def everything(device: torch.device) -> Iterator[Callable[[], None]]:
