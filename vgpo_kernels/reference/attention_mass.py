@@ -197,7 +197,9 @@ def _scores(
     group = heads // k.shape[1]
     broken = ~q.isfinite().all(-1)[..., None] | ~k.isfinite().all(-1).repeat_interleave(group, 1)[..., None, :]
     zero_or_nan = (q * 0).sum(-1)[..., None] + (k * 0).sum(-1).repeat_interleave(group, 1)[..., None, :]
-    q, k = (torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor)).to(dtype) for tensor in (q, k))
+    # Rows that take no part may hold numbers whose products leave the range of fp32.
+    read = [(tensor, tensor.isfinite() & visible.any(other)[:, None, :, None]) for tensor, other in ((q, -1), (k, -2))]
+    q, k = (torch.where(used, tensor, torch.zeros_like(tensor)).to(dtype) for tensor, used in read)
     grouped = q.reshape(batch, k.shape[1], group, queries, size)
     scores = (grouped @ k[:, :, None].mT).flatten(1, 2) * scale
     return scores + torch.where(broken & visible[:, None], zero_or_nan, 0.0), visible[:, None]
