@@ -131,6 +131,17 @@ def check_heads(device: torch.device, dtype: torch.dtype) -> None:
     check_divergences(make_views(7, 16, 150, dtype=dtype, ignored=0.3), device, chunk_bytes=4096, temperature=1.3)
 
 
+def check_truncated_heads(device: torch.device) -> None:
+    """Log-probabilities of a sampler that cuts off what is unlikely."""
+    head = make_head(9, 16, 301)
+    options = {"targets": head.targets, "top_k": 200, "top_p": 0.95, "min_p": 1e-6}
+
+    def total(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        return vgpo_kernels.linear_logprob(hidden, weight, targets, **options).logp.clamp(min=-100).sum()
+
+    compare(total, (head.hidden, head.weight), options, device)
+
+
 def check_losses_of_heads(device: torch.device, dtype: torch.dtype, packed: bool) -> None:
     """linear_policy_loss and linear_vgpo_loss, and their gradients."""
     batch, head = with_predicting_rows(make_batch(EDGES["plain"], dtype=dtype, packed=packed), 90)
@@ -220,6 +231,7 @@ def quick(device: torch.device) -> Iterator[Callable[[], None]]:
     yield partial(check_small_cases, device, slice(5, 8))
     yield partial(check_losses, device, range(1))
     yield partial(check_heads, device, torch.bfloat16)
+    yield partial(check_truncated_heads, device)
     yield partial(check_losses_of_heads, device, torch.float32, True)
     yield partial(check_combined_factors, device)
     yield partial(check_copies, device)

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 def run(*arguments: str) -> None:
     """Run checks in a process of their own, as the registration of a device stays for good."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "HF_HUB_OFFLINE": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # libraries would take a GPU first
     command = [sys.executable, "-W", "ignore::UserWarning", str(RUN), *arguments]
     result = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=600

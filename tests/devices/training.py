@@ -17,6 +17,7 @@ from trainer.tiny_runs import make_trainer, picture, save_model
 from vgpo_trainer.cli import main
 from vgpo_trainer.commands import model_checks
 from vgpo_trainer.commands.doctor import check_device, diagnosis
+from vgpo_trainer.commands.inspect import load_model
 from vgpo_trainer.demo.display import DemoDisplay
 from vgpo_trainer.demo.probes import write_probe
 from vgpo_trainer.demo.settings import DemoSettings
@@ -56,6 +57,7 @@ def check_commands(device: torch.device) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_model(folder / "model")
+        assert load_model(str(folder / "model"))[0].device == device
         picture(0).save(folder / "picture.png")
         asked = ["--image", str(folder / "picture.png"), "--prompt", "Add the digits.", "--max-new-tokens", "4"]
         page = folder / "page.html"

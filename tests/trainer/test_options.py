@@ -10,6 +10,7 @@ import time
 from dataclasses import fields
 
 import pytest
+import torch
 
 pytest.importorskip("trl")
 
@@ -19,7 +20,7 @@ from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.data import DataSource, load_rows
 from vgpo_trainer.options.help import help_parser, settings_groups
 from vgpo_trainer.options.names import DEFAULTS, SHORT_NAMES
-from vgpo_trainer.options.parser import OptionError, parse_options, read_config
+from vgpo_trainer.options.parser import OptionError, _settle_training, parse_options, read_config
 from vgpo_trainer.signals import SIGNALS, VIEWS
 
 CPU = ["--use_cpu", "true"]
@@ -77,6 +78,22 @@ def test_what_is_given_and_what_follows(tmp_path):
     assert options.given["max_steps"] == 3 and "save_steps" not in options.given
     plain = parse_options(ASKED)
     assert plain.training.eval_strategy == "no" and not plain.model.use_peft
+
+
+@pytest.mark.parametrize(("kind", "pins"), [("mps", False), ("xpu", True), (None, False)])
+def test_an_accelerator_decides_what_is_not_given(monkeypatch, kind, pins):
+    """Numbers in bf16 where transformers takes them there, and pinned memory where there is such a thing."""
+    found = kind and torch.device(kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: found)
+    for supported in (False, True):
+        monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda supported=supported: supported)
+        training = {"output_dir": "run"}
+        _settle_training(training, {"eval_dataset": None, "eval_split": None})
+        assert training["bf16"] is supported and training.get("dataloader_pin_memory", True) is pins
+    for given in ({"use_cpu": True}, {"bf16": False}, {"fp16": True}):
+        training = {"output_dir": "run", **given}
+        _settle_training(training, {"eval_dataset": None, "eval_split": None})
+        assert not training.get("bf16")
 
 
 @pytest.mark.parametrize(
