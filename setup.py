@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import runpy
 import shlex
@@ -71,6 +72,16 @@ def target_site_packages() -> list[str]:
         return folders
     folders += site.getsitepackages([sys.base_prefix, sys.base_exec_prefix] if is_venv else None)
     return [*folders, site.getusersitepackages()]
+
+
+def settle_macos() -> None:
+    """Build for this Mac alone, unless the caller has chosen, as torch's wheels are built for one processor.
+
+    An installer's Python is built for two processors and for systems older than those that torch takes, and setuptools
+    would go by that. Compiler and linker would not even agree on the system.
+    """
+    os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
+    os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", platform.mac_ver()[0].split(".")[0] + ".0")
 
 
 def find_torch() -> Torch | None:
@@ -185,6 +196,25 @@ def shared_cxx_runtime() -> list[str]:
     return [found] if os.path.isfile(found) else []  # a bare name where the compiler has none
 
 
+def openmp_flags(include_dirs: list[str]) -> tuple[list[str], str]:
+    """Flags that turn OpenMP on, without which at::parallel_for, a template of torch's headers, is serial; or why none.
+
+    Its runtime is not linked: the symbols come from the one that torch has loaded, so that there is only one. On Linux
+    that is GCC's, which lacks what clang's code calls. On macOS torch's libomp could not even be linked, as it goes by
+    the name of a file on the machine that built it; its header comes with torch and not with Apple's compiler.
+    """
+    if sys.platform == "darwin":
+        found = any(Path(folder, "omp.h").is_file() for folder in include_dirs)
+        # Apple's driver refuses the flag, and its compiler takes it.
+        return (["-Xclang", "-fopenmp"], "") if found else ([], "torch brings no omp.h")
+    if sys.platform != "linux":
+        return [], f"OpenMP is not used on {sys.platform}"
+    command = [*shlex.split(os.environ.get("CXX") or "c++"), "--version"]
+    if "clang" in subprocess.run(command, capture_output=True, text=True, check=False).stdout:
+        return [], "clang calls another OpenMP than torch's, g++ would not"
+    return ["-fopenmp"], ""
+
+
 def configure(extension: Extension, target: str, build_folder: str) -> str:
     """Give the extension the sources and flags of a target; return what the target is, in words.
 
@@ -198,9 +228,6 @@ def configure(extension: Extension, target: str, build_folder: str) -> str:
     description = "its CPU kernels"
     # Contraction would let the compiler fuse a product and a sum in one copy of a loop and not in another.
     cxx = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    # at::parallel_for is a template of torch's headers, serial unless OpenMP is on where it is compiled. Its
-    # runtime is not linked: the symbols come from the one that torch has loaded, so that there is only one.
-    cxx += ["-fopenmp"] if sys.platform == "linux" else []
     nvcc = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
     files = [*sources("", ".cpp"), *sources("cpu", ".cpp"), write_digest(build_folder)]
     if target == "cuda":
@@ -213,6 +240,8 @@ def configure(extension: Extension, target: str, build_folder: str) -> str:
     # torch knows the folders and libraries. Its headers become system headers: only our own code can warn.
     known = (CUDAExtension if target == "cuda" else CppExtension)(extension.name, files)
     system = [flag for path in known.include_dirs for flag in ("-isystem", path)]
+    openmp, serial = openmp_flags(known.include_dirs)
+    cxx += openmp
     # Ours are found by quoted includes alone: in another folder of the path csrc/math.h would hide the system's.
     own = ["-iquote", str(ROOT / "csrc")]
     if target == "cuda":
@@ -221,7 +250,8 @@ def configure(extension: Extension, target: str, build_folder: str) -> str:
         own += [flag for path in wheels for flag in ("-idirafter", str(path))]
     extension.sources = files
     extension.library_dirs = known.library_dirs
-    extension.runtime_library_dirs = known.runtime_library_dirs
+    # Elsewhere torch's libraries are found by their names once torch is loaded.
+    extension.runtime_library_dirs = known.library_dirs if sys.platform == "darwin" else known.runtime_library_dirs
     extension.libraries = known.libraries
     extension.extra_objects = shared_cxx_runtime()
     extension.language = "c++"
@@ -230,7 +260,7 @@ def configure(extension: Extension, target: str, build_folder: str) -> str:
         "cxx": cxx + system + own,
         "nvcc": nvcc + system + [part for flag in own for part in ("-Xcompiler", flag)],
     }
-    return f"{description} for torch {torch.__version__}"
+    return f"{description} for torch {torch.__version__}" + (f", on one thread ({serial})" if serial else "")
 
 
 def choose_architectures(torch) -> str:
@@ -315,6 +345,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+if sys.platform == "darwin":
+    settle_macos()
 setup(
     # Here and not in pyproject.toml, whose way to say it depends on the version of setuptools.
     license="Apache-2.0",

@@ -5,7 +5,9 @@ Setups run for real, on a copy of the project whose only source is a small one t
 
 from __future__ import annotations
 
+import importlib
 import os
+import platform
 import re
 import runpy
 import shlex
@@ -394,6 +396,44 @@ def test_no_other_cxx_library_than_torchs_is_linked(setup_module: Any, tmp_path:
         subprocess.run([*compiler, "-shared", "say.o", *extra, "-o", name], cwd=tmp_path, check=True)
         needs[name] = b"libstdc++.so.6" in (tmp_path / name).read_bytes()
     assert needs == {"plain.so": False, "shared.so": True}
+
+
+@pytest.mark.parametrize("asked", [{}, {"ARCHFLAGS": "-arch x86_64", "MACOSX_DEPLOYMENT_TARGET": "11.0"}])
+def test_on_macos_the_build_is_for_this_machine_alone(
+    monkeypatch: pytest.MonkeyPatch, setup_module: Any, asked: dict[str, str]
+) -> None:
+    """As Python's own hook for compilers on macOS reads it, for a Python that was built for two processors."""
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("15.6.1", ("", "", ""), "arm64"))
+    monkeypatch.setenv("CC", "clang")
+    for name in ("ARCHFLAGS", "MACOSX_DEPLOYMENT_TARGET"):
+        monkeypatch.setenv(name, asked.get(name, ""))
+        if name not in asked:
+            monkeypatch.delenv(name)
+    setup_module.settle_macos()
+    assert os.environ["MACOSX_DEPLOYMENT_TARGET"] == asked.get("MACOSX_DEPLOYMENT_TARGET", "15.0")
+    both = "-arch arm64 -arch x86_64 -g"
+    settings = importlib.import_module("_osx_support").customize_compiler({"CC": "clang", "CFLAGS": both})
+    assert re.findall(r"-arch (\w+)", settings["CFLAGS"]) == ["x86_64" if asked else "arm64"]
+
+
+def test_openmp_is_on_where_torchs_own_runtime_serves_the_compiler(
+    monkeypatch: pytest.MonkeyPatch, setup_module: Any, tmp_path: Path
+) -> None:
+    def flags(system: str, compiler: str) -> list[str]:
+        monkeypatch.setattr(sys, "platform", system)
+        (tmp_path / "compiler").write_text(f"#!/bin/sh\necho '{compiler}'\n")
+        (tmp_path / "compiler").chmod(0o755)
+        found, reason = setup_module.openmp_flags([str(tmp_path)])
+        assert bool(found) != bool(reason)
+        return found
+
+    monkeypatch.setenv("CXX", str(tmp_path / "compiler"))
+    assert flags("linux", "g++ (Debian 12.2.0) 12.2.0") == ["-fopenmp"]
+    assert flags("linux", "Debian clang version 19.1.7") == []
+    assert flags("darwin", "Apple clang version 17.0.0") == []
+    (tmp_path / "omp.h").touch()
+    assert flags("darwin", "Apple clang version 17.0.0") == ["-Xclang", "-fopenmp"]
 
 
 def test_without_torch_the_advice_is_to_install_it(setup_module: Any) -> None:
