@@ -23,7 +23,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-newest test-anyway test-videos bench docs lint lock build dist verl verl-e2e vllm-e2e \
-	easyr1 asan gpu-check clean FORCE
+	easyr1 asan macos gpu-check clean FORCE
 
 help:
 	@echo "make demo         train a small vision-language model with VGPO, end with a report"
@@ -41,6 +41,7 @@ help:
 	@echo "make vllm-e2e     run VGPOTrainer with vLLM's engine and server on this machine, without a GPU"
 	@echo "make easyr1       run the tests of EasyR1's adapter in a checkout of it: EASYR1=PATH"
 	@echo "make asan         run the tests of the C++ CPU kernels under AddressSanitizer"
+	@echo "make macos        compile and link the extension for macOS on arm64, on any machine (downloads 220 MB)"
 	@echo "make gpu-check    build, test, sanitize and measure on an NVIDIA GPU, with the Python of the machine"
 	@echo "make clean        remove everything that was built, but keep the environments"
 
@@ -129,6 +130,9 @@ easyr1: $(VENV)/.built $(VENV)-easyr1/.installed
 
 asan: $(VENV)/.installed
 	PYTHON=$(BIN)/python bash scripts/asan.sh $(ARGS)
+
+macos: $(VENV)/.installed
+	$(BIN)/python scripts/macos.py --torch '$(TORCH)' $(ARGS)
 
 gpu-check:
 	$(PYTHON) scripts/gpu_check.py $(ARGS)
