@@ -144,6 +144,8 @@ clean:
 
 # The file keeps its date while TORCH keeps its value, so that another value, and nothing else, installs again.
 $(VENV)/.torch: FORCE
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is no Python of 3.10 or later: name one, as in PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 

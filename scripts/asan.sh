@@ -9,6 +9,7 @@
 # PYTHON is an interpreter with torch and pytest (default: python3). ASAN_FOLDER is where the copy lies and stays, so that
 # the next run compiles only what changed; by default it is a temporary folder.
 set -euo pipefail
+[[ $OSTYPE == linux* ]] || { echo "asan: this loads the sanitizers as Linux does, and runs nowhere else" >&2; exit 1; }
 shopt -s extglob
 cd "$(dirname "$0")/.."
 python=$(command -v "${PYTHON:-python3}")
@@ -67,6 +68,6 @@ echo "asan: built with $("$compiler" --version | head -1); the control is caught
 # pytest leaves the descriptors alone: it would swallow what is told just before a test dies.
 code=0
 sanitized -m pytest -q -p no:cacheprovider --capture=sys "$@" 2>&1 | tee tests.log || code=$?
-found=$(grep -c "runtime error:\|ERROR: AddressSanitizer" tests.log || true)
+found=$(grep -Ec "runtime error:|ERROR: AddressSanitizer" tests.log || true)
 echo "asan: $found reports"
 exit $((code != 0 || found != 0))
