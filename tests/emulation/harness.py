@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,8 +53,11 @@ class EmulationError(RuntimeError):
 
 
 def compiler() -> str | None:
-    """Return the C++ compiler that builds kernels for emulation: g++, whose sanitizers need no library."""
-    return shutil.which(os.environ.get("VGPO_EMULATION_CXX", "g++"))
+    """Return the C++ compiler that builds kernels for emulation: g++, whose sanitizers need no library.
+
+    On Linux alone: macOS calls its clang g++, and torch there has another C++ library than GCC.
+    """
+    return shutil.which(os.environ.get("VGPO_EMULATION_CXX", "g++")) if sys.platform == "linux" else None
 
 
 def compile_library(source: str, *flags: str) -> Path:

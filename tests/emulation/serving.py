@@ -54,7 +54,7 @@ def device() -> torch.device:
 
 def adopt(into: dict[str, Any], *modules: ModuleType) -> None:
     """Take over the tests of modules that run once per backend, with fixtures that run them on the emulated GPU."""
-    into["pytestmark"] = pytest.mark.skipif(compiler() is None, reason="needs g++ to build kernels for emulation")
+    into["pytestmark"] = pytest.mark.skipif(compiler() is None, reason="needs Linux and g++ to emulate a GPU")
     into.update(emulator=emulator, backend_name=backend_name, exact_backend=exact_backend, device=device)
     for module in modules:
         for name, function in vars(module).items():

@@ -189,7 +189,7 @@ CASES = [
 def device(request: pytest.FixtureRequest) -> str:
     """Run the test once per device: on the C++ extension's operators, and on those of CUDA, emulated."""
     if request.param == "cuda" and compiler() is None:
-        pytest.skip("needs g++ to build bindings for emulation")
+        pytest.skip("needs Linux and g++ to emulate a GPU")
     if request.param == "cuda" and "cuda" not in os.environ.get("VGPO_TEST_BACKENDS", "cuda").split(","):
         pytest.skip("VGPO_TEST_BACKENDS leaves CUDA out")
     return request.param

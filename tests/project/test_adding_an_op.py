@@ -122,7 +122,7 @@ def test_its_python_is_formatted(project: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(compiler() is None, reason="needs g++")
+@pytest.mark.skipif(compiler() is None, reason="needs Linux and g++")
 def test_its_compiled_versions_match(project: Path) -> None:
     source = project / "library.cpp"
     source.write_text(LIBRARY)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
-from vgpo_trainer.rewards import exact_answer, extract_answer, normalise_answer
+from vgpo_trainer.rewards import exact_answer, extract_answer, normalise_answer, symbolic_worker
 
 MATH_VERIFY = importlib.util.find_spec("math_verify") is not None
 
@@ -383,6 +385,24 @@ def test_expressions_are_compared_in_threads_as_well():
     for thread in threads:
         thread.join(timeout=60)
     assert found == [1.0] * 4
+
+
+def test_expressions_are_compared_where_the_system_limits_no_memory():
+    """macOS refuses the limit; and so would nothing be equal."""
+    program = """
+import resource, runpy, sys, types
+def refuse(*arguments):
+    raise ValueError("current limit exceeds maximum limit")
+resource.setrlimit = refuse
+fake = types.ModuleType("math_verify")
+fake.LatexExtractionConfig, fake.parse = object, lambda text, *rest, **options: [text]
+fake.verify = lambda right, given, **options: right == given
+sys.modules["math_verify"] = fake
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+    command = [sys.executable, "-c", program, symbolic_worker.__file__]
+    said = subprocess.run(command, input="x\tx\nx\ty\n", capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["ready", "equal", "different"]
 
 
 @pytest.mark.skipif(MATH_VERIFY, reason="math-verify is installed")
