@@ -36,28 +36,29 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 newest = load_script("newest")
 
 
-def environment(python: str) -> dict[str, str]:
-    """Return what markers see on a CPU machine with Linux."""
+def environment(python: str, machine: str = "linux x86_64") -> dict[str, str]:
+    """Return what markers see on a machine without a GPU."""
+    system, processor = machine.split()
     return {
         "python_version": python,
         "python_full_version": f"{python}.0",
-        "sys_platform": "linux",
-        "platform_machine": "x86_64",
+        "sys_platform": system,
+        "platform_machine": processor,
         "platform_python_implementation": "CPython",
         "extra": "",
     }
 
 
-def applies(requirement: Requirement, python: str) -> bool:
-    return requirement.marker is None or requirement.marker.evaluate(environment(python))
+def applies(requirement: Requirement, python: str, *machine: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate(environment(python, *machine))
 
 
-def locked(python: str, *texts: str) -> dict[str, set[str]]:
+def locked(python: str, *texts: str, machine: str = "linux x86_64") -> dict[str, set[str]]:
     """Return the versions of each name that locks give a Python."""
     found: dict[str, set[str]] = {}
     for text in texts:
         for requirement in newest.requirements(text):
-            if applies(requirement, python):
+            if applies(requirement, python, machine):
                 found.setdefault(canonicalize_name(requirement.name), set()).add(
                     str(requirement.specifier).removeprefix("==")
                 )
@@ -85,6 +86,18 @@ def test_every_direct_dependency_is_locked_within_its_range(python: str) -> None
 @pytest.mark.parametrize("python", PYTHONS)
 def test_a_python_has_one_version_of_a_package(python: str) -> None:
     assert {name: found for name, found in locked(python, LOCK, VERL).items() if len(found) != 1} == {}
+
+
+@pytest.mark.parametrize("machine", ["darwin arm64", "linux aarch64"])
+def test_machines_with_arm_processors_have_the_same_but_triton_and_liger(machine: str) -> None:
+    """Neither has a wheel for macOS, and the tests take both only where Triton's interpreter was tried."""
+    for python in PYTHONS:
+        here, there = locked(python, LOCK), locked(python, LOCK, machine=machine)
+        assert here.keys() - there.keys() == {"triton", "liger-kernel"}
+        assert there.items() <= here.items()
+        for one in newest.direct():
+            if applies(one, python, machine) and one.name != "torch" and (one.name, python) != ("trl", "3.10"):
+                assert_locked(one, there)
 
 
 @pytest.mark.parametrize("text", [LOCK, VERL], ids=["lock", "verl"])
