@@ -277,8 +277,9 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device) + (f", driver {driver}" if driver else "")
     cpuinfo = Path("/proc/cpuinfo")
     models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    model = models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
+    model = models[0].partition(":")[2].strip() if models else _said("sysctl", "-n", "machdep.cpu.brand_string")
     extension = backends.describe()["extension"] or {}
+    model = model or platform.processor() or platform.machine()
     return f"{model}, {torch.get_num_threads()} threads, {extension.get('simd', 'no extension')}"
 
 
