@@ -5,8 +5,30 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace vgpo {
 namespace {
+
+#ifdef __aarch64__
+// FEAT_BF16, as the operating system tells it.
+bool has_bfmmla() {
+#if defined(__linux__)
+    constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+    return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+    int found = 0;
+    size_t size = sizeof found;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) == 0 && found != 0;
+#else
+    return false;
+#endif
+}
+#endif
 
 bool runs_here(const Kernels* table) {
     if (table == nullptr) return false;
@@ -18,15 +40,19 @@ bool runs_here(const Kernels* table) {
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     }
 #endif
+#ifdef __aarch64__
+    if (table == neon_kernels) return true;
+    if (table == neon_bf16_kernels) return has_bfmmla();
+#endif
     return table == portable_kernels;
 }
 
 struct Available {
-    const Kernels* tables[4] = {};
+    const Kernels* tables[6] = {};  // a null behind the last
     int count = 0;
 
     Available() {
-        for (const Kernels* table : {portable_kernels, avx2_kernels, avx512_kernels}) {
+        for (const Kernels* table : {portable_kernels, avx2_kernels, avx512_kernels, neon_kernels, neon_bf16_kernels}) {
             if (runs_here(table)) tables[count++] = table;
         }
     }

@@ -142,7 +142,10 @@ const Kernels* const* available_kernels();
 bool choose_kernels(const char* name);
 
 extern const Kernels* const portable_kernels;
-extern const Kernels* const avx2_kernels;    // null where it was not compiled
-extern const Kernels* const avx512_kernels;  // null where it was not compiled
+// Null where they were not compiled.
+extern const Kernels* const avx2_kernels;
+extern const Kernels* const avx512_kernels;
+extern const Kernels* const neon_kernels;
+extern const Kernels* const neon_bf16_kernels;
 
 }  // namespace vgpo

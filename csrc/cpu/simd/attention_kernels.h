@@ -2,7 +2,7 @@
 // the vector's namespace.
 
 // Vectors of keys whose products with kQueryRows queries fill the registers.
-constexpr int kStripVectors = Vector::kWidth == 16 ? 4 : 2;
+constexpr int kStripVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kStripKeys = kStripVectors * Vector::kWidth;
 static_assert(kPanelKeys % kStripKeys == 0);
 

@@ -135,7 +135,13 @@ inline void row_cosines(const Streams<T, R>& streams, int64_t columns, const flo
             square[r] = multiply_add(state, state, square[r]);
         }
     }
-    for (int r = 0; r < R; ++r) cos[r * step] = cosine(sum(dot[r]), sum(square[r]), prototype_norm);
+    // A loop that compilers unroll. With calls in it they would not, and vectors would lie in memory all the way.
+    float dots[R], squares[R];
+    for (int r = 0; r < R; ++r) {
+        dots[r] = sum(dot[r]);
+        squares[r] = sum(square[r]);
+    }
+    for (int r = 0; r < R; ++r) cos[r * step] = cosine(dots[r], squares[r], prototype_norm);
 }
 
 template <typename T>

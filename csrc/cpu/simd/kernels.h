@@ -12,7 +12,7 @@
 #include "divergence_kernels.h"
 #include "loss_kernels.h"
 
-const Kernels kTable = {
+constexpr Kernels kTable = {
     VGPO_SIMD_NAME,
     {sum_rows<float>, sum_rows<BFloat16>, sum_rows<Half>},
     {arrange<float>, arrange<BFloat16>, arrange<Half>},

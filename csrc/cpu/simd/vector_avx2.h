@@ -1,6 +1,7 @@
 // Eight floats in an AVX register: the interface of vector_avx512.h. Include inside `namespace vgpo::avx2` and a
 // region compiled for AVX2, FMA and F16C, after <immintrin.h>.
 
+constexpr int kRegisters = 16;
 // Rows read side by side; as many as fit the registers when each needs two sums.
 constexpr int kStreams = 4;
 

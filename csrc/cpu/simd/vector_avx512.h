@@ -1,6 +1,7 @@
 // Sixteen floats in an AVX-512 register. Include inside `namespace vgpo::avx512` and a region compiled for AVX-512
 // (F, BW, DQ, VL), FMA and F16C, after <immintrin.h>.
 
+constexpr int kRegisters = 32;
 // Rows read side by side; as many as fit the registers when each needs two sums.
 constexpr int kStreams = 8;
 

@@ -5,6 +5,7 @@ typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
 typedef uint32_t UInt4 __attribute__((vector_size(16)));
 
+constexpr int kRegisters = 16;
 // Rows read side by side; as many as fit the registers when each needs two sums.
 constexpr int kStreams = 4;
 

@@ -1,0 +1,70 @@
+// The kernels compiled for 64-bit ARM, whose every processor has NEON; and, by pragma, a table whose products of
+// bfloat16 need more than that.
+#if defined(__aarch64__) && defined(__GNUC__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+
+#include <arm_neon.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+#include "simd/types.h"
+
+#ifndef __clang__
+// GCC's scheduler ahead of register allocation would move the loads of a whole iteration to its top, and sums to memory.
+#pragma GCC optimize("no-schedule-insns")
+#endif
+
+#define VGPO_SIMD_NAME "neon"
+
+// Of clang, older releases declare bfloat16's functions only where all code may use them.
+#if !defined(__clang__) || __clang_major__ >= 16
+#define VGPO_BFMMLA
+#endif
+
+namespace vgpo::neon {
+namespace {
+#include "simd/vector_neon.h"
+
+#include "simd/kernels.h"
+
+#ifdef VGPO_BFMMLA
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+bf16")
+#endif
+#include "simd/attention_bfmmla.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+}  // namespace
+}  // namespace vgpo::neon
+
+namespace vgpo {
+const Kernels* const neon_kernels = &neon::kTable;
+#ifdef VGPO_BFMMLA
+const Kernels* const neon_bf16_kernels = &neon::kBf16Table;
+#else
+const Kernels* const neon_bf16_kernels = nullptr;
+#endif
+}  // namespace vgpo
+
+#else
+
+#include "kernels.h"
+
+namespace vgpo {
+const Kernels* const neon_kernels = nullptr;
+const Kernels* const neon_bf16_kernels = nullptr;
+}  // namespace vgpo
+
+#endif
