@@ -15,7 +15,7 @@
 #include "simd/types.h"
 
 #ifndef __clang__
-// GCC's scheduler ahead of register allocation would move the loads of a whole iteration to its top, and sums to memory.
+// Ahead of register allocation, GCC's scheduler would move the loads of an iteration to its top, and sums to memory.
 #pragma GCC optimize("no-schedule-insns")
 #endif
 

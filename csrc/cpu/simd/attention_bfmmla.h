@@ -3,8 +3,9 @@
 //
 // The instruction adds a pair of exact products to a sum at a time. It rounds both additions to odd: off by less than a
 // unit in the last place where other instructions are off by half a unit, but once for two products. So the error of a
-// score of d components has the bound of a chain of d fused products, (d + 2) / 2^24 of the sum of their magnitudes. What
-// is below 2^-126 becomes zero on the way, components too, and a product beyond the largest float becomes infinite.
+// score of d components has nearly the bound of a chain of d fused products: (d + 2) / 2^24 of the sum of their
+// magnitudes. Whatever is below 2^-126 becomes zero on the way, a component too, and a product beyond the largest float
+// becomes infinite.
 
 constexpr int64_t kGroup = 4;  // components that are multiplied at a time
 constexpr int kKeyPairs = 8;   // of a strip: with three pairs of queries, 24 of 32 registers hold sums
