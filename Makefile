@@ -23,7 +23,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-newest test-anyway test-videos bench docs lint lock build dist verl verl-e2e vllm-e2e \
-	easyr1 asan macos gpu-check clean FORCE
+	easyr1 asan arm macos gpu-check clean FORCE
 
 help:
 	@echo "make demo         train a small vision-language model with VGPO, end with a report"
@@ -42,6 +42,7 @@ help:
 	@echo "make easyr1       run the tests of EasyR1's adapter in a checkout of it: EASYR1=PATH"
 	@echo "make asan         run the tests of the C++ CPU kernels under AddressSanitizer"
 	@echo "make macos        compile and link the extension for macOS on arm64, on any machine (downloads 220 MB)"
+	@echo "make arm          run the operators' tests as they are on 64-bit ARM, under qemu"
 	@echo "make gpu-check    build, test, sanitize and measure on an NVIDIA GPU, with the Python of the machine"
 	@echo "make clean        remove everything that was built, but keep the environments"
 
@@ -133,6 +134,10 @@ asan: $(VENV)/.installed
 
 macos: $(VENV)/.installed
 	$(BIN)/python scripts/macos.py --torch '$(TORCH)' $(ARGS)
+
+# A Debian and a torch for ARM, which it gets at first, stay in $(VENV)-arm.
+arm: $(VENV)/.installed
+	$(BIN)/python scripts/arm.py --folder $(VENV)-arm $(ARGS)
 
 gpu-check:
 	$(PYTHON) scripts/gpu_check.py $(ARGS)

@@ -90,11 +90,11 @@ struct Kernels {
     // Writes the sums of a piece and d loss / d logp; without the share that goes through the mean log-ratio.
     void (*policy_loss)(const LossTokens& tokens, float* grad_logp, LossSums& sums);
 
-    // A panel of up to kPanelKeys keys, transposed and widened: component i of key j is panel[i * kPanelKeys + j].
+    // A panel of up to kPanelKeys keys, in an order of the table's own, with room for size * kPanelKeys floats.
     void (*pack_keys[kHiddenTypes])(const void* keys, const int64_t* offsets, int64_t count, int64_t size,
                                     float* panel);
     // scores[r * kPanelKeys + j] = scale * <query r, key j> of up to kQueryRows queries, `room` being scratch for
-    // kQueryRows * size floats. A score is summed in the order of components, whatever stands beside it.
+    // kQueryRows * size floats. A score is summed in fp32 and in a fixed order, whatever stands beside it.
     void (*attention_scores[kHiddenTypes])(const void* queries, const int64_t* offsets, int64_t rows,
                                            const float* panel, int64_t keys, int64_t size, float scale, float* room,
                                            float* scores);

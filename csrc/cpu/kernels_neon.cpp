@@ -1,5 +1,5 @@
-// The kernels compiled for 64-bit ARM, whose every processor has NEON; and, by pragma, a table whose products of
-// bfloat16 need more than that.
+// The kernels compiled for 64-bit ARM, whose every processor has NEON, and a second table with products of bfloat16,
+// which not every one has.
 #if defined(__aarch64__) && defined(__GNUC__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 
 #include <arm_neon.h>
@@ -21,9 +21,11 @@
 
 #define VGPO_SIMD_NAME "neon"
 
-// Of clang, older releases declare bfloat16's functions only where all code may use them.
-#if !defined(__clang__) || __clang_major__ >= 16
-#define VGPO_BFMMLA
+// A function with BFMMLA. Older releases of clang declare its intrinsic only where all code may use it.
+#ifndef __clang__
+#define VGPO_BFMMLA __attribute__((target("arch=armv8.2-a+bf16")))
+#elif __clang_major__ >= 16
+#define VGPO_BFMMLA __attribute__((target("bf16")))
 #endif
 
 namespace vgpo::neon {
@@ -33,18 +35,7 @@ namespace {
 #include "simd/kernels.h"
 
 #ifdef VGPO_BFMMLA
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("bf16"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("arch=armv8.2-a+bf16")
-#endif
 #include "simd/attention_bfmmla.h"
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
 #endif
 }  // namespace
 }  // namespace vgpo::neon

@@ -147,9 +147,11 @@ void weights(const Kernels& table) {
         {Schedule::kExponential, 2.0f, true, false, Score::kOffset, Position::kZeroBased, Accumulation::kNormalized},
         {Schedule::kExponential, 1.7f, false, true, Score::kAffine, Position::kOneBased, Accumulation::kMean},
         {Schedule::kStep, 2.0f, true, true, Score::kOffset, Position::kOneBased, Accumulation::kCompensated},
+        {Schedule::kLinear, 2.0f, false, true, Score::kOffset, Position::kOneBased, Accumulation::kCompensated},
     };
-    for (int v = 0; v < 4; ++v) {
+    for (int v = 0; v < 5; ++v) {
         const Variant& variant = variants[v];
+        const bool tiny = v == 4;  // half units of the fixed-point sum, whose rounding then shows
         WeightsConfig config = {};
         config.beta = 0.7f;
         config.tail_ratio = 0.5;
@@ -162,7 +164,7 @@ void weights(const Kernels& table) {
         config.intra = variant.intra;
         config.inter = true;
         config.score = variant.score;
-        config.score_offset = -0.125f;
+        config.score_offset = tiny ? 0.0f : -0.125f;
         config.position = variant.position;
         config.accumulation = variant.accumulation;
         config.intra_low = 0.5f;
@@ -175,16 +177,21 @@ void weights(const Kernels& table) {
                 if (length == 0) continue;
                 Random random(static_cast<uint64_t>(length + 31 * first + v));
                 Guarded<float> cos(length), w(length), psi(length), factors(length);
-                // Ties, zeros of both signs, the largest signal.
+                // Ties and their neighbour, zeros of both signs, the largest signal.
                 for (int64_t i = 0; i < length; ++i) {
                     const uint32_t drawn = random.next() % 8;
-                    cos[i] = drawn == 0 ? 0.25f : drawn == 1 ? 0.0f : drawn == 2 ? -0.0f : 0.9f * random.symmetric();
+                    if (tiny) {
+                        cos[i] = static_cast<float>(2 * drawn + 1) / static_cast<float>(2.0 * config.weight_scale);
+                        continue;
+                    }
+                    const float chosen[] = {0.25f, 0.0f, -0.0f, 0x1.fffffep-3f};
+                    cos[i] = drawn < 4 ? chosen[drawn] : 0.9f * random.symmetric();
                 }
                 if (v == 3) cos[length - 1] = kLargestSignal;
                 Guarded<int32_t> keys((length + kKeyPadding - 1) / kKeyPadding * kKeyPadding);
                 for (int64_t i = 0; i < length; ++i) w[i] = psi[i] = 0.0f;
-                const ResponseWeights result = table.response_weights(cos.data(), first, length, -0.125f, config,
-                                                                      keys.data(), w.data(), psi.data());
+                const ResponseWeights result = table.response_weights(cos.data(), first, length, config.score_offset,
+                                                                      config, keys.data(), w.data(), psi.data());
                 const std::string name = label(("variant" + std::to_string(v)).c_str(), length, first);
                 emit(table.name, "response_weights.w", name, w.data(), length);
                 emit(table.name, "response_weights.psi", name, psi.data(), length);

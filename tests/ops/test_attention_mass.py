@@ -239,7 +239,7 @@ def test_packing_changes_no_bit_on_the_cpu(function: Any) -> None:
     assert torch.equal(padded[0], alone[0])
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "neon", "neon-bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_instruction_set(level: str, dtype: torch.dtype) -> None:
     extension = backends._C

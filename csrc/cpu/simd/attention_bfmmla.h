@@ -1,5 +1,5 @@
 // Products of bfloat16 queries and keys by BFMMLA, which multiplies two rows of four components by two others. Include
-// after attention_kernels.h, inside the vector's namespace and a region compiled for bfloat16.
+// after kernels.h, inside the vector's namespace, with VGPO_BFMMLA defined.
 //
 // The instruction adds a pair of exact products to a sum at a time. It rounds both additions to odd: off by less than a
 // unit in the last place where other instructions are off by half a unit, but once for two products. So the error of a
@@ -38,18 +38,17 @@ inline void pack_keys_by_groups(const void* keys, const int64_t* offsets, int64_
     }
 }
 
-inline bfloat16x8_t two_rows(const uint16_t* from) { return vreinterpretq_bf16_u16(vld1q_u16(from)); }
-
-inline void multiply_strip(const uint16_t* queries, const uint16_t* panel, int64_t size, float scale, float* scores) {
+VGPO_BFMMLA inline void multiply_strip(const uint16_t* queries, const uint16_t* panel, int64_t size, float scale,
+                                       float* scores) {
     float32x4_t total[kQueryPairs][kKeyPairs];
     for (auto& row : total) {
         for (float32x4_t& v : row) v = vdupq_n_f32(0.0f);
     }
     for (int64_t i = 0; i < size; i += kGroup, queries += kQueryRows * kGroup, panel += kPanelKeys * kGroup) {
         bfloat16x8_t rows[kQueryPairs];
-        for (int r = 0; r < kQueryPairs; ++r) rows[r] = two_rows(queries + r * 2 * kGroup);
+        for (int r = 0; r < kQueryPairs; ++r) rows[r] = vreinterpretq_bf16_u16(vld1q_u16(queries + r * 2 * kGroup));
         for (int k = 0; k < kKeyPairs; ++k) {
-            const bfloat16x8_t keys = two_rows(panel + k * 2 * kGroup);
+            const bfloat16x8_t keys = vreinterpretq_bf16_u16(vld1q_u16(panel + k * 2 * kGroup));
             for (int r = 0; r < kQueryPairs; ++r) total[r][k] = vbfmmlaq_f32(total[r][k], rows[r], keys);
         }
     }

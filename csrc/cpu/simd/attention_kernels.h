@@ -6,6 +6,7 @@ constexpr int kStripVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kStripKeys = kStripVectors * Vector::kWidth;
 static_assert(kPanelKeys % kStripKeys == 0);
 
+// Transposed and widened: component i of key j is panel[i * kPanelKeys + j].
 template <typename T>
 void pack_keys(const void* keys, const int64_t* offsets, int64_t count, int64_t size, float* panel) {
     float part[Vector::kWidth];
