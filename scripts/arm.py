@@ -186,7 +186,7 @@ class Machine:
         check = f"from vgpo_kernels import _C; assert _C.simd() == {level!r}, _C.simd_levels()"
         environment = os.environ | self.variables | {"VGPO_SIMD": level}
         subprocess.run([*self.python, "-c", check], cwd=self.tree, env=environment, check=True)
-        command = [*self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        command = [*self.python, "-u", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
         return subprocess.run(command, cwd=self.tree, env=environment, check=False).returncode == 0
 
 
