@@ -25,8 +25,15 @@ constexpr int64_t kTileFloats = 512 * 1024;
 struct Row {
     int64_t token, head;  // in the response
     int64_t position;
-    int64_t offset;  // of its first component in q
 };
+
+// Makes them the queries of `scores`.
+void take_rows(const AttentionTensors& input, int64_t b, const std::vector<Row>& rows, Scores& scores) {
+    std::vector<int64_t> offsets;
+    offsets.reserve(rows.size());
+    for (const Row& row : rows) offsets.push_back(input.q.offset(b, row.head, row.token));
+    scores.take(std::move(offsets));
+}
 
 std::vector<KeyOrder> key_orders(const AttentionTensors& input) {
     std::vector<KeyOrder> orders;
@@ -55,25 +62,22 @@ void pack_panel(const AttentionTensors& input, int64_t b, int64_t key_head, cons
     scores.pack(offsets, panel.end - panel.begin);
 }
 
-// Scores of the panel for the rows that see any of it, a tile of rows after the other; calls use(row, scores, begin,
+// Scores of the panel for those of the rows taken that see any of it, a tile of rows after the other; calls use(row, scores, begin,
 // end) with the keys of the panel that the row sees.
 template <typename Use>
 void visit_rows(const AttentionTensors& input, const KeyOrder& order, const Run& panel, const std::vector<Row>& rows,
                 Scores& scores, const Use& use) {
-    KeyOrder::Range ranges[kMatrixRows];
-    int64_t offsets[kMatrixRows];
+    KeyOrder::Range ranges[kMostRows];
     const int64_t all = static_cast<int64_t>(rows.size());
     for (int64_t tile = 0; tile < all; tile += scores.tile_rows()) {
         const int64_t count = std::min(scores.tile_rows(), all - tile);
         bool seen = false;
         for (int64_t r = 0; r < count; ++r) {
-            const Row& row = rows[tile + r];
-            ranges[r] = order.visible(panel, row.position, input.window);
-            offsets[r] = row.offset;
+            ranges[r] = order.visible(panel, rows[tile + r].position, input.window);
             seen = seen || !ranges[r].empty();
         }
         if (!seen) continue;
-        scores.multiply(offsets, count);
+        scores.multiply(tile, count);
         for (int64_t r = 0; r < count; ++r) {
             if (ranges[r].empty()) continue;
             use(rows[tile + r], scores.row(r), ranges[r].begin - panel.begin, ranges[r].end - panel.begin);
@@ -92,10 +96,11 @@ void mass_of_rows(const AttentionTensors& input, int64_t b, int64_t key_head, in
             const int64_t index = input.query_index(b, head, token);
             std::fill_n(mass + index * segments, segments, 0.0f);
             lse[index] = -kInfinity;
-            if (position >= 0) rows.push_back({token, head, position, input.q.offset(b, head, token)});
+            if (position >= 0) rows.push_back({token, head, position});
         }
     }
     Scores scores(input);
+    take_rows(input, b, rows, scores);
     for (const Run& panel : panels) {
         const bool seen = std::any_of(rows.begin(), rows.end(), [&](const Row& row) {
             return !order.visible(panel, row.position, input.window).empty();
@@ -127,17 +132,22 @@ void heat_of_panel(const AttentionTensors& input, int64_t b, int64_t key_head, c
     pack_panel(input, b, key_head, order, panel, scores);
     std::vector<Row> rows;
     for (int64_t head = key_head * input.group(); head < (key_head + 1) * input.group(); ++head) {
-        rows.clear();
-        for (int64_t token = 0; token < input.q.tokens(b); ++token) {
-            if (weights[input.q.first(b) + token] == 0.0f) continue;
-            rows.push_back({token, head, input.position(b, token), input.q.offset(b, head, token)});
-        }
         float totals[kPanelKeys] = {};
-        visit_rows(input, order, panel, rows, scores,
-                   [&](const Row& row, float* row_scores, int64_t begin, int64_t end) {
-                       kernels().add_probabilities(row_scores, begin, end, lse[input.query_index(b, head, row.token)],
-                                                   weights[input.q.first(b) + row.token], totals);
-                   });
+        const int64_t tokens = input.q.tokens(b);
+        for (int64_t begin_token = 0; begin_token < tokens; begin_token += kItemRows) {
+            rows.clear();
+            for (int64_t token = begin_token; token < std::min(begin_token + kItemRows, tokens); ++token) {
+                if (weights[input.q.first(b) + token] == 0.0f) continue;
+                rows.push_back({token, head, input.position(b, token)});
+            }
+            take_rows(input, b, rows, scores);
+            visit_rows(input, order, panel, rows, scores,
+                       [&](const Row& row, float* row_scores, int64_t begin, int64_t end) {
+                           const int64_t index = input.query_index(b, head, row.token);
+                           kernels().add_probabilities(row_scores, begin, end, lse[index],
+                                                       weights[input.q.first(b) + row.token], totals);
+                       });
+        }
         for (int64_t i = panel.begin; i < panel.end; ++i) {
             heat[input.key_index(b, head, order.keys()[i])] = totals[i - panel.begin];
         }

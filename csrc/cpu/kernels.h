@@ -98,6 +98,11 @@ struct Kernels {
     void (*attention_scores[kHiddenTypes])(const void* queries, const int64_t* offsets, int64_t rows,
                                            const float* panel, int64_t keys, int64_t size, float scale, float* room,
                                            float* scores);
+    // Whether BLAS multiplies faster, with what it finds in the processor, than attention_scores does.
+    bool scores_by_blas;
+    // Rows of `size` components side by side in fp32.
+    void (*widen_rows[kHiddenTypes])(const void* data, const int64_t* offsets, int64_t count, int64_t size,
+                                     float* rows);
     // Streaming softmax: adds e^(score - largest) of a query's visible keys [begin, end) of a panel to the sum of
     // their segment, after raising `largest` and shrinking the sums as needed. Scores outside are overwritten.
     void (*softmax_update)(float* scores, int64_t begin, int64_t end, float* largest, float* sums, int64_t segments,

@@ -13,7 +13,17 @@ from operator_cases import field_kind
 from tolerance import assert_close, assert_matches
 
 import vgpo_kernels
-from vgpo_kernels import VGPOConfig, backend, backends, policy_loss, visual_focus, visual_prototype, visual_weights
+from vgpo_kernels import (
+    VGPOConfig,
+    attention_heatmap,
+    attention_mass,
+    backend,
+    backends,
+    policy_loss,
+    visual_focus,
+    visual_prototype,
+    visual_weights,
+)
 from vgpo_kernels.config import PolicyLossOptions
 from vgpo_kernels.reference import visual_focus as focus_definition
 from vgpo_kernels.reference import visual_weights as weights_definition
@@ -229,3 +239,30 @@ def test_the_ceilings_read_and_copy_everything(simd: str) -> None:
     assert torch.equal(values, target)
     with pytest.raises(ValueError, match="same number of bytes"):
         _C.copy_memory(values, target[:-1])
+
+
+@pytest.mark.parametrize("size", [24, 100, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_score_does_not_depend_on_its_place_in_a_tile(simd: str, dtype: torch.dtype, size: int) -> None:
+    """One query in every row of some tiles, and one key in every column: nothing tells them apart."""
+    generator = torch.Generator().manual_seed(size)
+    q, k = (torch.randn(1, 1, length, size, generator=generator).to(dtype) for length in (300, 70))
+    labels = torch.arange(70)[None] % 2
+    last = torch.full((1, 300), 69)
+    mass = attention_mass(q[:, :, :1].expand_as(q), k, labels, query_positions=last)
+    assert torch.equal(mass, mass[:, :1].expand_as(mass))
+    heat = attention_heatmap(q, k[:, :, :1].expand_as(k), labels == 0, query_positions=last)[:, ::2]
+    assert torch.equal(heat, heat[:, :1].expand_as(heat))
+
+
+@pytest.mark.parametrize("heads", [1, 7])
+def test_attention_is_the_same_for_any_number_of_threads(simd: str, threads: None, heads: int) -> None:
+    generator = torch.Generator().manual_seed(heads)
+    q, k = (torch.randn(1, of, 300, 64, generator=generator) for of in (heads, 1))
+    every = torch.ones(1, 300, dtype=torch.bool)
+    found = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        found.append((attention_mass(q, k, torch.arange(300)[None] % 3), attention_heatmap(q, k, every)))
+    for mass, heat in found[1:]:
+        assert torch.equal(mass, found[0][0]) and torch.equal(heat, found[0][1])

@@ -71,6 +71,11 @@ void attention_scores(const void* queries, const int64_t* offsets, int64_t rows,
     }
 }
 
+template <typename T>
+void widen_rows(const void* data, const int64_t* offsets, int64_t count, int64_t size, float* rows) {
+    for (int64_t r = 0; r < count; ++r) widen(static_cast<const T*>(data) + offsets[r], size, rows + r * size);
+}
+
 // Scores outside [begin, end) become -infinity up to the next whole vector, and take no part in what follows.
 inline void hide_outside(float* scores, int64_t begin, int64_t end) {
     for (int64_t key = begin / Vector::kWidth * Vector::kWidth; key < begin; ++key) scores[key] = -INFINITY;

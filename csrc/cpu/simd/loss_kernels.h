@@ -48,6 +48,10 @@ inline FactorMoments wide_moments(const float* factors, int64_t begin, int64_t e
     return moments;
 }
 
+// In place of a mask: all lanes of a vector hold a token.
+struct AllLanes {};
+inline Vector select(AllLanes, Vector yes, Vector) { return yes; }
+
 // At most kSumBlock tokens: lane sums are folded into doubles once.
 inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t end, float* grad_logp, LossSums& sums) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -59,9 +63,7 @@ inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t e
     Vector loss(0.0f), clipped_low(0.0f), clipped_high(0.0f), dual_clipped(0.0f), ratio_sum(0.0f), old_kl(0.0f);
     Vector ref_kl(0.0f), entropy_sum(0.0f), factor_sum(0.0f), factor_square(0.0f), sequence_slope(0.0f);
     Vector ratio_min(kInfinity), ratio_max(-kInfinity), factor_min(kInfinity), factor_max(-kInfinity);
-    for (int64_t i = begin; i < end; i += Vector::kWidth) {
-        const int lanes = lanes_of(i, end);
-        const Mask present = first_lanes(lanes);
+    const auto take = [&](int64_t i, int lanes, auto present) {
         const Vector logp = load_first(tokens.logp + i, lanes);
         const Vector log_ratio = logp - load_first(tokens.old_logp + i, lanes);
         const Vector factor = load_or(tokens.factors, i, lanes, 1.0f);
@@ -98,13 +100,16 @@ inline void policy_loss_block(const LossTokens& tokens, int64_t begin, int64_t e
         old_kl = old_kl + select(present, exponential_excess(bounded, power), zero);
         ratio_min = minimum(ratio_min, select(present, ratio.value, Vector(kInfinity)));
         ratio_max = maximum(ratio_max, select(present, ratio.value, Vector(-kInfinity)));
-        if (tokens.factors == nullptr) continue;
+        if (tokens.factors == nullptr) return;
         const Vector deviation = select(present, factor - origin, zero);
         factor_sum = factor_sum + deviation;
         factor_square = factor_square + deviation * deviation;
         factor_min = minimum(factor_min, select(present, factor, Vector(kInfinity)));
         factor_max = maximum(factor_max, select(present, factor, Vector(-kInfinity)));
-    }
+    };
+    int64_t i = begin;
+    for (; i + Vector::kWidth <= end; i += Vector::kWidth) take(i, Vector::kWidth, AllLanes{});
+    if (i < end) take(i, lanes_of(i, end), first_lanes(lanes_of(i, end)));
     if (tokens.factors == nullptr) factor_min = factor_max = Vector(1.0f);
     const float total = sum(loss);
     sums.loss += total;

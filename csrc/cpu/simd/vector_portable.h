@@ -8,6 +8,8 @@ typedef uint32_t UInt4 __attribute__((vector_size(16)));
 constexpr int kRegisters = 16;
 // Rows read side by side; as many as fit the registers when each needs two sums.
 constexpr int kStreams = 4;
+// Whether BLAS multiplies queries and keys faster: it has code for the wider registers that most processors have.
+constexpr bool kScoresByBlas = true;
 
 struct Mask {
     Int4 bits;  // all ones or all zeros per lane
@@ -92,12 +94,15 @@ inline Mask operator>(Vector a, Vector b) { return {(Int4)(a.value > b.value)}; 
 inline Mask operator>=(Vector a, Vector b) { return {(Int4)(a.value >= b.value)}; }
 inline Mask operator==(Vector a, Vector b) { return {(Int4)(a.value == b.value)}; }
 
-inline Vector select(Mask mask, Vector yes, Vector no) {
-    return Vector((Float4)((mask.bits & (Int4)yes.value) | (~mask.bits & (Int4)no.value)));
-}
+inline Vector select(Mask mask, Vector yes, Vector no) { return Vector(mask.bits ? yes.value : no.value); }
 // A NaN of `value` survives, as in the scalar functions.
+#ifdef __SSE2__  // of the form below GCC makes four instructions
+inline Vector minimum(Vector value, Vector bound) { return Vector(_mm_min_ps(bound.value, value.value)); }
+inline Vector maximum(Vector value, Vector bound) { return Vector(_mm_max_ps(bound.value, value.value)); }
+#else
 inline Vector minimum(Vector value, Vector bound) { return select(bound < value, bound, value); }
 inline Vector maximum(Vector value, Vector bound) { return select(bound > value, bound, value); }
+#endif
 
 struct Parts {
     Vector exponent, mantissa;
