@@ -121,6 +121,7 @@ def divergence_op(name: str, measure: str, backward: bool) -> Op:
         name=name,
         make=partial(divergence_case, measure=measure, backward=backward),
         cpu=(HeadShape(4096, 1024, 32_000),),
+        held=(HeadShape(512, 1024, 32_000),),
         gpu=(HeadShape(8192, 3584, 152_064),),
         small=HeadShape(256, 256, 8192),
         captured=False,

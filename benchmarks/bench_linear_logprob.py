@@ -233,6 +233,7 @@ def head_op(name: str, make: Callable[..., Case], on_cpus: bool = True) -> Op:
         name=name,
         make=make,
         cpu=(HeadShape(4096, 1024, 32_000),) if on_cpus else (),
+        held=(HeadShape(512, 1024, 32_000),) if on_cpus else (),
         gpu=(HeadShape(4096, 3584, 152_064),),
         small=HeadShape(256, 256, 8192),
         captured=False,

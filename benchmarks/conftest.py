@@ -6,10 +6,15 @@ import os
 from collections.abc import Callable
 
 import pytest
-import torch
 
-from benchmarks import measure
-from vgpo_kernels import backends
+from benchmarks import levels
+
+levels.hold_torch()
+
+import torch  # noqa: E402
+
+from benchmarks import measure  # noqa: E402
+from vgpo_kernels import backends  # noqa: E402
 
 ROWS = pytest.StashKey[list[measure.Row]]()
 
@@ -27,6 +32,13 @@ def pytest_configure(config: pytest.Config) -> None:
     refused = backends.describe()["refused"]
     if refused is not None:  # the reference would be measured in its place
         raise pytest.UsageError(refused)
+    wanted, found = os.environ.get("VGPO_SIMD"), backends.describe()["extension"] or {}
+    if wanted is not None and wanted != found.get("simd"):
+        raise pytest.UsageError(f"VGPO_SIMD is {wanted!r}, but {found.get('simd', 'no extension')} is in use")
+    if wanted in levels.LIMITS:
+        capability = torch.backends.cpu.get_cpu_capability()
+        if capability.lower() != levels.LIMITS[wanted]["ATEN_CPU_CAPABILITY"] or found["bf16_products"]:
+            raise pytest.UsageError(f"PyTorch was not held to {wanted}: it uses {capability}, or matrix units")
     config.stash[ROWS] = []
     # torch.compile's own use of torch.jit, which says nothing of what is measured.
     config.addinivalue_line("filterwarnings", r"ignore:`torch\.jit\.:DeprecationWarning")
@@ -35,10 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Hand a benchmark every size and dtype that the ops of its module declare for CPUs."""
     names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    held = os.environ.get("VGPO_SIMD") in levels.LIMITS
     settings = [
         pytest.param(measure.Setting(op, size, dtype, torch.device("cpu")), id=f"{op.name}, {size}, {names[dtype]}")
         for op in metafunc.module.OPS
-        for size in op.cpu
+        for size in (op.held if held and op.held else op.cpu)
         for dtype in op.dtypes
     ]
     metafunc.parametrize("setting", settings)

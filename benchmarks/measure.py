@@ -94,6 +94,9 @@ class Op:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # of the inputs; GPUs take the last
     captured: bool = True  # fits a CUDA graph: it never waits for the device
     least_rounds: int = 11  # on CPUs; fewer only where a round takes seconds
+    held: tuple[
+        Any, ...
+    ] = ()  # sizes for CPUs below their best level (see levels.py), where those of `cpu` take minutes
     in_turn: bool = False  # its peers take turns with it on GPUs, too, and at every size
 
 
@@ -280,7 +283,8 @@ def device_name(device: torch.device) -> str:
     model = models[0].partition(":")[2].strip() if models else _said("sysctl", "-n", "machdep.cpu.brand_string")
     extension = backends.describe()["extension"] or {}
     model = model or platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads, {extension.get('simd', 'no extension')}"
+    level = extension.get("simd", "no extension") + (", AMX" if extension.get("bf16_products") else "")
+    return f"{model}, {torch.get_num_threads()} threads, {level}"
 
 
 def commit() -> str:

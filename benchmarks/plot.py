@@ -3,8 +3,9 @@
     python benchmarks/plot.py [--check]
 
 One picture an operator, and ``<table>.svg`` with one case of each: bars are times, the line is the time that the
-measured ceiling leaves possible. The colours follow the reader's light or dark scheme. The same rows always make the
-same files, so ``--check``, which writes nothing, can say whether the pictures are those of the rows.
+measured ceiling leaves possible. Of a CPU those are the times of its best SIMD level; ``cpu_<level>.svg`` has a lower
+one's. The colours follow the reader's light or dark scheme. The same rows always make the same files, so
+``--check``, which writes nothing, can say whether the pictures are those of the rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import levels  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 TABLES = ("cpu", "gpu")
 # Implementations that are this library's; the others are peers.
@@ -68,11 +73,31 @@ class Case:
         return HEAD + LINE * len(self.ms)
 
 
-def read_cases(table: Path) -> list[Case]:
-    """Return the cases that were measured on the last row's device.
+def read_cases(table: Path, level: str | None = None) -> list[Case]:
+    """Return the cases that were measured on the last row's device; of a CPU at a level, or each at its best.
 
-    Of a CPU each shows its latest run, since the machine may have been busy in another. A GPU is steady: of it each
-    shows the latest row of every implementation, so that ours can be measured again without all peers.
+    Sizes that are measured below the best level alone belong to that level's cases only.
+    """
+    cases, last = latest_cases(table)
+    machine, _ = levels.parts_of(last)
+    best: dict[tuple[str, ...], Case] = {}
+    for case in sorted(cases, key=lambda case: levels.rank(case.device)):
+        its_machine, its_level = levels.parts_of(case.device)
+        wanted = levels.is_best(case.device) if level is None else its_level == level
+        if its_machine == machine and wanted:
+            best[case.key[:-1]] = case
+    for case in best.values():
+        # Ours first, whichever was measured first; beside a bar of a hundred times its length none shows.
+        shown = [(name, ms) for name, ms in case.ms.items() if ms < 100 * case.ours]
+        case.ms = dict(sorted(shown, key=lambda item: item[0].split(",")[0] not in OURS))
+    return list(best.values())
+
+
+def latest_cases(table: Path) -> tuple[list[Case], str]:
+    """Return what was measured last of every case on every device, and the last row's device.
+
+    Of a CPU that is its latest run, since the machine may have been busy in another. A GPU is steady: of it that is the
+    latest row of every implementation, so that ours can be measured again without all peers.
     """
     steady = table.stem == "gpu"
     cases: dict[tuple[str, ...], Case] = {}
@@ -92,15 +117,8 @@ def read_cases(table: Path) -> list[Case]:
             if name == case.ours_name:
                 case.ceiling = (row["ceiling"], ms * float(row["percent_of_ceiling"]) / 100)
                 case.work = ms * float(row["gb_per_s"])
-    if last is None:
-        return []
-    drawn = [case for case in cases.values() if case.ours_name is not None and case.device == last.device]
-    for (
-        case
-    ) in drawn:  # ours first, whichever was measured first; beside a bar of a hundred times its length none shows
-        shown = [(name, ms) for name, ms in case.ms.items() if ms < 100 * case.ours]
-        case.ms = dict(sorted(shown, key=lambda item: item[0].split(",")[0] not in OURS))
-    return drawn
+    found = [case for case in cases.values() if case.ours_name is not None]
+    return found, "" if last is None else last.device
 
 
 def names_width(cases: Iterable[Case]) -> int:
@@ -108,12 +126,12 @@ def names_width(cases: Iterable[Case]) -> int:
     return 14 + round(LETTER * max(len(name) for case in cases for name in case.ms))
 
 
-def panel(case: Case, left: int, top: int, names: int) -> Iterator[str]:
+def panel(case: Case, left: int, top: int, names: int, level: str = "") -> Iterator[str]:
     """Draw a case: a bar an implementation, on one linear scale, and the ceiling as a line across them."""
     longest = max(*case.ms.values(), case.ceiling[1] if case.ceiling is not None else 0.0)
     origin = left + names
     yield text(left, top + 14, case.op, "title")
-    yield text(left, top + 31, ", ".join(part for part in (case.shape, case.dtype) if part), "muted")
+    yield text(left, top + 31, ", ".join(part for part in (case.shape, case.dtype, level) if part), "muted")
     for index, (name, ms) in enumerate(case.ms.items()):
         ours = name in OURS
         y = top + HEAD + LINE * index
@@ -144,20 +162,23 @@ def picture(cases: Sequence[Case], columns: int) -> str:
     rows = [cases[index : index + columns] for index in range(0, len(cases), columns)]
     columns = max(len(row) for row in rows)
     names = names_width(cases)
+    are_mixed = len({case.device for case in cases}) > 1  # of one machine at several levels: each panel says its own
     step = names + BARS + FIGURES + GAP
     width = 2 * MARGIN + columns * step - GAP
     body: list[str] = []
     top = MARGIN
     for row in rows:
         for index, case in enumerate(row):
-            body += panel(case, MARGIN + index * step, top, names)
+            level = levels.parts_of(case.device)[1] if are_mixed else ""
+            body += panel(case, MARGIN + index * step, top, names, level)
         top += max(case.height for case in row) + GAP
     ceilings = sorted({case.ceiling[0] for case in cases if case.ceiling is not None})
     software = sorted({case.software for case in cases})
     body.append(f'<line class="ceiling" x1="{MARGIN}" x2="{MARGIN + 24}" y1="{top + 4}" y2="{top + 4}"/>')
     legend = f"time that the ceiling leaves possible: {', '.join(ceilings)}, measured in the same run"
     body.append(text(MARGIN + 32, top + 8, legend, "muted"))
-    body.append(text(MARGIN, top + 28, cases[0].device, "muted"))
+    device = levels.parts_of(cases[0].device)[0] if are_mixed else cases[0].device
+    body.append(text(MARGIN, top + 28, device, "muted"))
     body.append(text(MARGIN, top + 46, "; ".join(software), "muted"))
     height = top + 46 + MARGIN
     described = "; ".join(
@@ -202,6 +223,9 @@ def pictures(results: Path = RESULTS) -> dict[Path, str]:
             drawn[results / f"{name}_{slug}.svg"] = picture([case for case in cases if case.op == op], 1)
         if cases:
             drawn[results / f"{name}.svg"] = picture(chosen(cases), 2)
+        for level in levels.LIMITS:
+            if held := read_cases(table, level) if table.exists() else []:
+                drawn[results / f"{name}_{level}.svg"] = picture(chosen(held), 2)
     return drawn
 
 

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/bf16_product.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "settings.h"
@@ -69,6 +70,7 @@ pybind11::dict build_info() {
     info["simd"] = vgpo::kernels().name;
     info["simd_levels"] = simd_levels();
     info["source_digest"] = std::strchr(vgpo::source_digest, ':') + 1;
+    info["bf16_products"] = vgpo::has_bf16_products();
     info["threads"] = at::get_num_threads();
     return info;
 }

@@ -20,9 +20,17 @@ namespace {
 #include "simd/vector_portable.h"
 
 #include "simd/kernels.h"
+
+// BLAS has code for the wider registers that most processors have.
+constexpr Kernels with_blas(Kernels table) {
+    table.scores_by_blas = true;
+    return table;
+}
+
+constexpr Kernels kBlasTable = with_blas(kTable);
 }  // namespace
 }  // namespace vgpo::portable
 
 namespace vgpo {
-const Kernels* const portable_kernels = &portable::kTable;
+const Kernels* const portable_kernels = &portable::kBlasTable;
 }

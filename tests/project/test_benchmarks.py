@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import bench_training_step, gpu, measure, plot
+from benchmarks import bench_training_step, gpu, levels, measure, plot
 from benchmarks.measure import append_csv
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -111,6 +111,22 @@ def test_the_latest_run_of_the_last_device_is_drawn(tmp_path: Path) -> None:
     assert found.ceiling == ("read", 1.0)  # half of ours, as the share says
 
 
+def test_each_case_is_drawn_at_the_best_level_of_the_last_machine(tmp_path: Path) -> None:
+    table = tmp_path / "cpu.csv"
+    devices = [("here, avx512", 1.0), ("there, avx512, AMX", 0.2), ("here, avx512, AMX", 0.5), ("here, avx512", 0.9)]
+    run = [changed(rows(), device=device, ms=ms) for device, ms in devices]
+    held = [changed(rows(), device=f"here, {level}", ms=3.0, shape="8") for level in ("avx2", "portable")]
+    write(table, *run, *held)
+    assert [(case.device, case.ours) for case in plot.read_cases(table)] == [("here, avx512, AMX", 0.5)]
+    assert [(case.device, case.shape) for case in plot.read_cases(table, "avx2")] == [("here, avx2", "8")]
+    assert {file.name for file in plot.pictures(tmp_path)} == {
+        *("cpu.svg", "cpu_sum.svg", "cpu_avx2.svg", "cpu_portable.svg")
+    }
+    assert [levels.parts_of(name) for name in ("CPU, 2 threads, avx512, AMX", "a GPU, driver 1")] == [
+        *(("CPU, 2 threads", "avx512, AMX"), ("a GPU, driver 1", ""))
+    ]
+
+
 def test_pictures_are_well_formed_and_true_to_scale(tmp_path: Path) -> None:
     write(tmp_path / "cpu.csv", changed(rows()))
     drawn = plot.pictures(tmp_path)
@@ -184,14 +200,15 @@ PEERS = {
 
 
 def test_figures_in_the_readme_are_recorded_rows() -> None:
-    """Each time, size and share is the last recorded one of its op; there are no others."""
+    """Each time, size and share is the last recorded one of its op, at a CPU's best level; there are no others."""
     text = (plot.ROOT / "README.md").read_text()
     figure = r"[\d.]+ (?:ms|MiB|%)"
     tables = re.findall(r"((?:^\| `\w+`, \d.*\n)+)", text, flags=re.MULTILINE)
     typed: list[str] = []
     for table, (file, (ours, peers)) in zip(tables, PEERS.items(), strict=True):
         recorded = {}
-        for row in csv.DictReader((plot.RESULTS / file).open()):
+        best = [row for row in csv.DictReader((plot.RESULTS / file).open()) if levels.is_best(row["device"])]
+        for row in sorted(best, key=lambda row: levels.rank(row["device"])):
             recorded[row["op"], row["implementation"], row["shape"], row["dtype"]] = row
         lines = re.findall(r"\| `(\w+)`, (.*?) \| (.*?) \| (.*?) \| (.*?) \|", table)
         assert [op for op, *_ in lines] == list(peers)
@@ -353,3 +370,29 @@ def test_what_takes_turns_is_run_once_a_round() -> None:
     times = gpu.seconds_in_turn(runs, torch.device("cpu"), 3)
     assert [len(of_one) for of_one in times] == [3, 3]
     assert calls == ["ours", "peer"] * 4  # the first round warms up
+
+
+# What does less, or half of the work, or ours again: no form of the op in PyTorch.
+OTHER_OPS = {
+    *(("vgpo_loss", "visual_focus alone"), ("visual_weights", "one sort of the cosines")),
+    ("attention_heatmap", "scaled_dot_product_attention"),  # once the products; a heat map needs their sums first
+}
+# Four matrix products where PyTorch, which keeps all logits, takes three.
+MAKES_LOGITS_AGAIN = {
+    f"{op} and its gradient": 4 / 3 for op in ("linear_logprob", "linear_divergence", "linear_divergence of JS")
+}
+
+
+def test_no_operator_is_slower_than_pytorch_at_any_recorded_level() -> None:
+    """Of every op, shape and dtype, in its latest run at each level, beside all of that run's peers."""
+    cases, _ = plot.latest_cases(plot.RESULTS / "cpu.csv")
+    assert {levels.parts_of(case.device)[1] for case in cases} >= {"avx512"}
+    slower = [
+        f"{case.op}, {case.shape}, {case.dtype}, {case.device}: {case.ours} ms, {name} {ms} ms"
+        for case in cases
+        for name, ms in case.ms.items()
+        if case.ours > ms * MAKES_LOGITS_AGAIN.get(case.op, 1.0)
+        and name != "two linear_logprob"
+        and (case.op, name) not in OTHER_OPS
+    ]
+    assert not slower, "\n".join(slower)

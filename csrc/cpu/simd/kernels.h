@@ -26,7 +26,7 @@ constexpr Kernels kTable = {
     policy_loss,
     {pack_keys<float>, pack_keys<BFloat16>, pack_keys<Half>},
     {attention_scores<float>, attention_scores<BFloat16>, attention_scores<Half>},
-    kScoresByBlas,
+    false,
     {widen_rows<float>, widen_rows<BFloat16>, widen_rows<Half>},
     softmax_update,
     probabilities,

@@ -4,8 +4,6 @@
 constexpr int kRegisters = 32;
 // Rows read side by side; as many as fit the registers when each needs two sums.
 constexpr int kStreams = 8;
-// Whether BLAS multiplies queries and keys faster.
-constexpr bool kScoresByBlas = false;
 
 struct Mask {
     __mmask16 bits;

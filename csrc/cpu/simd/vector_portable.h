@@ -8,8 +8,6 @@ typedef uint32_t UInt4 __attribute__((vector_size(16)));
 constexpr int kRegisters = 16;
 // Rows read side by side; as many as fit the registers when each needs two sums.
 constexpr int kStreams = 4;
-// Whether BLAS multiplies queries and keys faster: it has code for the wider registers that most processors have.
-constexpr bool kScoresByBlas = true;
 
 struct Mask {
     Int4 bits;  // all ones or all zeros per lane
