@@ -105,7 +105,16 @@ GROUPS = (
     Group(
         "Backends",
         "vgpo_kernels.backends",
-        ("backend", "describe", "liger_head", "liger_serves", "select", "triton_interpreted"),
+        (
+            "backend",
+            "describe",
+            "is_forced",
+            "liger_head",
+            "liger_serves",
+            "select",
+            "triton_interpreted",
+            "wide_dtype",
+        ),
         "Which implementation handles a call; `vgpo_kernels.backend` is the first of these.",
     ),
     Group(

@@ -40,7 +40,15 @@ EQUATIONS = {
     "linear_vgpo_loss": "Eq. 3-11",
 }
 # They raise nothing of their own.
-RAISES_NOTHING = {"expect_reweighted_advantages", "describe", "triton_interpreted", "unwrap", "logit_maps"}
+RAISES_NOTHING = {
+    "expect_reweighted_advantages",
+    "describe",
+    "is_forced",
+    "triton_interpreted",
+    "wide_dtype",
+    "unwrap",
+    "logit_maps",
+}
 # What says a tensor's shape: brackets, another argument to compare with, or a number without any.
 SHAPE = re.compile(r"\[[^\]]*\]|s'? shape|[Ss]hape of|As in|\b0-dimensional|[Pp]er token|likewise")
 # What says the shapes of the arguments after it.
