@@ -137,8 +137,9 @@ def check(function: Any, case: Attention, **options: Any) -> None:
         unit = wide.abs().amax().clamp(min=1e-30) if name != names[0] and wide.numel() else 1.0
         # A GPU's exponential is off by two units in the last place.
         units = {torch.float32: 24 if one.is_cuda else 8, torch.float16: 2, torch.bfloat16: 2}[case.q.dtype]
-        # Scores grow with their scale, and their rounding, which enters probabilities as it is, grows with them.
-        floor = units * torch.finfo(one.dtype).eps * max(1.0, abs(options.get("scale") or 1.0))
+        # Scores grow with their scale, and so does what forward and backward, which multiply apart, round otherwise.
+        growth = max(1.0, abs(options.get("scale") or 0.0) * case.q.shape[-1] ** 0.5)
+        floor = units * torch.finfo(one.dtype).eps * growth
         assert_close(one.double() / unit, wide / unit, thin.double() / unit, name=name, floor=floor)
 
 
