@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 from divergence_cases import DTYPES, RESULTS, Views, check, dense, divergences, gradients, make_views
-from tolerance import assert_close, floor_of, same_bits
+from tolerance import FLOOR, assert_close, floor_of, same_bits
 from torch import Tensor
 
 from vgpo_kernels import (
@@ -372,5 +372,6 @@ def test_a_slice_without_a_finite_logit_counts_as_nothing(backend_name: str, dev
     found, whole = of_slices(here, (0, 5, 150, 200)), divergences(here)._asdict()
     for name in RESULTS:
         assert_close(found[name], whole[name].double(), name=name)
+    # Both sides are rounded here, and each may be off by the floor.
     for name, gradient in gradients(here, found).items():
-        assert_close(gradient, gradients(here, whole)[name].double(), name=f"gradient by {name}")
+        assert_close(gradient, gradients(here, whole)[name].double(), name=f"gradient by {name}", floor=2 * FLOOR)
