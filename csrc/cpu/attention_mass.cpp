@@ -62,8 +62,8 @@ void pack_panel(const AttentionTensors& input, int64_t b, int64_t key_head, cons
     scores.pack(offsets, panel.end - panel.begin);
 }
 
-// Scores of the panel for those of the rows taken that see any of it, a tile of rows after the other; calls use(row, scores, begin,
-// end) with the keys of the panel that the row sees.
+// Scores of the panel for those of the rows taken that see any of it, a tile of rows after the other; calls use(row,
+// scores, begin, end) with the keys of the panel that the row sees.
 template <typename Use>
 void visit_rows(const AttentionTensors& input, const KeyOrder& order, const Run& panel, const std::vector<Row>& rows,
                 Scores& scores, const Use& use) {

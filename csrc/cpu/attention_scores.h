@@ -1,6 +1,6 @@
-// Scores of a tile of queries by a panel of keys: in fp32 on the vector units, or by BLAS where the table of kernels asks
-// for it, or, for bfloat16, on the matrix units of processors that have them. Products of bfloat16 are exact in fp32, so
-// that all differ by the order of sums alone.
+// Scores of a tile of queries by a panel of keys: on the vector units, by BLAS where the table of kernels asks for it,
+// or, for bfloat16, on the matrix units of processors for which torch brings a kernel. Products of bfloat16 are exact in
+// fp32, so that all differ by the order of sums alone (but ARM's matrix instruction, see attention_bfmmla.h).
 #pragma once
 
 #include <cstdint>
@@ -33,8 +33,8 @@ public:
     void take(std::vector<int64_t> offsets);
     // Keeps up to kPanelKeys keys, whose first components lie at `offsets` in k.
     void pack(const int64_t* offsets, int64_t count);
-    // Multiplies the queries [first, first + count) of those taken by the panel; `first` is a multiple of tile_rows(). A
-    // score is the same whatever stands beside it.
+    // Multiplies the queries [first, first + count) of those taken by the panel; `first` is a multiple of tile_rows().
+    // A score is the same whatever stands beside it.
     void multiply(int64_t first, int64_t count);
     // Scores of the tile's query r, kPanelKeys of them; those behind the panel's keys mean nothing.
     float* row(int64_t r) { return scores_.data() + r * kPanelKeys; }
