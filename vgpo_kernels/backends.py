@@ -1,6 +1,7 @@
 """Choose the backend that handles a call: the fastest one built for the device, unless one is forced.
 
 ``with backend(name)`` forces one inside the block, the environment variable ``VGPO_BACKEND`` in the whole process.
+``VGPO_SIMD`` names the vector instructions of ``cpp``, one of ``simd_levels`` of :func:`describe`; by default the best.
 Another library's kernel can take :func:`vgpo_kernels.linear_logprob` on one kind of GPU: :func:`liger_head`.
 
 ========= ===================================================== ========================
@@ -48,6 +49,11 @@ _C: Any = _LOADED.module
 _BUILT_CPP = _C is not None
 _BUILT_CUDA = _BUILT_CPP and bool(_C.has_cuda())
 _HAS_TRITON = find_spec("triton") is not None
+
+# The extension takes its best level for a name that it does not know, or that this processor does not run.
+_simd = os.environ.get("VGPO_SIMD", "")
+if _BUILT_CPP and _simd not in ("", *_C.simd_levels()):
+    raise ValueError(f"VGPO_SIMD must be one of {', '.join(_C.simd_levels())} on this processor, got {_simd!r}")
 
 
 def _forget_threads() -> None:
@@ -307,6 +313,8 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _refusal_of_triton(device: torch.device) -> str | None:
+    if not triton_interpreted() and wide_dtype(device) != torch.float64:  # first: no package or driver would help
+        return f"sums in float64, which {device} does not compute"
     if not _HAS_TRITON:
         return "needs the triton package, which is not installed"
     if triton_interpreted() or device.type == "cuda":
@@ -315,8 +323,6 @@ def _refusal_of_triton(device: torch.device) -> str | None:
         return "handles GPU tensors; CPU tensors only in its interpreter (set TRITON_INTERPRET=1 before import)"
     if _triton_device() != device.type:
         return f"has no driver for {device.type} here"
-    if wide_dtype(device) != torch.float64:
-        return f"sums in float64, which {device} does not compute"
     return None
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -31,6 +34,18 @@ def run_in_a_thread(function: object) -> None:
     thread.join()
     if raised:
         raise raised[0]
+
+
+@pytest.mark.skipif(not backends.describe()["built"]["cpp"], reason="the C++ extension is not built")
+def test_the_environment_names_a_level_that_there_is() -> None:
+    program = "from vgpo_kernels import backends; print(backends.describe()['extension']['simd'])"
+    levels = backends.describe()["extension"]["simd_levels"]
+    refusal = f"ValueError: VGPO_SIMD must be one of {', '.join(levels)} on this processor, got 'AVX2'"
+    for level, said in (("AVX2", refusal), (levels[0], levels[0])):
+        environment = os.environ | {"VGPO_SIMD": level}
+        command = [sys.executable, "-c", program]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert said in result.stdout + result.stderr
 
 
 def test_blocks_nest() -> None:

@@ -74,11 +74,13 @@ def test_triton_serves_the_device_of_its_driver(monkeypatch: pytest.MonkeyPatch)
     try:
         assert backends.select(torch.device("xpu", 0)) == "triton"
         assert backends.select(torch.device("xpu", 0), torch.float64) == "reference"
-        for device, missing in (
-            (torch.device("xpu", 1), "sums in float64"),
-            (torch.device("hpu"), "no driver for hpu"),
+        monkeypatch.setitem(backends._WIDE, "hpu", torch.float64)
+        for device, installed, missing in (
+            (torch.device("xpu", 1), True, "sums in float64"),
+            (torch.device("mps"), False, "sums in float64"),  # for which there is no package
+            (torch.device("hpu"), True, "no driver for hpu"),
         ):
-            monkeypatch.setitem(backends._WIDE, str(device), torch.float32)
+            monkeypatch.setattr(backends, "_HAS_TRITON", installed)
             with pytest.warns(RuntimeWarning, match=missing):
                 assert backends.select(device) == "reference"
             with warnings.catch_warnings():
