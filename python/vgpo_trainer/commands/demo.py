@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=default.warm_start,
         help="start from the shipped checkpoint, or imitate worked solutions first (default: %(default)s)",
     )
+    add("--use-cpu", action="store_true", help="train on the CPU, also where there is an accelerator")
     add("--minutes", type=float, default=default.minutes, help="stop early to end in this time (default: %(default)s)")
     add("--prompts", type=positive, default=default.prompts, help="problems a step (default: %(default)s)")
     add("--generations", type=positive, default=default.generations, help="responses each (default: %(default)s)")

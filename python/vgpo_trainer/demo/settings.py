@@ -20,6 +20,7 @@ class DemoSettings:
         seed: Of the problems, of sampling, and of the weights of a fresh warm start.
         steps: Optimisation steps of reinforcement learning.
         warm_start: ``"shipped"`` starts from the checkpoint in the package, ``"fresh"`` makes one first.
+        use_cpu: Train on the CPU, also where there is an accelerator.
         minutes: Reinforcement stops early where it would not end in this time.
         prompts: Problems a step.
         generations: Responses a problem.
@@ -36,6 +37,7 @@ class DemoSettings:
     seed: int = 0
     steps: int = 120
     warm_start: str = "shipped"
+    use_cpu: bool = False
     minutes: float = 6.0
     prompts: int = 64
     generations: int = 4

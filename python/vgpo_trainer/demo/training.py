@@ -180,6 +180,7 @@ def build_trainer(settings: DemoSettings, model: Any, processor: Any) -> VGPOTra
         warmup_steps=min(5, settings.steps // 4),
         max_steps=settings.steps,
         seed=settings.seed,
+        use_cpu=settings.use_cpu,
         bf16=False,
         gradient_checkpointing=False,
         dataloader_pin_memory=False,
