@@ -21,8 +21,7 @@ from vgpo_trainer.commands.inspect import load_model
 from vgpo_trainer.demo.display import DemoDisplay
 from vgpo_trainer.demo.probes import write_probe
 from vgpo_trainer.demo.settings import DemoSettings
-from vgpo_trainer.demo.training import build_trainer, reinforce
-from vgpo_trainer.demo.warm_start import SHIPPED, load_checkpoint
+from vgpo_trainer.demo.training import reinforce
 from vgpo_trainer.runs.folder import RunFolder
 from vgpo_trainer.runs.metrics import read_metrics
 
@@ -84,14 +83,6 @@ def check_demo(device: torch.device) -> None:
         assert folder.read_config()["backend"][device.type] == "reference"
 
 
-def check_demo_on_the_cpu(device: torch.device) -> None:
-    """The demo leaves the device alone where it is asked to."""
-    with tempfile.TemporaryDirectory() as name:
-        settings = DemoSettings(out=name, steps=1, prompts=2, use_cpu=True)
-        trainer = build_trainer(settings, *load_checkpoint(SHIPPED))
-        assert trainer.accelerator.device.type == trainer.model.device.type == "cpu" != device.type
-
-
 def everything(device: torch.device) -> Iterator[Callable[[], None]]:
     """Yield a training step by every signal, what the commands do, and the demo."""
     yield partial(check_models, device)
@@ -100,4 +91,3 @@ def everything(device: torch.device) -> Iterator[Callable[[], None]]:
     yield partial(check_trainer, device, "dependency", {"view": "noise"})
     yield partial(check_commands, device)
     yield partial(check_demo, device)
-    yield partial(check_demo_on_the_cpu, device)

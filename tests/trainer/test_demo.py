@@ -14,12 +14,13 @@ pytest.importorskip("trl")
 
 from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from vgpo_trainer.cli import main
+from vgpo_trainer.cli import build_parser, main
 from vgpo_trainer.demo.digits import make_problems
 from vgpo_trainer.demo.display import DemoDisplay, describe_accuracy, sparkline
 from vgpo_trainer.demo.evaluation import Evaluation, evaluate
 from vgpo_trainer.demo.settings import DemoSettings
-from vgpo_trainer.demo.training import run_demo
+from vgpo_trainer.demo.training import build_trainer, run_demo
+from vgpo_trainer.demo.warm_start import SHIPPED, load_checkpoint
 from vgpo_trainer.runs.folder import RunFolder
 from vgpo_trainer.runs.metrics import read_metrics
 
@@ -167,6 +168,14 @@ def test_stops_early_when_the_time_is_up(tmp_path):
     measured = [record["step"] for record in read_metrics(result.folder.metrics) if "eval_accuracy" in record]
     assert measured == [0, 1]
     assert result.folder.read_config()["result"]["steps"] == 1
+
+
+def test_the_cpu_is_kept_to_beside_the_gpu_of_a_mac(tmp_path, monkeypatch):
+    """Which transformers takes by itself, whatever the environment says of accelerate's devices."""
+    monkeypatch.setattr("transformers.training_args.is_torch_mps_available", lambda: True)
+    kept = build_parser().parse_args(["demo", "--use-cpu"]).use_cpu
+    trainer = build_trainer(DemoSettings(tmp_path, use_cpu=kept, **SMALL), *load_checkpoint(SHIPPED))
+    assert trainer.args.device.type == trainer.model.device.type == "cpu"
 
 
 def test_fresh_warm_start(tmp_path):
