@@ -2,7 +2,7 @@
 
 The environment variable ``VGPO_BUILD`` chooses: ``auto`` (the default) builds what the machine can and
 never fails an installation; ``cpu`` and ``cuda`` build exactly that or fail; ``none`` installs pure Python,
-whose calls use the PyTorch reference implementation (and Triton on a GPU). ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``,
+whose calls are computed by plain PyTorch (and Triton on a GPU). ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``,
 ``CXX`` and ``MAX_JOBS`` mean what they mean to every PyTorch extension.
 """
 
@@ -338,7 +338,7 @@ class BuildExtension(build_ext):
             (ROOT / self.get_ext_filename("vgpo_kernels._C")).unlink(missing_ok=True)
         self.extensions = self.distribution.ext_modules = []
         kind = "" if mode == "none" else "warning: "
-        say(f"{kind}built no extension: {reason}; calls use the slower PyTorch reference implementation")
+        say(f"{kind}built no extension: {reason}; plain PyTorch computes instead, which is slower")
 
 
 def first_line(error: BaseException) -> str:

@@ -119,7 +119,7 @@ def load() -> Loaded:
     refused = why_refused(Path(spec.origin), Path(__file__).resolve().parent.parent)
     if refused is not None:
         sys.modules[NAME] = None  # type: ignore[assignment]  # nobody else imports it either
-        warning = f"{refused} Until then calls use the slower PyTorch reference implementation."
+        warning = f"{refused} Until then plain PyTorch computes instead, which is slower."
         warnings.warn(warning, RuntimeWarning, stacklevel=3)
         return Loaded(None, refused, "")
     try:

@@ -1,6 +1,6 @@
 // Scores of a tile of queries by a panel of keys: on the vector units, by BLAS where the table of kernels asks for it,
-// or, for bfloat16, on the matrix units of processors for which torch brings a kernel. Products of bfloat16 are exact in
-// fp32, so that all differ by the order of sums alone (but ARM's matrix instruction, see attention_bfmmla.h).
+// or, for bfloat16, on the matrix units of processors for which torch brings a kernel. Products of bfloat16 are exact
+// in fp32, so that all differ by the order of sums alone (but ARM's matrix instruction, see attention_bfmmla.h).
 #pragma once
 
 #include <cstdint>

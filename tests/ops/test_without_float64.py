@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -50,9 +51,12 @@ def test_a_device_that_stores_float64_is_asked_to_compute(
 ) -> None:
     device = torch.device("cpu")
     assert backends._computes_float64(device)
-    full = torch.full
-    narrowed: Callable[..., Tensor] = lambda *size, dtype, **options: full(*size, dtype=torch.float32, **options)  # noqa: E731
-    monkeypatch.setattr(torch, "full", narrowed)
+    full: Any = torch.full
+
+    def narrows(*size: object, **options: object) -> Tensor:
+        return full(*size, **options | {"dtype": torch.float32})  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(torch, "full", narrows)
     assert not backends._computes_float64(device)
 
     def refuses(*_: object, **__: object) -> Tensor:
