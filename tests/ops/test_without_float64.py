@@ -9,12 +9,14 @@ import math
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import vgpo_kernels as vk
 from vgpo_kernels import VGPOConfig, backend, backends
@@ -168,3 +170,80 @@ def test_gates_count_as_float64_does(narrow: None) -> None:
         assert reference._share_of(lengths, ratio, wide=False).tolist() == expected
         assert reference._share_of(lengths, ratio, wide=True).tolist() == expected
     assert (lengths.float() * 0.7).to(torch.int64).tolist() != [int(length * 0.7) for length in lengths.tolist()]
+
+
+def test_autocast_narrows_no_product(narrow: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 50, 64, generator=generator) for heads in (4, 2))
+    segments = torch.arange(50)[None] % 3
+
+    def signals() -> list[Tensor]:
+        return [vk.attention_mass(q, k, segments), vk.attention_heatmap(q, k, segments == 1)]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = signals()
+    assert all(torch.equal(one, other) for one, other in zip(found, signals(), strict=True))
+
+
+@pytest.fixture
+def unserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_fastest", lambda *_: "reference")
+    monkeypatch.setattr(backends, "_warned", {"cpu"})
+
+
+def small_losses() -> dict[str, Callable[[Tensor, float], Tensor]]:
+    """Functions of the hidden states ``[12, 8]`` of two sequences, and of a temperature."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(31, 8, generator=generator)
+    targets = torch.randint(31, (2, 6), generator=generator)
+    mask = torch.arange(6).expand(2, 6) > 1
+    advantages = torch.tensor([1.0, -0.5])
+
+    def logprob(hidden: Tensor, temperature: float) -> Tensor:
+        return vk.linear_logprob(hidden, weight, targets.view(-1), temperature=temperature).sum()
+
+    def loss(hidden: Tensor, temperature: float) -> Tensor:
+        rows = hidden.view(2, 6, 8)
+        return vk.linear_policy_loss(rows, weight, targets, None, advantages, mask, temperature=temperature).loss
+
+    def divergence(hidden: Tensor, temperature: float) -> Tensor:
+        found = vk.linear_divergence(hidden, hidden.flip(0), weight, measures=("kl",), temperature=temperature).kl
+        assert found is not None
+        return found.sum()
+
+    return {"logprob": logprob, "loss": loss, "divergence": divergence}
+
+
+@pytest.mark.parametrize("name", ["logprob", "loss", "divergence"])
+def test_heads_in_chunks_have_every_derivative_of_the_reference(unserved: None, name: str) -> None:
+    function = partial(small_losses()[name], temperature=0.7)
+    hidden = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
+
+    def derivatives() -> list[Tensor]:
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(hidden, torch.ones_like(hidden)))).tangent
+        assert tangent is not None
+        return [tangent, torch.func.grad(function)(hidden)]
+
+    found = derivatives()
+    with backend("reference"):
+        expected = derivatives()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["logprob", "loss", "divergence"])
+def test_chunks_compile_once_for_many_temperatures(unserved: None, name: str) -> None:
+    function = small_losses()[name]
+    hidden = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=count)
+    for temperature in (0.7, 0.8, 0.9, 1.1, 1.3):
+        assert torch.equal(compiled(hidden, temperature), function(hidden, temperature))
+    assert len(graphs) == 2  # of a constant, and of any

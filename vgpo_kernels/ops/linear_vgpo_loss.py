@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -435,7 +435,7 @@ def _compiled(hidden: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor,
 
 def _chunked(**arguments: Any) -> tuple[Tensor, Tensor]:
     """Compute log-probs in chunks, and a loss of them that autograd differentiates: fp32, in plain PyTorch."""
-    statistics_of = registry.OPERATORS["linear_logprob"].compiled
+    statistics_of = partial(registry.run, "linear_logprob", "cpp")
     return reference.linear_policy_loss(dtype=torch.float32, statistics_of=statistics_of, **arguments)
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import checks, extension
+from vgpo_kernels.ops import registry
 from vgpo_kernels.reference.linear_logprob import columns_of, gradient_of, is_distribution
 from vgpo_kernels.reference.logits import LogitMap
 from vgpo_kernels.reference.truncation import Truncation
@@ -117,7 +118,7 @@ def compiled_kernels(device: torch.device) -> HeadKernels:
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Turn autocast off: the public functions have already converted hidden states to its dtype."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    return registry.without_autocast(tensor.device)
 
 
 def chunk_elements(chunk_bytes: int, rows: int, weight: Tensor, *, sweep: bool = False) -> int:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from functools import wraps
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial, wraps
 from importlib import import_module
 from itertools import compress
 from typing import Any, NamedTuple
@@ -94,6 +94,9 @@ def define(
     _library.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     compiled = getattr(getattr(torch.ops, NAMESPACE), name).default
     names = tuple(argument.name for argument in compiled._schema.arguments)
+    in_chunks: Callable[..., Any] | None = None if implementation is None else partial(run, name, "cpp")
+    if chunked is not None:
+        in_chunks = by_name(chunked, names)
     operator = Operator(
         reference.__module__.rpartition(".")[2],
         signature,
@@ -104,7 +107,7 @@ def define(
         by_name(fake, names),
         None if setup_context is None else _setup(setup_context, names),
         None if backward is None else _backward(backward, qualified, names),
-        by_name(chunked, names) if chunked is not None else compiled if implementation is not None else None,
+        in_chunks,
     )
     if implementation is not None:
         _library.impl(name, by_name(implementation, names), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -274,17 +277,42 @@ def call(name: str, device: torch.device, dtype: torch.dtype, **arguments: Any) 
         raise TypeError(f"{name} takes the arguments {', '.join(names)}; missing or unknown: {wrong}")
     backend = backends.select(device, dtype)
     values = [arguments[key] for key in names]
-    if backend == "reference":
-        if operator.chunked is not None and dtype != torch.float64 and not backends.is_forced():
-            return operator.chunked(*values)
-        return operator.reference(*values, dtype=backends.wide_dtype(device))
     tracing = torch.compiler.is_compiling()
-    if not tracing and transformed():
+    transforms = not tracing and transformed()
+    if backend == "reference":
+        # Of chunks there are gradients alone.
+        if operator.chunked is not None and dtype != torch.float64 and not backends.is_forced() and not transforms:
+            return operator.chunked(*values)
+        width = backends.wide_dtype(device)
+        with without_autocast(device) if width == torch.float32 else nullcontext():
+            return operator.reference(*values, dtype=width)
+    if transforms:
         _refuse_transforms(operator, name, backend, values)
+    return run(name, backend, *values)
+
+
+def run(name: str, backend: str, *values: Any) -> Any:
+    """Run the operator ``name`` as ``backend`` implements it, with floats that torch.compile may change as tensors.
+
+    Args:
+        name: The operator.
+        backend: ``"triton"``; all others are the operator of torch, in Python where the extension has no kernel.
+        *values: The arguments, in the schema's order.
+
+    """
+    operator = OPERATORS[name]
+    tracing = torch.compiler.is_compiling()
+    arguments = dict(zip(operator.arguments, values, strict=True))
     if any(_changes(arguments[key], tracing) for key in operator.floats):
-        values = [_as_tensor(arguments[key]) if key in operator.floats else arguments[key] for key in names]
-        return implementation(name, backend, dynamic=True)(*values)
+        given = [_as_tensor(value) if key in operator.floats else value for key, value in arguments.items()]
+        return implementation(name, backend, dynamic=True)(*given)
     return implementation(name, backend)(*values)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Turn autocast off where it is on: it would multiply fp32 in half precision. Not every device knows of it."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def fake_nothing() -> None:
