@@ -72,7 +72,7 @@ def sums_of(rows: Tensor, index: Tensor, number: int) -> Tensor:
     Args:
         rows: fp32 or fp64.
         index: The entry of each row, ``[N]``, in ascending order.
-        number: Of entries; one without rows is zero.
+        number: Of entries, each of at most 2**24 rows; one without rows is zero.
 
     """
     if rows.dtype == torch.float64:
