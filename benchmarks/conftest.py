@@ -62,6 +62,7 @@ def speed(benchmark, request: pytest.FixtureRequest) -> Callable[[measure.Settin
     """Check a case, measure it round by round, and keep its rows for the table."""
 
     def run(setting: measure.Setting) -> list[measure.Row]:
+        torch.compiler.reset()  # of another case's shapes a peer would make dynamic ones, which may not even compile
         case = setting.case()
         case.check(case.run(), measure.TIGHT)
         for peer in case.peers.values():

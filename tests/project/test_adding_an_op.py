@@ -109,6 +109,7 @@ def test_the_page_has_a_file_for_every_room() -> None:
     assert len(FILES) == 8
 
 
+@pytest.mark.slow
 def test_its_tests_pass(project: Path) -> None:
     output = run(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_response_mean.py")
     backends = 1 + (find_spec("triton") is not None)

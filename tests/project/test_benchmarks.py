@@ -111,6 +111,7 @@ def test_the_latest_run_of_the_last_device_is_drawn(tmp_path: Path) -> None:
     assert found.ceiling == ("read", 1.0)  # half of ours, as the share says
 
 
+@pytest.mark.slow
 def test_each_case_is_drawn_at_the_best_level_of_the_last_machine(tmp_path: Path) -> None:
     table = tmp_path / "cpu.csv"
     devices = [("here, avx512", 1.0), ("there, avx512, AMX", 0.2), ("here, avx512, AMX", 0.5), ("here, avx512", 0.9)]

@@ -219,6 +219,7 @@ def test_an_extension_of_other_sources_is_refused_before_it_loads(project: Path,
     assert serves(second) == ["cpp"]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_build_after_a_change_compiles_what_changed_and_the_digest(project: Path) -> None:
     (project / "csrc/cpu").mkdir()

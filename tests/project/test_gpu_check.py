@@ -66,6 +66,7 @@ def test_a_stage_that_times_runs_alone(tmp_path: Path) -> None:
     assert "[busy alone] ['busy alone']\n" in (tmp_path / "check.log").read_text()
 
 
+@pytest.mark.slow
 def test_the_plan_has_every_op_and_fits_its_minutes() -> None:
     script = [sys.executable, "-W", "ignore", gpu_check.__file__, "--plan"]
     plan = subprocess.run(script, capture_output=True, text=True, check=True).stdout

@@ -178,6 +178,7 @@ def test_the_cpu_is_kept_to_beside_the_gpu_of_a_mac(tmp_path, monkeypatch):
     assert trainer.args.device.type == trainer.model.device.type == "cpu"
 
 
+@pytest.mark.slow
 def test_fresh_warm_start(tmp_path):
     out = tmp_path / "fresh"
     more = ["--warm-start", "fresh", "--warm-start-steps", "1", "--steps", "1"]

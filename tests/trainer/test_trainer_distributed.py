@@ -67,22 +67,26 @@ def test_four_micro_batches_are_one_batch(name):
     assert_same_training(in_one_piece(name), run_case(name, micro_batches=4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_of_two_micro_batches_are_one_batch(name, two_processes):
     """The second of the three prompts has responses on both processes."""
     assert_same_training(in_one_piece(name), two_processes[name])
 
 
+@pytest.mark.slow
 def test_a_fully_sharded_model_trains_alike(two_processes):
     assert two_processes["sharded"]["kinds"] == {"DTensor"}
     assert_same_training(in_one_piece("dapo"), two_processes["sharded"])
 
 
+@pytest.mark.slow
 def test_a_fully_sharded_model_passes_two_views_alike(two_processes):
     assert two_processes["sharded views"]["kinds"] == {"DTensor"}
     assert_same_training(in_one_piece("two views"), two_processes["sharded views"])
 
 
+@pytest.mark.slow
 def test_each_process_swaps_the_images_of_its_own_rows(two_processes):
     """They hold responses to two prompts each."""
     (record,) = two_processes["swapped"]["logged"]
@@ -90,6 +94,7 @@ def test_each_process_swaps_the_images_of_its_own_rows(two_processes):
     assert record["vgpo/view_kl"] > 0 and record["vgpo/view_kl"] == pytest.approx(record["vgpo/visual_focus"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_log_what_trls_do(two_processes):
     """Means, extremes of responses and the loss of the policy, over both."""
     ours, theirs = two_processes["logs"]["ours"], two_processes["logs"]["trl's"]
@@ -103,6 +108,7 @@ def test_two_processes_log_what_trls_do(two_processes):
     assert record["vgpo/groups"] == 3 and record["vgpo/singleton_groups"] == 0
 
 
+@pytest.mark.slow
 def test_groups_of_an_evaluation_straddle_processes(two_processes):
     """Three responses on each, two to a group; the last batch has two, which accelerate fills up to six."""
     found = two_processes["evaluation"]
@@ -112,6 +118,7 @@ def test_groups_of_an_evaluation_straddle_processes(two_processes):
         assert groups == (0, 0, 2, 2, 4, 4) and answers[::2] == answers[1::2]
 
 
+@pytest.mark.slow
 def test_rows_of_text_beside_images_are_refused_by_a_sharded_model(two_processes):
     """A process whose batch has no image would not gather the vision tower, and the other would wait for it."""
     message = two_processes["refused"]
@@ -119,6 +126,7 @@ def test_rows_of_text_beside_images_are_refused_by_a_sharded_model(two_processes
     assert "a vision tower that is sharded has to run on all processes" in message
 
 
+@pytest.mark.slow
 def test_sequences_that_accelerate_splits_are_refused(two_processes):
     """TRL refuses them in its own configuration, and fails in the first step where a launcher's asks for them."""
     messages = two_processes["refused split"]

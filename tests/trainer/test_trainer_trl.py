@@ -86,6 +86,7 @@ def test_without_vgpo_the_fused_head_still_serves(tmp_path):
             assert record[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo", "luspo", "vespo"])
 def test_with_factors_of_one_a_run_logs_what_trls_does(tmp_path, loss_type):
     """On the same seeds, key by key; a key that TRL gains anywhere is missing, and this fails."""
