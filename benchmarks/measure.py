@@ -94,9 +94,7 @@ class Op:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # of the inputs; GPUs take the last
     captured: bool = True  # fits a CUDA graph: it never waits for the device
     least_rounds: int = 11  # on CPUs; fewer only where a round takes seconds
-    held: tuple[
-        Any, ...
-    ] = ()  # sizes for CPUs below their best level (see levels.py), where those of `cpu` take minutes
+    held: tuple[Any, ...] = ()  # sizes below a CPU's best level (levels.py), where those of `cpu` take minutes
     in_turn: bool = False  # its peers take turns with it on GPUs, too, and at every size
 
 

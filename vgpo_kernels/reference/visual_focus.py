@@ -36,8 +36,7 @@ def visual_prototype(
         count = totals_before(visible.to(dtype)[:, None], place)
         return (total / count.clamp(min=1)).reshape(hidden.shape)
     total = sums_of(rows, response, batch)
-    count = rows.new_zeros(batch).index_add(0, response, visible.to(dtype))
-    return total / count.clamp(min=1)[:, None]
+    return total / counts_of(visible, response, batch).clamp(min=1).to(dtype)[:, None]
 
 
 def totals_before(rows: Tensor, place: Tensor) -> Tensor:
