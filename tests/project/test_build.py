@@ -37,8 +37,10 @@ SOURCE = r"""
 namespace vgpo { extern const char source_digest[]; }
 static PyObject* no(PyObject*, PyObject*) { Py_RETURN_FALSE; }
 static PyObject* info(PyObject*, PyObject*) { return Py_BuildValue("{s:s}", "source_digest", vgpo::source_digest); }
+static PyObject* levels(PyObject*, PyObject*) { return Py_BuildValue("[s]", "portable"); }
 static PyMethodDef methods[] = {{"has_cuda", no, METH_NOARGS, ""}, {"threads_used", no, METH_NOARGS, ""},
-                                {"build_info", info, METH_NOARGS, ""}, {nullptr, nullptr, 0, nullptr}};
+                                {"simd_levels", levels, METH_NOARGS, ""}, {"build_info", info, METH_NOARGS, ""},
+                                {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "", -1, methods, nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
 """
