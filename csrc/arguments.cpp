@@ -163,6 +163,8 @@ Settings ArgumentReader::settings(const char* name) const {
 
 WeightsConfig ArgumentReader::config() const { return settings<WeightsConfig>("config"); }
 
+ShapingConfig ArgumentReader::shaping() const { return settings<ShapingConfig>("config"); }
+
 // A vector of length B has one entry per response, also in a packed batch of as many tokens.
 SpreadInput ArgumentReader::spread(const char* name, at::IntArrayRef shape, const Layout& layout) const {
     if (!has(name)) return {};

@@ -12,6 +12,7 @@
 
 #include "inputs.h"
 #include "logit_map.h"
+#include "shaping_math.h"
 
 namespace vgpo {
 
@@ -76,6 +77,7 @@ public:
     FocusTensors focus(const Layout& layout) const;
 
     WeightsConfig config() const;
+    ShapingConfig shaping() const;
 
     // How the products of an LM head's rows become logits.
     LogitMaps logit_maps(int64_t rows) const;

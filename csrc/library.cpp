@@ -13,6 +13,7 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "settings.h"
+#include "shaping_math.h"
 #ifdef VGPO_HAS_CUDA
 #include "cuda/head_tiles.h"
 #endif
@@ -138,6 +139,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("has_cuda", [] { return kHasCuda; }, "Whether CUDA kernels were compiled.");
     module.def("build_info", &build_info, "What was built, and the SIMD level in use.");
     module.def("config_fields", &fields_read<vgpo::WeightsConfig>, "Fields of VGPOConfig as kernels read them.");
+    module.def("shaping_fields", &fields_read<vgpo::ShapingConfig>, "Fields of ShapingConfig as kernels read them.");
     module.def("options_fields", &fields_read<vgpo::LossOptions>, "Fields of PolicyLossOptions as kernels read them.");
     module.def("head_tile_columns", &head_tile_columns,
                "Columns of the workspace with which head_statistics computes these matrices in tiles; 0: it cannot.");

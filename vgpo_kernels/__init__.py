@@ -17,9 +17,11 @@ from vgpo_kernels.ops.linear_divergence import linear_divergence, linear_diverge
 from vgpo_kernels.ops.linear_logprob import LinearLogprob, combine_slices, linear_logprob, linear_logprob_slice
 from vgpo_kernels.ops.linear_vgpo_loss import linear_policy_loss, linear_vgpo_loss
 from vgpo_kernels.ops.policy_loss import PolicyLoss, policy_loss
+from vgpo_kernels.ops.token_shaping import TokenShaping, response_factors, shape_tokens
 from vgpo_kernels.ops.vgpo_loss import vgpo_loss
 from vgpo_kernels.ops.visual_focus import visual_focus, visual_prototype
 from vgpo_kernels.ops.visual_weights import VisualWeights, combine_factors, group_weights, visual_weights
+from vgpo_kernels.shaping import ShapingConfig
 
 __version__ = "0.2.0"
 
@@ -31,6 +33,8 @@ __all__ = [
     "LinearLogprob",
     "PolicyLoss",
     "PolicyLossOptions",
+    "ShapingConfig",
+    "TokenShaping",
     "VGPOConfig",
     "VisualWeights",
     "attention_heatmap",
@@ -50,6 +54,8 @@ __all__ = [
     "linear_policy_loss",
     "linear_vgpo_loss",
     "policy_loss",
+    "response_factors",
+    "shape_tokens",
     "vgpo_loss",
     "visual_focus",
     "visual_prototype",

@@ -442,6 +442,15 @@ def fraction(name: str, value: object) -> float:
     return float(value)
 
 
+def share(name: str, value: object) -> float:
+    """Return ``value`` as a float if it lies in [0, 1]."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {type_name(value)}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {spell(value)}")
+    return value if torch.compiler.is_compiling() else float(value)
+
+
 def choices(name: str, value: object, known: Sequence[str]) -> tuple[str, ...]:
     """Return ``value`` as a tuple if it is a list or tuple of known names."""
     if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):

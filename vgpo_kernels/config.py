@@ -67,6 +67,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     "> 1": lambda value: value > 1,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
+    "in (0, 1)": lambda value: 0 < value < 1,
     "in [0, 1)": lambda value: 0 <= value < 1,
 }
 
@@ -183,10 +184,10 @@ def _kind_of(hint: Any) -> Kind:
     return Flag() if hint is bool else Number()
 
 
-S = TypeVar("S", bound="_Settings")
+S = TypeVar("S", bound="Settings")
 
 
-class _Settings:
+class Settings:
     """A dataclass whose fields are checked, and turned into numbers and back, each as its annotation says."""
 
     kinds: ClassVar[dict[str, Kind]] = {}  # of the fields, in their order
@@ -245,7 +246,7 @@ def _option_meant(name: str) -> str:
     return hints.MISPLACED.get(name) or hints.name_meant(name, [*PolicyLossOptions.kinds, *hints.LOSS_ARGUMENTS])
 
 
-def _explained(meant: Callable[[str], str] | None = None, called: str = "") -> Callable[[type[S]], type[S]]:
+def named(meant: Callable[[str], str] | None = None, called: str = "") -> Callable[[type[S]], type[S]]:
     """Let a field that there is not be answered by the one that was probably meant."""
 
     def explain(kind: type[S]) -> type[S]:
@@ -255,9 +256,9 @@ def _explained(meant: Callable[[str], str] | None = None, called: str = "") -> C
     return explain
 
 
-@_explained()
+@named()
 @dataclass(frozen=True)
-class VGPOConfig(_Settings):
+class VGPOConfig(Settings):
     """How cosines become token and trajectory factors. The defaults are the paper's.
 
     Numbers must fit float32: at most 3.4e38 in magnitude, and at least 1.2e-38 where they must be above 0.
@@ -334,9 +335,9 @@ class VGPOConfig(_Settings):
         return replace(released, **changes)
 
 
-@_explained(_option_meant, "policy_loss (PolicyLossOptions)")
+@named(_option_meant, "policy_loss (PolicyLossOptions)")
 @dataclass(frozen=True)
-class PolicyLossOptions(_Settings):
+class PolicyLossOptions(Settings):
     """How log-probs and advantages become a loss. ``policy_loss`` takes these fields as keyword arguments.
 
     Numbers must fit float32: at most 3.4e38 in magnitude, and at least 1.2e-38 where they must be above 0.

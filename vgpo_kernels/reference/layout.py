@@ -116,6 +116,14 @@ def counts_of(valid: Tensor, index: Tensor, number: int) -> Tensor:
     return valid.new_zeros(number, dtype=torch.int32).index_add(0, index, valid.to(torch.int32)).to(torch.int64)
 
 
+def group_numbers(group_ids: Tensor) -> Tensor:
+    """Number the groups by sorting their ids, ``[B]``. No shape depends on their number, so this can be traced."""
+    order = group_ids.argsort()
+    ordered = group_ids[order]
+    starts = torch.cat([ordered.new_zeros(min(1, len(ordered))), (ordered[1:] != ordered[:-1]).to(torch.int64)])
+    return torch.empty_like(group_ids).scatter(0, order, starts.cumsum(0))
+
+
 def rows_of(response_mask: Tensor, hidden: Tensor) -> Tensor:
     """Return the hidden states at the response positions, ``[N, D]``: the last T of S, or all when packed."""
     if hidden.dim() == 3:

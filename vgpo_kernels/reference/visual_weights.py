@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels.config import VGPOConfig
-from vgpo_kernels.reference.layout import Tokens, numbers_of, sums_of, tokens_of
+from vgpo_kernels.reference.layout import Tokens, group_numbers, numbers_of, sums_of, tokens_of
 
 EPSILON = 1e-8
 LARGEST_SIGNAL = 1024.0  # a cosine beyond it is broken, and spoils its response
@@ -92,7 +92,7 @@ def group_weights(
         return torch.zeros_like(score, dtype=dtype)
     score = score.to(dtype)
     member = torch.isfinite(score) if has_visual is None else torch.isfinite(score) & has_visual
-    group = _number_groups(group_ids)
+    group = group_numbers(group_ids)
 
     def reduce(values: Tensor, how: str, empty: float) -> Tensor:
         chosen = torch.where(member, values, torch.full_like(values, empty))
@@ -107,17 +107,9 @@ def group_weights(
     return torch.where(member, phi, torch.zeros_like(phi))
 
 
-def _number_groups(group_ids: Tensor) -> Tensor:
-    """Number the groups by sorting their ids, ``[B]``. No shape depends on their number, so this can be traced."""
-    order = group_ids.argsort()
-    ordered = group_ids[order]
-    starts = torch.cat([ordered.new_zeros(min(1, len(ordered))), (ordered[1:] != ordered[:-1]).to(torch.int64)])
-    return torch.empty_like(group_ids).scatter(0, order, starts.cumsum(0))
-
-
 def _group_counts(weighted: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Count the groups that have a weighted response, and those that have one only."""
-    sizes = torch.zeros_like(group_ids).scatter_add(0, _number_groups(group_ids), weighted.to(group_ids.dtype))
+    sizes = torch.zeros_like(group_ids).scatter_add(0, group_numbers(group_ids), weighted.to(group_ids.dtype))
     return (sizes > 0).sum(), (sizes == 1).sum()
 
 
