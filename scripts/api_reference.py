@@ -60,6 +60,12 @@ GROUPS = (
         "From hidden states to the loss, step by step and in one call.",
     ),
     Group(
+        "The family of perception-aware methods",
+        "vgpo_kernels",
+        ("shape_tokens", "response_factors", "ShapingConfig", "TokenShaping"),
+        "Any per-token signal becomes weights as a published method has them; a preset for each.",
+    ),
+    Group(
         "A look at the first batch",
         "vgpo_kernels",
         ("check_batch", "BatchFindings", "Finding", "BatchError"),

@@ -52,7 +52,9 @@ def pepo(batch: Sequence[Response], progress: float) -> list[Shaped]:
     for one in batch:
         mixed = [v + h for v, h in zip(unit(one.visual, 1e-6), unit(one.entropy, 1e-6), strict=True)]
         centre = sum(mixed) / len(mixed)
-        powers = [math.exp(v * (1 + 0.05 * math.tanh(z - centre)) / 1.8) for v, z in zip(one.visual, mixed, strict=True)]
+        powers = [
+            math.exp(v * (1 + 0.05 * math.tanh(z - centre)) / 1.8) for v, z in zip(one.visual, mixed, strict=True)
+        ]
         weights = [power / sum(powers) * len(powers) for power in powers]
         found.append(Shaped([(1 - progress) + progress * weight for weight in weights], [True] * len(weights)))
     return found

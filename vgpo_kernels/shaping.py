@@ -67,11 +67,11 @@ class ShapingConfig(Settings):
         response_floor: f, in [0, 1].
         response_scale: Of ``"median_mad"``, in [0, 1].
         response_temperature: Of ``"softmax"``, > 0.
-        response_on: Which tokens have their response's factor: ``"all"``, or those selected for their ``"visual"`` score.
+        response_on: Which tokens have their response's factor: ``"all"``, or those that ``"visual"`` scores select.
         schedule: ``"linear"``: a weight or factor w is ``1 + progress (w - 1)``, of the progress of training.
 
     Raises:
-        ValueError: A number lies outside its range, a choice is not one of those listed, or settings do not go together.
+        ValueError: A number lies outside its range, a choice is not one of those listed, or settings do not fit.
         TypeError: A field has the wrong type.
 
     """
@@ -120,9 +120,9 @@ class ShapingConfig(Settings):
         entropy = self.times_entropy or self.top_entropy is not None or gated
         return ("visual", *["entropy"] * entropy, *["gap"] * (self.fusion == "soft_or"))
 
-    @staticmethod
+    @classmethod
     @hints.explained
-    def vgpo(**changes: Any) -> VGPOConfig:
+    def vgpo(cls, **changes: Any) -> VGPOConfig:
         """VGPO (arXiv 2604.09349): :meth:`VGPOConfig.paper`, with ``changes`` applied.
 
         Signal: cosines of :func:`visual_focus`. :func:`shape_tokens` is then :func:`visual_weights`.
@@ -207,9 +207,9 @@ class ShapingConfig(Settings):
         va_opd = cls(weight="share", top_visual=0.2, share=0.5, response="softmax", response_scope="group")
         return replace(va_opd, **changes)
 
-    @staticmethod
+    @classmethod
     @hints.explained
-    def preset(method: str, **changes: Any) -> ShapingConfig | VGPOConfig:
+    def preset(cls, method: str, **changes: Any) -> ShapingConfig | VGPOConfig:
         """Return the settings of a method by its name, one of ``METHODS``, with ``changes`` applied.
 
         Raises:

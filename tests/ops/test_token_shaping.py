@@ -202,7 +202,8 @@ def test_of_vgpo_it_is_visual_weights(backend_name: str, device: torch.device) -
         found = shape(batch, {"visual": cos}, config)
         expected = visual_weights(cos, batch.response_mask, batch.group_ids, config)
         assert torch.equal(found.factors, expected.factors) and same_bits(found.score, expected.score)
-        assert_close(found.weights * found.response_factor[:, None], expected.factors.double())
+        product = (found.weights * found.response_factor[:, None])[batch.response_mask]
+        assert_close(product, expected.factors[batch.response_mask].double())
         phased = response_factors(found.score, batch.group_ids, replace(config, score_offset=None))
         assert_close(torch.where(found.score.isfinite(), phased, 1.0), found.response_factor.double())
 
@@ -213,7 +214,9 @@ def test_magnitudes_of_any_size_are_added_exactly(backend_name: str, device: tor
     scale = torch.tensor([1e-30, 1e30, 1e-3, 1.0], device=device)[:, None]
     signals = {"visual": draw(batch)["visual"] * scale}
     score = shape(batch, signals, ShapingConfig(response="softmax")).score
-    exact = torch.stack([row[mask].double().mean() for row, mask in zip(signals["visual"], batch.response_mask)])
+    exact = torch.stack(
+        [row[mask].double().mean() for row, mask in zip(signals["visual"], batch.response_mask, strict=True)]
+    )
     assert ((score.double() - exact).abs() <= 1e-7 * exact).all()
 
 

@@ -1,4 +1,4 @@
-"""From per-token signals to weights of tokens and responses, in plain PyTorch: the family of perception-aware methods."""
+"""From per-token signals to weights of tokens and responses in plain PyTorch: the perception-aware methods."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def token_shaping(
     settings = ShapingConfig.from_floats(config)
     tokens = tokens_of(response_mask, cu_seqlens)
     counted, shaped, broken = _counted(visual, entropy, gap, tokens)
-    signals = _Signals(*(_usable(signal, counted.valid, dtype) for signal in (visual, entropy, gap)))
+    usable = [None if one is None else _usable(one, counted.valid, dtype) for one in (entropy, gap)]
+    signals = _Signals(_usable(visual, counted.valid, dtype), *usable)
     number = counted.length.clamp(min=1).to(dtype)
 
     base = _base_weights(signals, counted, number, settings)
@@ -143,9 +144,7 @@ def _counted(
     return tokens._replace(valid=valid, length=length, ordinal=ordinal), length > 0, broken
 
 
-def _usable(signal: Tensor | None, counted: Tensor, dtype: torch.dtype) -> Tensor | None:
-    if signal is None:
-        return None
+def _usable(signal: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:
     flat = signal.reshape(-1).to(dtype)
     return torch.where(counted, flat, torch.zeros_like(flat))
 
