@@ -107,27 +107,38 @@ VGPO_HD inline F normalized_in(F value, float low, float high, float floor) {
     return (value - F(low)) / F(maximum(high - low, floor));
 }
 
+// log(1 + x) of x >= 0, and powers of numbers in [0, 1]: vectors bring their own.
+VGPO_HD inline float log_one_plus(float value) { return log1pf(value); }
+VGPO_HD inline float power_of_unit(float base, float exponent) { return powf(base, exponent); }
+
 // What the gate normalises.
-VGPO_HD inline float gated_signal(float visual, const ShapingConfig& config) {
-    return config.log1p ? log1pf(maximum(visual, 0.0f)) : visual;
+template <typename F>
+VGPO_HD inline F gated_signal(F visual, const ShapingConfig& config) {
+    return config.log1p ? log_one_plus(maximum(visual, F(0.0f))) : visual;
 }
 
 // The gate's weight of a normalised signal.
-VGPO_HD inline float gate_weight(float unit, const ShapingConfig& config) {
-    const float below = maximum(unit / config.threshold, config.floor);
-    const float above = 1.0f + config.boost * (unit - config.threshold) / (1.0f - config.threshold);
-    return unit < config.threshold ? below : above;
+template <typename F>
+VGPO_HD inline F gate_weight(F unit, const ShapingConfig& config) {
+    const F below = maximum(unit / F(config.threshold), F(config.floor));
+    const F above = F(1.0f) + F(config.boost) * (unit - F(config.threshold)) / F(1.0f - config.threshold);
+    return select(unit < F(config.threshold), below, above);
 }
 
 // The exponent of the softmax. `mixed` is the sum of both normalised signals, `mean` its mean over the response.
-VGPO_HD inline float softmax_power(float visual, float mixed, float mean, const ShapingConfig& config) {
-    const float power = visual / config.temperature;
-    return config.gates_by_entropy() ? power * (1.0f + config.entropy_gate * hyperbolic_tangent(mixed - mean)) : power;
+template <typename F>
+VGPO_HD inline F softmax_power(F visual, F mixed, float mean, const ShapingConfig& config) {
+    const F power = visual / F(config.temperature);
+    if (!config.gates_by_entropy()) return power;
+    return power * (F(1.0f) + F(config.entropy_gate) * hyperbolic_tangent(mixed - F(mean)));
 }
 
 // 1 - (1 - x)^a (1 - d)^(1 - a) of normalised signals.
-VGPO_HD inline float soft_or(float visual, float gap, const ShapingConfig& config) {
-    return 1.0f - power(1.0f - visual, config.fusion_weight) * power(1.0f - gap, 1.0f - config.fusion_weight);
+template <typename F>
+VGPO_HD inline F soft_or(F visual, F gap, const ShapingConfig& config) {
+    const F one(1.0f);
+    return one - power_of_unit(one - visual, config.fusion_weight) *
+                     power_of_unit(one - gap, 1.0f - config.fusion_weight);
 }
 
 // How many tokens the top fraction of `number` are.
