@@ -95,7 +95,7 @@ VGPO_HD inline double fixed_scale_of(float largest) {
     uint32_t bits;
     memcpy(&bits, &largest, sizeof bits);
     int exponent = static_cast<int>(bits >> 23 & 0xffu) - 127;
-    exponent = exponent < -80 ? -80 : exponent;
+    exponent = exponent < -126 ? -126 : exponent;  // of zero and subnormal numbers
     return ldexp(1.0, 42 - exponent);
 }
 

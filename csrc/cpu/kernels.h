@@ -8,6 +8,7 @@
 #include "../inputs.h"
 #include "../logit_map.h"
 #include "../logit_statistics.h"
+#include "../shaping_math.h"
 
 namespace vgpo {
 
@@ -17,6 +18,20 @@ struct ResponseWeights {
     double cos_sum;
     int64_t gated;  // tokens whose gate is open
     double early_sum, late_sum;  // of rho, before and from ordinal ceil(T / 2)
+};
+
+// The smallest and the largest of some numbers, infinity and minus infinity without one; and whether all are finite, if
+// not, the others mean nothing.
+struct Extremes {
+    float low, high;
+    bool finite;
+};
+
+// The signals of one response at the tokens that count, side by side; null where not given.
+struct ResponseSignals {
+    const float *visual, *entropy, *gap;
+    Extremes visual_range, entropy_range, gap_range;
+    int64_t length;
 };
 
 // Valid tokens of one response for the policy loss, side by side. Arrays hold `length` values, and those of a value per
@@ -84,6 +99,15 @@ struct Kernels {
     ResponseWeights (*response_weights)(const float* cos, int64_t first, int64_t length, float offset,
                                         const WeightsConfig& config, int32_t* keys, float* w, float* psi);
     void (*factors)(const float* psi, int64_t length, float phi, const WeightsConfig& config, float* factors);
+
+    Extremes (*extremes)(const float* values, int64_t length);
+    // The sum of values in fixed point.
+    int64_t (*fixed_total)(const float* values, int64_t length, double scale);
+    // Token weights before any is selected: TokenWeight::kSoftmax and kGate.
+    void (*softmax_weights)(const ResponseSignals& signals, const ShapingConfig& config, float* weights);
+    void (*gate_weights)(const ResponseSignals& signals, const ShapingConfig& config, float* weights);
+    // What top_visual goes by, where it is not the visual signal.
+    void (*visual_scores)(const ResponseSignals& signals, const ShapingConfig& config, float* scores);
 
     // The sum of log-ratios, each bounded by +-limit.
     double (*log_ratio_sum)(const float* logp, const float* old_logp, int64_t length, float limit);

@@ -81,4 +81,15 @@ inline void spread(float* values, const bool* mask, int64_t length, const ValidS
     std::fill(values + span.first + span.extent, values + length, fill);
 }
 
+// The same for flags, which lie elsewhere: `chosen` has one for each of the span's entries, and room for one more.
+inline void spread(const bool* chosen, const bool* mask, int64_t length, const ValidSpan& span, bool* flags) {
+    std::fill(flags, flags + span.first, false);
+    int64_t count = 0;
+    for (int64_t i = span.first; i < span.first + span.extent; ++i) {
+        flags[i] = mask[i] & chosen[count];
+        count += mask[i];
+    }
+    std::fill(flags + span.first + span.extent, flags + length, false);
+}
+
 }  // namespace vgpo

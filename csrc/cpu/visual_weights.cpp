@@ -2,10 +2,10 @@
 #include <torch/library.h>
 
 #include <cmath>
-#include <memory>
 #include <numeric>
 
 #include "../arguments.h"
+#include "groups.h"
 #include "kernels.h"
 #include "masks.h"
 #include "parallel.h"
@@ -26,25 +26,6 @@ struct Response {
     float smallest_cos = kInfinity;  // of a weighted response
     ResponseWeights weights = {};
 };
-
-// The members of groups, group by group.
-std::vector<int64_t> by_group(const int64_t* group_ids, const bool* member, int64_t batch) {
-    std::vector<int64_t> order;
-    for (int64_t b = 0; b < batch; ++b) {
-        if (member[b]) order.push_back(b);
-    }
-    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return group_ids[a] < group_ids[b]; });
-    return order;
-}
-
-// Calls visit(begin, end) for each group's share of that order.
-template <typename Visit>
-void for_each_group(const std::vector<int64_t>& order, const int64_t* group_ids, const Visit& visit) {
-    for (size_t begin = 0, end = 0; begin < order.size(); begin = end) {
-        while (end < order.size() && group_ids[order[end]] == group_ids[order[begin]]) ++end;
-        visit(begin, end);
-    }
-}
 
 void group_weights(const float* score, const int64_t* group_ids, const std::vector<int64_t>& order, int64_t batch,
                    const WeightsConfig& config, float* phi) {
@@ -130,11 +111,9 @@ void visual_weights(const float* cos, const bool* response_mask, const int64_t* 
         for (const Response& response : responses) offset = std::min(offset, response.smallest_cos);
     }
 
-    std::unique_ptr<bool[]> member(new bool[layout.batch]);
     parallel_items(layout.batch, [&](int64_t b) {
         Response& response = responses[b];
         const int64_t begin = layout.token_begin(b), length = layout.token_end(b) - begin;
-        member[b] = response.weighted;
         float *w = output.w + begin, *psi = output.psi + begin;
         if (response.weighted) {
             const ValidSpan& span = response.span;
@@ -151,12 +130,12 @@ void visual_weights(const float* cos, const bool* response_mask, const int64_t* 
         output.score[b] = response.weighted ? response.weights.score : std::numeric_limits<float>::quiet_NaN();
     });
 
-    const std::vector<int64_t> order = by_group(group_ids, member.get(), layout.batch);
+    const std::vector<int64_t> order = by_group(group_ids, layout.batch, [&](int64_t b) { return responses[b].weighted; });
     group_weights(output.score, group_ids, order, layout.batch, config, output.phi);
 
     parallel_items(layout.batch, [&](int64_t b) {
         const int64_t begin = layout.token_begin(b), length = layout.token_end(b) - begin;
-        if (!member[b]) {
+        if (!responses[b].weighted) {
             std::fill_n(output.factors + begin, length, 1.0f);
             return;
         }
@@ -196,10 +175,9 @@ Tensors group_weights(const ArgumentReader& reader) {
     const float* score = reader.data<float>("score", each);
     const int64_t* groups = reader.data<int64_t>("group_ids", each);
     const bool* images = reader.data<bool>("has_visual", each);
-    std::unique_ptr<bool[]> member(new bool[batch]);
-    for (int64_t b = 0; b < batch; ++b) member[b] = is_finite(score[b]) && (images == nullptr || images[b]);
+    const auto member = [&](int64_t b) { return is_finite(score[b]) && (images == nullptr || images[b]); };
     at::Tensor phi = at::empty(each, reader.tensor("score").options());
-    vgpo::group_weights(score, groups, by_group(groups, member.get(), batch), batch, reader.config(),
+    vgpo::group_weights(score, groups, by_group(groups, batch, member), batch, reader.config(),
                         phi.mutable_data_ptr<float>());
     return {phi};
 }

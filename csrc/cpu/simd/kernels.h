@@ -6,6 +6,7 @@
 
 #include "focus_kernels.h"
 #include "weights_kernels.h"
+#include "shaping_kernels.h"
 
 #include "attention_kernels.h"
 #include "logit_kernels.h"
@@ -22,6 +23,11 @@ constexpr Kernels kTable = {
     all_signals,
     response_weights,
     factors,
+    extremes,
+    fixed_total,
+    softmax_weights,
+    gate_weights,
+    visual_scores,
     log_ratio_sum,
     policy_loss,
     {pack_keys<float>, pack_keys<BFloat16>, pack_keys<Half>},

@@ -66,6 +66,20 @@ inline Vector power(Vector base, float exponent) {
     return load(lanes);
 }
 
+// log(1 + x) of a finite x >= 0 to a few units in the last place: what the sum rounds off is made up for by the quotient.
+inline Vector log_one_plus(Vector x) {
+    const Vector one(1.0f), sum = one + x, above = sum - one;
+    const Mask small = above == Vector(0.0f);
+    return select(small, x, logarithm(sum) * (x / select(small, one, above)));
+}
+
+// Of a base in [0, 1] that is 0 or a normal number; 0 to the power of 0 is 1.
+inline Vector power_of_unit(Vector base, float exponent) {
+    if (exponent == 0.0f) return Vector(1.0f);
+    const Vector power = exponential(Vector(exponent) * logarithm(maximum(base, Vector(1e-30f))));
+    return select(base > Vector(0.0f), power, Vector(0.0f));
+}
+
 // first, first + 1, ... exact below 2^24.
 inline Vector ordinals_from(float first) {
     static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
