@@ -11,7 +11,7 @@ from torch import Tensor
 from vgpo_kernels.reference.layout import Tokens, counts_of, group_numbers, numbers_of, sums_of, tokens_of
 from vgpo_kernels.shaping import ShapingConfig
 
-RANGE_FLOOR = 1e-8  # of a min-max normalisation, a mass, a median absolute deviation
+RANGE_FLOOR = 1e-8  # of a mass, a mean, a median absolute deviation
 LEAST_RANGE = 1e-6  # scores of responses that differ by no more are equal
 DEVIATION_FLOOR = 1e-6
 COUNT_SLACK = 1e-6  # a fraction of tokens one rounding error above a whole number is that number
@@ -149,10 +149,10 @@ def _usable(signal: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(counted, flat, torch.zeros_like(flat))
 
 
-def _normalized(values: Tensor, counted: Tokens) -> Tensor:
+def _normalized(values: Tensor, counted: Tokens, floor: Tensor) -> Tensor:
     """Min-max normalise within each response; equal values are 0."""
     low, high = counted.extreme(values, "amin", math.inf), counted.extreme(values, "amax", -math.inf)
-    unit = (values - counted.spread(low)) / counted.spread((high - low).clamp(min=RANGE_FLOOR))
+    unit = (values - counted.spread(low)) / counted.spread(torch.maximum(high - low, floor))
     return torch.where(counted.valid, unit, torch.zeros_like(unit))
 
 
@@ -164,7 +164,7 @@ def _base_weights(signals: _Signals, counted: Tokens, number: Tensor, settings: 
     if settings.weight != "gate":
         return torch.ones_like(signals.visual)
     values = signals.visual.clamp(min=0).log1p() if settings.log1p else signals.visual
-    unit, threshold = _normalized(values, counted), numbers["threshold"]
+    unit, threshold = _normalized(values, counted, numbers["range_floor"]), numbers["threshold"]
     below = torch.maximum(unit / threshold, numbers["floor"])
     above = 1 + numbers["boost"] * (unit - threshold) / (1 - threshold)
     raw = torch.where(counted.valid, torch.where(unit < threshold, below, above), torch.zeros_like(unit))
@@ -181,7 +181,8 @@ def _softmax_weights(signals: _Signals, counted: Tokens, number: Tensor, setting
     numbers = numbers_of(settings, signals.visual)
     power = signals.visual / numbers["temperature"]
     if signals.entropy is not None and settings.entropy_gate != 0:
-        mixed = _normalized(signals.visual, counted) + _normalized(signals.entropy, counted)
+        floor = numbers["range_floor"]
+        mixed = _normalized(signals.visual, counted, floor) + _normalized(signals.entropy, counted, floor)
         mean = counted.signal_total(mixed) / number
         power = power * (1 + numbers["entropy_gate"] * torch.tanh(mixed - counted.spread(mean)))
     highest = counted.extreme(power, "amax", -math.inf)
@@ -229,15 +230,15 @@ def _shared(by_visual: Tensor, counted: Tokens, number: Tensor, share: Tensor) -
 def _visual_score(signals: _Signals, counted: Tokens, settings: ShapingConfig) -> Tensor:
     """What the visual selection goes by."""
     numbers = numbers_of(settings, signals.visual)
-    score = signals.visual
+    score, floor = signals.visual, numbers["range_floor"]
     if settings.fusion == "soft_or":
         assert signals.gap is not None
         alpha = numbers["fusion_weight"]
-        less = (1 - _normalized(signals.visual, counted)) ** alpha
-        score = 1 - less * (1 - _normalized(signals.gap, counted)) ** (1 - alpha)
+        less = (1 - _normalized(signals.visual, counted, floor)) ** alpha
+        score = 1 - less * (1 - _normalized(signals.gap, counted, floor)) ** (1 - alpha)
     if settings.times_entropy:
         assert signals.entropy is not None
-        score = score * _normalized(signals.entropy, counted)
+        score = score * _normalized(signals.entropy, counted, floor)
     return score
 
 
