@@ -43,7 +43,7 @@ TESTS = tuple(
     f"tests/ops/test_{name}.py"
     for name in (
         *("cpu", "visual_focus", "visual_weights", "policy_loss", "vgpo_loss", "attention_mass"),
-        *("attention_edges", "linear_logprob", "linear_divergence"),
+        *("attention_edges", "linear_logprob", "linear_divergence", "token_shaping"),
     )
 )
 DEBIAN_PACKAGES = "mmdebstrap qemu-user-static g++-aarch64-linux-gnu"

@@ -16,7 +16,7 @@ from test_attention_mass import draw
 from torch import Tensor
 
 import vgpo_kernels
-from vgpo_kernels import PolicyLossOptions, VGPOConfig
+from vgpo_kernels import PolicyLossOptions, ShapingConfig, VGPOConfig
 from vgpo_kernels.ops import policy_loss as policy_ops
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -305,7 +305,7 @@ KINDS: dict[str, Callable[[Tensor], list[Bad]]] = {
     **dict.fromkeys(
         ("hidden", "logp", "old_logp", "ref_logp", "entropy", "advantages", "importance_weights"), floating
     ),
-    **dict.fromkeys(("factors", "cos", "psi", "phi", "score", "prototype"), floating),
+    **dict.fromkeys(("factors", "cos", "psi", "phi", "score", "prototype", "signals"), floating),
     **dict.fromkeys(("weight", "model_or_head", "bias", "q", "k", "slices"), floating),
     **dict.fromkeys(("other", "other_weight", "other_bias", "totals"), floating),
     **dict.fromkeys(("visual_mask", "response_mask", "prompt_mask", "has_visual", "weighted"), mask),
@@ -334,6 +334,7 @@ OTHERS: dict[str, list[Bad]] = {
     "recompute": [value for value in flags() if value.value is not None],
     "measures": names(),
     "js_beta": fractions(),
+    "progress": numbers(-0.5, 1.5),
     "chunk_bytes": whole_numbers(0, -1),
     "first": whole_numbers(-1),
     "visibility": choices(),
@@ -381,6 +382,7 @@ def _batch_subjects(packed: bool) -> dict[str, Subject]:
     image = {"hidden": hidden, "visual_mask": batch.visual_mask}
     shared = {"prototype": uniform(3, 8), "prototype_index": torch.tensor([0, 2, -1, 1])}
     groups = {"group_ids": batch.group_ids, "config": VGPOConfig.paper()}
+    shaping = {"group_ids": batch.group_ids, "config": ShapingConfig.vppo(schedule="linear")}
     policy = {
         "advantages": batch.advantages,
         "ref_logp": batch.ref_logp,
@@ -430,6 +432,16 @@ def _batch_subjects(packed: bool) -> dict[str, Subject]:
         ),
         "group_weights": subject(
             vgpo_kernels.group_weights, {"score": uniform(4), "has_visual": batch.has_visual} | groups
+        ),
+        "shape_tokens": subject(
+            vgpo_kernels.shape_tokens,
+            {"signals": uniform(*responses.shape), "has_visual": batch.has_visual, "progress": 0.5}
+            | response
+            | shaping
+            | layout,
+        ),
+        "response_factors": subject(
+            vgpo_kernels.response_factors, {"score": uniform(4), "progress": 0.5} | shaping
         ),
         "combine_factors": subject(
             vgpo_kernels.combine_factors,

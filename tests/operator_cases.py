@@ -9,13 +9,19 @@ import torch
 from cases import Batch
 from torch import Tensor
 
-from vgpo_kernels import PolicyLossOptions, VGPOConfig
+from vgpo_kernels import PolicyLossOptions, ShapingConfig, VGPOConfig
 from vgpo_kernels.config import Bounds, Choice, Flag, Kind, Number
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.policy_loss import NEEDS
 
-BATCH_OPERATORS = ("visual_prototype", "visual_focus", "visual_weights", "group_weights", "policy_loss", "vgpo_loss")
+SHAPING_OPERATORS = ("token_shaping", "response_factors")
+BATCH_OPERATORS = (
+    *("visual_prototype", "visual_focus", "visual_weights", "group_weights", "policy_loss", "vgpo_loss"),
+    *SHAPING_OPERATORS,
+)
 CONFIG = VGPOConfig.paper().as_floats()
+# Of all signals and of responses among each other.
+SHAPING = ShapingConfig.vepo(weight="softmax", entropy_gate=0.5, response="median_mad", schedule="linear")
 OPTIONS = PolicyLossOptions(max_length=32).as_floats()
 
 
@@ -56,6 +62,9 @@ def operator_arguments(operator: str, batch: Batch, **given: Any) -> dict[str, A
         "options": OPTIONS,
         "causal": False,
     }
+    if operator in SHAPING_OPERATORS:
+        signals = {name: uniform(mask) for name in ("visual", "entropy", "gap")}
+        of_batch |= signals | {"progress": 0.5, "config": SHAPING.as_floats()}
     return schema_order(operator, **(of_batch | given))
 
 
@@ -68,5 +77,5 @@ def computed_metrics(names: tuple[str, ...], given: Mapping[str, Any]) -> tuple[
 def field_kind(kind: Kind) -> str:
     """Return what C++ calls a kind of field (csrc/settings.h)."""
     if isinstance(kind, Number):
-        return "optional" if kind.none is not None else "ratio" if kind.expected.startswith("in") else "number"
+        return "ratio" if kind.expected.startswith("in") else "optional" if kind.none is not None else "number"
     return {Flag: "flag", Choice: "code", Bounds: "bounds"}[type(kind)]

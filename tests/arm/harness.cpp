@@ -115,6 +115,11 @@ void simple(const Kernels& table) {
             emit(table.name, "read", name, std::vector<float>{table.read(values.data(), length)});
             emit(table.name, "smallest", name, std::vector<float>{table.smallest(values.data(), length)});
             emit(table.name, "all_signals", name, std::vector<float>{float(table.all_signals(values.data(), length))});
+            const Extremes range = table.extremes(values.data(), length);
+            emit(table.name, "extremes", name,
+                 range.finite ? std::vector<float>{range.low, range.high} : std::vector<float>{NAN, NAN});
+            const double total = range.finite ? double(table.fixed_total(values.data(), length, kUnitScale)) : NAN;
+            emit(table.name, "fixed_total", name, std::vector<double>{total});
             for (const float limit : {20.0f, INFINITY}) {
                 const double sum = table.log_ratio_sum(values.data(), others.data(), length, limit);
                 emit(table.name, "log_ratio_sum", name + (limit < 99.0f ? "-20" : "-inf"), std::vector<double>{sum});
@@ -201,6 +206,49 @@ void weights(const Kernels& table) {
                 table.factors(psi.data(), length, 0.3f * random.symmetric(), config, factors.data());
                 emit(table.name, "factors", name, factors.data(), length);
             }
+        }
+    }
+}
+
+void shaping(const Kernels& table) {
+    for (int v = 0; v < 4; ++v) {
+        ShapingConfig config = {};
+        config.log1p = v % 2 == 0;
+        config.fusion = v == 3 ? Fusion::kVisual : Fusion::kSoftOr;
+        config.fusion_weight = v == 2 ? 0.0f : 0.7f;
+        config.times_entropy = v != 1;
+        config.range_floor = v == 2 ? 1.5f : 1e-8f;
+        config.weight = TokenWeight::kSoftmax;
+        config.temperature = 0.4f;
+        config.entropy_gate = v == 3 ? 0.0f : 0.5f;
+        config.threshold = 0.4f;
+        config.boost = 2.0f;
+        config.floor = v == 1 ? 0.1f : 0.0f;
+        config.conserve = v != 1;
+        for (const int64_t length : kLengths) {
+            if (length == 0) continue;
+            Random random(static_cast<uint64_t>(length + v));
+            Guarded<float> visual(length), entropy(length), gap(length), weights(length);
+            // Signals of short responses are all equal.
+            for (int64_t i = 0; i < length; ++i) {
+                visual[i] = length < 4 ? 0.25f : random.symmetric();
+                entropy[i] = 2.0f + 2.0f * random.symmetric();
+                gap[i] = random.next() % 4 == 0 ? 0.0f : 1.0f + random.symmetric();
+            }
+            const ResponseSignals signals = {visual.data(),
+                                             entropy.data(),
+                                             gap.data(),
+                                             table.extremes(visual.data(), length),
+                                             table.extremes(entropy.data(), length),
+                                             table.extremes(gap.data(), length),
+                                             length};
+            const std::string name = label(("variant" + std::to_string(v)).c_str(), length);
+            table.softmax_weights(signals, config, weights.data());
+            emit(table.name, "softmax_weights", name, weights.data(), length);
+            table.gate_weights(signals, config, weights.data());
+            emit(table.name, "gate_weights", name, weights.data(), length);
+            table.visual_scores(signals, config, weights.data());
+            emit(table.name, "visual_scores", name, weights.data(), length);
         }
     }
 }
@@ -440,6 +488,7 @@ int main(int count, char**) {
         hidden_states<Half>(table, HiddenType::kHalf);
         simple(table);
         weights(table);
+        shaping(table);
         losses(table);
         attention<float>(table, HiddenType::kFloat);
         attention<BFloat16>(table, HiddenType::kBFloat16);

@@ -30,7 +30,7 @@ NEEDS = "(on Debian and Ubuntu: apt-get install qemu-user-static g++-aarch64-lin
 # with an exponential do not.
 EXACT = (
     *("sum_rows", "arrange", "smallest", "all_signals", "response_weights", "factors", "log_ratio_sum", "read"),
-    "policy_loss.counts",
+    *("policy_loss.counts", "extremes", "fixed_total"),
 )
 BF16_SCORES = "attention_scores<bfloat16>"
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from cases import Response, make_batch
 from emulation.harness import compiler, emulated_operators
-from operator_cases import BATCH_OPERATORS, field_kind, operator_arguments, schema_order
+from operator_cases import BATCH_OPERATORS, SHAPING, SHAPING_OPERATORS, field_kind, operator_arguments, schema_order
 from test_attention_mass import draw
 from torch import Tensor
 
-from vgpo_kernels import PolicyLossOptions, VGPOConfig, backends
+from vgpo_kernels import PolicyLossOptions, ShapingConfig, VGPOConfig, backends
 from vgpo_kernels.ops import registry
 
 if not backends.describe()["built"]["cpp"]:
@@ -247,6 +247,15 @@ SETTINGS: dict[str, VGPOConfig | PolicyLossOptions] = {
     "config": VGPOConfig.paper(),
     "options": PolicyLossOptions(max_length=8),
 }
+
+
+def settings_of(operator: str) -> dict[str, VGPOConfig | PolicyLossOptions | ShapingConfig]:
+    """Return the settings that an operator takes, by its argument's name."""
+    if operator in SHAPING_OPERATORS:
+        return {"config": SHAPING}
+    return {argument: settings for argument, settings in SETTINGS.items() if argument in ARGUMENTS["padded"][operator]}
+
+
 # Numbers that no field of a kind may be.
 NONE_OF_KIND: dict[str, tuple[float, ...]] = {
     "code": (-1.0, 99.0, NAN, INFINITY),
@@ -258,9 +267,10 @@ NONE_OF_KIND: dict[str, tuple[float, ...]] = {
 }
 
 
-def bad_settings(argument: str) -> list[tuple[str, list[float]]]:
+def bad_settings(
+    argument: str, settings: VGPOConfig | PolicyLossOptions | ShapingConfig
+) -> list[tuple[str, list[float]]]:
     """Return numbers that are no settings, each with what the error must say."""
-    settings = SETTINGS[argument]
     good = settings.as_floats()
     bad = [(f"{argument} must have {len(good)} numbers", numbers) for numbers in ([], good[:-1], [*good, 0.0])]
     index = 0
@@ -270,13 +280,13 @@ def bad_settings(argument: str) -> list[tuple[str, list[float]]]:
     return bad
 
 
-@pytest.mark.parametrize("operator", ["visual_weights", "group_weights", "policy_loss", "vgpo_loss"])
+@pytest.mark.parametrize("operator", ["visual_weights", "group_weights", "policy_loss", "vgpo_loss", *SHAPING_OPERATORS])
 def test_settings_that_are_none_are_refused(device: str, operator: str) -> None:
     """Codes choose, and ratios of a length become an index: the wrong ones would read anywhere."""
-    tried = [argument for argument in SETTINGS if argument in ARGUMENTS["padded"][operator]]
+    tried = settings_of(operator)
     assert tried
-    for argument in tried:
-        for says, numbers in bad_settings(argument):
+    for argument, settings in tried.items():
+        for says, numbers in bad_settings(argument, settings):
             with pytest.raises(ValueError, match=says):
                 call(device, "padded", operator, **{argument: numbers})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,17 +15,20 @@ from tolerance import assert_close, assert_matches
 
 import vgpo_kernels
 from vgpo_kernels import (
+    ShapingConfig,
     VGPOConfig,
     attention_heatmap,
     attention_mass,
     backend,
     backends,
     policy_loss,
+    shape_tokens,
     visual_focus,
     visual_prototype,
     visual_weights,
 )
 from vgpo_kernels.config import PolicyLossOptions
+from vgpo_kernels.reference import token_shaping as shaping_definition
 from vgpo_kernels.reference import visual_focus as focus_definition
 from vgpo_kernels.reference import visual_weights as weights_definition
 
@@ -58,10 +62,15 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "fields"), [(VGPOConfig, _C.config_fields), (PolicyLossOptions, _C.options_fields)]
+    ("settings", "fields"),
+    [
+        (VGPOConfig, _C.config_fields),
+        (PolicyLossOptions, _C.options_fields),
+        (ShapingConfig, _C.shaping_fields),
+    ],
 )
 def test_settings_are_read_as_they_are_written(
-    settings: type[VGPOConfig | PolicyLossOptions], fields: Callable[[], list[tuple[str, str, int]]]
+    settings: type[VGPOConfig | PolicyLossOptions | ShapingConfig], fields: Callable[[], list[tuple[str, str, int]]]
 ) -> None:
     """Kernels read numbers without names: C++ and Python must have the same fields, kinds and choices in one order."""
     written = settings.kinds.items()
@@ -123,6 +132,24 @@ def test_weights_at_every_level(simd: str, length: int, preset: str) -> None:
     assert_matches(actual, weights_definition.visual_weights, arguments, names)
 
 
+@pytest.mark.parametrize("weight", ["softmax", "gate"])
+@pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 40, 1025])
+def test_shaping_at_every_level(simd: str, length: int, weight: str) -> None:
+    generator = torch.Generator().manual_seed(length)
+    visual, entropy, gap = torch.rand(3, 3, length, generator=generator)
+    mask = torch.rand(3, length, generator=generator) > 0.2
+    config = ShapingConfig.vepo(
+        weight=weight, entropy_gate=0.5, log1p=True, top_entropy=0.2, scope="group", other_weight=0.5, response="softmax"
+    )
+    arguments = (visual, entropy, gap, mask, torch.tensor([0, 1, 0]), None, 1.0, config.as_floats())
+    names = ("factors", "weights", "selected", "response_factor", "score", "metrics")
+
+    def shape(*given: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        return tuple(result.to(dtype) for result in shaping_definition.token_shaping(*given, dtype=dtype))
+
+    assert_matches(torch.ops.vgpo_kernels.token_shaping(*arguments), shape, arguments, names)
+
+
 def test_the_exponential_is_exact_to_a_few_units(simd: str) -> None:
     log_ratio = torch.cat([torch.linspace(-87, 88, 20011), torch.tensor([0.0, -0.0, 1e-9, -1e-9])])
     old_logp = torch.zeros_like(log_ratio)
@@ -154,6 +181,10 @@ def everything(hidden: torch.Tensor, visual: torch.Tensor, mask: torch.Tensor) -
     results = [visual_prototype(hidden, visual), cos]
     groups = torch.arange(len(mask)) // 2
     results += visual_weights(cos, mask, groups, VGPOConfig.released())[:5]
+    signals = {"visual": cos, "entropy": -logp.detach(), "gap": (old_logp - logp).detach().abs()}
+    for shaping in (ShapingConfig.pepo(response="softmax"), ShapingConfig.vepo(), ShapingConfig.cgpo(weight="gate")):
+        *tensors, metrics = shape_tokens(signals, mask, groups, shaping, progress=0.5)
+        results += [*tensors, *metrics.values()]
     for loss_type in ("dapo", "gspo", "luspo", "vespo"):
         loss, metrics = vgpo_kernels.vgpo_loss(
             hidden,
