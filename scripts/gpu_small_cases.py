@@ -26,8 +26,9 @@ from tolerance import assert_close, assert_matches  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import vgpo_kernels  # noqa: E402
-from vgpo_kernels import VGPOConfig, backend  # noqa: E402
+from vgpo_kernels import ShapingConfig, VGPOConfig, backend  # noqa: E402
 from vgpo_kernels.reference import visual_focus as focus_reference  # noqa: E402
+from vgpo_kernels.shaping import METHODS  # noqa: E402
 
 MIXED = (
     Response(visual=70, length=600, holes=True),
@@ -95,6 +96,29 @@ def check(batch: Batch, config: VGPOConfig, loss_type: str, visibility: str) -> 
     assert torch.equal(phi.cpu(), weights.phi.cpu()), "phi in two phases"
     assert_close(whole, separate.cpu().double(), name="loss in one call", floor=1e-5)
     assert_close(gradients[1], gradients[0].cpu().double(), name="gradient in one call", floor=1e-5)
+
+
+def check_shaping(batch: Batch) -> None:
+    """Every preset of the family, and what spans responses of a group, in one call and in two phases."""
+    signals = {"visual": batch.logp.exp(), "entropy": batch.entropy, "gap": (batch.logp - batch.ref_logp).abs()}
+    gpu, layout = batch.to(DEVICE), {"progress": 0.5}
+    moved = {name: signal.to(DEVICE) for name, signal in signals.items()}
+    configs = {name: ShapingConfig.preset(name) for name in METHODS}
+    configs["groups"] = ShapingConfig.cgpo(scope="group", response_scope="group")
+    for name, config in configs.items():
+        with backend(BACKEND):
+            found = vgpo_kernels.shape_tokens(
+                moved, gpu.response_mask, gpu.group_ids, config, cu_seqlens=gpu.cu_seqlens, **layout
+            )
+            phased = vgpo_kernels.response_factors(found.score, gpu.group_ids, config, **layout)
+        with backend("reference"):
+            exact = vgpo_kernels.shape_tokens(
+                signals, batch.response_mask, batch.group_ids, config, cu_seqlens=batch.cu_seqlens, **layout
+            )
+        assert torch.equal(found.selected.cpu(), exact.selected), f"{name}: selected"
+        for field in ("factors", "weights", "response_factor", "score"):
+            assert_close(getattr(found, field), getattr(exact, field), name=f"{name}: {field}", floor=1e-5)
+        assert_close(phased, found.response_factor.cpu().double(), name=f"{name}: in two phases")
 
 
 def check_attention(dtype: torch.dtype, packed: bool, size: int) -> None:
@@ -208,6 +232,9 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"LM head, {dtype}, {'with' if with_bias else 'without'} bias", partial(check_head, dtype, with_bias)
         number = "two heads" if with_bias else "one head"
         yield f"LM head, {dtype}, divergences by {number}", partial(check_divergence, dtype, with_bias)
+    for packed in (False, True):
+        batch = make_batch(MIXED, packed=packed, features=8)
+        yield f"token shaping, {'packed' if packed else 'padded'}", partial(check_shaping, batch)
 
 
 def main() -> int:

@@ -230,6 +230,17 @@ CONFIG_VALUES: dict[str, list[Bad]] = {
     "intra_clamp": clamps(),
     "inter_clamp": clamps(),
 }
+SHAPING_VALUES: dict[str, list[Bad]] = {
+    **{name: flags() for name in ("log1p", "times_entropy", "conserve")},
+    **{name: choices() for name in ("fusion", "weight", "scope", "response", "response_scope", "response_on")},
+    "schedule": choices(),
+    **{name: numbers(-0.1, 1.5) for name in ("fusion_weight", "share", "response_floor", "response_scale")},
+    **{name: numbers(0.0, -1.0) for name in ("range_floor", "temperature", "response_temperature")},
+    **{name: numbers(-0.1) for name in ("entropy_gate", "boost", "floor")},
+    **{name: numbers(-0.1) for name in ("visual_weight", "entropy_weight", "other_weight")},
+    "threshold": fractions(),
+    **{name: numbers(0.0, -0.1, 1.5) for name in ("top_visual", "top_entropy")},
+}
 OPTION_VALUES: dict[str, list[Bad]] = {
     "loss_type": choices(),
     "aggregation": choices(),
@@ -382,7 +393,7 @@ def _batch_subjects(packed: bool) -> dict[str, Subject]:
     image = {"hidden": hidden, "visual_mask": batch.visual_mask}
     shared = {"prototype": uniform(3, 8), "prototype_index": torch.tensor([0, 2, -1, 1])}
     groups = {"group_ids": batch.group_ids, "config": VGPOConfig.paper()}
-    shaping = {"group_ids": batch.group_ids, "config": ShapingConfig.vppo(schedule="linear")}
+    shaping = {"group_ids": batch.group_ids, "config": ShapingConfig.vppo(response_scope="group", schedule="linear")}
     policy = {
         "advantages": batch.advantages,
         "ref_logp": batch.ref_logp,
@@ -440,9 +451,7 @@ def _batch_subjects(packed: bool) -> dict[str, Subject]:
             | shaping
             | layout,
         ),
-        "response_factors": subject(
-            vgpo_kernels.response_factors, {"score": uniform(4), "progress": 0.5} | shaping
-        ),
+        "response_factors": subject(vgpo_kernels.response_factors, {"score": uniform(4), "progress": 0.5} | shaping),
         "combine_factors": subject(
             vgpo_kernels.combine_factors,
             {"psi": uniform(*responses.shape) - 0.5, "phi": uniform(4) - 0.5, "weighted": batch.has_visual}
@@ -568,6 +577,7 @@ def _setting_subjects() -> dict[str, Subject]:
             {},
             CONFIG_VALUES | {"score_offset": without(CONFIG_VALUES["score_offset"], "without its score")},
         ),
+        "ShapingConfig": Subject(ShapingConfig, {}, SHAPING_VALUES),
         "PolicyLossOptions": Subject(PolicyLossOptions, {}, OPTION_VALUES),
         "backend": Subject(_enter_backend, {"name": "reference"}, {"name": choices()}),
     }

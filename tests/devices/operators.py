@@ -23,8 +23,19 @@ from tolerance import assert_close, floor_of, same_bits
 from torch import Tensor, nn
 
 import vgpo_kernels
-from vgpo_kernels import VGPOConfig, backend, backends, check_batch, combine_factors, visual_focus, visual_weights
+from vgpo_kernels import (
+    ShapingConfig,
+    VGPOConfig,
+    backend,
+    backends,
+    check_batch,
+    combine_factors,
+    shape_tokens,
+    visual_focus,
+    visual_weights,
+)
 from vgpo_kernels.config import CHOICES
+from vgpo_kernels.shaping import METHODS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MANY = EDGES["shuffled groups"] + EDGES["no image"] + EDGES["late images"] + EDGES["empty response"]
@@ -80,6 +91,20 @@ def factors_of(batch: Batch, visibility: str = "all", preset: str = "paper") -> 
     cos = visual_focus(batch.hidden, batch.visual_mask, batch.response_mask, visibility=visibility, **boundaries)
     config = getattr(VGPOConfig, preset)()
     return visual_weights(cos, batch.response_mask, batch.group_ids, config, **boundaries).factors
+
+
+def check_shaping(device: torch.device) -> None:
+    """Every preset of the family has the same bits padded or packed."""
+    padded, packed = (make_batch(MANY, packed=packed, features=8).to(device) for packed in (False, True))
+
+    def of_each(batch: Batch, method: str) -> Tensor:
+        signals = {"visual": batch.logp.exp(), "entropy": batch.entropy, "gap": (batch.logp - batch.ref_logp).abs()}
+        shared = (batch.response_mask, batch.group_ids, ShapingConfig.preset(method))
+        factors = shape_tokens(signals, *shared, cu_seqlens=batch.cu_seqlens, progress=0.5).factors
+        return factors.cpu()[batch.response_mask.cpu()]
+
+    for method in METHODS:
+        assert same_bits(of_each(padded, method), of_each(packed, method)), method
 
 
 def check_layouts(device: torch.device, visibility: str, preset: str) -> None:
@@ -228,7 +253,9 @@ def quick(device: torch.device) -> Iterator[Callable[[], None]]:
     yield partial(check_refusals, device)
     yield partial(check_one_warning, device)
     yield partial(check_layouts, device, "causal", "paper")
+    yield partial(check_shaping, device)
     yield partial(check_small_cases, device, slice(5, 8))
+    yield partial(check_small_cases, device, slice(-2, None))
     yield partial(check_losses, device, range(1))
     yield partial(check_heads, device, torch.bfloat16)
     yield partial(check_truncated_heads, device)

@@ -18,7 +18,8 @@ ARGUMENTS = [
     pytest.param(made, name, id=f"{label}: {name}") for label, made in SUBJECTS.items() for name in sorted(made.bad)
 ]
 # Results, and the module of backends, whose one function that takes an argument is public by itself.
-RESULTS = {"BatchError", "BatchFindings", "Finding", "LinearDivergence", "LinearLogprob", "PolicyLoss", "VisualWeights"}
+RESULTS = {"BatchError", "BatchFindings", "Finding", "LinearDivergence", "LinearLogprob", "PolicyLoss", "TokenShaping"}
+RESULTS |= {"VisualWeights"}
 NOT_CALLED = RESULTS | {"backends"}
 
 

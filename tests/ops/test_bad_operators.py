@@ -280,7 +280,9 @@ def bad_settings(
     return bad
 
 
-@pytest.mark.parametrize("operator", ["visual_weights", "group_weights", "policy_loss", "vgpo_loss", *SHAPING_OPERATORS])
+@pytest.mark.parametrize(
+    "operator", ["visual_weights", "group_weights", "policy_loss", "vgpo_loss", *SHAPING_OPERATORS]
+)
 def test_settings_that_are_none_are_refused(device: str, operator: str) -> None:
     """Codes choose, and ratios of a length become an index: the wrong ones would read anywhere."""
     tried = settings_of(operator)

@@ -139,7 +139,7 @@ def test_shaping_at_every_level(simd: str, length: int, weight: str) -> None:
     visual, entropy, gap = torch.rand(3, 3, length, generator=generator)
     mask = torch.rand(3, length, generator=generator) > 0.2
     config = ShapingConfig.vepo(
-        weight=weight, entropy_gate=0.5, log1p=True, top_entropy=0.2, scope="group", other_weight=0.5, response="softmax"
+        weight=weight, entropy_gate=0.5, log1p=True, top_entropy=0.2, scope="group", response="softmax"
     )
     arguments = (visual, entropy, gap, mask, torch.tensor([0, 1, 0]), None, 1.0, config.as_floats())
     names = ("factors", "weights", "selected", "response_factor", "score", "metrics")

@@ -17,7 +17,7 @@ from bad_input import subjects
 from torch import Tensor
 
 import vgpo_kernels
-from vgpo_kernels import PolicyLossOptions, VGPOConfig
+from vgpo_kernels import PolicyLossOptions, ShapingConfig, VGPOConfig
 from vgpo_kernels.config import CHOICES
 from vgpo_kernels.ops import registry
 
@@ -178,6 +178,10 @@ CASES = {
         (VGPOConfig(), VGPOConfig(intra_clamp=(0.9, 1.1)), VGPOConfig(inter_clamp=(0.9, 1.1)))
     ),
     "group_weights: config": Case((VGPOConfig(), VGPOConfig(inter=False))),
+    "shape_tokens: config": Case((ShapingConfig.vppo(), ShapingConfig.pgpo(), ShapingConfig.vppo(response="none"))),
+    "response_factors: config": Case((ShapingConfig.vppo(), ShapingConfig.cgpo(), ShapingConfig.va_opd())),
+    "response_factors: score": Case(changed(torch.cos, "score")),
+    "progress": Case((0.5, 1.0)),
     "group_weights: score": Case(changed(torch.cos, "score")),
     "measures": Case((("kl",), ("js",), ())),
     "js_beta": Case((0.5, 0.2), {"measures": ("js",)}),

@@ -184,7 +184,7 @@ def _signals(signals: object, mask: Tensor, needs: tuple[str, ...]) -> dict[str,
         if name not in SIGNALS:
             raise ValueError(f"signals must be of {', '.join(SIGNALS)}, got {name!r}{hints.choice(name, SIGNALS)}")
     for name in needs:
-        if named.get(name) is None:
+        if name not in named or (named[name] is None and isinstance(signals, Mapping)):
             raise ValueError(
                 f"signals must hold {' and '.join(map(repr, needs))}, which this config reads; {name!r} is missing"
             )
