@@ -30,8 +30,9 @@ inline std::vector<Cut> cuts_of(const std::vector<Run>& runs, int64_t wanted) {
     std::vector<uint32_t> keys(static_cast<size_t>(number));  // order keys plus 2^31, so that they order as unsigned
     uint32_t* next = keys.data();
     for (const Run& run : runs) {
-        for (int64_t i = 0; i < run.length; ++i) next[i] = static_cast<uint32_t>(order_key(run.values[i])) ^ 0x80000000u;
-        next += run.length;
+        for (int64_t i = 0; i < run.length; ++i, ++next) {
+            *next = 0x80000000u ^ static_cast<uint32_t>(order_key(run.values[i]));
+        }
     }
     // From the highest bits down: the bucket in which the last wanted number lies, and of it alone the bits below.
     constexpr int kBits = 11;

@@ -79,13 +79,14 @@ void cut(std::vector<Response>& responses, const int64_t* group_ids, const Shapi
             cut_segment(responses, order, begin, end, config.top_visual, &Response::visual_run, &Response::by_visual);
         }
         if (item % 2 == 1 && config.top_entropy > 0.0) {
-            cut_segment(responses, order, begin, end, config.top_entropy, &Response::entropy_run, &Response::by_entropy);
+            cut_segment(responses, order, begin, end, config.top_entropy, &Response::entropy_run,
+                        &Response::by_entropy);
         }
     });
 }
 
-// Reads one response: its signals at the tokens that count, side by side, and its score. Of a mask with holes they are
-// compacted to `room`, kSignals times the arrays' length; the scores of its tokens go to `scores`.
+// Reads one response: its signals at the tokens that count, side by side, and their sum. Of a mask with holes they are
+// compacted to `room`, an array for each; what top_visual goes by goes to `scores` where it is not the visual signal.
 void read(const SignalInput& input, const bool* mask, int64_t begin, int64_t length, const ShapingConfig& config,
           float* const (&room)[kSignals], float* scores, Response& response) {
     const ValidSpan span = response.span = span_of(mask, length);
@@ -164,7 +165,7 @@ void weigh(Response& response, float response_factor, float progress, const Shap
     response.selected = selected;
 }
 
-// The mean of `count` numbers of either sign, whatever their order.
+// The mean of numbers of either sign, the same bits in whatever order.
 float mean_of(const std::vector<float>& values) {
     float largest = 0.0f;
     for (const float value : values) largest = std::max(largest, std::fabs(value));
@@ -296,8 +297,8 @@ namespace {
 Tensors token_shaping(const ArgumentReader& reader) {
     const Layout layout = reader.layout("response_mask");
     const at::IntArrayRef tokens = reader.shape("response_mask"), each(layout.batch);
-    const SignalInput signals = {
-        {reader.data<float>("visual", tokens), reader.data<float>("entropy", tokens), reader.data<float>("gap", tokens)}};
+    const SignalInput signals = {{reader.data<float>("visual", tokens), reader.data<float>("entropy", tokens),
+                                  reader.data<float>("gap", tokens)}};
     const bool* mask = reader.data<bool>("response_mask", tokens);
     const int64_t* groups = reader.data<int64_t>("group_ids", each);
     const ShapingConfig config = reader.shaping();
@@ -308,9 +309,9 @@ Tensors token_shaping(const ArgumentReader& reader) {
     at::Tensor factors = empty(tokens), weights = empty(tokens);
     at::Tensor selected = at::empty(tokens, reader.tensor("response_mask").options());
     at::Tensor response_factor = empty(each), score = empty(each), metrics = empty({kShapingMetrics});
-    const ShapingOutput output = {
-        factors.mutable_data_ptr<float>(),         weights.mutable_data_ptr<float>(), selected.mutable_data_ptr<bool>(),
-        response_factor.mutable_data_ptr<float>(), score.mutable_data_ptr<float>(),   metrics.mutable_data_ptr<float>()};
+    const ShapingOutput output = {factors.mutable_data_ptr<float>(),  weights.mutable_data_ptr<float>(),
+                                  selected.mutable_data_ptr<bool>(),  response_factor.mutable_data_ptr<float>(),
+                                  score.mutable_data_ptr<float>(),    metrics.mutable_data_ptr<float>()};
     vgpo::token_shaping(signals, mask, groups, layout, progress, config, output);
     return {factors, weights, selected, response_factor, score, metrics};
 }

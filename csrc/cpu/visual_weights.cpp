@@ -130,7 +130,8 @@ void visual_weights(const float* cos, const bool* response_mask, const int64_t* 
         output.score[b] = response.weighted ? response.weights.score : std::numeric_limits<float>::quiet_NaN();
     });
 
-    const std::vector<int64_t> order = by_group(group_ids, layout.batch, [&](int64_t b) { return responses[b].weighted; });
+    const auto member = [&](int64_t b) { return responses[b].weighted; };
+    const std::vector<int64_t> order = by_group(group_ids, layout.batch, member);
     group_weights(output.score, group_ids, order, layout.batch, config, output.phi);
 
     parallel_items(layout.batch, [&](int64_t b) {

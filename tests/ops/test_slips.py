@@ -45,6 +45,7 @@ def arguments() -> dict[str, Any]:
         "group_ids": torch.tensor([0, 0, 1, 1]),
         "config": VGPOConfig(),
         "cos": normal(B, T).clamp(-1, 1),
+        "signals": normal(B, T).clamp(-1, 1),
         "score": normal(B),
         "psi": normal(B, T),
         "phi": normal(B),
@@ -292,7 +293,8 @@ UIDS = ["a", "a", "b", "b"]
     ],
 )
 def test_group_ids_say_how_they_are_made(value: Any, error: type[Exception], says: str) -> None:
-    for function in ("visual_weights", "group_weights", "vgpo_loss", "linear_vgpo_loss"):
+    weighing = ("visual_weights", "group_weights", "shape_tokens", "response_factors")
+    for function in (*weighing, "vgpo_loss", "linear_vgpo_loss"):
         assert changed(function, error, group_ids=value).endswith(says), function
 
 
@@ -501,7 +503,8 @@ def test_text_is_made_only_to_be_raised(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(texts) > 10
     for name in texts:
         monkeypatch.setattr(hints, name, made)
-    for function in ("policy_loss", "vgpo_loss", "linear_vgpo_loss", "visual_weights", "group_weights"):
+    weighing = ("visual_weights", "group_weights", "shape_tokens", "response_factors")
+    for function in ("policy_loss", "vgpo_loss", "linear_vgpo_loss", *weighing):
         called = getattr(vgpo_kernels, function)
         taken = inspect.signature(called).parameters
         called(**{name: value for name, value in GOOD.items() if name in taken})

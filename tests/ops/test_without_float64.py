@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 import vgpo_kernels as vk
 from vgpo_kernels import VGPOConfig, backend, backends
+from vgpo_kernels.reference import token_shaping as shaping
 from vgpo_kernels.reference import visual_weights as reference
 from vgpo_kernels.reference.layout import sums_of
 
@@ -170,6 +171,15 @@ def test_gates_count_as_float64_does(narrow: None) -> None:
         assert reference._share_of(lengths, ratio, wide=False).tolist() == expected
         assert reference._share_of(lengths, ratio, wide=True).tolist() == expected
     assert (lengths.float() * 0.7).to(torch.int64).tolist() != [int(length * 0.7) for length in lengths.tolist()]
+
+
+def test_top_fractions_count_as_float64_does(narrow: None) -> None:
+    """A share that is a whole number of tokens is that number, whatever its product rounds to."""
+    lengths = torch.arange(1, 3000)
+    for fraction in (0.1, 0.3, 0.4, 0.7):
+        exact = [max(1, math.ceil(Fraction(str(fraction)) * length)) for length in lengths.tolist()]
+        for wide in (False, True):
+            assert shaping.top_count(lengths, fraction, wide=wide).tolist() == exact
 
 
 def test_autocast_narrows_no_product(narrow: None) -> None:

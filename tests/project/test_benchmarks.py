@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import bench_training_step, gpu, levels, measure, plot
+from benchmarks import bench_training_step, gpu, levels, measure, plot, shaping_peers
 from benchmarks.measure import append_csv
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -246,6 +246,7 @@ MEASURED_ON_GPUS = {
     "visual_focus, causal": set(),
     "visual_weights": {"PyTorch", "torch.compile"},
     "group_weights": {"PyTorch", "torch.compile"},
+    **{f"token_shaping, {name}": {"PyTorch", "torch.compile"} for name in shaping_peers.METHODS},
     "policy_loss": {"PyTorch, no metrics", "torch.compile, no metrics"},
     "vgpo_loss": {"PyTorch in fp32", "torch.compile in fp32"},
     "attention_mass": {

@@ -66,7 +66,7 @@ inline Vector power(Vector base, float exponent) {
     return load(lanes);
 }
 
-// log(1 + x) of a finite x >= 0 to a few units in the last place: what the sum rounds off is made up for by the quotient.
+// log(1 + x) of a finite x >= 0 to a few units in the last place. The quotient makes up for what the sum rounds off.
 inline Vector log_one_plus(Vector x) {
     const Vector one(1.0f), sum = one + x, above = sum - one;
     const Mask small = above == Vector(0.0f);
