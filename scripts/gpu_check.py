@@ -42,7 +42,7 @@ from benchmarks import measure  # noqa: E402
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 COUNTED = ("vgpo_loss", "visual_weights", "attention_mass", "attention_mass and its gradient", "linear_logprob")
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
-KERNELS = r"regex:^(visual|vgpo|policy|group|causal|attention|head|pair)_\w*kernel"
+KERNELS = r"regex:^(visual|vgpo|policy|group|causal|attention|head|pair|token|response)_\w*kernel"
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,6 +59,7 @@ struct Search {
     unsigned prefix;  // the digits found
     int wanted;       // the rank among the numbers that have them
 
+    __device__ int last_digit() const { return static_cast<int>(prefix & (kDigits - 1)); }
     __device__ float found() const { return order_key_value(static_cast<int32_t>(prefix ^ 0x80000000u)); }
 };
 
@@ -104,10 +105,11 @@ __device__ inline void find_digit(const int* histogram, Search& search) {
     search.wanted = __shfl_sync(kAllLanes, rank, finder);
 }
 
-// The k-th largest (k >= 1) of value(0), ..., value(count - 1), to every thread of the block. Every warp looks for the
-// digits by itself, so that a pass has one barrier. The caller puts one between two calls.
+// Searches for the k-th largest (k >= 1) of value(0), ..., value(count - 1); every thread of the block gets the result,
+// and how many of them are `equal` to it. Every warp looks for the digits by itself, so that a pass has one barrier. The
+// caller puts one between two calls.
 template <typename Value>
-__device__ float kth_largest(int count, int k, Value value) {
+__device__ Search search_largest(int count, int k, Value value, int& equal) {
     alignas(16) __shared__ int histograms[kPasses * kDigits];
     for (int i = threadIdx.x; i < kPasses * kDigits; i += blockDim.x) histograms[i] = 0;
     __syncthreads();
@@ -118,7 +120,15 @@ __device__ float kth_largest(int count, int k, Value value) {
         __syncthreads();
         find_digit(histograms + pass * kDigits, search);
     }
-    return search.found();
+    equal = histograms[(kPasses - 1) * kDigits + search.last_digit()];
+    return search;
+}
+
+// The same for its value alone.
+template <typename Value>
+__device__ float kth_largest(int count, int k, Value value) {
+    int equal;
+    return search_largest(count, k, value, equal).found();
 }
 
 // ---- a response -----------------------------------------------------------------------------------------------

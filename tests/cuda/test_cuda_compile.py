@@ -13,7 +13,7 @@ from torch.utils import cpp_extension
 # Every kernel, and the threads of its block.
 THREADS = {
     **dict.fromkeys(("visual_prototype", "visual_focus", "visual_weights"), 512),
-    **dict.fromkeys(("causal_prototype", "policy_loss", "vgpo_loss"), 512),
+    **dict.fromkeys(("causal_prototype", "policy_loss", "vgpo_loss", "token_shaping"), 512),
     **dict.fromkeys(("attention_mass", "attention_warpgroup", "attention_heatmap", "head_mean"), 128),
     **dict.fromkeys(("attention_query_gradient", "attention_key_gradient"), 128),
     **dict.fromkeys(("head_statistics", "head_gradient"), 256),
@@ -21,6 +21,7 @@ THREADS = {
     "head_tiles": 384,
     "head_merge": 512,
     "group_weights": 32,
+    "response_factors": 128,
 }
 
 
@@ -65,8 +66,8 @@ def test_bindings_compile(nvcc: str, tmp_path: Path) -> None:
     bindings = sorted(CUDA.glob("*.cu"))
     stems = [path.stem for path in bindings]
     assert stems == [
-        *("attention_mass", "head_tiles", "linear_divergence", "linear_logprob", "policy_loss", "vgpo_loss"),
-        *("visual_focus", "visual_weights"),
+        *("attention_mass", "head_tiles", "linear_divergence", "linear_logprob", "policy_loss", "token_shaping"),
+        *("vgpo_loss", "visual_focus", "visual_weights"),
     ]
     together = tmp_path / "bindings.cu"
     together.write_text("".join(f'#include "{path}"\n' for path in bindings))

@@ -13,6 +13,7 @@ from tolerance import same_bits
 from torch import Tensor
 
 from vgpo_kernels import (
+    ShapingConfig,
     VGPOConfig,
     attention_heatmap,
     attention_mass,
@@ -22,6 +23,8 @@ from vgpo_kernels import (
     linear_divergence,
     linear_logprob,
     policy_loss,
+    response_factors,
+    shape_tokens,
     vgpo_loss,
     visual_focus,
     visual_prototype,
@@ -66,6 +69,12 @@ def calls(batch: Batch) -> dict[str, Callable[[], Any]]:
         for heads, length in ((6, 50), (2, 200))
     )
     segments = torch.arange(200, device=device).div(70, rounding_mode="floor").to(torch.int32).repeat(2, 1)
+    signals = {"visual": cos, "entropy": batch.entropy, "gap": batch.entropy.square()}
+    score = weights.score
+
+    def shaped(shaping: ShapingConfig) -> tuple[Tensor, ...]:
+        return shape_tokens(signals, batch.response_mask, batch.group_ids, shaping)[:5]
+
     rows = batch.hidden.flatten(0, -2)[:70].nan_to_num()
     weight = torch.randn(3001, rows.shape[-1], generator=generator).to(device, rows.dtype)
     targets = torch.arange(len(rows), device=device)
@@ -100,7 +109,10 @@ def calls(batch: Batch) -> dict[str, Callable[[], Any]]:
         "visual_focus": lambda: cos_of("all"),
         "visual_focus, causal": lambda: cos_of("causal"),
         "visual_weights": lambda: visual_weights(cos, batch.response_mask, batch.group_ids, config)[:5],
-        "group_weights": lambda: group_weights(weights.score, batch.group_ids, config),
+        "group_weights": lambda: group_weights(score, batch.group_ids, config),
+        "token_shaping": lambda: shaped(ShapingConfig.vepo(response="softmax", response_scope="group")),
+        "token_shaping, pooled": lambda: shaped(ShapingConfig.cgpo(scope="group")),
+        "response_factors": lambda: response_factors(score, batch.group_ids, ShapingConfig.cgpo()),
         "policy_loss": lambda: policy_loss(batch.logp, *tokens, factors=weights.factors).loss,
         "vgpo_loss": lambda: loss_of("all"),
         "vgpo_loss, causal": lambda: loss_of("causal"),
@@ -110,6 +122,7 @@ def calls(batch: Batch) -> dict[str, Callable[[], Any]]:
 ONE_LAUNCH = (
     *("visual_prototype", "causal_prototype", "visual_focus", "visual_focus, causal"),
     *("visual_weights", "group_weights", "policy_loss", "vgpo_loss", "vgpo_loss, causal"),
+    *("token_shaping", "token_shaping, pooled", "response_factors"),
 )
 OPERATORS = (
     *ONE_LAUNCH,

@@ -11,6 +11,7 @@
 namespace vgpo::cuda {
 struct HeadMeanArguments;
 struct GroupWeightsArguments;
+struct ResponseFactorsArguments;
 template <typename T>
 struct CausalPrototypeArguments;
 }  // namespace vgpo::cuda
@@ -18,6 +19,8 @@ template <>
 constexpr bool emulation::kFollowsGrid<vgpo::cuda::HeadMeanArguments> = true;
 template <>
 constexpr bool emulation::kFollowsGrid<vgpo::cuda::GroupWeightsArguments> = true;
+template <>
+constexpr bool emulation::kFollowsGrid<vgpo::cuda::ResponseFactorsArguments> = true;
 template <typename T>
 constexpr bool emulation::kFollowsGrid<vgpo::cuda::CausalPrototypeArguments<T>> = true;
 
@@ -27,6 +30,7 @@ constexpr bool emulation::kFollowsGrid<vgpo::cuda::CausalPrototypeArguments<T>> 
 #include "../../csrc/cuda/linear_divergence.cu"
 #include "../../csrc/cuda/linear_logprob.cu"
 #include "../../csrc/cuda/policy_loss.cu"
+#include "../../csrc/cuda/token_shaping.cu"
 #include "../../csrc/cuda/vgpo_loss.cu"
 #include "../../csrc/cuda/visual_focus.cu"
 #include "../../csrc/cuda/visual_weights.cu"

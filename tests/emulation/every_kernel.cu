@@ -4,6 +4,7 @@
 #include "../../csrc/cuda/causal_prototype.cuh"
 #include "../../csrc/cuda/head_tiles.cuh"
 #include "../../csrc/cuda/linear_divergence.cuh"
+#include "../../csrc/cuda/token_shaping.cuh"
 #include "../../csrc/cuda/vgpo_loss.cuh"
 
 namespace vgpo {
@@ -62,6 +63,8 @@ EVERY_ELEMENT_TYPE(__nv_bfloat16)
 
 template __global__ void visual_weights_kernel<kThreads>(const __grid_constant__ VisualWeightsArguments);
 template __global__ void group_weights_kernel<kGroupThreads>(const __grid_constant__ GroupWeightsArguments);
+template __global__ void token_shaping_kernel<kThreads>(const __grid_constant__ TokenShapingArguments);
+template __global__ void response_factors_kernel<kFactorThreads>(const __grid_constant__ ResponseFactorsArguments);
 template __global__ void policy_loss_kernel<kThreads>(const __grid_constant__ PolicyLossArguments);
 template __global__ void head_mean_kernel<kAttentionThreads>(const __grid_constant__ HeadMeanArguments);
 #define STATISTICS_KERNELS(capped, squares)                                \
