@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TABLE = ROOT / "benchmarks" / "results" / "triton_resources.csv"
 
-from vgpo_kernels import PolicyLossOptions, VGPOConfig  # noqa: E402
+from vgpo_kernels import PolicyLossOptions, ShapingConfig, VGPOConfig  # noqa: E402
 from vgpo_kernels.config import CHOICES  # noqa: E402
 from vgpo_kernels.ops import registry  # noqa: E402
 from vgpo_kernels.triton_kernels import attention_mass, linear_divergence, linear_logprob  # noqa: E402
@@ -180,10 +181,35 @@ def calls(loss_types: Iterable[str]) -> dict[str, Callable[[], Any]]:
             "visual_weights", cos=values, response_mask=mask, group_ids=groups, config=released
         ),
         "group_weights": call_of("group_weights", score=per_response, group_ids=groups, config=paper),
+        **shaping_calls(),
         **{f"policy_loss, {name}": policy(name) for name in loss_types},
         **attention_calls(),
         **head_calls(),
         **pair_calls(),
+    }
+
+
+def shaping_calls() -> dict[str, Callable[[], Any]]:
+    """Return calls of token_shaping with the settings that take the most registers, and of its second phase."""
+    batch, tokens = 2, 32
+    signal = torch.zeros(batch, tokens)
+    given = {"group_ids": torch.zeros(batch, dtype=torch.int64), "progress": 0.5}
+    tokens_given = given | {"response_mask": torch.zeros(batch, tokens, dtype=torch.bool)}
+    signals = dict.fromkeys(("visual", "entropy", "gap"), signal)
+    top = ShapingConfig(top_visual=0.3, top_entropy=0.3, fusion="soft_or", times_entropy=True)
+    variants = {
+        "softmax, min_max": replace(top, weight="softmax", entropy_gate=0.1, response="min_max", schedule="linear"),
+        "gate, softmax": replace(top, weight="gate", log1p=True, response="softmax", response_scope="group"),
+        "cgpo": ShapingConfig.cgpo(),
+    }
+    return {
+        **{
+            f"token_shaping, {name}": call_of("token_shaping", **signals, **tokens_given, config=config.as_floats())
+            for name, config in variants.items()
+        },
+        "response_factors, cgpo": call_of(
+            "response_factors", **given, score=torch.zeros(batch), config=ShapingConfig.cgpo().as_floats()
+        ),
     }
 
 

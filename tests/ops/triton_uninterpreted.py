@@ -30,7 +30,7 @@ from cases import Batch, Response, make_batch  # noqa: E402
 from triton_resources import TARGETS, recording  # noqa: E402
 
 import vgpo_kernels  # noqa: E402
-from vgpo_kernels import VGPOConfig, backends  # noqa: E402
+from vgpo_kernels import ShapingConfig, VGPOConfig, backends  # noqa: E402
 from vgpo_kernels.triton_kernels.common import is_finite  # noqa: E402
 
 # (responses, visual tokens, response tokens) of ten rollouts, with the sizes that Triton likes to specialise on.
@@ -61,6 +61,9 @@ def call_every_operator(batch: Batch) -> None:
     weights = vgpo_kernels.visual_weights(cos, mask, batch.group_ids, VGPOConfig.released(), **packed)
     vgpo_kernels.group_weights(weights.score, batch.group_ids, VGPOConfig.paper())
     vgpo_kernels.policy_loss(batch.logp, batch.old_logp, batch.token_advantages, mask, **packed)
+    signals, cgpo = {"visual": cos, "entropy": batch.entropy}, ShapingConfig.cgpo()
+    score = vgpo_kernels.shape_tokens(signals, mask, batch.group_ids, cgpo, **packed).score
+    vgpo_kernels.response_factors(score, batch.group_ids, cgpo)
 
 
 def call_with_late_images(batch: Batch) -> None:

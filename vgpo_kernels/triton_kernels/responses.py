@@ -62,6 +62,14 @@ def order_key(value):
 
 
 @triton.jit
+def choose_digit(histogram, wanted):
+    """The digit of the ``wanted``-th largest key, from how often each of 256 occurs, and how many keys have larger."""
+    at_least = tl.sum(histogram) - tl.cumsum(histogram, 0) + histogram
+    chosen = tl.maximum(tl.sum((at_least >= wanted).to(tl.int32)) - 1, 0)
+    return chosen, tl.sum(tl.where(tl.arange(0, 256) > chosen, histogram, 0))
+
+
+@triton.jit
 def focus_score(cos, offset, SCORE_KIND: tl.constexpr):
     """rho_t: (1 + cos) / 2, or cos - offset."""
     return (1.0 + cos) * 0.5 if SCORE_KIND == "affine" else cos - offset
@@ -202,9 +210,7 @@ def find_gate(cos, mask, size, length, unseen, head_bits, top_bits, BLOCK: tl.co
             key = order_key(tl.load(cos + token, mask=valid, other=0.0))
             valid = valid & ((key & known) == threshold)
             histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=valid)
-        at_least = tl.sum(histogram) - tl.cumsum(histogram, 0) + histogram
-        chosen = tl.maximum(tl.sum((at_least >= wanted).to(tl.int32)) - 1, 0)
-        above = tl.sum(tl.where(digit > chosen, histogram, 0))
+        chosen, above = choose_digit(histogram, wanted)
         wanted -= above
         larger += above
         equal = tl.sum(tl.where(digit == chosen, histogram, 0))
