@@ -105,7 +105,7 @@ GROUPS = (
     Group(
         "Settings and results",
         "vgpo_kernels",
-        ("VGPOConfig", "PolicyLossOptions", "VisualWeights", "PolicyLoss"),
+        ("VGPOConfig", "PolicyLossOptions", "ViewTerm", "VisualWeights", "PolicyLoss"),
         "What the functions above take and return.",
     ),
     Group(

@@ -16,6 +16,7 @@ from vgpo_kernels.ops.divergence_measures import LinearDivergence, combine_diver
 from vgpo_kernels.ops.linear_divergence import linear_divergence, linear_divergence_slice
 from vgpo_kernels.ops.linear_logprob import LinearLogprob, combine_slices, linear_logprob, linear_logprob_slice
 from vgpo_kernels.ops.linear_vgpo_loss import linear_policy_loss, linear_vgpo_loss
+from vgpo_kernels.ops.loss_terms import ViewTerm
 from vgpo_kernels.ops.policy_loss import PolicyLoss, policy_loss
 from vgpo_kernels.ops.token_shaping import TokenShaping, response_factors, shape_tokens
 from vgpo_kernels.ops.vgpo_loss import vgpo_loss
@@ -36,6 +37,7 @@ __all__ = [
     "ShapingConfig",
     "TokenShaping",
     "VGPOConfig",
+    "ViewTerm",
     "VisualWeights",
     "attention_heatmap",
     "attention_mass",

@@ -54,7 +54,7 @@ _OURS: dict[str, tuple[str, ...]] = {
     "old_logp": ("old_log_prob", "old_log_probs", "old_logprobs", "old_logps", "old_per_token_logps"),
     "ref_logp": ("ref_log_prob", "ref_log_probs", "ref_logprobs", "ref_logps", "ref_per_token_logps"),
     "model_or_head": ("model", "head", "policy"),
-    "factors": ("factor", "token_weights"),
+    "factors": ("factor",),
     "hidden": ("hidden_states", "last_hidden_state", "_input"),
     "weight": ("lm_head", "lin_weight"),
     "targets": ("labels", "input_ids", "selected_token_ids", "completion_ids", "responses"),
@@ -90,6 +90,7 @@ MISPLACED = {
     "rewards": "advantages are expected, such as rewards less the mean of their group",
     "factors": "vgpo_loss and linear_vgpo_loss compute them themselves; policy_loss and linear_policy_loss take them",
     "entropy": "linear_policy_loss and linear_vgpo_loss compute entropies themselves: entropy_coef is enough",
+    "views": "a view is compared with log-probs that are given: hand those of linear_logprob to policy_loss(views=...)",
     "config": "the settings of VGPO go to visual_weights, whose factors policy_loss takes, or to vgpo_loss",
     "options": "options are keywords each: policy_loss(..., **options)",
 }
@@ -100,7 +101,7 @@ MISPLACED |= {name: f"{name} {_OF_FOCUS}" for name in _FOCUS}
 # What losses take besides their options.
 LOSS_ARGUMENTS = (
     *("logp", "old_logp", "advantages", "response_mask", "factors", "cu_seqlens", "ref_logp", "entropy"),
-    *("importance_weights", "num_tokens", "num_sequences"),
+    *("importance_weights", "token_weights", "selected", "num_tokens", "num_sequences", "num_selected", "views"),
 )
 
 

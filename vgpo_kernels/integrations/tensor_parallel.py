@@ -168,7 +168,7 @@ def parallel_policy_loss(
         chunk_bytes: As in :func:`vgpo_kernels.linear_logprob`.
         recompute: ``False``: keep the logits of this rank's rows in hidden's dtype, and save a matrix product, as in
             :func:`vgpo_kernels.linear_logprob`.
-        **policy_loss_options: Every other keyword of :func:`vgpo_kernels.policy_loss` but ``entropy``.
+        **policy_loss_options: Every other keyword of :func:`vgpo_kernels.policy_loss` but ``entropy`` and ``views``.
 
     Returns:
         A :class:`vgpo_kernels.PolicyLoss`, differentiable in hidden, weight and bias.
@@ -180,7 +180,7 @@ def parallel_policy_loss(
 
     """
     warn_of_detached(hidden, weight)
-    arguments = checked_arguments(
+    arguments, rates = checked_arguments(
         hidden,
         weight,
         targets,
@@ -218,7 +218,9 @@ def parallel_policy_loss(
     if old_logp is None:
         arguments["old_logp"] = logp.detach()
     dtype = checks.compute_dtype(*arguments.values())
-    return unpack(registry.call("policy_loss", mask.device, dtype, **arguments), POLICY_METRICS, dtype, arguments)
+    result = registry.call("policy_loss", mask.device, dtype, **arguments)
+    loss, metrics = unpack(result, POLICY_METRICS, dtype, arguments)
+    return PolicyLoss(loss, metrics | rates)
 
 
 @explained
@@ -275,7 +277,8 @@ def parallel_vgpo_loss(
         visibility: As in :func:`vgpo_kernels.visual_focus`.
         chunk_bytes: As in :func:`vgpo_kernels.linear_logprob`.
         recompute: As in :func:`parallel_policy_loss`.
-        **policy_loss_options: Every keyword of :func:`vgpo_kernels.policy_loss` but ``factors`` and ``entropy``.
+        **policy_loss_options: Every keyword of :func:`vgpo_kernels.policy_loss` but ``factors``, ``entropy`` and
+            ``views``.
 
     Returns:
         A :class:`vgpo_kernels.PolicyLoss`, differentiable in hidden, weight and bias, with the metrics of

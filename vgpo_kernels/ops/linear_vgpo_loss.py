@@ -23,6 +23,7 @@ from vgpo_kernels.ops.lm_head import (
     tile_columns,
     without_autocast,
 )
+from vgpo_kernels.ops.loss_terms import token_factors
 from vgpo_kernels.ops.policy_loss import (
     POLICY_METRICS,
     SHARED_TENSORS,
@@ -100,7 +101,7 @@ def linear_vgpo_loss(
         chunk_bytes: Size of the workspace for logits, as in :func:`linear_logprob`; by default 1/8 of them (on a
             GPU 1/4) where the gradients take one sweep over the logits.
         recompute: As in :func:`linear_policy_loss`.
-        **policy_loss_options: Every keyword of :func:`policy_loss` but ``factors`` and ``entropy``.
+        **policy_loss_options: Every keyword of :func:`policy_loss` but ``factors``, ``entropy`` and ``views``.
 
     Returns:
         A :class:`PolicyLoss`, differentiable in hidden, weight and bias, with the metrics of :func:`vgpo_loss`.
@@ -223,8 +224,8 @@ def linear_policy_loss(
         recompute: ``False``: hold the fp32 logits of all scored tokens at the same time. Then every loss takes three
             matrix products and no longer adds up its gradient by chunks, at four bytes a logit. (Of fp16 states it
             changes nothing.)
-        **policy_loss_options: Every other keyword of :func:`policy_loss` but ``entropy``. ``entropy_coef`` works:
-            entropies are computed from the logits.
+        **policy_loss_options: Every other keyword of :func:`policy_loss` but ``entropy`` and ``views``, which need
+            log-probs beforehand. ``entropy_coef`` works: entropies are computed from the logits.
 
     Returns:
         A :class:`PolicyLoss`, differentiable in hidden, weight and bias.
@@ -236,7 +237,7 @@ def linear_policy_loss(
 
     """
     warn_of_detached(hidden, weight)
-    arguments = checked_arguments(
+    arguments, rates = checked_arguments(
         hidden,
         weight,
         targets,
@@ -261,7 +262,8 @@ def linear_policy_loss(
     }
     dtype = checks.compute_dtype(*arguments.values())
     result = registry.call("linear_policy_loss", arguments["response_mask"].device, dtype, **arguments)
-    return unpack(result, POLICY_METRICS, dtype, arguments)
+    loss, metrics = unpack(result, POLICY_METRICS, dtype, arguments)
+    return PolicyLoss(loss, metrics | rates)
 
 
 def checked_arguments(
@@ -277,11 +279,18 @@ def checked_arguments(
     mapping: tuple[object, object, object],
     cu_seqlens: Tensor | None,
     whole: bool,
+    token_weights: Tensor | None = None,
+    selected: Tensor | None = None,
+    num_selected: int | float | Tensor | None = None,
     **policy_loss_options: Any,
-) -> dict[str, Any]:
-    """Check what a policy loss of hidden states and a head takes, and return it by name, as operators take it.
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Check what a policy loss of hidden states and a head takes.
 
     ``mapping`` is temperature, logit_scale and softcap; ``whole`` says that the weight has the whole vocabulary.
+
+    Returns:
+        The arguments by name, as operators take them, and the metrics of ``selected``.
+
     """
     states, rows, offsets = head_checks.head(hidden, weight, bias)
     mask, boundaries = checks.response_layout(response_mask, cu_seqlens, states.device)
@@ -291,17 +300,18 @@ def checked_arguments(
     head_checks.target_values(ids, mask, rows.shape[0] if whole else None)
     if checks.values_are_free(mask):
         checks.predicted_tokens(mask, first_tokens(mask, states, boundaries))
-    shared, _ = shared_arguments(mask, boundaries, advantages, **policy_loss_options)
-    return {
+    shared, options = shared_arguments(mask, boundaries, advantages, **policy_loss_options)
+    arguments = {
         "hidden": states,
         "weight": rows,
         "bias": offsets,
         "targets": ids,
         "old_logp": checks.optional_per_token("old_logp", old_logp, mask),
-        "factors": checks.optional_per_token("factors", factors, mask),
         **head_checks.logit_map(*mapping, states, mask, "response_mask's"),
         **shared,
     }
+    arguments["factors"], rates = token_factors(arguments, options, factors, token_weights, selected, num_selected)
+    return arguments, rates
 
 
 def scored_rows(response_mask: Tensor, hidden: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:

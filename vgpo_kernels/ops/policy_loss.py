@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from vgpo_kernels import checks
 from vgpo_kernels.config import PolicyLossOptions
 from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
+from vgpo_kernels.ops.loss_terms import ViewTerm, checked_views, kernel_view, of_view, token_factors, view_call
 from vgpo_kernels.ops.visual_weights import name_metrics
 from vgpo_kernels.reference import policy_loss as reference
 from vgpo_kernels.summaries import summary
@@ -49,7 +50,10 @@ class PolicyLoss(NamedTuple):
             was not computed is absent: ``"ref_kl"`` without ``ref_logp``, ``"entropy"`` without entropies.
             ``"nonfinite_advantages"`` is the number of scored tokens whose advantage, times its factor, is NaN or
             infinite. ``"factor_std"`` of equal factors is exactly 0. A smallest and a largest value are NaN where the
-            mean is.
+            mean is. Factors are all that multiplies advantages: token weights too, and with ``selected`` 0 or, where
+            the aggregation divides by tokens, the number of all over that of the selected ones (in ``"token-mean"``
+            their mean is that of the selected tokens). ``"selected_rate"`` is the share of scored tokens that are
+            selected, ``"view_kl"`` the mean estimate of one view; those of several are ``"view_kl/0"`` and so on.
 
     """
 
@@ -73,14 +77,22 @@ def policy_loss(
     ref_logp: Tensor | None = None,
     entropy: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    selected: Tensor | None = None,
     num_tokens: int | float | Tensor | None = None,
     num_sequences: int | float | Tensor | None = None,
+    num_selected: int | float | Tensor | None = None,
+    views: Sequence[ViewTerm] = (),
     **options: Any,
 ) -> PolicyLoss:
     """Clipped policy-gradient loss with the advantage ``advantages * factors`` (paper, Eq. 11).
 
     The token loss is ``importance * surrogate + kl_coef * KL - entropy_coef * entropy``, aggregated over the
     response tokens. Its gradient is computed in the same pass; backward only scales it.
+
+    Other methods weight tokens (``token_weights``), learn from some (``selected``), or compare the policy with itself
+    under another image (``views``). The first two change the surrogate alone: KL terms, the bonus, and the ratio of a
+    response stay those of all its tokens.
 
     What is multiplied by zero is off: where ``kl_coef``, ``entropy_coef``, an advantage (times its factor) or an
     importance weight is 0, the KL term, the bonus or the surrogate adds nothing to loss or gradient, even if it is
@@ -113,11 +125,22 @@ def policy_loss(
         ref_logp: Log-probabilities under the reference policy, in ``logp``'s shape, for the KL term.
         entropy: Entropy of each token's distribution in nats, in ``logp``'s shape, for the bonus; differentiable.
         importance_weights: Off-policy correction of the surrogate, ``[B]`` or per token.
+        token_weights: What multiplies each token's surrogate, finite and not negative, ``[B]`` or per token. (Values
+            are not looked at: one below 0 would turn an advantage round.)
+        selected: Tokens whose surrogate counts, bool or 0 and 1, in response_mask's shape; others are off, whatever
+            their ratios, factors and weights are. The surrogate is then divided by the selected tokens: all of them in
+            ``"token-mean"``, the response's own in ``"seq-mean-token-mean"``. The other aggregations divide by no
+            number of tokens. Where none is selected, the surrogate is 0.
         num_tokens: Denominator of ``"token-mean"``, a number or a 0-dimensional tensor; default: the number of valid
             tokens in this call. With the number of the whole batch, the losses of its micro-batches or ranks add up to
             the loss of the whole batch. In float32's range; 0 counts as 1.
         num_sequences: Denominator of the other aggregations, a number or a 0-dimensional tensor; default: the number
             of responses B in this call. 0 counts as 1; a response's length or ``max_length`` still divides.
+        num_selected: Denominator of the surrogate in ``"token-mean"`` where tokens are ``selected``, as ``num_tokens``
+            is of the rest; default: the number of those in this call.
+        views: Terms ``coef * KL(policy || view)``, each a :class:`ViewTerm`, aggregated over all response tokens.
+            ``ratio_clamp`` and ``kl_bias_correction`` apply to them as to the reference's; importance weights, token
+            weights and ``selected`` do not.
         **options: Fields of :class:`PolicyLossOptions`: ``loss_type="dapo"``, ``aggregation=None``,
             ``epsilon_low=0.2``, ``epsilon_high=0.28``, ``dual_clip=None``, ``kl_coef=0.0``, ``kl_estimator="k3"``,
             ``entropy_coef=0.0``, ``max_length=None`` (default: T of a padded batch), ...
@@ -131,7 +154,7 @@ def policy_loss(
 
     """
     mask, boundaries = checks.response_layout(response_mask, cu_seqlens)
-    arguments = loss_arguments(
+    arguments, chosen = loss_arguments(
         mask,
         boundaries,
         logp,
@@ -144,9 +167,37 @@ def policy_loss(
         num_sequences=num_sequences,
         **options,
     )
-    arguments["factors"] = checks.optional_per_token("factors", factors, mask)
-    dtype = checks.compute_dtype(*arguments.values())
-    return unpack(registry.call("policy_loss", mask.device, dtype, **arguments), POLICY_METRICS, dtype, arguments)
+    arguments["factors"], rates = token_factors(arguments, chosen, factors, token_weights, selected, num_selected)
+    loss, metrics = call_with_views("policy_loss", POLICY_METRICS, arguments, chosen, views)
+    return PolicyLoss(loss, metrics | rates)
+
+
+def call_with_views(
+    operator: str,
+    names: tuple[str, ...],
+    arguments: Mapping[str, Any],
+    options: PolicyLossOptions,
+    views: Sequence[ViewTerm],
+) -> PolicyLoss:
+    """Call a loss operator that is given log-probs, with checked arguments, and add the terms of views.
+
+    ``names`` are those of the operator's metrics.
+    """
+    terms = checked_views(views, arguments, options)
+    metric_of = ["view_kl"] if len(terms) == 1 else [f"view_kl/{index}" for index in range(len(terms))]
+    free = kernel_view(terms, arguments)
+    given = arguments if free is None else {**arguments, **of_view(terms[free], options)}
+    device = arguments["response_mask"].device
+    dtype = checks.compute_dtype(*arguments.values(), *(view.logp for view in terms))
+    loss, metrics = unpack(registry.call(operator, device, dtype, **given), names, dtype, given)
+    for index, view in enumerate(terms):
+        if index == free:
+            metrics[metric_of[index]] = metrics.pop("ref_kl")
+            continue
+        given = view_call(view, arguments, options)
+        term = unpack(registry.call("policy_loss", device, dtype, **given), POLICY_METRICS, dtype, given)
+        loss, metrics[metric_of[index]] = loss + term.loss, term.metrics["ref_kl"]
+    return PolicyLoss(loss, metrics)
 
 
 def loss_arguments(
@@ -159,8 +210,13 @@ def loss_arguments(
     *,
     entropy: Tensor | None = None,
     **shared: Any,
-) -> dict[str, Any]:
-    """Check the arguments of :func:`policy_loss` but ``factors``, and return them by name, as operators take them."""
+) -> tuple[dict[str, Any], PolicyLossOptions]:
+    """Check the arguments of :func:`policy_loss` but those of :mod:`vgpo_kernels.ops.loss_terms`, and ``factors``.
+
+    Returns:
+        The arguments by name, as operators take them, and the options among them.
+
+    """
     arguments, options = shared_arguments(mask, boundaries, advantages, **shared)
     if options.entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy_coef={options.entropy_coef} needs entropy, which is None")
@@ -169,7 +225,7 @@ def loss_arguments(
     # On-policy both are the same memory, which kernels read once or find in a cache.
     arguments["old_logp"] = current.detach() if old_logp is None else checks.per_token("old_logp", old_logp, mask)
     arguments["entropy"] = checks.optional_per_token("entropy", entropy, mask, detach=False)
-    return arguments
+    return arguments, options
 
 
 def shared_arguments(

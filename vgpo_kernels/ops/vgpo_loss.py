@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,16 +12,19 @@ from vgpo_kernels import checks
 from vgpo_kernels.config import VGPOConfig, Visibility
 from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
+from vgpo_kernels.ops.linear_vgpo_loss import with_factors
+from vgpo_kernels.ops.loss_terms import NEEDS_SELECTED, ViewTerm
 from vgpo_kernels.ops.policy_loss import (
     LOSS_RESULT,
     LOSS_TENSORS,
     POLICY_METRICS,
     PolicyLoss,
+    call_with_views,
     fake_loss,
     keep_gradients,
     loss_arguments,
+    policy_loss,
     scaled_gradients,
-    unpack,
 )
 from vgpo_kernels.ops.visual_weights import FOCUS_METRICS
 from vgpo_kernels.reference import vgpo_loss as reference
@@ -43,13 +47,18 @@ def vgpo_loss(
     prototype: Tensor | None = None,
     prototype_index: Tensor | None = None,
     visibility: Visibility = "all",
+    token_weights: Tensor | None = None,
+    selected: Tensor | None = None,
+    num_selected: int | float | Tensor | None = None,
+    views: Sequence[ViewTerm] = (),
     **policy_loss_options: Any,
 ) -> PolicyLoss:
     """Visual focus, factors and policy loss of whole groups in one call (paper, Eq. 3-11).
 
     The same as :func:`visual_focus`, :func:`visual_weights` and :func:`policy_loss` one after the other. Every group
     must be whole. Where groups straddle micro-batches or ranks, call these three functions, and :func:`group_weights`
-    before the loss.
+    before the loss. With ``token_weights`` or ``selected`` it calls the three: its kernel multiplies advantages by the
+    factors alone.
 
     Args:
         hidden: Last-layer hidden states after the final norm, ``[B, S, D]`` padded or ``[N, D]`` packed;
@@ -68,7 +77,11 @@ def vgpo_loss(
         prototype: As in :func:`visual_focus`: ``[P, D]``, or one for each position.
         prototype_index: As in :func:`visual_focus`: a row for each response ``[B]``, or for each token.
         visibility: ``"all"``, or ``"causal"`` for images that arrive late, as in :func:`visual_focus`.
-        **policy_loss_options: Every keyword of :func:`policy_loss` but ``factors``.
+        token_weights: As in :func:`policy_loss`, beside the factors, as all that follows.
+        selected: The tokens whose surrogate counts.
+        num_selected: Their number in the whole batch.
+        views: Terms of other views.
+        **policy_loss_options: Every other keyword of :func:`policy_loss` but ``factors``.
 
     Returns:
         A :class:`PolicyLoss`, whose metrics are those of :func:`policy_loss` and of :func:`visual_weights`.
@@ -78,6 +91,26 @@ def vgpo_loss(
         ValueError: Shapes, devices, boundaries or options do not fit together.
 
     """
+    if token_weights is not None or selected is not None:
+        return with_factors(
+            lambda _, **arguments: policy_loss(logp, old_logp, advantages, **arguments),
+            hidden,
+            visual_mask,
+            response_mask,
+            group_ids,
+            config,
+            cu_seqlens=cu_seqlens,
+            prototype=prototype,
+            prototype_index=prototype_index,
+            visibility=visibility,
+            token_weights=token_weights,
+            selected=selected,
+            num_selected=num_selected,
+            views=views,
+            **policy_loss_options,
+        )
+    if num_selected is not None:
+        raise ValueError(NEEDS_SELECTED)
     hidden, boundaries = checks.hidden_states(hidden, cu_seqlens)
     mask, _ = checks.response_layout(response_mask, boundaries, hidden.device)
     checks.response_rows(mask, hidden)
@@ -87,10 +120,9 @@ def vgpo_loss(
         "group_ids": checks.per_response_integers("group_ids", group_ids, batch, mask.device, "hidden"),
         "config": checks.settings("config", config, VGPOConfig).as_floats(),
         **checks.image(visual_mask, prototype, prototype_index, visibility, hidden, mask, boundaries),
-        **loss_arguments(mask, boundaries, logp, old_logp, advantages, **policy_loss_options),
     }
-    dtype = checks.compute_dtype(*arguments.values())
-    return unpack(registry.call("vgpo_loss", mask.device, dtype, **arguments), METRICS, dtype, arguments)
+    of_policy, options = loss_arguments(mask, boundaries, logp, old_logp, advantages, **policy_loss_options)
+    return call_with_views("vgpo_loss", METRICS, arguments | of_policy, options, views)
 
 
 registry.define(
