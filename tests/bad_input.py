@@ -16,7 +16,7 @@ from test_attention_mass import draw
 from torch import Tensor
 
 import vgpo_kernels
-from vgpo_kernels import PolicyLossOptions, ShapingConfig, VGPOConfig
+from vgpo_kernels import PolicyLossOptions, ShapingConfig, VGPOConfig, ViewTerm
 from vgpo_kernels.ops import policy_loss as policy_ops
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -204,6 +204,25 @@ def counts() -> list[Bad]:
     ]
 
 
+def views(logp: Tensor, counted: Tensor) -> list[Bad]:
+    """What is wrong with views, and with each field of one."""
+    good = ViewTerm(logp, 0.1, "k3", counted)
+    fields = {"logp": floating(logp), "mask": mask(counted), "coef": numbers(), "estimator": choices()}
+    return [
+        Bad("one view", good, TypeError, r"ViewTerm; use views=\[view\]"),
+        Bad("text", "1", TypeError, "str"),
+        Bad("a dict", {"logp": logp}, TypeError, "dict"),
+        Bad("log-probs", [logp], TypeError, r"views\[0\] .*Tensor; use ViewTerm\(logp, coef\)"),
+        Bad("a tuple of its fields", (good, tuple(good)), TypeError, r"views\[1\] must be a ViewTerm, got tuple"),
+        *(
+            Bad(f"{name} is {bad.why}", [good, good._replace(**{name: bad.value})], bad.error, says)
+            for name, values in fields.items()
+            for bad in values
+            for says in (rf"views\[1\]\.{name} .*({bad.says})",)
+        ),
+    ]
+
+
 def settings() -> list[Bad]:
     return [
         Bad(f"{value!r}", value, TypeError, type(value).__name__) for value in ("paper", None, {}, PolicyLossOptions())
@@ -298,7 +317,7 @@ class Subject:
         keywords = inspect.signature(policy_ops.policy_loss).parameters.values()
         names |= {keyword.name for keyword in keywords if keyword.kind is keyword.KEYWORD_ONLY} - {"factors"}
         names |= set(PolicyLossOptions.kinds)
-        return names - ({"entropy"} if "targets" in names else set())
+        return names - ({"entropy", "views"} if "targets" in names else set())
 
 
 def _may_be_none(parameter: inspect.Parameter | None) -> bool:
@@ -313,13 +332,13 @@ def without(values: list[Bad], *legal: str) -> list[Bad]:
 
 
 KINDS: dict[str, Callable[[Tensor], list[Bad]]] = {
+    **dict.fromkeys(("hidden", "logp", "old_logp", "ref_logp", "entropy", "advantages"), floating),
     **dict.fromkeys(
-        ("hidden", "logp", "old_logp", "ref_logp", "entropy", "advantages", "importance_weights"), floating
+        ("importance_weights", "token_weights", "factors", "cos", "psi", "phi", "score", "prototype", "signals"), floating
     ),
-    **dict.fromkeys(("factors", "cos", "psi", "phi", "score", "prototype", "signals"), floating),
     **dict.fromkeys(("weight", "model_or_head", "bias", "q", "k", "slices"), floating),
     **dict.fromkeys(("other", "other_weight", "other_bias", "totals"), floating),
-    **dict.fromkeys(("visual_mask", "response_mask", "prompt_mask", "has_visual", "weighted"), mask),
+    **dict.fromkeys(("visual_mask", "response_mask", "prompt_mask", "has_visual", "weighted", "selected"), mask),
     **dict.fromkeys(("key_mask", "query_mask", "attention_mask"), mask),
     **dict.fromkeys(("group_ids", "prototype_index", "targets", "ids", "key_segments", "query_positions"), integers),
     **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"), boundaries),
@@ -329,6 +348,7 @@ OTHERS: dict[str, list[Bad]] = {
     "config": settings(),
     "num_tokens": counts(),
     "num_sequences": counts(),
+    "num_selected": counts(),
     "num_segments": whole_numbers(0, -1, 2**31),
     "scale": numbers(),
     "window": whole_numbers(0, -3),
@@ -402,6 +422,7 @@ def _batch_subjects(packed: bool) -> dict[str, Subject]:
         "num_sequences": 4,
         "max_length": 16,
     }
+    chosen = {"token_weights": uniform(4), "selected": responses, "num_selected": 10}
     sampled = {"logp": batch.logp, "old_logp": batch.old_logp, "entropy": batch.entropy}
     projected = {"weight": head.weight, "bias": head.bias, "targets": head.targets, "old_logp": batch.old_logp}
     response = {"response_mask": responses}
@@ -419,6 +440,10 @@ def _batch_subjects(packed: bool) -> dict[str, Subject]:
     ]
     indices = [*KINDS["prototype_index"](shared["prototype_index"]), *outside]
     shares = {"prototype": any_prototype, "prototype_index": indices}
+    of_views = {"views": views(batch.ref_logp, responses)}
+    # Without them vgpo_loss goes through its own kernel.
+    of_chosen = {name: KINDS[name](chosen[name]) for name in ("token_weights", "selected")}
+    of_chosen["num_selected"] = [Bad("without selected", 10, ValueError, "selected, which is None")]
     unpredicted = responses.clone()
     unpredicted.view(-1)[0] = True
     first_rows = {"response_mask": [*KINDS["response_mask"](responses)]}
@@ -459,15 +484,19 @@ def _batch_subjects(packed: bool) -> dict[str, Subject]:
             | {"config": VGPOConfig.paper()}
             | layout,
         ),
-        "policy_loss": subject(vgpo_kernels.policy_loss, sampled | policy | response | factors | layout),
-        "vgpo_loss": subject(vgpo_kernels.vgpo_loss, both | sampled | policy | groups, **shares),
+        "policy_loss": subject(
+            vgpo_kernels.policy_loss, sampled | policy | chosen | response | factors | layout, **of_views
+        ),
+        "vgpo_loss": subject(
+            vgpo_kernels.vgpo_loss, both | sampled | policy | groups, **(shares | of_views | of_chosen)
+        ),
         "linear_policy_loss": subject(
             vgpo_kernels.linear_policy_loss,
-            {"hidden": hidden} | projected | policy | response | factors | layout,
+            {"hidden": hidden} | projected | policy | chosen | response | factors | layout,
             **(ids | first_rows | shorter),
         ),
         "linear_vgpo_loss": subject(
-            vgpo_kernels.linear_vgpo_loss, both | projected | policy | groups, **(shares | ids | first_rows)
+            vgpo_kernels.linear_vgpo_loss, both | projected | policy | groups, **(shares | ids | first_rows | of_chosen)
         ),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -12,23 +12,35 @@ from loss_equations import Loss, Token
 from loss_equations import policy_loss as by_equations
 from torch import Tensor
 
-from vgpo_kernels import PolicyLossOptions, policy_loss
+from vgpo_kernels import PolicyLossOptions, ViewTerm, policy_loss
 from vgpo_kernels.config import CHOICES
+from vgpo_kernels.reference.policy_loss import SEQUENCE_RATIO
 
 NAN, INF = math.nan, math.inf
 POISONS = (0.0, -0.0, INF, -INF, NAN, 1e38, -1e38, -1e4, 1e4)
 # Of one value for a whole response, whose sum over tokens must not overflow.
 POISONS_OF_RESPONSES = (0.0, -0.0, INF, -INF, NAN, -1e4)
-PER_TOKEN = ("logp", "old_logp", "ref_logp", "entropy", "factors", "advantages", "importance_weights")
+# Arguments of tokens, and what loops over the equations call them otherwise.
+FIELDS = {
+    **{name: name for name in ("logp", "old_logp", "ref_logp", "entropy", "selected")},
+    "factors": "factor",
+    "advantages": "advantage",
+    "importance_weights": "importance",
+    "token_weights": "weight",
+}
 
 
 @dataclass
 class LossCase:
-    """Arguments of ``policy_loss`` by name, the options among them, and which responses hold a drawn value."""
+    """Arguments of ``policy_loss`` by name, the options among them, and which responses hold a drawn value.
+
+    View number 0 has its log-probs and, maybe, its mask among the tensors, as ``view_0`` and ``view_mask_0``.
+    """
 
     tensors: dict[str, Tensor]
     options: dict[str, Any]
     poisoned: set[int]
+    views: list[tuple[float, str]] = field(default_factory=list)  # coefficients and estimators
 
 
 def draw_options(random: Random) -> dict[str, Any]:
@@ -102,6 +114,42 @@ def draw_loss(random: Random, options: dict[str, Any] | None = None) -> LossCase
     return LossCase(tensors | {"response_mask": mask}, chosen, poisoned)
 
 
+def draw_terms(random: Random, options: dict[str, Any] | None = None) -> LossCase:
+    """Draw a batch as :func:`draw_loss` does, with weights of tokens, selected tokens, and views, or some of them."""
+    case = draw_loss(random, options)
+    mask = case.tensors["response_mask"]
+    batch, width = mask.shape
+    generator = torch.Generator().manual_seed(random.randint(0, 10_000))
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    tensors, views = dict(case.tensors), []
+    for name in ("advantages", "factors"):  # which must not overflow before they are divided
+        if name in tensors:
+            tensors[name] = torch.where(tensors[name].abs() == POISONS[5], 1e4, tensors[name])
+    parts = random.choice(({"weights"}, {"selected"}, {"views"}, {"weights", "selected", "views"}))
+    if "weights" in parts:
+        tensors["token_weights"] = 0.1 + 2 * uniform(*random.choice(((batch,), (batch, width))))
+    if "selected" in parts:
+        tensors["selected"] = uniform(batch, width) < random.choice((0.0, 0.4, 1.0))
+        case.options["num_selected"] = random.choice((None, None, 0, 7))
+    estimators = CHOICES["kl_estimator"]
+    for index in range(random.randint(1, 2) if "views" in parts else 0):
+        views.append((random.choice((-0.1, 0.2, 0.0)), random.choice(estimators)))
+        tensors[f"view_{index}"] = tensors["logp"] + uniform(batch, width) - 0.5
+        read = mask
+        ratio_of_response = case.options["loss_type"] in SEQUENCE_RATIO and case.options["kl_bias_correction"]
+        if not ratio_of_response and random.choice((False, True)):
+            tensors[f"view_mask_{index}"] = uniform(batch, width) < 0.5
+            read = mask & tensors[f"view_mask_{index}"]
+        tensors[f"view_{index}"].masked_fill_(~read, random.choice((NAN, INF, 1e38)))
+    for name in tensors.keys() & {"token_weights"}:
+        if tensors[name].dim() == 2:
+            tensors[name].masked_fill_(~mask, NAN)
+    return replace(case, tensors=tensors, views=views)
+
+
 def packed(case: LossCase) -> LossCase:
     """The same batch, packed: without its padding, one response after the other."""
     mask = case.tensors["response_mask"]
@@ -110,14 +158,20 @@ def packed(case: LossCase) -> LossCase:
     boundaries = torch.arange(batch + 1) * width
     if width == 1:  # [B] and [N] are one shape, which would be read as a value for each response
         return case
-    return LossCase(case.tensors | per_token | {"cu_seqlens": boundaries}, case.options, case.poisoned)
+    return replace(case, tensors=case.tensors | per_token | {"cu_seqlens": boundaries})
 
 
 def run(case: LossCase, device: torch.device | str = "cpu") -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Loss, gradients by the name of their tensor and metrics of the backend in force."""
     given = {name: value.to(device) for name, value in case.tensors.items()}
     leaves = {name: given[name].clone().requires_grad_() for name in ("logp", "entropy") if name in given}
-    loss, metrics = policy_loss(**(given | leaves), **case.options)
+    given |= leaves
+    views = []
+    for index, (coefficient, estimator) in enumerate(case.views):
+        views.append(
+            ViewTerm(given.pop(f"view_{index}"), coefficient, estimator, given.pop(f"view_mask_{index}", None))
+        )
+    loss, metrics = policy_loss(**given, views=views, **case.options)
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     return loss.detach(), dict(zip(leaves, gradients, strict=True)), metrics
 
@@ -125,24 +179,32 @@ def run(case: LossCase, device: torch.device | str = "cpu") -> tuple[Tensor, dic
 def expected(case: LossCase, bits: int = 32) -> Loss:
     """What the equations make of a padded case."""
     options = dict(case.options)
-    counts = {name: options.pop(name) for name in ("num_tokens", "num_sequences")}
+    counts = {name: options.pop(name, None) for name in ("num_tokens", "num_sequences", "num_selected")}
     settings = PolicyLossOptions(**options)
     tensors, mask = case.tensors, case.tensors["response_mask"]
-    fields = {"factors": "factor", "advantages": "advantage", "importance_weights": "importance"}
+    if "selected" in tensors and counts["num_selected"] is None:
+        counts["num_selected"] = (tensors["selected"] & mask).sum().item()
     responses = []
     for row, valid in enumerate(mask):
         response = []
         for column in valid.nonzero().squeeze(-1).tolist():
             values = {
-                fields.get(name, name): (values[row] if values.dim() == 1 else values[row, column]).item()
+                FIELDS[name]: (values[row] if values.dim() == 1 else values[row, column]).item()
                 for name, values in tensors.items()
-                if name in PER_TOKEN
+                if name in FIELDS
             }
-            response.append(Token(**values))
+            views = tuple(
+                tensors[f"view_{index}"][row, column].item()
+                if tensors.get(f"view_mask_{index}", mask)[row, column]
+                else None
+                for index in range(len(case.views))
+            )
+            response.append(Token(**values, views=views))
         responses.append(response)
     weights = tensors.get("importance_weights")
     per_response = weights is not None and weights.dim() == 1
-    return by_equations(responses, settings, importance_per_response=per_response, bits=bits, **counts)
+    counts |= {"importance_per_response": per_response, "views": case.views, "bits": bits}
+    return by_equations(responses, settings, **counts)
 
 
 def check_loss(case: LossCase, device: torch.device | str = "cpu", bits: int = 32) -> None:
@@ -168,7 +230,8 @@ def check_loss(case: LossCase, device: torch.device | str = "cpu", bits: int = 3
     largest = max(values.double().abs().nan_to_num(0, 0, 0).max().item() for values in case.tensors.values())
     for name, found_metric in metrics.items():
         # Means of huge numbers of both signs cancel.
-        huge = largest if name in ("ref_kl", "entropy", "factor_mean", "factor_std", "approx_kl") else 0.0
+        means = name in ("ref_kl", "entropy", "factor_mean", "factor_std", "approx_kl") or name.startswith("view_kl")
+        huge = largest if means else 0.0
         allowed = 1e-6 + (1e-5 * huge if huge > 1e3 else 0.0)
         assert_number(found_metric.item(), right.metrics[name], allowed, name)
     assert_number(loss.item(), right.value, 1e-5 * right.magnitude, "loss")

@@ -25,6 +25,9 @@ class Token:
     ref_logp: float | None = None
     entropy: float | None = None
     importance: float | None = None
+    weight: float = 1.0
+    selected: bool = True  # whether its surrogate counts
+    views: tuple[float | None, ...] = ()  # log-probs under other views, None where a view's term does not count
 
 
 @dataclass
@@ -65,6 +68,8 @@ def policy_loss(
     importance_per_response: bool = False,
     num_tokens: float | None = None,
     num_sequences: float | None = None,
+    num_selected: float | None = None,
+    views: Sequence[tuple[float, str]] = (),
     bits: int = 32,
 ) -> Loss:
     """Loss, gradient and metrics of a batch.
@@ -75,37 +80,49 @@ def policy_loss(
         importance_per_response: Whether there is one importance weight for each response.
         num_tokens: Denominator of ``"token-mean"``; the number of tokens if ``None``.
         num_sequences: Denominator of the other aggregations; the number of responses if ``None``.
+        num_selected: Denominator of the surrogate in ``"token-mean"``; if ``None`` the number of selected tokens, or
+            ``num_tokens`` where all are.
+        views: Coefficient and estimator of each view of the tokens.
         bits: Of the floating-point numbers that the compared backend computes in.
     """
     narrow = Range(bits)
     tokens = [token for response in responses for token in response]
     limit = INF if options.ratio_clamp is None else options.ratio_clamp
     total, magnitude, gradient, entropy_gradient, seen = 0.0, 0.0, [], [], []
+    selected = [token for token in tokens if token.selected]
+    num_tokens = len(tokens) if num_tokens is None else num_tokens
+    if num_selected is None:
+        num_selected = num_tokens if len(selected) == len(tokens) else len(selected)
+    sequences = len(responses) if num_sequences is None else num_sequences
     for response in responses:
-        weight = token_weight(
-            len(response),
-            options,
-            len(tokens) if num_tokens is None else num_tokens,
-            len(responses) if num_sequences is None else num_sequences,
-        )
+        weight = token_weight(len(response), options, num_tokens, sequences)
+        chosen = sum(token.selected for token in response)
+        of_surrogate = token_weight(chosen, options, num_selected, sequences)
         log_ratios = [narrow(token.logp - token.old_logp) for token in response]
         mean = sum(log_ratios) / max(len(response), 1)
         slopes, direct = [], []
         for token, own in zip(response, log_ratios, strict=True):
             exponent = mean if options.loss_type in ("gspo", "gspo_token", "luspo") else own
             one = Terms(token, exponent, own, limit, narrow, options)
+            one.factor = token.factor * token.weight * of_surrogate / weight if token.selected else 0.0
             vespo = vespo_weight(response, log_ratios, one.advantage, importance_per_response, narrow, options)
-            one.compute(vespo)
-            total += weight * one.value
-            magnitude += abs(weight * one.value)
-            slopes.append(weight * one.slope)
+            one.compute(vespo, views)
+            for part in (of_surrogate * one.value, weight * one.rest):
+                total += part
+                magnitude += abs(part)
+            slopes.append(of_surrogate * one.slope + weight * one.rest_slope)
             direct.append(weight * one.direct)
             seen.append(one)
         if options.loss_type in ("gspo", "luspo"):
             slopes = [sum(slopes) / max(len(slopes), 1)] * len(slopes)
         gradient.append([one + other for one, other in zip(slopes, direct, strict=True)])
         entropy_gradient.append([-options.entropy_coef * weight] * len(response))
-    return Loss(total, gradient, entropy_gradient, metrics_of(seen), magnitude)
+    metrics = metrics_of(seen)
+    for place in range(len(views)):
+        name = "view_kl" if len(views) == 1 else f"view_kl/{place}"
+        metrics[name] = sum(one.view_kl[place] for one in seen) / max(len(seen), 1)
+    metrics["selected_rate"] = len(selected) / max(len(tokens), 1)
+    return Loss(total, gradient, entropy_gradient, metrics, magnitude)
 
 
 def token_weight(length: int, options: Any, num_tokens: float, num_sequences: float) -> float:
@@ -119,18 +136,22 @@ def token_weight(length: int, options: Any, num_tokens: float, num_sequences: fl
 
 
 class Terms:
-    """What a token adds: value, derivative w.r.t. the log-ratio (slope), and w.r.t. logp otherwise (direct)."""
+    """What a token adds: the surrogate's value and the rest; their derivatives w.r.t. the log-ratio; and w.r.t. logp
+    otherwise (direct)."""
 
     def __init__(self, token: Token, exponent: float, own: float, limit: float, narrow: Range, options: Any) -> None:
         self.token, self.narrow, self.options = token, narrow, options
         self.ratio = narrow.exp(clamped(exponent, -limit, limit))
         self.constant = abs(exponent) > limit
         self.old_kl = narrow.excess(clamped(own, -limit, limit))
-        self.advantage = narrow(token.advantage * token.factor)
-        self.value = self.slope = self.direct = self.kl = 0.0
+        self.factor = token.factor  # all that multiplies the advantage
+        # A factor of 0 turns a token off, but not an advantage that is not finite.
+        self.advantage = narrow(token.advantage * (token.factor if token.selected else 0.0))
+        self.value = self.slope = self.rest = self.rest_slope = self.direct = self.kl = 0.0
+        self.view_kl: list[float] = []
         self.low = self.high = self.dual = False
 
-    def compute(self, vespo: float) -> None:
+    def compute(self, vespo: float, views: Sequence[tuple[float, str]]) -> None:
         token, options = self.token, self.options
         self.surrogate(vespo)
         if self.advantage == 0:
@@ -142,10 +163,16 @@ class Terms:
             else:
                 self.value = self.narrow(weight * self.value)
                 self.slope = 0.0 if self.slope == 0 else self.narrow(weight * self.slope)
+        if token.weight * self.advantage == 0:
+            self.value = self.slope = 0.0
+        else:
+            self.value, self.slope = self.narrow(token.weight * self.value), self.narrow(token.weight * self.slope)
         if token.ref_logp is not None:
-            self.add_kl(self.narrow(token.ref_logp - token.logp))
+            self.kl = self.add_kl(token.ref_logp, options.kl_coef, options.kl_estimator)
+        for other, (coefficient, estimator) in zip(token.views, views, strict=True):
+            self.view_kl.append(0.0 if other is None else self.add_kl(other, coefficient, estimator))
         if token.entropy is not None and options.entropy_coef != 0:
-            self.value -= options.entropy_coef * token.entropy
+            self.rest -= options.entropy_coef * token.entropy
 
     def surrogate(self, vespo: float) -> None:
         options, ratio, advantage, narrow = self.options, self.ratio, self.advantage, self.narrow
@@ -181,26 +208,26 @@ class Terms:
         self.slope = 0.0 if flat or self.constant else narrow(-advantage * ratio)
         self.low, self.high = ratio < low and advantage < 0, ratio > high and advantage > 0
 
-    def add_kl(self, difference: float) -> None:
+    def add_kl(self, other: float, coefficient: float, estimator: str) -> float:
         options, narrow = self.options, self.narrow
+        difference = narrow(other - self.token.logp)
         bounded = clamped(difference, -20.0, 20.0)
         kl, slope = {
             "k1": lambda: (-difference, 1.0),
             "k2": lambda: (narrow(difference * difference / 2), -difference),
             "k3": lambda: (narrow.excess(difference), 1 - narrow.exp(difference)),
             "k3_clamped": lambda: (clamped(narrow.excess(bounded), -10.0, 10.0), 1 - narrow.exp(bounded)),
-        }[options.kl_estimator]()
-        if options.kl_estimator == "k3_clamped" and (abs(difference) > 20 or narrow.excess(bounded) > 10):
+        }[estimator]()
+        if estimator == "k3_clamped" and (abs(difference) > 20 or narrow.excess(bounded) > 10):
             slope = 0.0
         if options.kl_bias_correction:
             kl, slope = narrow(kl * self.ratio), 0.0 if slope == 0 else narrow(slope * self.ratio)
-        self.kl = kl
-        if options.kl_coef == 0:
-            return
-        self.value += options.kl_coef * kl
-        self.direct = options.kl_coef * slope
-        if options.kl_bias_correction and not self.constant:
-            self.slope += options.kl_coef * kl
+        if coefficient != 0:
+            self.rest += coefficient * kl
+            self.direct += coefficient * slope
+            if options.kl_bias_correction and not self.constant:
+                self.rest_slope += coefficient * kl
+        return kl
 
 
 def corrected(weight: float, options: Any) -> float:
@@ -245,8 +272,8 @@ def metrics_of(seen: Sequence[Terms]) -> dict[str, float]:
     def extreme(of: Callable[[Terms], float], choose: Callable[..., float]) -> float:
         return mean(of) if math.isnan(mean(of)) else choose(map(of, seen), default=0.0)
 
-    factor = mean(lambda one: one.token.factor)
-    deviation = mean(lambda one: (one.token.factor - factor) ** 2 if math.isfinite(factor) else NAN)
+    factor = mean(lambda one: one.factor)
+    deviation = mean(lambda one: (one.factor - factor) ** 2 if math.isfinite(factor) else NAN)
     return {
         "clip_fraction": mean(lambda one: one.low or one.high),
         "clip_fraction_low": mean(lambda one: one.low),
@@ -259,8 +286,8 @@ def metrics_of(seen: Sequence[Terms]) -> dict[str, float]:
         "ref_kl": mean(lambda one: one.kl),
         "entropy": mean(lambda one: one.token.entropy or 0.0),
         "factor_mean": factor,
-        "factor_min": extreme(lambda one: one.token.factor, min),
-        "factor_max": extreme(lambda one: one.token.factor, max),
+        "factor_min": extreme(lambda one: one.factor, min),
+        "factor_max": extreme(lambda one: one.factor, max),
         "factor_std": math.sqrt(deviation) if deviation >= 0 else deviation,
         "num_tokens": float(len(seen)),
         "nonfinite_advantages": float(sum(not math.isfinite(one.advantage) for one in seen)),

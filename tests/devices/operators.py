@@ -17,7 +17,7 @@ from divergence_cases import check as check_divergences
 from divergence_cases import make_views
 from linear_cases import Head, make_head, with_predicting_rows
 from linear_cases import check as check_head
-from loss_cases import check_loss, draw_loss
+from loss_cases import check_loss, draw_loss, draw_terms
 from right_batches import LAYOUTS, Plan, arguments, right_batch
 from tolerance import assert_close, floor_of, same_bits
 from torch import Tensor, nn
@@ -148,6 +148,7 @@ def check_losses(device: torch.device, seeds: range) -> None:
         for seed in seeds:
             with explained(f"{loss_type}, seed {seed}"):
                 check_loss(draw_loss(Random(seed), {"loss_type": loss_type}), device)
+                check_loss(draw_terms(Random(seed), {"loss_type": loss_type}), device)
 
 
 def check_heads(device: torch.device, dtype: torch.dtype) -> None:

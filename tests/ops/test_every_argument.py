@@ -15,9 +15,10 @@ import pytest
 import torch
 from bad_input import subjects
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import vgpo_kernels
-from vgpo_kernels import PolicyLossOptions, ShapingConfig, VGPOConfig
+from vgpo_kernels import PolicyLossOptions, ShapingConfig, VGPOConfig, ViewTerm
 from vgpo_kernels.config import CHOICES
 from vgpo_kernels.ops import registry
 
@@ -106,6 +107,8 @@ ACTIVE = {
     "importance_weights": torch.tensor([0.2, 0.9, 0.7, 0.4]),
 }
 NO_PROTOTYPE = {"prototype": None, "prototype_index": None}
+SELECTED = {"selected": lambda good: every_other(good["response_mask"])}
+SELECTED_TOKENS = (None, SELECTED["selected"], lambda good: ~every_other(good["response_mask"]))
 FAR = {"ref_logp": lambda good: good["ref_logp"] + 5}
 # Where the ratio of the responses is that of their importance weights: a random head's is so small that nothing counts.
 VESPO = {"loss_type": "vespo", "old_logp": None}
@@ -154,6 +157,17 @@ CASES = {
     "inter_clamp": Case((None, (0.9, 1.1))),
     "num_tokens": Case((30, 60)),
     "num_sequences": Case((4, 8), {"aggregation": "seq-mean-token-mean"}),
+    "num_selected": Case((10, 20), SELECTED),
+    "selected": Case(SELECTED_TOKENS, {"num_selected": None}),
+    "token_weights": Case((None, torch.tensor([0.5, 1.0, 2.0, 0.0]), lambda good: of_targets(good["old_logp"]))),
+    "views": Case(
+        (
+            (),
+            lambda good: (ViewTerm(good["old_logp"], 0.5),),
+            lambda good: (ViewTerm(good["old_logp"], -0.5, "k2"),),
+            lambda good: (ViewTerm(good["old_logp"], 0.5, mask=every_other(good["response_mask"])),),
+        )
+    ),
     "temperature": Case((1.0, 0.7, lambda good: of_targets(good["targets"]))),
     "logit_scale": Case((1.0, 1.3)),
     "softcap": Case((None, 2.0)),
@@ -217,7 +231,7 @@ def results_of(function: Callable[..., Any], given: dict[str, Any], device: torc
     """Return all that a function returns, and the gradients of a weighted sum of it, flat."""
     if set(VGPOConfig.kinds) <= given.keys():
         given = given | {"config": VGPOConfig(**{name: given.pop(name) for name in VGPOConfig.kinds})}
-    given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+    given = tree_map_only(Tensor, lambda value: value.to(device), given)
     floats = [name for name, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()]
     given |= {name: given[name].detach().requires_grad_() for name in floats}
     found = flat(function(**given))
