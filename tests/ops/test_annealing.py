@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from vgpo_kernels import (
     PolicyLossOptions,
     VGPOConfig,
+    ViewTerm,
     attention_mass,
     linear_logprob,
     policy_loss,
@@ -82,13 +83,13 @@ def test_options_of_the_loss_change(backend_name: str, device: torch.device, los
     assert_one_graph(loss, batch.logp.nan_to_num().requires_grad_(), values=VALUES)
 
 
-def test_denominators_change(backend_name: str, device: torch.device) -> None:
+def test_denominators_and_coefficients_of_views_change(backend_name: str, device: torch.device) -> None:
     batch = make_batch(EDGES["plain"]).to(device)
 
     def loss(logp: Tensor, value: float) -> Tensor:
-        return policy_loss(
-            logp, batch.old_logp, batch.advantages, batch.response_mask, num_tokens=value, aggregation="token-mean"
-        ).loss
+        given = (logp, batch.old_logp, batch.advantages, batch.response_mask)
+        counts = {"num_tokens": value, "num_selected": value / 2, "selected": batch.logp < -0.5}
+        return policy_loss(*given, aggregation="token-mean", views=[ViewTerm(batch.ref_logp, value)], **counts).loss
 
     for kind in (float, int):
         assert_one_graph(loss, batch.logp.nan_to_num(), values=[kind(7 + 3 * step) for step in range(STEPS)])

@@ -70,7 +70,7 @@ def test_the_terms_are_the_equations_of_many_batches() -> None:
 
 
 def test_neither_layout_nor_the_default_dtype_matters(backend_name: str, device: torch.device) -> None:
-    for seed in range(6):
+    for seed in range(2 if backend_name == "triton" else 6):
         case = draw_terms(Random(f"layout {seed}"))
         mask = case.tensors["response_mask"].to(device)
         results = [run(case, device), run(packed(case), device)]
@@ -128,6 +128,8 @@ def test_where_nothing_is_selected_the_surrogate_is_zero(
 ) -> None:
     batch = make_batch(EDGES["plain"], features=1).to(device)
     nothing = torch.zeros_like(batch.response_mask)
+    with pytest.raises(ValueError, match="num_selected needs selected, which is None"):
+        loss_of(batch, num_selected=3)
     loss, gradient, metrics = loss_of(batch, selected=nothing, aggregation=aggregation)
     assert loss == 0 and (gradient == 0).all()
     assert metrics["selected_rate"] == metrics["factor_mean"] == 0 and metrics["ratio_mean"] > 0
@@ -227,6 +229,15 @@ def test_views_without_log_probs_of_the_policy(backend_name: str, device: torch.
     assert_close(gradient[mask], torch.full_like(batch.logp[mask], -0.25).double() / mask.sum(), name="gradient")
 
 
+def test_a_mask_needs_ratios_of_tokens() -> None:
+    batch = make_batch(EDGES["plain"], features=1)
+    view = ViewTerm(batch.ref_logp, 0.1, mask=batch.response_mask)
+    for loss_type in ("gspo", "gspo_token", "luspo"):
+        loss_of(batch, views=[view], loss_type=loss_type)
+        with pytest.raises(ValueError, match=rf"views\[0\].mask does not go with .*'{loss_type}'"):
+            loss_of(batch, views=[view], loss_type=loss_type, kl_bias_correction=True)
+
+
 def test_views_are_detached_and_derived_twice() -> None:
     batch = make_batch(EDGES["plain"][:2], features=1)
     mask, other = batch.response_mask, batch.ref_logp.double().requires_grad_()
@@ -248,30 +259,26 @@ def test_views_are_detached_and_derived_twice() -> None:
 
 
 def test_all_of_it_traces_into_one_graph() -> None:
-    """Nothing waits for a number. A coefficient may change from call to call."""
+    """Nothing waits for a number."""
     batch = make_batch(EDGES["shuffled groups"], features=1, packed=True)
-    selected, graphs = uniform(batch.logp, 5) < 0.4, []
+    selected = uniform(batch.logp, 5) < 0.4
 
-    def loss(logp: Tensor, coefficient: float) -> PolicyLoss:
-        views = (ViewTerm(batch.ref_logp, coefficient), ViewTerm(batch.ref_logp, 0.1, "k1", selected))
+    def loss(logp: Tensor) -> PolicyLoss:
+        views = (ViewTerm(batch.ref_logp, -0.1), ViewTerm(batch.ref_logp, 0.1, "k1", selected))
         given = {"token_weights": batch.advantages.abs(), "selected": selected, "loss_type": "grpo", "views": views}
         given["cu_seqlens"] = batch.cu_seqlens
         return policy_loss(logp, batch.old_logp, batch.advantages, batch.response_mask, **given)
 
-    def compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(loss, fullgraph=True, backend=compiler)
-    for coefficient in (-0.1, 0.2, 0.3):
-        found, expected = compiled(batch.logp, coefficient), loss(batch.logp, coefficient)
-        assert_close(found.loss, expected.loss.double(), name="loss", floor=1e-5)
-        assert found.metrics.keys() == expected.metrics.keys()
-    assert len(graphs) <= 2  # the second, of a number that changes
+    found, expected = torch.compile(loss, fullgraph=True, backend="eager")(batch.logp), loss(batch.logp)
+    assert found.metrics.keys() == expected.metrics.keys()
+    for name, value in {"loss": expected.loss, **expected.metrics}.items():
+        assert_close({"loss": found.loss, **found.metrics}[name], value.double(), name=name)
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
 def test_losses_that_compute_factors_or_log_probs(backend_name: str, device: torch.device, is_packed: bool) -> None:
+    if backend_name == "triton":
+        pytest.skip("calls functions that are tested by themselves, and the interpreter is slow")
     batch, head = with_predicting_rows(make_batch(EDGES["plain"], packed=is_packed), 50)
     batch, head = batch.to(device), head.to(device)
     mask, config, layout = batch.response_mask, VGPOConfig.paper(), {"cu_seqlens": batch.cu_seqlens}

@@ -55,7 +55,7 @@ def test_the_table_of_metrics_has_every_metric() -> None:
     assert {"weighted_share", "scoring_seconds_total", "factor_max"} <= of_adapters
     listed = first_column("Metrics")
     assert len(listed) == len(set(listed))
-    assert set(listed) == {*POLICY_METRICS, *FOCUS_METRICS, *of_adapters}
+    assert set(listed) == {*POLICY_METRICS, *FOCUS_METRICS, *of_adapters, "selected_rate", "view_kl"}
 
 
 def test_the_table_of_findings_has_every_finding() -> None:

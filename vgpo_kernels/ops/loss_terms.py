@@ -31,7 +31,8 @@ class ViewTerm(NamedTuple):
         coef: Weight of the term, finite. Where it is 0, the term is off, and its metric is computed.
         estimator: As ``kl_estimator`` of :class:`PolicyLossOptions`.
         mask: Tokens at which the term counts, bool or 0 and 1, in response_mask's shape; ``None``: all. Elsewhere it
-            is 0 and has no gradient, and the denominators stay those of all response tokens.
+            is 0 and has no gradient, and the denominators stay those of all response tokens. (Not beside
+            ``kl_bias_correction`` in ``"gspo"``, ``"gspo_token"`` and ``"luspo"``: ValueError.)
 
     """
 

@@ -137,7 +137,7 @@ def policy_loss(
         num_sequences: Denominator of the other aggregations, a number or a 0-dimensional tensor; default: the number
             of responses B in this call. 0 counts as 1; a response's length or ``max_length`` still divides.
         num_selected: Denominator of the surrogate in ``"token-mean"`` where tokens are ``selected``, as ``num_tokens``
-            is of the rest; default: the number of those in this call.
+            is of the rest, a number or a 0-dimensional tensor; default: the number of selected tokens in this call.
         views: Terms ``coef * KL(policy || view)``, each a :class:`ViewTerm`, aggregated over all response tokens.
             ``ratio_clamp`` and ``kl_bias_correction`` apply to them as to the reference's; importance weights, token
             weights and ``selected`` do not.

@@ -77,10 +77,10 @@ def vgpo_loss(
         prototype: As in :func:`visual_focus`: ``[P, D]``, or one for each position.
         prototype_index: As in :func:`visual_focus`: a row for each response ``[B]``, or for each token.
         visibility: ``"all"``, or ``"causal"`` for images that arrive late, as in :func:`visual_focus`.
-        token_weights: As in :func:`policy_loss`, beside the factors, as all that follows.
-        selected: The tokens whose surrogate counts.
-        num_selected: Their number in the whole batch.
-        views: Terms of other views.
+        token_weights: As in :func:`policy_loss`, beside the factors: ``[B]`` or per token.
+        selected: As in :func:`policy_loss`, as all that follows.
+        num_selected: As in :func:`policy_loss`.
+        views: As in :func:`policy_loss`.
         **policy_loss_options: Every other keyword of :func:`policy_loss` but ``factors``.
 
     Returns:
