@@ -23,6 +23,7 @@ struct FocusTensors {
     bool index_per_token;            // [N]
     int64_t num_prototypes;          // P
     bool causal;                     // a token sees the visual rows before it, not all of its response
+    bool unit;                       // rows are averaged as unit vectors, and tokens get the mean of their cosines
 };
 
 // A value per response or per token.

@@ -120,6 +120,11 @@ VGPO_HD inline float cosine(float dot, float squared_norm, float prototype_norm)
     return is_finite(value) && is_finite(norms) && (!lost || dot == 0.0f) ? value : INFINITY;
 }
 
+// What a row is multiplied by to be a unit vector; NaN where the square of its norm leaves fp32's range.
+VGPO_HD inline float inverse_norm(float squared_norm) {
+    return is_finite(squared_norm) ? 1.0f / maximum(sqrtf(squared_norm), kNormFloor) : NAN;
+}
+
 // ---- visual weights (Eq. 5-11) --------------------------------------------------------------------------------
 
 // In the order of the choices of vgpo_kernels/config.py, as are all enums of settings; kCount is their number.

@@ -369,6 +369,7 @@ OTHERS: dict[str, list[Bad]] = {
     "chunk_bytes": whole_numbers(0, -1),
     "first": whole_numbers(-1),
     "visibility": choices(),
+    "pooling": choices(),
     "samples": whole_numbers(0, -1),
     "raises": flags(),
 }

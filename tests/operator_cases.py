@@ -61,6 +61,7 @@ def operator_arguments(operator: str, batch: Batch, **given: Any) -> dict[str, A
         "config": CONFIG,
         "options": OPTIONS,
         "causal": False,
+        "unit": False,
     }
     if operator in SHAPING_OPERATORS:
         signals = {name: uniform(mask) for name in ("visual", "entropy", "gap")}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import hints
-from vgpo_kernels.config import FLOAT32_LEAST, FLOAT32_MOST, Visibility, is_number, spell, type_name
+from vgpo_kernels.config import FLOAT32_LEAST, FLOAT32_MOST, Pooling, Visibility, is_number, spell, type_name
 
 T = TypeVar("T")
 
@@ -23,6 +23,7 @@ HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 INDEX_DTYPES = (torch.int64, torch.int32)
 VISIBILITIES: tuple[str, ...] = get_args(Visibility)
+POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 _LARGEST = 2**63 - 1  # integer of an operator's argument
 
@@ -219,6 +220,13 @@ def visibility(value: object) -> bool:
     if not isinstance(value, str) or value not in VISIBILITIES:
         raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {spell(value)}")
     return value == "causal"
+
+
+def pooling(value: object) -> bool:
+    """Return whether ``pooling`` is ``"unit_mean"``."""
+    if not isinstance(value, str) or value not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {spell(value)}")
+    return value == "unit_mean"
 
 
 def prototype(

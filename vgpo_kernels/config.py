@@ -19,6 +19,7 @@ Score = Literal["affine", "offset"]
 Position = Literal["one_based", "zero_based"]
 Accumulation = Literal["compensated", "normalized", "mean"]
 Visibility = Literal["all", "causal"]
+Pooling = Literal["mean", "unit_mean"]
 Clamp = tuple[float, float]
 
 # What a loss type averages over unless the caller says otherwise.

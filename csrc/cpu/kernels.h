@@ -82,6 +82,9 @@ struct Kernels {
     // floats. The order of additions depends on `rows` alone: how columns are split over calls does not change a bit.
     void (*sum_rows[kHiddenTypes])(const void* hidden, const int64_t* positions, int64_t rows, int64_t stride,
                                    int64_t columns, float* room, float* total);
+    // The same of rows as unit vectors, which have to be whole.
+    void (*sum_unit_rows[kHiddenTypes])(const void* hidden, const int64_t* positions, int64_t rows, int64_t stride,
+                                        int64_t columns, float* room, float* total);
     // A prototype in the order in which `cosines` reads the columns of a hidden type.
     void (*arrange[kHiddenTypes])(const float* prototype, int64_t columns, float* arranged);
     // Cosine of each row with an arranged prototype of the given norm. Every row is summed in the same fixed order.

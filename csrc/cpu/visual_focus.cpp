@@ -18,6 +18,8 @@ namespace {
 // slices otherwise, never narrower than a few cache lines. Columns are independent, so the width changes no bit.
 constexpr int64_t kNarrowestSlice = 256;
 constexpr int64_t kItemsPerThread = 4;
+// Rows of an item of work that sums them as unit vectors, for which it needs whole rows. Bits depend on it.
+constexpr int64_t kUnitRows = 256;
 // Bytes of hidden states in one item of work for cosines: enough to hide the cost of taking it.
 constexpr int64_t kItemBytes = 512 * 1024;
 
@@ -102,14 +104,64 @@ std::vector<View> given_views(const FocusTensors& input) {
     return views;
 }
 
-// The mean of the visual rows that each view sees. Rows that arrive are summed by themselves and added to those before,
-// so that no bit of a view depends on what comes after it.
+// From the sums of the rows that arrive with each of a response's views to the means of all that it sees, over some
+// columns. Rows that arrive are summed by themselves and added to those before, so that no bit of a view depends on what
+// comes after it.
+void accumulate(const std::vector<View>& views, int64_t begin, int64_t end, int64_t stride, int64_t columns,
+                float* means) {
+    std::vector<double> total(end - begin > 1 ? columns : 0);  // of thousands of views, perhaps
+    for (int64_t v = begin; v < end; ++v) {
+        float* mean = means + v * stride;
+        const float count = static_cast<float>(std::max<int64_t>(views[v].seen_rows, 1));
+        for (size_t c = 0; c < total.size(); ++c) {
+            total[c] += static_cast<double>(mean[c]);
+            mean[c] = static_cast<float>(total[c]);
+        }
+        for (int64_t c = 0; c < columns; ++c) mean[c] /= count;
+    }
+}
+
+// The sum, as unit vectors, of the visual rows that arrive with each view.
+void sum_unit_views(const FocusTensors& input, const std::vector<Positions>& visual, const std::vector<View>& views,
+                    float* sums /* [views, D] */) {
+    const Layout& layout = input.layout;
+    std::vector<int64_t> lengths;
+    for (const View& view : views) lengths.push_back(view.seen_rows - view.first_row);
+    const Pieces pieces(lengths, kUnitRows);
+    std::vector<float> parts(pieces.count() * input.columns);
+    const auto sum_rows = kernels().sum_unit_rows[static_cast<int>(input.type)];
+    parallel_items(pieces.count(), [&](int64_t piece) {
+        const int64_t v = pieces.sequence(piece), begin = pieces.begin(piece, v);
+        const View& view = views[v];
+        std::vector<float> room(2 * input.columns);
+        sum_rows(address_of(input, input.strides.offset(layout, view.response, layout.row_begin(view.response))),
+                 visual[view.response].data() + view.first_row + begin, std::min(kUnitRows, lengths[v] - begin),
+                 input.strides.row, input.columns, room.data(), parts.data() + piece * input.columns);
+    });
+    parallel_items(static_cast<int64_t>(views.size()), [&](int64_t v) {
+        float* sum = sums + v * input.columns;
+        std::fill_n(sum, input.columns, 0.0f);
+        for (int64_t piece = pieces.first(v); piece < pieces.first(v + 1); ++piece) {
+            const float* part = parts.data() + piece * input.columns;
+            for (int64_t c = 0; c < input.columns; ++c) sum[c] += part[c];
+        }
+    });
+}
+
+// The mean of the visual rows that each view sees.
 void average(const FocusTensors& input, const std::vector<Positions>& visual, const std::vector<View>& views,
              float* means /* [views, D] */) {
     const Layout& layout = input.layout;
     std::vector<int64_t> first_view(layout.batch + 1);
     for (const View& view : views) ++first_view[view.response + 1];
     std::partial_sum(first_view.begin(), first_view.end(), first_view.begin());
+    if (input.unit) {
+        sum_unit_views(input, visual, views, means);
+        parallel_items(layout.batch, [&](int64_t b) {
+            accumulate(views, first_view[b], first_view[b + 1], input.columns, input.columns, means);
+        });
+        return;
+    }
 
     const int64_t wanted_items = kItemsPerThread * at::get_num_threads();
     const int64_t most_slices = std::max<int64_t>(input.columns / kNarrowestSlice, 1);
@@ -123,20 +175,12 @@ void average(const FocusTensors& input, const std::vector<Positions>& visual, co
         if (columns <= 0) return;
         const void* first = address_of(input, input.strides.offset(layout, b, layout.row_begin(b)) + column);
         std::vector<float> room(2 * columns);
-        std::vector<double> total;  // of thousands of views, perhaps
-        if (first_view[b + 1] - first_view[b] > 1) total.resize(columns);
         for (int64_t v = first_view[b]; v < first_view[b + 1]; ++v) {
             const View& view = views[v];
-            const int64_t rows = view.seen_rows - view.first_row;
-            float* mean = means + v * input.columns + column;
-            sum_rows(first, visual[b].data() + view.first_row, rows, input.strides.row, columns, room.data(), mean);
-            const float count = static_cast<float>(std::max<int64_t>(view.seen_rows, 1));
-            for (size_t c = 0; c < total.size(); ++c) {
-                total[c] += static_cast<double>(mean[c]);
-                mean[c] = static_cast<float>(total[c]);
-            }
-            for (int64_t c = 0; c < columns; ++c) mean[c] /= count;
+            sum_rows(first, visual[b].data() + view.first_row, view.seen_rows - view.first_row, input.strides.row,
+                     columns, room.data(), means + v * input.columns + column);
         }
+        accumulate(views, first_view[b], first_view[b + 1], input.columns, columns, means + column);
     });
 }
 
@@ -152,7 +196,8 @@ struct Prototypes {
             const float* values = source + i * input.columns;
             float* row = arranged.data() + i * input.columns;
             kernels().arrange[static_cast<int>(input.type)](values, input.columns, row);
-            norms[i] = kernels().norm(values, input.columns);
+            // A mean of unit vectors is kept as it is: its product with a token's is the mean of the cosines.
+            norms[i] = input.unit ? 1.0f : kernels().norm(values, input.columns);
             rows[i] = row;
         });
     }
@@ -213,9 +258,9 @@ namespace {
 // The mean of the visual rows before each row.
 void running_prototypes(const FocusTensors& input, float* means /* [R, D] */) {
     const Layout& layout = input.layout;
-    const int64_t slices = std::max<int64_t>(input.columns / kNarrowestSlice, 1);
+    const int64_t slices = input.unit ? 1 : std::max<int64_t>(input.columns / kNarrowestSlice, 1);
     const int64_t width = (input.columns + slices - 1) / slices;
-    const auto sum_rows = kernels().sum_rows[static_cast<int>(input.type)];
+    const auto sum_rows = (input.unit ? kernels().sum_unit_rows : kernels().sum_rows)[static_cast<int>(input.type)];
     parallel_items(layout.batch * slices, [&](int64_t item) {
         const int64_t b = item / slices, column = item % slices * width;
         const int64_t columns = std::min(width, input.columns - column);
@@ -239,7 +284,8 @@ void running_prototypes(const FocusTensors& input, float* means /* [R, D] */) {
 
 Tensors visual_prototype(const ArgumentReader& reader) {
     const Layout layout = reader.layout("visual_mask");
-    const FocusTensors input = reader.hidden(layout);
+    FocusTensors input = reader.hidden(layout);
+    input.unit = reader.value<bool>("unit");
     const bool causal = reader.value<bool>("causal");
     const at::Tensor& hidden = reader.tensor("hidden");
     std::vector<int64_t> shape = {layout.batch, input.columns};
@@ -256,7 +302,8 @@ Tensors visual_prototype(const ArgumentReader& reader) {
 
 Tensors visual_focus(const ArgumentReader& reader) {
     const at::IntArrayRef tokens = reader.shape("response_mask");
-    const FocusTensors input = reader.focus(reader.layout("response_mask"));
+    FocusTensors input = reader.focus(reader.layout("response_mask"));
+    input.unit = reader.value<bool>("unit");
     const bool* mask = reader.data<bool>("response_mask", tokens);
     at::Tensor cos = at::empty(tokens, reader.tensor("hidden").options().dtype(at::kFloat));
     vgpo::visual_focus(input, mask, cos.mutable_data_ptr<float>());

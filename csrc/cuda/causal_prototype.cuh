@@ -26,7 +26,7 @@ int64_t useful_blocks(const CausalPrototypeArguments<T>& arguments) {
 }
 
 // A warp walks over the rows of a response, over a vector's width of columns a lane: the mean so far, then the row.
-template <bool kAligned, typename T>
+template <bool kAligned, bool kUnit, typename T>
 __device__ void average_rows_before(const FocusInput<T>& input, float* prototypes) {
     constexpr int kWidth = kVectorWidth<T>, kInFlight = 6;  // as many as registers allow
     const int strips = ceil_div(input.dim, kWarpColumns<T>);
@@ -41,6 +41,7 @@ __device__ void average_rows_before(const FocusInput<T>& input, float* prototype
             const bool own = lane_index() < kInFlight && first + lane_index() < end &&
                              input.visual_mask[first + lane_index()];
             const unsigned visual = __ballot_sync(kAllLanes, own);
+            const float own_factor = kUnit && own ? input.inverse_norms[first + lane_index()] : 1.0f;
             uint4 vectors[kInFlight] = {};
             if (visual != 0) {
                 // Rows off the mask are not read: one of the others in their place.
@@ -56,13 +57,14 @@ __device__ void average_rows_before(const FocusInput<T>& input, float* prototype
                 if (column < input.dim && first + i < end) {
                     store_floats<kAligned>(prototypes + (first + i) * input.dim, column, input.dim, means);
                 }
+                const float factor = kUnit ? __shfl_sync(kAllLanes, own_factor, i) : 1.0f;
                 if ((visual >> i & 1) == 0) continue;
                 ++count;
                 float values[kWidth];
                 unpack(vectors[i], input.hidden, values);
 #pragma unroll
                 for (int j = 0; j < kWidth; ++j) {
-                    totals[j] += values[j];
+                    totals[j] += kUnit ? values[j] * factor : values[j];
                     means[j] = static_cast<float>(totals[j]) / static_cast<float>(count);
                 }
             }
@@ -73,8 +75,15 @@ __device__ void average_rows_before(const FocusInput<T>& input, float* prototype
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     causal_prototype_kernel(const __grid_constant__ CausalPrototypeArguments<T> arguments) {
-    if (arguments.input.aligned) average_rows_before<true>(arguments.input, arguments.prototypes);
-    else average_rows_before<false>(arguments.input, arguments.prototypes);
+    if (arguments.input.aligned) average_rows_before<true, false>(arguments.input, arguments.prototypes);
+    else average_rows_before<false, false>(arguments.input, arguments.prototypes);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    causal_unit_prototype_kernel(const __grid_constant__ CausalPrototypeArguments<T> arguments) {
+    if (arguments.input.aligned) average_rows_before<true, true>(arguments.input, arguments.prototypes);
+    else average_rows_before<false, true>(arguments.input, arguments.prototypes);
 }
 
 }  // namespace cuda

@@ -14,6 +14,9 @@
 // its level sees more than the one before: still each row is read once, and rows after the last scored token never.
 // Where every image comes before the response there is one level, and the bits are those without `causal`. A level
 // costs two grid barriers: some microseconds for each image that arrives late.
+//
+// For means of cosines a kernel before this one leaves what makes unit vectors of the visual rows, which then are read
+// twice: at the shape above 59 MB more, much of it from the cache.
 #pragma once
 
 #include "vector.cuh"
@@ -37,6 +40,7 @@ struct FocusInput {
     bool index_per_token;            // prototype_index is [tokens]
     int64_t num_given;               // P
     bool causal;                     // never with given prototypes
+    const float* inverse_norms;      // [rows] of the visual rows, read by the kernels of unit vectors
 
     __device__ const T* row(int64_t response, int64_t row_index) const {
         return hidden + strides.offset(layout, response, row_index);
@@ -255,8 +259,9 @@ __device__ void index_rows(const FocusInput<T>& input, const FocusWorkspace& wor
 
 // ---- phase two: sum runs of visual rows -----------------------------------------------------------------------
 
-// A warp sums one run over a vector's width of columns a lane, with kInFlight rows on their way at a time.
-template <bool kAligned, int kInFlight, typename T>
+// A warp sums one run over a vector's width of columns a lane, with kInFlight rows on their way at a time. kUnit: of
+// rows as unit vectors.
+template <bool kAligned, int kInFlight, bool kUnit, typename T>
 __device__ void sum_runs(const FocusInput<T>& input, const FocusWorkspace& workspace, const Level* levels) {
     constexpr int kWidth = kVectorWidth<T>;
     const int strips = ceil_div(input.dim, kWarpColumns<T>);
@@ -278,15 +283,22 @@ __device__ void sum_runs(const FocusInput<T>& input, const FocusWorkspace& works
             const int own = strip + lane_index();
             const int32_t listed = index[own < last ? own : last - 1];
             const int rows_left = last - strip < kWarpSize ? last - strip : kWarpSize;
+            const float own_factor = kUnit ? input.inverse_norms[row_begin + listed] : 1.0f;
             const auto load = [&](int i) {
                 const int64_t relative = __shfl_sync(kAllLanes, listed, i);
                 return load_vector<kAligned>(rows + relative * input.strides.row, read_column, input.dim);
             };
-            const auto add = [&](uint4 vector) {
+            const auto add = [&](uint4 vector, int i) {
                 float values[kWidth];
                 unpack(vector, input.hidden, values);
+                if constexpr (kUnit) {
+                    const float factor = __shfl_sync(kAllLanes, own_factor, i);
 #pragma unroll
-                for (int j = 0; j < kWidth; ++j) sums[j] += values[j];
+                    for (int j = 0; j < kWidth; ++j) sums[j] = fmaf(values[j], factor, sums[j]);
+                } else {
+#pragma unroll
+                    for (int j = 0; j < kWidth; ++j) sums[j] += values[j];
+                }
             };
             // Nothing but loads between loads: a condition there, and the compiler waits for each before the next.
             int i = 0;
@@ -295,10 +307,10 @@ __device__ void sum_runs(const FocusInput<T>& input, const FocusWorkspace& works
 #pragma unroll
                 for (int j = 0; j < kInFlight; ++j) vectors[j] = load(i + j);
 #pragma unroll
-                for (int j = 0; j < kInFlight; ++j) add(vectors[j]);
+                for (int j = 0; j < kInFlight; ++j) add(vectors[j], i + j);
             }
 #pragma unroll 1
-            for (; i < rows_left; ++i) add(load(i));
+            for (; i < rows_left; ++i) add(load(i), i);
         }
         if (column < input.dim) {
             float* slot_sums = workspace.row_sums + static_cast<int64_t>(slot) * input.dim;
@@ -365,8 +377,9 @@ __device__ void prefetch_response_rows(const FocusInput<T>& input, const FocusWo
 }
 
 // A warp's cosines of rows with one prototype: that of row i to lane i, that of a single row to all lanes. NaN for a
-// given prototype of zeros, which means no image.
-template <bool kAligned, int kRows, typename T>
+// given prototype of zeros, which means no image. kUnit: products with the prototype in place of cosines, over the norms
+// of the rows alone.
+template <bool kAligned, int kRows, bool kUnit, typename T>
 __device__ __forceinline__ float row_cosines(const FocusInput<T>& input, const T* const (&rows)[kRows],
                                              const float* prototype) {
     constexpr int kWidth = kVectorWidth<T>;
@@ -405,12 +418,12 @@ __device__ __forceinline__ float row_cosines(const FocusInput<T>& input, const T
         for (int column = lane_index(); column < input.dim; column += kWarpSize) nonzero |= prototype[column] != 0.0f;
         if (__any_sync(kAllLanes, nonzero) == 0) return NAN;
     }
-    return cosine(dot, square, sqrtf(prototype_square));
+    return cosine(dot, square, kUnit ? 1.0f : sqrtf(prototype_square));
 }
 
 // A warp scores kRows consecutive tokens of a response. cos is [tokens]; only tokens under the mask are written, each at
 // its place or, by ordinal, those of a response from its first place on.
-template <bool kAligned, int kRows, bool kByOrdinal, typename T>
+template <bool kAligned, int kRows, bool kByOrdinal, bool kUnit, typename T>
 __device__ void score_rows(const FocusInput<T>& input, const FocusWorkspace& workspace, const Level* levels,
                            float* cos) {
     auto cursor = ragged_cursor(input.layout.batch, [=, &workspace](int response) {
@@ -441,14 +454,14 @@ __device__ void score_rows(const FocusInput<T>& input, const FocusWorkspace& wor
                 const float* of_row = from_lane(prototype, i);
                 const T* const row[] = {row_of_lane(i)};
                 if (of_row == nullptr) continue;
-                const float single = row_cosines<kAligned, 1>(input, row, of_row);
+                const float single = row_cosines<kAligned, 1, kUnit>(input, row, of_row);
                 result = lane_index() == i ? single : result;
             }
         } else if (prototype != nullptr) {
             const T* rows[kRows];
 #pragma unroll
             for (int i = 0; i < kRows; ++i) rows[i] = row_of_lane(i);
-            result = row_cosines<kAligned, kRows>(input, rows, prototype);
+            result = row_cosines<kAligned, kRows, kUnit>(input, rows, prototype);
         }
         if (lane_index() < rows_left) cos[begin + (kByOrdinal ? listed : own)] = result;
     }
@@ -456,15 +469,15 @@ __device__ void score_rows(const FocusInput<T>& input, const FocusWorkspace& wor
 
 // ---- the phases together --------------------------------------------------------------------------------------
 
-template <typename T>
+template <bool kUnit, typename T>
 __device__ void sum_visual_rows(const FocusInput<T>& input, const FocusWorkspace& workspace, const Level* levels) {
-    if (input.aligned) sum_runs<true, 8>(input, workspace, levels);
-    else sum_runs<false, 1>(input, workspace, levels);
+    if (input.aligned) sum_runs<true, 8, kUnit>(input, workspace, levels);
+    else sum_runs<false, 1, kUnit>(input, workspace, levels);
 }
 
 // From hidden states to cosines of the tokens under the mask, leaving the lists and counts in the workspace. The caller
 // puts a grid barrier before it reads them. `off_mask(token)` is called at tokens off the mask.
-template <bool kByOrdinal, typename T, typename OffMask>
+template <bool kByOrdinal, bool kUnit = false, typename T, typename OffMask>
 __device__ void focus_cosines(const FocusInput<T>& input, const FocusWorkspace& workspace, float* cos,
                               OffMask off_mask) {
     const Layout& layout = input.layout;
@@ -474,17 +487,65 @@ __device__ void focus_cosines(const FocusInput<T>& input, const FocusWorkspace& 
         const Level* levels = input.causal ? workspace.levels + pass % 2 * layout.batch : nullptr;
         Level* next = input.causal ? workspace.levels + (pass + 1) % 2 * layout.batch : nullptr;
         if (input.given_prototypes == nullptr) {
-            sum_visual_rows(input, workspace, levels);
+            sum_visual_rows<kUnit>(input, workspace, levels);
             prefetch_response_rows(input, workspace, levels);
             grid_sync();
             average_runs(layout, input.dim, workspace, levels);
             if (input.causal) find_next_levels(layout, workspace, levels, next);
             grid_sync();
         }
-        if (input.aligned) score_rows<true, kSharedRows, kByOrdinal>(input, workspace, levels, cos);
-        else score_rows<false, 1, kByOrdinal>(input, workspace, levels, cos);
+        if (input.aligned) score_rows<true, kSharedRows, kByOrdinal, kUnit>(input, workspace, levels, cos);
+        else score_rows<false, 1, kByOrdinal, kUnit>(input, workspace, levels, cos);
         // Nothing that a slower block still reads is written before the next barrier.
         if (!input.causal || !any_level(next, layout.batch)) return;
+    }
+}
+
+// ---- unit vectors ---------------------------------------------------------------------------------------------
+
+template <typename T>
+struct InverseNormArguments {
+    FocusInput<T> input;   // without response_mask
+    float* inverse_norms;  // [rows]; written under the visual mask
+};
+
+template <typename T>
+int64_t useful_blocks(const InverseNormArguments<T>& arguments) {
+    return ceil_div<int64_t>(arguments.input.layout.num_rows(), kThreads);
+}
+
+template <bool kAligned, typename T>
+__device__ float inverse_norm_of(const T* row, const FocusInput<T>& input) {
+    constexpr int kWidth = kVectorWidth<T>;
+    float square = 0.0f;
+#pragma unroll 4
+    for (int column = lane_index() * kWidth; column < input.dim; column += kWarpColumns<T>) {
+        float values[kWidth];
+        unpack(load_vector<kAligned>(row, column, input.dim), input.hidden, values);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) square = fmaf(values[j], values[j], square);
+    }
+    return inverse_norm(warp_sum(square));
+}
+
+// Lanes of a warp look at a row each, and the warp goes over the visual ones. Of a packed batch all rows are alike, so
+// nobody asks whose they are.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    inverse_norm_kernel(const __grid_constant__ InverseNormArguments<T> arguments) {
+    const FocusInput<T>& input = arguments.input;
+    const int64_t rows = input.layout.num_rows();
+    for (int64_t first = static_cast<int64_t>(grid_warp()) * kWarpSize; first < rows;
+         first += static_cast<int64_t>(grid_warps()) * kWarpSize) {
+        const int64_t own = first + lane_index();
+        unsigned visual = __ballot_sync(kAllLanes, own < rows && input.visual_mask[own]);
+        while (visual != 0) {
+            const int64_t place = first + __ffs(static_cast<int>(visual)) - 1;
+            visual &= visual - 1;
+            const T* row = input.row(input.layout.cu_seqlens == nullptr ? place / input.layout.rows : 0, place);
+            const float result = input.aligned ? inverse_norm_of<true>(row, input) : inverse_norm_of<false>(row, input);
+            if (lane_index() == 0) arguments.inverse_norms[place] = result;
+        }
     }
 }
 
@@ -516,18 +577,28 @@ int64_t useful_blocks(const VisualPrototypeArguments<T>& arguments) {
     return useful_blocks(arguments.input);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 1)
-    visual_prototype_kernel(const __grid_constant__ VisualPrototypeArguments<T> arguments) {
-    const FocusInput<T>& input = arguments.input;
+template <bool kUnit, typename T>
+__device__ void average_visual_rows(const FocusInput<T>& input, const FocusWorkspace& workspace) {
     for (int64_t response = blockIdx.x; response < input.layout.batch; response += gridDim.x) {
-        index_image(input, arguments.workspace, response);
+        index_image(input, workspace, response);
     }
     prefetch_visual_rows(input);
     grid_sync();
-    sum_visual_rows(input, arguments.workspace, nullptr);
+    sum_visual_rows<kUnit>(input, workspace, nullptr);
     grid_sync();
-    average_runs(input.layout, input.dim, arguments.workspace, nullptr);
+    average_runs(input.layout, input.dim, workspace, nullptr);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    visual_prototype_kernel(const __grid_constant__ VisualPrototypeArguments<T> arguments) {
+    average_visual_rows<false>(arguments.input, arguments.workspace);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    unit_prototype_kernel(const __grid_constant__ VisualPrototypeArguments<T> arguments) {
+    average_visual_rows<true>(arguments.input, arguments.workspace);
 }
 
 template <typename T>
@@ -552,6 +623,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     visual_focus_kernel(const __grid_constant__ VisualFocusArguments<T> arguments) {
     float* cos = arguments.cos;
     focus_cosines<false>(arguments.input, arguments.workspace, cos, [=](int64_t token) { cos[token] = 0.0f; });
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    unit_focus_kernel(const __grid_constant__ VisualFocusArguments<T> arguments) {
+    float* cos = arguments.cos;
+    focus_cosines<false, true>(arguments.input, arguments.workspace, cos, [=](int64_t token) { cos[token] = 0.0f; });
 }
 
 }  // namespace cuda

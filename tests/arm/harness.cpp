@@ -81,6 +81,8 @@ void hidden_states(const Kernels& table, HiddenType type) {
             const std::string name = label(kKindNames[kind], rows, columns);
             table.sum_rows[t](hidden.data(), positions.data(), rows, stride, columns, room.data(), total.data());
             emit(table.name, "sum_rows" + suffix, name, total.data(), columns);
+            table.sum_unit_rows[t](hidden.data(), positions.data(), rows, stride, columns, room.data(), total.data());
+            emit(table.name, "sum_unit_rows" + suffix, name, total.data(), columns);
             table.arrange[t](prototype.data(), columns, arranged.data());
             emit(table.name, "arrange" + suffix, name, arranged.data(), columns);
             table.cosines[t](hidden.data(), positions.data(), rows, stride, columns, arranged.data(),

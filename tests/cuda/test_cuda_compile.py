@@ -14,6 +14,7 @@ from torch.utils import cpp_extension
 THREADS = {
     **dict.fromkeys(("visual_prototype", "visual_focus", "visual_weights"), 512),
     **dict.fromkeys(("causal_prototype", "policy_loss", "vgpo_loss", "token_shaping"), 512),
+    **dict.fromkeys(("inverse_norm", "unit_prototype", "causal_unit_prototype", "unit_focus"), 512),
     **dict.fromkeys(("attention_mass", "attention_warpgroup", "attention_heatmap", "head_mean"), 128),
     **dict.fromkeys(("attention_query_gradient", "attention_key_gradient"), 128),
     **dict.fromkeys(("head_statistics", "head_gradient"), 256),

@@ -13,6 +13,7 @@ import test_luspo_vespo
 import test_policy_loss
 import test_policy_loss_edges
 import test_policy_loss_metrics
+import test_unit_mean
 import test_vgpo_loss
 import test_visibility
 import test_visual_focus
@@ -33,7 +34,7 @@ from vgpo_kernels.reference import visual_weights as weights_reference
 ROOT = Path(__file__).resolve().parents[2]
 
 adopt(globals(), test_visual_focus, test_visibility, test_visual_weights, test_policy_loss, test_vgpo_loss)
-adopt(globals(), test_luspo_vespo, test_policy_loss_metrics, test_policy_loss_edges)
+adopt(globals(), test_luspo_vespo, test_policy_loss_metrics, test_policy_loss_edges, test_unit_mean)
 
 
 # ---- schedules ---------------------------------------------------------------------------------------------------

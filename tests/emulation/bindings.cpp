@@ -14,6 +14,8 @@ struct GroupWeightsArguments;
 struct ResponseFactorsArguments;
 template <typename T>
 struct CausalPrototypeArguments;
+template <typename T>
+struct InverseNormArguments;
 }  // namespace vgpo::cuda
 template <>
 constexpr bool emulation::kFollowsGrid<vgpo::cuda::HeadMeanArguments> = true;
@@ -23,6 +25,8 @@ template <>
 constexpr bool emulation::kFollowsGrid<vgpo::cuda::ResponseFactorsArguments> = true;
 template <typename T>
 constexpr bool emulation::kFollowsGrid<vgpo::cuda::CausalPrototypeArguments<T>> = true;
+template <typename T>
+constexpr bool emulation::kFollowsGrid<vgpo::cuda::InverseNormArguments<T>> = true;
 
 #include "../../csrc/arguments.cpp"
 #include "../../csrc/cuda/attention_mass.cu"

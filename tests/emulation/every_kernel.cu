@@ -14,6 +14,10 @@ namespace cuda {
     template __global__ void visual_prototype_kernel<T>(const __grid_constant__ VisualPrototypeArguments<T>); \
     template __global__ void causal_prototype_kernel<T>(const __grid_constant__ CausalPrototypeArguments<T>); \
     template __global__ void visual_focus_kernel<T>(const __grid_constant__ VisualFocusArguments<T>); \
+    template __global__ void inverse_norm_kernel<T>(const __grid_constant__ InverseNormArguments<T>); \
+    template __global__ void unit_prototype_kernel<T>(const __grid_constant__ VisualPrototypeArguments<T>); \
+    template __global__ void causal_unit_prototype_kernel<T>(const __grid_constant__ CausalPrototypeArguments<T>); \
+    template __global__ void unit_focus_kernel<T>(const __grid_constant__ VisualFocusArguments<T>); \
     template __global__ void vgpo_loss_kernel<T>(const __grid_constant__ VgpoLossArguments<T>); \
     template __global__ void head_gradient_kernel<T, false>(const __grid_constant__ HeadGradientArguments); \
     template __global__ void head_gradient_kernel<T, true>(const __grid_constant__ HeadGradientArguments); \

@@ -171,10 +171,11 @@ def policy_of(case: Case) -> dict[str, Any]:
 
 
 VISIBILITIES = ("all", "causal")
+POOLINGS = tuple({"visibility": seen, "pooling": pooling} for seen in VISIBILITIES for pooling in ("mean", "unit_mean"))
 
 
 def visual_prototype(case: Case) -> dict[str, Tensor]:
-    found = {seen: vgpo_kernels.visual_prototype(**image_of(case), visibility=seen) for seen in VISIBILITIES}
+    found = {str(given): vgpo_kernels.visual_prototype(**image_of(case), **given) for given in POOLINGS}
     assert not any(means.requires_grad for means in found.values())
     return found
 
@@ -182,8 +183,8 @@ def visual_prototype(case: Case) -> dict[str, Tensor]:
 def visual_focus(case: Case) -> dict[str, Tensor]:
     batch, count = case.batch, len(case.batch.group_ids)
     found = {
-        seen: vgpo_kernels.visual_focus(response_mask=batch.response_mask, **image_of(case), visibility=seen)
-        for seen in VISIBILITIES
+        str(given): vgpo_kernels.visual_focus(response_mask=batch.response_mask, **image_of(case), **given)
+        for given in POOLINGS
     }
     shared = {
         "prototype": leaf(case.head.weight[:3]),

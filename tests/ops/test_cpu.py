@@ -243,18 +243,18 @@ def test_offsets_past_two_to_the_31(packed: bool) -> None:
 def test_the_operator_itself_refuses_wrong_boundaries(boundaries: list[int]) -> None:
     hidden, mask = torch.ones(4, 8), torch.ones(4, dtype=torch.bool)
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 4"):
-        torch.ops.vgpo_kernels.visual_prototype(hidden, mask, torch.tensor(boundaries), False)
+        torch.ops.vgpo_kernels.visual_prototype(hidden, mask, torch.tensor(boundaries), False, False)
 
 
 def test_the_operator_itself_refuses_wrong_shapes() -> None:
     hidden, mask = torch.ones(2, 4, 8), torch.ones(2, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match="visual_mask must be"):
-        torch.ops.vgpo_kernels.visual_focus(hidden, mask[:, :3].contiguous(), mask, None, None, None, False)
+        torch.ops.vgpo_kernels.visual_focus(hidden, mask[:, :3].contiguous(), mask, None, None, None, False, False)
     with pytest.raises(ValueError, match="prototype_index must lie in"):
         index = torch.tensor([0, 3])
-        torch.ops.vgpo_kernels.visual_focus(hidden, None, mask, None, torch.ones(3, 8), index, False)
+        torch.ops.vgpo_kernels.visual_focus(hidden, None, mask, None, torch.ones(3, 8), index, False, False)
     with pytest.raises(TypeError, match="hidden must be float32, bfloat16 or float16"):
-        torch.ops.vgpo_kernels.visual_focus(hidden.double(), mask, mask, None, None, None, False)
+        torch.ops.vgpo_kernels.visual_focus(hidden.double(), mask, mask, None, None, None, False, False)
     with pytest.raises(ValueError, match="config must have 18 numbers"):
         groups = torch.zeros(2, dtype=torch.int64)
         torch.ops.vgpo_kernels.visual_weights(torch.ones(2, 4), mask, groups, None, None, [0.0])

@@ -42,8 +42,8 @@ DERIVED = {
     "linear_policy_loss": {"gradients", "options", "temperatures"},  # what is differentiable
     "policy_loss": {"options"},
     "vgpo_loss": {"causal", "options"},
-    "visual_focus": {"causal"},  # visibility
-    "visual_prototype": {"causal"},
+    "visual_focus": {"causal", "unit"},  # visibility, pooling
+    "visual_prototype": {"causal", "unit"},
 }
 
 
@@ -186,6 +186,7 @@ CASES = {
     "visual_mask": Case(changed(every_other, "visual_mask"), NO_PROTOTYPE),
     # An image that arrives behind some tokens.
     "visibility": Case(("all", "causal"), NO_PROTOTYPE | {"visual_mask": lambda good: good["visual_mask"].roll(7, -1)}),
+    "pooling": Case(("mean", "unit_mean"), NO_PROTOTYPE),
     "combine_factors: phi": Case(changed(torch.cos, "phi")),
     "combine_factors: psi": Case(changed(torch.cos, "psi")),
     "combine_factors: config": Case(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import checks
-from vgpo_kernels.config import Visibility
+from vgpo_kernels.config import Pooling, Visibility
 from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import visual_focus as reference
@@ -19,6 +19,7 @@ def visual_prototype(
     *,
     cu_seqlens: Tensor | None = None,
     visibility: Visibility = "all",
+    pooling: Pooling = "mean",
 ) -> Tensor:
     """Mean hidden state of each response's image (or video) tokens, the prototype mu (paper, Eq. 3).
 
@@ -29,15 +30,17 @@ def visual_prototype(
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         visibility: ``"all"``: the mean over all image tokens of the response. ``"causal"``: at each position the mean
             over those before it.
+        pooling: ``"mean"``, or ``"unit_mean"``: the mean of the states' unit vectors ``v / max(|v|, 1e-8)``, which is NaN
+            where one of them is not finite or the square of its norm leaves the range of float32.
 
     Returns:
         Prototypes ``[B, D]``, float32; zeros for a response without visual tokens. With ``"causal"`` one for each
         position, in ``hidden``'s shape; zeros before the first visual token. :func:`visual_focus` takes either as
-        ``prototype``.
+        ``prototype``, with the same ``pooling``.
 
     Raises:
         TypeError: An argument is not a tensor or has the wrong dtype.
-        ValueError: Shapes, devices or boundaries do not fit together, or ``visibility`` is unknown.
+        ValueError: Shapes, devices or boundaries do not fit together, or ``visibility`` or ``pooling`` is unknown.
 
     """
     hidden, boundaries = checks.hidden_states(hidden, cu_seqlens)
@@ -51,6 +54,7 @@ def visual_prototype(
         visual_mask=visible,
         cu_seqlens=boundaries,
         causal=checks.visibility(visibility),
+        unit=checks.pooling(pooling),
     )
     return means.to(dtype)  # type: ignore[no-any-return]
 
@@ -65,10 +69,15 @@ def visual_focus(
     prototype: Tensor | None = None,
     prototype_index: Tensor | None = None,
     visibility: Visibility = "all",
+    pooling: Pooling = "mean",
 ) -> Tensor:
     """Cosine similarity of each response token's hidden state with its image's prototype (paper, Eq. 4).
 
     ``cos = <h, mu> / max(|h| |mu|, 1e-8)``, where h is the hidden state at the token itself.
+
+    With ``pooling="unit_mean"`` it is the mean over the image tokens of the cosine with each of them (the visual
+    similarity of PEPO, a layer of it), at the price of the one cosine: it is ``<h, m> / max(|h|, 1e-8)``, where m is the
+    mean of the image tokens' unit vectors. An image token of zeros counts as a cosine of 0.
 
     A token that sees no image has no focus: its cosine is NaN, which :func:`visual_weights` reads as unweighted. Where
     an image is seen but the hidden state or the prototype is not finite, or the square of its norm leaves the range of
@@ -92,14 +101,17 @@ def visual_focus(
             ``"causal"``: those at positions before it; an image that arrives late (shown by a tool, in a later turn)
             then changes no bit of what came before. Where every image precedes the response, both give the same bits.
             Given prototypes are taken as they are.
+        pooling: ``"mean"``: the cosine with the prototype. ``"unit_mean"``: the mean of the cosines with the image
+            tokens; ``prototype`` is then :func:`visual_prototype`'s with ``pooling="unit_mean"``.
 
     Returns:
-        Cosines in ``response_mask``'s shape, float32; 0 off the mask, NaN at tokens that see no image, infinite where
+        Cosines, or means of them, in ``response_mask``'s shape, float32; 0 off the mask, NaN at tokens that see no image, infinite where
         a hidden state is not finite or a norm is out of range.
 
     Raises:
         TypeError: An argument is not a tensor or has the wrong dtype.
-        ValueError: Shapes, devices, boundaries or indices do not fit together, or ``visibility`` is unknown.
+        ValueError: Shapes, devices, boundaries or indices do not fit together, or ``visibility`` or ``pooling`` is
+            unknown.
 
     """
     hidden, boundaries = checks.hidden_states(hidden, cu_seqlens)
@@ -108,7 +120,14 @@ def visual_focus(
     image = checks.image(visual_mask, prototype, prototype_index, visibility, hidden, mask, boundaries)
     dtype = checks.compute_dtype(hidden, image["prototype"])
     cos = registry.call(
-        "visual_focus", hidden.device, dtype, hidden=hidden, response_mask=mask, cu_seqlens=boundaries, **image
+        "visual_focus",
+        hidden.device,
+        dtype,
+        hidden=hidden,
+        response_mask=mask,
+        cu_seqlens=boundaries,
+        unit=checks.pooling(pooling),
+        **image,
     )
     return cos.to(dtype)  # type: ignore[no-any-return]
 
@@ -126,12 +145,12 @@ def _fake_focus(hidden: Tensor, response_mask: Tensor) -> Tensor:
 
 registry.define(
     reference.visual_prototype,
-    "(Tensor hidden, Tensor visual_mask, Tensor? cu_seqlens, bool causal) -> Tensor",
+    "(Tensor hidden, Tensor visual_mask, Tensor? cu_seqlens, bool causal, bool unit) -> Tensor",
     _fake_prototype,
 )
 registry.define(
     reference.visual_focus,
     "(Tensor hidden, Tensor? visual_mask, Tensor response_mask, Tensor? cu_seqlens, Tensor? prototype, "
-    "Tensor? prototype_index, bool causal) -> Tensor",
+    "Tensor? prototype_index, bool causal, bool unit) -> Tensor",
     _fake_focus,
 )

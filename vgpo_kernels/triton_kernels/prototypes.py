@@ -17,6 +17,7 @@ from vgpo_kernels.triton_kernels.common import (
     device_guard,
     extent,
     first_slot,
+    is_finite,
     num_slots,
     token_range,
     wrap_triton,
@@ -32,6 +33,7 @@ SPAN = tl.constexpr(64)
 # Late rows are added one after the other; so many of them are on their way from memory at a time.
 IN_FLIGHT = tl.constexpr(8)
 NOWHERE = tl.constexpr(2**31 - 1)  # a row behind every other
+NORM_FLOOR = tl.constexpr(1e-8)
 
 
 class Tile(NamedTuple):
@@ -66,6 +68,13 @@ def prototype_tile(features: int) -> Tile:
     shape = TILES[architecture()]
     columns = max(min(triton.next_power_of_2(features), shape.prototype_columns), 16)
     return Tile(PROTOTYPE_ROWS, columns, shape.prototype_warps)
+
+
+def row_tile(features: int) -> Tile:
+    """Return the tile of kernels that go over whole rows of D features."""
+    shape = TILES[architecture()]
+    columns = max(min(triton.next_power_of_2(features), shape.focus_columns), 16)
+    return Tile(min(shape.focus_elements // columns, 64), columns, shape.focus_warps)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -112,9 +121,37 @@ def visual_index_kernel(
     tl.store(counts + response, count)
 
 
+@triton.jit(do_not_specialize=["number", "rows"])
+def inverse_norm_kernel(
+    hidden,  # [B, S, D] or [N, D]
+    visual_mask,  # [B, S] or [N]
+    inverse_norms,  # out: [B * S] or [N], written under the mask
+    number,  # of rows, B * S or N
+    rows,  # S, packed N
+    features,  # D
+    batch_stride,
+    row_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    visible = tl.load(visual_mask + place, mask=place < number, other=0) != 0
+    begin = (place // rows) * batch_stride + (place % rows) * row_stride
+    square = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, tl.where(tl.max(visible.to(tl.int32)) > 0, features, 0), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = visible[:, None] & (column < features)[None, :]
+        state = tl.load(hidden + begin[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        square += state * state
+    square = tl.sum(square, 1)
+    inverse = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(square), NORM_FLOOR))
+    tl.store(inverse_norms + place, tl.where(is_finite(square), inverse, float("nan")), mask=visible)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def prototype_kernel(
     hidden,  # [B, S, D] or [N, D]
+    inverse_norms,  # of the visual rows, [B * S] or [N]; None: rows are summed as they are
     boundaries,  # [B + 1] or None
     positions,  # from visual_index_kernel
     counts,
@@ -135,6 +172,8 @@ def prototype_kernel(
     begin, end = token_range(boundaries, response, rows)
     hidden = first_row(hidden, boundaries, response, begin, batch_stride, row_stride)
     positions += begin
+    if inverse_norms is not None:
+        inverse_norms += begin
     count = tl.load(counts + response)
     lane = tl.arange(0, ROWS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -145,7 +184,10 @@ def prototype_kernel(
         ordinal = start + lane
         upcoming = tl.load(positions + ordinal + ROWS, mask=ordinal + ROWS < count, other=0)
         inside = (ordinal < count)[:, None] & (column < features)[None, :]
-        total += tl.load(hidden + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        state = tl.load(hidden + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        if inverse_norms is not None:
+            state *= tl.load(inverse_norms + row, mask=ordinal < count, other=0.0)[:, None]
+        total += state
     total = tl.sum(total, 0)
     mean = tl.div_rn(total, tl.maximum(count, 1).to(tl.float32))
     tl.store(prototype + response.to(tl.int64) * features + column, mean, mask=column < features)
@@ -165,18 +207,31 @@ def prototype_kernel(
                 ends_here = stop + tl.zeros((COLUMNS,), tl.int32)
                 for ordinal in range(count, stop, IN_FLIGHT):
                     running = add_visual_rows(
-                        running, hidden + column, positions, ordinal, stop, ends_here, column < features, row_stride
+                        running,
+                        hidden + column,
+                        inverse_norms,
+                        positions,
+                        ordinal,
+                        stop,
+                        ends_here,
+                        column < features,
+                        row_stride,
                     )
                 count = tl.maximum(count, stop)
 
 
 @triton.jit
-def add_visual_rows(total, hidden, positions, ordinal, stop, limit, inside, row_stride):
+def add_visual_rows(total, hidden, inverse_norms, positions, ordinal, stop, limit, inside, row_stride):
     """Add the next visual rows to a sum, one after the other: of those before ``stop`` the ones before ``limit``."""
     rows = next_visual_rows(positions, ordinal, stop)
     values = load_rows(hidden, rows, ordinal, limit, inside, row_stride)
     for ahead in tl.static_range(IN_FLIGHT):
-        total += values[ahead].to(tl.float32).to(tl.float64)
+        state = values[ahead].to(tl.float32)
+        if inverse_norms is not None:
+            # A row that is not added has zeros, and may have a factor of NaN.
+            factor = tl.load(inverse_norms + rows[ahead], mask=ordinal + ahead < stop, other=0.0)
+            state = tl.where(ordinal + ahead < limit, state * factor, 0.0)
+        total += state.to(tl.float64)
     return total
 
 
@@ -219,6 +274,7 @@ def late_spans(positions, count, last):
 @triton.jit(do_not_specialize=["rows"])
 def running_prototype_kernel(
     hidden,  # [B, S, D] or [N, D]
+    inverse_norms,  # of the visual rows, [B * S] or [N]; None: rows are averaged as they are
     visual_mask,  # [B, S] or [N]
     boundaries,  # [B + 1] or None
     prototype,  # out: hidden's shape
@@ -235,15 +291,25 @@ def running_prototype_kernel(
     hidden = first_row(hidden, boundaries, response, begin, batch_stride, row_stride)
     prototype += begin * features
     visual_mask += begin
+    if inverse_norms is not None:
+        inverse_norms += begin
     size = end - begin
     total = tl.zeros((COLUMNS,), tl.float64)
     count = tl.zeros((), tl.int32)
     for row in range(0, size, 4):
         # Four at a time, all loads before the first store: none of them waits for the one before.
-        seen_0, value_0 = visual_row(hidden, visual_mask, row, size, row_stride, column, features)
-        seen_1, value_1 = visual_row(hidden, visual_mask, row + 1, size, row_stride, column, features)
-        seen_2, value_2 = visual_row(hidden, visual_mask, row + 2, size, row_stride, column, features)
-        seen_3, value_3 = visual_row(hidden, visual_mask, row + 3, size, row_stride, column, features)
+        seen_0, value_0 = visual_row(
+            hidden, inverse_norms, visual_mask, row, size, row_stride, column, features
+        )
+        seen_1, value_1 = visual_row(
+            hidden, inverse_norms, visual_mask, row + 1, size, row_stride, column, features
+        )
+        seen_2, value_2 = visual_row(
+            hidden, inverse_norms, visual_mask, row + 2, size, row_stride, column, features
+        )
+        seen_3, value_3 = visual_row(
+            hidden, inverse_norms, visual_mask, row + 3, size, row_stride, column, features
+        )
         total, count = store_mean(prototype, row, size, column, features, total, count, seen_0, value_0)
         total, count = store_mean(prototype, row + 1, size, column, features, total, count, seen_1, value_1)
         total, count = store_mean(prototype, row + 2, size, column, features, total, count, seen_2, value_2)
@@ -251,11 +317,14 @@ def running_prototype_kernel(
 
 
 @triton.jit
-def visual_row(hidden, visual_mask, row, size, row_stride, column, features):
+def visual_row(hidden, inverse_norms, visual_mask, row, size, row_stride, column, features):
     """Whether a row is visual, and its hidden states if it is."""
     seen = tl.load(visual_mask + row, mask=row < size, other=0) != 0
     inside = column < tl.where(seen, features, 0)
-    return seen, tl.load(hidden + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    state = tl.load(hidden + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if inverse_norms is not None:
+        state *= tl.load(inverse_norms + row, mask=seen, other=0.0)
+    return seen, state
 
 
 @triton.jit
@@ -269,6 +338,27 @@ def store_mean(prototype, row, size, column, features, total, count, seen, value
 def hidden_strides(hidden: Tensor) -> tuple[int, int]:
     """Return the strides of a response and of a row, in elements."""
     return (hidden.stride(0) if hidden.dim() == 3 else 0), hidden.stride(-2)
+
+
+def launch_inverse_norms(hidden: Tensor, visual_mask: Tensor) -> Tensor:
+    """Return what makes unit vectors of the visual rows, fp32 ``[B * S]`` or ``[N]``; nothing off the mask."""
+    number, features = visual_mask.numel(), hidden.shape[-1]
+    inverse_norms = hidden.new_empty((number,), dtype=torch.float32)
+    tile = row_tile(features)
+    with device_guard(hidden):
+        wrap_triton(inverse_norm_kernel)[(triton.cdiv(number, tile.rows),)](
+            hidden,
+            visual_mask,
+            inverse_norms,
+            number,
+            hidden.shape[-2],
+            features,
+            *hidden_strides(hidden),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            num_warps=tile.warps,
+        )
+    return inverse_norms
 
 
 class Arrivals(NamedTuple):
@@ -290,9 +380,20 @@ class Arrivals(NamedTuple):
 
 
 def launch_prototype(
-    hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None, response_mask: Tensor | None = None
+    hidden: Tensor,
+    visual_mask: Tensor,
+    cu_seqlens: Tensor | None,
+    response_mask: Tensor | None = None,
+    inverse_norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Arrivals | None]:
     """Sum the visual tokens of each response; with a response mask those before its first scored token that sees any.
+
+    Args:
+        hidden: Hidden states.
+        visual_mask: Their visual tokens.
+        cu_seqlens: Boundaries of a packed batch.
+        response_mask: Scored tokens where images may arrive among them.
+        inverse_norms: What makes unit vectors of the visual tokens; ``None``: they are summed as they are.
 
     Returns:
         Prototypes ``[B, D]``, the number of visual tokens in each, int32 ``[B]``, and with a response mask what the
@@ -331,6 +432,7 @@ def launch_prototype(
         )
         wrap_triton(prototype_kernel)[(batch * triton.cdiv(features, tile.columns),)](
             hidden,
+            inverse_norms,
             cu_seqlens,
             positions,
             counts,
@@ -349,7 +451,9 @@ def launch_prototype(
     return prototype, counts, arrivals
 
 
-def launch_running_prototype(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def launch_running_prototype(
+    hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None, inverse_norms: Tensor | None
+) -> Tensor:
     """Return the mean of the visual tokens before each position, fp32 in hidden's shape."""
     batch, rows = extent(visual_mask, cu_seqlens)
     features = hidden.shape[-1]
@@ -358,6 +462,7 @@ def launch_running_prototype(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Te
     with device_guard(hidden):
         wrap_triton(running_prototype_kernel)[(batch * triton.cdiv(features, columns),)](
             hidden,
+            inverse_norms,
             visual_mask,
             cu_seqlens,
             prototype,

@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from vgpo_kernels.triton_kernels.common import (
-    architecture,
     device_guard,
     extent,
     first_slot,
@@ -37,33 +36,27 @@ from vgpo_kernels.triton_kernels.common import (
 )
 from vgpo_kernels.triton_kernels.prototypes import (
     IN_FLIGHT,
+    NORM_FLOOR,
     NOWHERE,
     SPAN,
-    TILES,
-    Tile,
     add_visual_rows,
     hidden_strides,
     late_spans,
+    launch_inverse_norms,
     launch_prototype,
     launch_running_prototype,
+    row_tile,
 )
 
-NORM_FLOOR = tl.constexpr(1e-8)
 # The square of a smaller norm has lost bits, which matters beside a norm so large that the floor does not decide.
 LEAST_NORM = tl.constexpr(2.0**-51)
 LARGE_NORM = tl.constexpr(1e-8 * 2.0**51)
 
 
-def focus_tile(features: int) -> Tile:
-    """Return the tile of the focus kernel for D features."""
-    shape = TILES[architecture()]
-    columns = max(min(triton.next_power_of_2(features), shape.focus_columns), 16)
-    return Tile(min(shape.focus_elements // columns, 64), columns, shape.focus_warps)
-
-
 @triton.jit(do_not_specialize=["batch", "rows", "tokens", "num_prototypes"])
 def focus_kernel(
     hidden,  # [B, S, D] or [N, D]
+    inverse_norms,  # of the visual rows, [B * S] or [N], where late ones are added as unit vectors; or None
     mask,  # [B, T] or [N]
     boundaries,  # [B + 1] or None
     prototype,  # [P, D]
@@ -82,6 +75,7 @@ def focus_kernel(
     batch_stride,
     row_stride,
     INDEX_PER_TOKEN: tl.constexpr,
+    UNIT: tl.constexpr,  # products with the prototype in place of cosines, over the norms of the rows alone
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     OWN_COLUMNS: tl.constexpr,
@@ -103,7 +97,20 @@ def focus_kernel(
         seeing = index >= 0
         entry = tl.maximum(index, 0).to(tl.int64) * features
         cosine, shown = own_cosines(
-            hidden, row, seeing, prototype, entry, None, None, None, features, row_stride, ROWS, OWN_COLUMNS
+            hidden,
+            None,
+            row,
+            seeing,
+            prototype,
+            entry,
+            None,
+            None,
+            None,
+            features,
+            row_stride,
+            UNIT,
+            ROWS,
+            OWN_COLUMNS,
         )
     else:
         index = response.to(tl.int64)
@@ -125,15 +132,18 @@ def focus_kernel(
             early = seeing & (place <= first_late)
             late = seeing & (place > first_late)
         cosine, nonzero = shared_cosines(
-            hidden, row, early, prototype + tl.maximum(index, 0) * features, features, row_stride, ROWS, COLUMNS
+            hidden, row, early, prototype + tl.maximum(index, 0) * features, features, row_stride, UNIT, ROWS, COLUMNS
         )
         if counts is None:
             shown = nonzero
         if positions is not None:
             slot_of_spans = first_slot(boundaries, response, rows, SPAN)
             if tl.max(late.to(tl.int32)) > 0:
+                if inverse_norms is not None:
+                    inverse_norms += token_range(boundaries, response, rows)[0]
                 own = late_cosines(
                     hidden + origin * row_stride,
+                    inverse_norms,
                     place,
                     late,
                     positions,
@@ -143,6 +153,7 @@ def focus_kernel(
                     sums + slot_of_spans * features,
                     features,
                     row_stride,
+                    UNIT,
                     ROWS,
                     OWN_COLUMNS,
                 )
@@ -154,7 +165,17 @@ def focus_kernel(
 
 
 @triton.jit
-def shared_cosines(hidden, row, wanted, prototype, features, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def shared_cosines(
+    hidden,
+    row,
+    wanted,
+    prototype,
+    features,
+    row_stride,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Cosines of a block of rows with one prototype, and whether that is not zero; if none is wanted, reads nothing."""
     dot = tl.zeros((ROWS, COLUMNS), tl.float32)
     square = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -175,13 +196,14 @@ def shared_cosines(hidden, row, wanted, prototype, features, row_stride, ROWS: t
     for start in range(0, tl.where(mean_square == 0.0, features, 0), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         nonzero |= (tl.load(prototype + column, mask=column < features, other=0.0) != 0.0).to(tl.int32)
-    cosine = cosine_of(tl.sum(dot, 1), tl.sum(square, 1), mean_square)
+    cosine = cosine_of(tl.sum(dot, 1), tl.sum(square, 1), mean_square, UNIT)
     return cosine, (mean_square != 0.0) | (tl.max(nonzero) != 0)
 
 
 @triton.jit
 def late_cosines(
     hidden,  # first row of the response
+    inverse_norms,  # that of its first row, or None
     row,  # rows of the block, counted from there
     late,
     positions,
@@ -191,6 +213,7 @@ def late_cosines(
     sums,
     features,
     row_stride,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -204,7 +227,20 @@ def late_cosines(
     seen = added + tl.sum((arrival[None, :] < row[:, None]).to(tl.int32), 1)
     running = sums + span.to(tl.int64) * features
     cosine, _ = own_cosines(
-        hidden, row, late, running, None, positions, added, seen, features, row_stride, ROWS, COLUMNS
+        hidden,
+        inverse_norms,
+        row,
+        late,
+        running,
+        None,
+        positions,
+        added,
+        seen,
+        features,
+        row_stride,
+        UNIT,
+        ROWS,
+        COLUMNS,
     )
     return cosine
 
@@ -212,6 +248,7 @@ def late_cosines(
 @triton.jit
 def own_cosines(
     hidden,
+    inverse_norms,  # of arrivals, or None
     row,
     wanted,
     prototype,  # [P, D]; with arrivals: a running sum, fp64 [D]
@@ -221,6 +258,7 @@ def own_cosines(
     seen,  # how many of them each row sees
     features,
     row_stride,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -245,7 +283,9 @@ def own_cosines(
             same = column[None, :] + tl.zeros((ROWS, 1), tl.int32)
             total = tl.load(prototype + same, mask=taken, other=0.0)
             for ordinal in range(added, stop, IN_FLIGHT):
-                total = add_visual_rows(total, hidden + same, arrivals, ordinal, stop, seen[:, None], taken, row_stride)
+                total = add_visual_rows(
+                    total, hidden + same, inverse_norms, arrivals, ordinal, stop, seen[:, None], taken, row_stride
+                )
             mean = (total * share[:, None]).to(tl.float32)
         state = tl.load(hidden + row.to(tl.int64)[:, None] * row_stride + column[None, :], mask=taken, other=0.0).to(
             tl.float32
@@ -262,14 +302,16 @@ def own_cosines(
             inside = vanished[:, None] & (column < features)[None, :]
             mean = tl.load(prototype + entry[:, None] + column[None, :], mask=inside, other=0.0)
             nonzero |= (mean != 0.0).to(tl.int32)
-    cosine = cosine_of(tl.sum(dot, 1), tl.sum(square, 1), mean_square)
+    cosine = cosine_of(tl.sum(dot, 1), tl.sum(square, 1), mean_square, UNIT)
     return cosine, (mean_square != 0.0) | (tl.max(nonzero, 1) != 0)
 
 
 @triton.jit
-def cosine_of(dot, square, mean_square):
+def cosine_of(dot, square, mean_square, UNIT: tl.constexpr):
     """Cosine from its sums; infinite where they are not finite, or a norm leaves fp32's range."""
     norm, mean_norm = tl.sqrt_rn(square), tl.sqrt_rn(mean_square)
+    if UNIT:
+        mean_norm = tl.full(mean_norm.shape, 1.0, tl.float32)
     norms = norm * mean_norm
     cosine = tl.div_rn(dot, tl.maximum(norms, NORM_FLOOR))
     lost = (tl.minimum(norm, mean_norm) < LEAST_NORM) & (tl.maximum(norm, mean_norm) > LARGE_NORM)
@@ -285,6 +327,7 @@ def launch_focus(
     prototype: Tensor | None,
     prototype_index: Tensor | None,
     causal: bool,
+    unit: bool = False,
 ) -> Tensor:
     """Score every response token against the given prototype, or the mean of ``visual_mask``'s tokens.
 
@@ -294,19 +337,21 @@ def launch_focus(
     """
     batch, tokens = extent(response_mask, cu_seqlens)
     rows, features = hidden.shape[-2:]
-    counts, arrivals = None, None
+    counts, arrivals, inverse_norms = None, None, None
     if prototype is None:
         assert visual_mask is not None
         scored = response_mask if causal else None
-        prototype, counts, arrivals = launch_prototype(hidden, visual_mask, cu_seqlens, scored)
+        inverse_norms = launch_inverse_norms(hidden, visual_mask) if unit else None
+        prototype, counts, arrivals = launch_prototype(hidden, visual_mask, cu_seqlens, scored, inverse_norms)
     positions, ends, span_counts, sums = arrivals or (None, None, None, None)
-    tile = focus_tile(features)
+    tile = row_tile(features)
     slots = num_slots(tokens, batch, cu_seqlens, tile.rows)
     cos = hidden.new_empty(response_mask.shape, dtype=torch.float32)
     batch_stride, row_stride = hidden_strides(hidden)
     with device_guard(hidden):
         wrap_triton(focus_kernel)[(slots,)](
             hidden,
+            inverse_norms if causal else None,
             response_mask,
             cu_seqlens,
             prototype,
@@ -325,6 +370,7 @@ def launch_focus(
             batch_stride,
             row_stride,
             INDEX_PER_TOKEN=prototype_index is not None and not is_per_response(prototype_index, batch),
+            UNIT=unit,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             # A prototype for each token takes registers, and as many columns would spill them.
@@ -335,14 +381,17 @@ def launch_focus(
 
 
 @operator
-def visual_prototype(hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None, causal: bool) -> Tensor:
+def visual_prototype(
+    hidden: Tensor, visual_mask: Tensor, cu_seqlens: Tensor | None, causal: bool, unit: bool
+) -> Tensor:
     """Mean hidden state of each response's visual tokens, fp32 ``[B, D]``; zeros where there are none.
 
-    Causal: of those before each position, in hidden's shape.
+    Causal: of those before each position, in hidden's shape. Unit: of the states' unit vectors.
     """
+    inverse_norms = launch_inverse_norms(hidden, visual_mask) if unit else None
     if not causal:
-        return launch_prototype(hidden, visual_mask, cu_seqlens)[0]
-    return launch_running_prototype(hidden, visual_mask, cu_seqlens)
+        return launch_prototype(hidden, visual_mask, cu_seqlens, inverse_norms=inverse_norms)[0]
+    return launch_running_prototype(hidden, visual_mask, cu_seqlens, inverse_norms)
 
 
 @operator

@@ -63,17 +63,48 @@ struct Streams {
     }
 };
 
-// block[c] += the rows of the streams, one after the other.
+// What makes unit vectors of the rows of the streams. Every row has the same arithmetic in the same order.
 template <typename T, int R>
-inline void add_rows(const Streams<T, R>& streams, int64_t columns, float* block) {
+inline void inverse_norms(const Streams<T, R>& streams, int64_t columns, Vector (&factors)[R]) {
+    Vector square[R];
+    for (int r = 0; r < R; ++r) square[r] = Vector(0.0f);
     int64_t column = 0;
     for (; column + kPair <= columns; column += kPair) {
         streams.prefetch(column, columns);
+        for (int r = 0; r < R; ++r) {
+            const Pair states = load_pair(streams.rows[r] + column);
+            square[r] = multiply_add(states.first, states.first, square[r]);
+            square[r] = multiply_add(states.second, states.second, square[r]);
+        }
+    }
+    for (; column < columns; column += Vector::kWidth) {
+        const int lanes = lanes_of(column, columns);
+        for (int r = 0; r < R; ++r) {
+            const Vector state = load_first(streams.rows[r] + column, lanes);
+            square[r] = multiply_add(state, state, square[r]);
+        }
+    }
+    for (int r = 0; r < R; ++r) factors[r] = Vector(inverse_norm(sum(square[r])));
+}
+
+// block[c] += the rows of the streams, one after the other; kUnit: as unit vectors, for which they are read from memory
+// once and from the cache again.
+template <bool kUnit, typename T, int R>
+inline void add_rows(const Streams<T, R>& streams, int64_t columns, float* block) {
+    Vector factors[R];
+    if constexpr (kUnit) inverse_norms(streams, columns, factors);
+    const auto added = [&](Vector total, Vector states, int r) {
+        if constexpr (kUnit) return multiply_add(states, factors[r], total);
+        else return total + states;
+    };
+    int64_t column = 0;
+    for (; column + kPair <= columns; column += kPair) {
+        if constexpr (!kUnit) streams.prefetch(column, columns);
         Vector first = load(block + column), second = load(block + column + Vector::kWidth);
         for (int r = 0; r < R; ++r) {
             const Pair states = load_pair(streams.rows[r] + column);
-            first = first + states.first;
-            second = second + states.second;
+            first = added(first, states.first, r);
+            second = added(second, states.second, r);
         }
         store(block + column, first);
         store(block + column + Vector::kWidth, second);
@@ -81,13 +112,14 @@ inline void add_rows(const Streams<T, R>& streams, int64_t columns, float* block
     for (; column < columns; column += Vector::kWidth) {
         const int lanes = lanes_of(column, columns);
         Vector total = load_first(block + column, lanes);
-        for (int r = 0; r < R; ++r) total = total + load_first(streams.rows[r] + column, lanes);
+        for (int r = 0; r < R; ++r) total = added(total, load_first(streams.rows[r] + column, lanes), r);
         store_first(block + column, total, lanes);
     }
 }
 
-// The order of additions depends on the number of rows alone, and is the same for every instruction set.
-template <typename T>
+// The order of additions depends on the number of rows alone, and is the same for every instruction set, but for those
+// of a row's own squares.
+template <typename T, bool kUnit>
 void sum_rows(const void* hidden, const int64_t* positions, int64_t rows, int64_t stride, int64_t columns, float* room,
               float* total) {
     const T* base = static_cast<const T*>(hidden);
@@ -98,10 +130,10 @@ void sum_rows(const void* hidden, const int64_t* positions, int64_t rows, int64_
         const int64_t step = (end - begin) / kBlockStreams;
         for (int64_t column = 0; column < columns; ++column) block[column] = 0.0f;
         for (int64_t row = begin; row < begin + step; ++row) {
-            add_rows(Streams<T, kBlockStreams>(base, positions + row, stride, step), columns, block);
+            add_rows<kUnit>(Streams<T, kBlockStreams>(base, positions + row, stride, step), columns, block);
         }
         for (int64_t row = begin + step * kBlockStreams; row < end; ++row) {
-            add_rows(Streams<T, 1>(base, positions + row, stride, 1), columns, block);
+            add_rows<kUnit>(Streams<T, 1>(base, positions + row, stride, 1), columns, block);
         }
         for (int64_t column = 0; column < columns; ++column) arranged[column] += block[column];
     }

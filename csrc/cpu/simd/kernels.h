@@ -15,7 +15,8 @@
 
 constexpr Kernels kTable = {
     VGPO_SIMD_NAME,
-    {sum_rows<float>, sum_rows<BFloat16>, sum_rows<Half>},
+    {sum_rows<float, false>, sum_rows<BFloat16, false>, sum_rows<Half, false>},
+    {sum_rows<float, true>, sum_rows<BFloat16, true>, sum_rows<Half, true>},
     {arrange<float>, arrange<BFloat16>, arrange<Half>},
     {cosines<float>, cosines<BFloat16>, cosines<Half>},
     norm,
