@@ -99,7 +99,7 @@ GROUPS = (
     Group(
         "Attention",
         "vgpo_kernels",
-        ("attention_mass", "attention_heatmap"),
+        ("attention_mass", "attention_heatmap", "attention_shift"),
         "What queries look at, without the attention matrix.",
     ),
     Group(
@@ -129,6 +129,8 @@ GROUPS = (
         (
             "capture_hidden_states",
             "CapturedHiddenStates",
+            "capture_layer_mean",
+            "CapturedLayerMean",
             "visual_mask",
             "visual_token_ids",
             "capture_attention_mass",

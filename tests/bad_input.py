@@ -350,6 +350,7 @@ OTHERS: dict[str, list[Bad]] = {
     "num_sequences": counts(),
     "num_selected": counts(),
     "num_segments": whole_numbers(0, -1, 2**31),
+    "segment": [*whole_numbers(-1), Bad("none", (), ValueError, "segment must be")],
     "scale": numbers(),
     "window": whole_numbers(0, -3),
     "per_head": flags(),
@@ -548,6 +549,7 @@ def _attention_subjects(packed: bool) -> dict[str, Subject]:
             both | {"key_mask": segments == 1, "query_mask": positions > 0, "attention_mask": segments >= 0},
             **narrow,
         ),
+        "attention_shift": subject(vgpo_kernels.attention_shift, both | {"key_segments": segments}, **narrow),
     }
 
 

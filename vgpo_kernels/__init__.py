@@ -12,6 +12,7 @@ from vgpo_kernels.backends import backend
 from vgpo_kernels.batch_checks import BatchError, BatchFindings, Finding, check_batch
 from vgpo_kernels.config import PolicyLossOptions, VGPOConfig
 from vgpo_kernels.ops.attention_mass import attention_heatmap, attention_mass
+from vgpo_kernels.ops.attention_shift import attention_shift
 from vgpo_kernels.ops.divergence_measures import LinearDivergence, combine_divergences, divergence_totals
 from vgpo_kernels.ops.linear_divergence import linear_divergence, linear_divergence_slice
 from vgpo_kernels.ops.linear_logprob import LinearLogprob, combine_slices, linear_logprob, linear_logprob_slice
@@ -41,6 +42,7 @@ __all__ = [
     "VisualWeights",
     "attention_heatmap",
     "attention_mass",
+    "attention_shift",
     "backend",
     "backends",
     "check_batch",

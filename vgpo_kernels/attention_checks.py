@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from vgpo_kernels.checks import (
     cu_seqlens,
     describe,
     integers,
+    not_negative_integer,
     positive_integer,
     require_device,
     require_floating,
@@ -65,6 +68,14 @@ def token_shape(tensor: Tensor) -> tuple[int, ...]:
 def segment_count(value: object) -> int:
     """Return ``num_segments`` if it is an integer from 1 to MOST_SEGMENTS."""
     return positive_integer("num_segments", value, MOST_SEGMENTS)
+
+
+def chosen_segments(value: object) -> tuple[int, ...]:
+    """Return ``segment``, an integer from 0 or a sequence of them, as a tuple."""
+    given = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if not given:
+        raise ValueError(f"segment must be a segment of keys or several, got {value!r}")
+    return tuple(not_negative_integer("segment", one) for one in given)
 
 
 def key_segments(value: object, k: Tensor, num_segments: int) -> Tensor:

@@ -154,6 +154,44 @@ def test_several_sequences_a_prompt_share_its_segments() -> None:
     assert not torch.equal(masses[0, :, :prompt], masses[2, :, :prompt])
 
 
+def shifts_of(weights: Tensor, segments: Tensor, segment: int) -> Tensor:
+    """Fisher-Rao distances of successive rows of eager weights ``[..., T, S]``, over the keys that both see."""
+    counted = weights.double() * (segments == segment)[:, None]
+    both = (counted[..., 1:, :] > 0) & (counted[..., :-1, :] > 0)
+    before, after = (both * part for part in (counted[..., :-1, :], counted[..., 1:, :]))
+    before, after = (part / part.sum(-1, keepdim=True) for part in (before, after))
+    shifts = 2 * (before * after).sqrt().sum(-1).clamp(max=1).arccos()
+    return nn.functional.pad(shifts, (1, 0), value=float("nan")).float()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "chunks"])
+def test_shifts_of_attention_equal_eager_weights(family: str) -> None:
+    if family == "chunks":
+        model, (inputs, segments) = chunked_model(), chunked_batch()
+    else:
+        model, inputs = build(family), batch_with_images(family)
+        segments = segments_of(model, inputs)
+    weights = eager_weights(model, inputs)[0]
+    calls: list[Tensor] = []
+
+    def consume(call: AttentionCall) -> None:
+        assert (call.visible is not None) == (family == "chunks")
+        calls.extend((call.shift(segments), call.shift(segments, segment=QUESTION, per_head=True)))
+
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad(), capture_attention(model, consume, layers=(0,)):
+        model(**inputs)
+    image, question = calls
+    real = inputs["attention_mask"].bool()
+    real[:, 1:] &= real[:, :-1].clone()  # the token before is no padding
+    wanted = shifts_of(weights.mean(1), segments, IMAGE)
+    assert wanted[real].isfinite().any()
+    torch.testing.assert_close(image[real], wanted[real], atol=1e-4, rtol=0, equal_nan=True)
+    for head in range(weights.shape[1]):
+        wanted = shifts_of(weights[:, head], segments, QUESTION)
+        torch.testing.assert_close(question[:, head][real], wanted[real], atol=1e-4, rtol=0, equal_nan=True)
+
+
 def sliding_model(window: int) -> nn.Module:
     """A text model whose first layer slides, as mixed Qwen2 and Gemma models do."""
     torch.manual_seed(0)

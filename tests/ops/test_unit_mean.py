@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def by_loops(batch: Batch, visibility: str) -> Tensor:
         parts = [(index, slice(None)) for index in range(len(batch.hidden))]
     else:
         ends = batch.cu_seqlens.tolist()
-        parts = [(slice(begin, end),) for begin, end in zip(ends, ends[1:], strict=False)]
+        parts = [(slice(begin, end),) for begin, end in pairwise(ends)]
     for part in parts:
         hidden, visual = batch.hidden[part].double().cpu(), batch.visual_mask[part].cpu()
         mask = batch.response_mask[part].cpu()
@@ -80,7 +81,7 @@ def test_matches_loops_over_every_pair(backend_name: str, device: torch.device, 
     ("features", "dtype"), [(1, torch.float32), (515, torch.bfloat16), (3584, torch.float16), (67, torch.bfloat16)]
 )
 def test_widths_and_dtypes(backend_name: str, device: torch.device, dtype: torch.dtype, features: int) -> None:
-    edge = EDGES["late images"][:3] + (Response(visual=70, length=3),)
+    edge = (*EDGES["late images"][:3], Response(visual=70, length=3))
     batch = make_batch(edge, features=features, dtype=dtype).to(device)
     for visibility in VISIBILITIES:
         assert_close(mean_cosines(batch, visibility), by_loops(batch, visibility), floor=floor_of(terms=features))

@@ -8,7 +8,7 @@ blocks chosen by the data) the shares are computed from the mask itself, a few q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vgpo_kernels import attention_checks
 from vgpo_kernels.ops.attention_mass import attention_heatmap, attention_mass
+from vgpo_kernels.ops.attention_shift import attention_shift, shifts_in_chunks
 from vgpo_kernels.summaries import summary
 
 CHUNK_BYTES = 64 * 2**20  # of scores that exist at a time where a mask has to be followed
@@ -126,6 +127,30 @@ class AttentionCall(NamedTuple):
         number = (self.shown(slice(None)) & taken[:, None, None]).any(-1).any(1).sum(1, keepdim=True)
         return (sums / number.clamp(min=1)).masked_fill(~key_mask, 0)
 
+    def shift(self, key_segments: Tensor, *, segment: int | Sequence[int] = 0, per_head: bool = False) -> Tensor:
+        """Return :func:`vgpo_kernels.attention_shift` of the call, under the mask that the model uses.
+
+        Args:
+            key_segments: Segment of each key, integer ``[B, S]``; negative: ignored.
+            segment: The segment to normalise over, or several that are taken as one.
+            per_head: Return the distances of every head's own attention.
+
+        """
+        labels = key_segments if self.kept is None else key_segments.masked_fill(~self.kept, -1)
+        if self.visible is None:
+            return attention_shift(self.q, self.k, labels, segment=segment, per_head=per_head, **self._options())
+        labels = attention_checks.key_segments(labels, self.k, attention_checks.MOST_SEGMENTS)
+        chosen = torch.stack([labels == one for one in attention_checks.chosen_segments(segment)]).any(0)
+
+        def part(rows: slice) -> tuple[Tensor, Tensor]:
+            shown = self.shown(rows) & (labels >= 0)[:, None, None]
+            logits = masked_scores(self.q[:, :, rows], self.k, shown, self.scale).log_softmax(-1)
+            return logits, shown & chosen[:, None, None]
+
+        with torch.no_grad():
+            shape = (*self.q.shape[:3], self.k.shape[2])
+            return shifts_in_chunks(shape, part, per_head, self.q.device, torch.float32)
+
     def shown(self, rows: slice | Tensor) -> Tensor:
         """Which keys chosen queries see, bool ``[B, 1, t, S]`` or ``[B, Hq, t, S]``: an array of queries by keys."""
         if self.visible is not None:
@@ -171,12 +196,17 @@ class AttentionCall(NamedTuple):
 
 def masked_softmax(q: Tensor, k: Tensor, shown: Tensor, scale: float | None) -> Tensor:
     """Attention weights ``[B, Hq, t, S]``, float32, of queries over the keys they see; zero where they see none."""
+    weights = masked_scores(q, k, shown, scale).softmax(-1)
+    return weights.masked_fill(~shown, 0)  # a query that sees nothing has NaN there
+
+
+def masked_scores(q: Tensor, k: Tensor, shown: Tensor, scale: float | None) -> Tensor:
+    """Scores ``[B, Hq, t, S]``, float32, of queries and the keys they see; -inf for other keys."""
     batch, heads, queries, features = q.shape
     grouped = q.float().reshape(batch, k.shape[1], -1, queries, features)
     factor = features**-0.5 if scale is None else scale
     scores = (grouped @ k.float()[:, :, None].transpose(-1, -2) * factor).reshape(batch, heads, queries, -1)
-    weights = scores.masked_fill(~shown, -torch.inf).softmax(-1)
-    return weights.masked_fill(~shown, 0)  # a query that sees nothing has NaN there
+    return scores.masked_fill(~shown, -torch.inf)
 
 
 def read_call(

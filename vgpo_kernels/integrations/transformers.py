@@ -9,6 +9,8 @@ further memory::
     images = visual_mask(inputs["input_ids"], model, response_mask)
     cos = visual_focus(captured.hidden, images, response_mask)
 
+Of several layers :func:`capture_layer_mean` keeps what is made of them, averaged, and none of their states.
+
 The attention of its layers is captured the same way, without the attention matrix::
 
     segments = attention_segments(inputs["input_ids"], model, inputs["attention_mask"])
@@ -47,6 +49,7 @@ from vgpo_kernels.integrations.attention_capture import (
     capture_attention_mass,
 )
 from vgpo_kernels.integrations.blind_attention import blind_attention, reuse_vision_tower
+from vgpo_kernels.integrations.layer_mean import CapturedLayerMean, capture_layer_mean
 from vgpo_kernels.integrations.views import KINDS, NoOtherImageError, spoilt_view
 from vgpo_kernels.model_surface import (
     NORM_NAMES,
@@ -70,6 +73,7 @@ __all__ = [
     "VISUAL_TOKEN_NAMES",
     "AttentionCall",
     "CapturedHiddenStates",
+    "CapturedLayerMean",
     "CapturedMasses",
     "NoOtherImageError",
     "attention_segments",
@@ -77,6 +81,7 @@ __all__ = [
     "capture_attention",
     "capture_attention_mass",
     "capture_hidden_states",
+    "capture_layer_mean",
     "decoder_of",
     "final_norm",
     "logit_maps",

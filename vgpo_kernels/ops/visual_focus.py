@@ -30,8 +30,8 @@ def visual_prototype(
         cu_seqlens: Boundaries of a packed batch, int32 or int64 ``[B + 1]``.
         visibility: ``"all"``: the mean over all image tokens of the response. ``"causal"``: at each position the mean
             over those before it.
-        pooling: ``"mean"``, or ``"unit_mean"``: the mean of the states' unit vectors ``v / max(|v|, 1e-8)``, which is NaN
-            where one of them is not finite or the square of its norm leaves the range of float32.
+        pooling: ``"mean"``, or ``"unit_mean"``: the mean of the states' unit vectors ``v / max(|v|, 1e-8)``; NaN where
+            one is not finite or the square of its norm leaves the range of float32.
 
     Returns:
         Prototypes ``[B, D]``, float32; zeros for a response without visual tokens. With ``"causal"`` one for each
@@ -75,9 +75,9 @@ def visual_focus(
 
     ``cos = <h, mu> / max(|h| |mu|, 1e-8)``, where h is the hidden state at the token itself.
 
-    With ``pooling="unit_mean"`` it is the mean over the image tokens of the cosine with each of them (the visual
-    similarity of PEPO, a layer of it), at the price of the one cosine: it is ``<h, m> / max(|h|, 1e-8)``, where m is the
-    mean of the image tokens' unit vectors. An image token of zeros counts as a cosine of 0.
+    With ``pooling="unit_mean"`` it is the mean over the image tokens of the cosine with each of them (PEPO's
+    visual similarity, of one layer), at the price of one cosine: it is ``<h, m> / max(|h|, 1e-8)``, where m is the mean
+    of the image tokens' unit vectors. An image token of zeros counts as a cosine of 0.
 
     A token that sees no image has no focus: its cosine is NaN, which :func:`visual_weights` reads as unweighted. Where
     an image is seen but the hidden state or the prototype is not finite, or the square of its norm leaves the range of
@@ -105,8 +105,8 @@ def visual_focus(
             tokens; ``prototype`` is then :func:`visual_prototype`'s with ``pooling="unit_mean"``.
 
     Returns:
-        Cosines, or means of them, in ``response_mask``'s shape, float32; 0 off the mask, NaN at tokens that see no image, infinite where
-        a hidden state is not finite or a norm is out of range.
+        Cosines, or means of them, in ``response_mask``'s shape, float32; 0 off the mask, NaN at tokens that see no
+        image, infinite where a hidden state is not finite or a norm is out of range.
 
     Raises:
         TypeError: An argument is not a tensor or has the wrong dtype.

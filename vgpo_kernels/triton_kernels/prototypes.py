@@ -298,18 +298,10 @@ def running_prototype_kernel(
     count = tl.zeros((), tl.int32)
     for row in range(0, size, 4):
         # Four at a time, all loads before the first store: none of them waits for the one before.
-        seen_0, value_0 = visual_row(
-            hidden, inverse_norms, visual_mask, row, size, row_stride, column, features
-        )
-        seen_1, value_1 = visual_row(
-            hidden, inverse_norms, visual_mask, row + 1, size, row_stride, column, features
-        )
-        seen_2, value_2 = visual_row(
-            hidden, inverse_norms, visual_mask, row + 2, size, row_stride, column, features
-        )
-        seen_3, value_3 = visual_row(
-            hidden, inverse_norms, visual_mask, row + 3, size, row_stride, column, features
-        )
+        seen_0, value_0 = visual_row(hidden, inverse_norms, visual_mask, row, size, row_stride, column, features)
+        seen_1, value_1 = visual_row(hidden, inverse_norms, visual_mask, row + 1, size, row_stride, column, features)
+        seen_2, value_2 = visual_row(hidden, inverse_norms, visual_mask, row + 2, size, row_stride, column, features)
+        seen_3, value_3 = visual_row(hidden, inverse_norms, visual_mask, row + 3, size, row_stride, column, features)
         total, count = store_mean(prototype, row, size, column, features, total, count, seen_0, value_0)
         total, count = store_mean(prototype, row + 1, size, column, features, total, count, seen_1, value_1)
         total, count = store_mean(prototype, row + 2, size, column, features, total, count, seen_2, value_2)
