@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.measure import GPU_TOKENS, Case, Op, Peer, by_reference, normals, read_ceiling
 from vgpo_kernels import visual_focus, visual_prototype
-from vgpo_kernels.config import Visibility
 
 
 class RolloutShape(NamedTuple):
@@ -91,10 +90,10 @@ def make_rollout(shape: RolloutShape, dtype: torch.dtype, device: torch.device, 
     )
 
 
-def exact_cosines(rollout: Rollout, visibility: Visibility = "all") -> Tensor:
+def exact_cosines(rollout: Rollout, **options: Any) -> Tensor:
     """Cosines by the reference implementation, a response at a time to save memory."""
     parts = zip(*(tensor.split(1) for tensor in rollout.focus), strict=True)
-    return torch.cat([by_reference(lambda part=part: visual_focus(*part, visibility=visibility)) for part in parts])
+    return torch.cat([by_reference(lambda part=part: visual_focus(*part, **options)) for part in parts])
 
 
 def prototypes(hidden: Tensor, visual_mask: Tensor) -> Tensor:
@@ -113,6 +112,21 @@ def with_bmm(hidden: Tensor, visual_mask: Tensor, response_mask: Tensor) -> Tens
     dots = torch.bmm(rows, means.transpose(1, 2)).squeeze(-1)
     norms = torch.linalg.vector_norm(rows, dim=-1) * torch.linalg.vector_norm(means, dim=-1)
     return dots / norms.clamp(min=1e-8) * response_mask
+
+
+def with_every_cosine(hidden: Tensor, visual_mask: Tensor, response_mask: Tensor) -> Tensor:
+    """The mean of each token's cosines with all image tokens, by an array of them, ``[B, T, S]``."""
+    units = F.normalize(hidden.float(), dim=-1, eps=1e-8)
+    cosines = torch.bmm(units[:, -response_mask.shape[1] :], units.transpose(1, 2))
+    seen = visual_mask[:, None].float()
+    return (cosines * seen).sum(-1) / seen.sum(-1) * response_mask
+
+
+def with_mean_of_units(hidden: Tensor, visual_mask: Tensor, response_mask: Tensor) -> Tensor:
+    """The same by the mean of the image's unit vectors."""
+    units = F.normalize(hidden.float(), dim=-1, eps=1e-8)
+    means = prototypes(units, visual_mask)
+    return torch.bmm(units[:, -response_mask.shape[1] :], means.transpose(1, 2)).squeeze(-1) * response_mask
 
 
 def focus_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device, seed: int) -> Case:
@@ -139,13 +153,32 @@ def focus_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device, se
 def causal_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device, seed: int) -> Case:
     """Causal visibility: where images arrive in the middle, tokens before them are compared with those before."""
     rollout = make_rollout(shape, dtype, device, seed)
-    exact = cache(lambda: exact_cosines(rollout, "causal"))
+    exact = cache(lambda: exact_cosines(rollout, visibility="causal"))
     return Case(
         run=lambda: visual_focus(*rollout.focus, visibility="causal"),
         check=lambda found, bound: assert_close(found, exact(), name="cosines", floor=bound),
         ceiling=read_ceiling(rollout.hidden),
         bytes=shape.hidden_bytes(dtype) + 4 * shape.tokens,
         flops=shape.batch * (shape.visual + shape.late + 4 * (shape.response - shape.late)) * shape.features,
+    )
+
+
+def unit_mean_case(shape: RolloutShape, dtype: torch.dtype, device: torch.device, seed: int) -> Case:
+    """Means of cosines with all image tokens: rows of the image are read once more, on CPUs from the cache."""
+    rollout = make_rollout(shape, dtype, device, seed)
+    exact = cache(lambda: exact_cosines(rollout, pooling="unit_mean"))
+    compiled = torch.compile(with_mean_of_units, dynamic=False)
+    return Case(
+        run=lambda: visual_focus(*rollout.focus, pooling="unit_mean"),
+        check=lambda found, bound: assert_close(found, exact(), name="mean cosines", floor=bound),
+        ceiling=read_ceiling(rollout.hidden),
+        bytes=shape.hidden_bytes(dtype) + 4 * shape.tokens,
+        flops=shape.batch * (4 * shape.visual + 4 * shape.response) * shape.features,
+        peers={
+            "every cosine": Peer(lambda: with_every_cosine(*rollout.focus)),
+            "PyTorch": Peer(lambda: with_mean_of_units(*rollout.focus)),
+            "torch.compile": Peer(lambda: compiled(*rollout.focus)),
+        },
     )
 
 
@@ -176,6 +209,7 @@ OPS = (
         gpu=(GPU_SHAPES[0], GPU_SHAPES[0]._replace(late=256)),
         small=SMALL_SHAPE._replace(late=16),
     ),
+    Op("visual_focus, unit_mean", unit_mean_case, cpu=(), gpu=GPU_SHAPES[:1], small=SMALL_SHAPE),
     Op("visual_prototype", prototype_case, cpu=(), gpu=GPU_SHAPES, small=SMALL_SHAPE),
 )
 

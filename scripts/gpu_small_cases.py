@@ -45,15 +45,20 @@ DEVICE, BACKEND = ("cpu", "cpp") if "--dry-run" in sys.argv[1:] else ("cuda", "c
 
 
 def focus(batch: Batch, visibility: str) -> dict[str, Tensor]:
-    """Prototypes, and cosines by them, computed and given."""
+    """Prototypes, and cosines by them, computed and given; and the same of unit vectors."""
     packed = {"cu_seqlens": batch.cu_seqlens}
     seen = packed | {"visibility": visibility}
     prototype = vgpo_kernels.visual_prototype(batch.hidden, batch.visual_mask, **seen)
+    units = {"pooling": "unit_mean"}
     return {
         "prototype": prototype,
         "cos": vgpo_kernels.visual_focus(batch.hidden, batch.visual_mask, batch.response_mask, **seen),
         "cos by a given prototype": vgpo_kernels.visual_focus(
             batch.hidden, None, batch.response_mask, prototype=prototype, **packed
+        ),
+        "unit prototype": vgpo_kernels.visual_prototype(batch.hidden, batch.visual_mask, **seen, **units),
+        "mean cosines": vgpo_kernels.visual_focus(
+            batch.hidden, batch.visual_mask, batch.response_mask, **seen, **units
         ),
     }
 
@@ -89,8 +94,8 @@ def check(batch: Batch, config: VGPOConfig, loss_type: str, visibility: str) -> 
     assert_matches(found["prototype"], focus_reference.visual_prototype, (*image, boundaries, causal), ("prototype",))
     arguments = (*image, batch.response_mask, boundaries, None, None, causal)
     assert_matches(found["cos"], focus_reference.visual_focus, arguments, ("cos",))
-    given = "cos by a given prototype"
-    assert_close(found[given], exact[given], name=given, floor=1e-5)
+    for given in ("cos by a given prototype", "unit prototype", "mean cosines"):
+        assert_close(found[given], exact[given], name=given, floor=1e-5)
     for name in ("factors", "psi", "w", "phi", "score"):
         assert_close(getattr(weights, name), getattr(exact_weights, name), name=name, floor=1e-5)
     assert torch.equal(phi.cpu(), weights.phi.cpu()), "phi in two phases"
@@ -122,7 +127,7 @@ def check_shaping(batch: Batch) -> None:
 
 
 def check_attention(dtype: torch.dtype, packed: bool, size: int) -> None:
-    """Masses, heat map and their gradients of a few responses; the first keys of each are ignored, and NaN."""
+    """Masses, heat map, their gradients and shifts of a few responses; the first keys of each are ignored, and NaN."""
     generator = torch.Generator().manual_seed(size)
     queries, keys, heads, key_heads = (41, 41), (150, 150), 6, 2
     q = torch.randn(2, heads, queries[0], size, generator=generator)
@@ -143,14 +148,16 @@ def check_attention(dtype: torch.dtype, packed: bool, size: int) -> None:
         labels, moved = segments.to(device), {name: tensor.to(device) for name, tensor in layout.items()}
         masses = vgpo_kernels.attention_mass(*leaves, labels, window=60, **moved)
         heat = vgpo_kernels.attention_heatmap(*leaves, labels == 1, attention_mask=labels >= 0, **moved)
+        shift = vgpo_kernels.attention_shift(*leaves, labels, window=60, **moved)
         loss = (masses * masses.detach().cos()).sum() + (heat * heat.detach().cos()).sum()
-        return [masses.detach(), heat.detach(), *torch.autograd.grad(loss, leaves)]
+        return [masses.detach(), heat.detach(), shift, *torch.autograd.grad(loss, leaves)]
 
     with backend(BACKEND):
         found = results(DEVICE, dtype)
     with backend("reference"):
         exact = results("cpu", torch.float64)
-    for name, one, wide in zip(("masses", "heat map", "gradient by q", "gradient by k"), found, exact, strict=True):
+    names = ("masses", "heat map", "shift", "gradient by q", "gradient by k")
+    for name, one, wide in zip(names, found, exact, strict=True):
         gradient = name.startswith("gradient")
         floor = 4 * torch.finfo(dtype).eps if gradient else 1e-5
         unit = wide.abs().max() if gradient else 1.0

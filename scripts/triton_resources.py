@@ -174,8 +174,12 @@ def calls(loss_types: Iterable[str]) -> dict[str, Callable[[], Any]]:
             prototype_index=torch.zeros(batch, tokens, dtype=torch.int64),
         ),
         "visual_focus, causal, packed, bfloat16": call_of("visual_focus", **image, causal=True),
+        "visual_focus, unit, causal, packed, bfloat16": call_of("visual_focus", **image, causal=True, unit=True),
         "visual_prototype, causal, bfloat16": call_of(
             "visual_prototype", hidden=hidden, visual_mask=visual, causal=True
+        ),
+        "visual_prototype, unit, causal, bfloat16": call_of(
+            "visual_prototype", hidden=hidden, visual_mask=visual, causal=True, unit=True
         ),
         "visual_weights, released": call_of(
             "visual_weights", cos=values, response_mask=mask, group_ids=groups, config=released

@@ -106,6 +106,7 @@ def calls(batch: Batch) -> dict[str, Callable[[], Any]]:
         ),
         "visual_prototype": lambda: visual_prototype(batch.hidden, batch.visual_mask),
         "causal_prototype": lambda: visual_prototype(batch.hidden, batch.visual_mask, visibility="causal"),
+        "unit_focus": lambda: visual_focus(batch.hidden, batch.visual_mask, batch.response_mask, pooling="unit_mean"),
         "visual_focus": lambda: cos_of("all"),
         "visual_focus, causal": lambda: cos_of("causal"),
         "visual_weights": lambda: visual_weights(cos, batch.response_mask, batch.group_ids, config)[:5],
@@ -126,6 +127,7 @@ ONE_LAUNCH = (
 )
 OPERATORS = (
     *ONE_LAUNCH,
+    "unit_focus",
     *("attention_mass", "attention_mass's gradient", "attention_heatmap", "attention_heatmap's gradient"),
     *("linear_logprob", "linear_logprob's gradient"),
     *("linear_divergence", "linear_divergence's gradient"),

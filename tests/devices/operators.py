@@ -235,6 +235,7 @@ def check_copies(device: torch.device) -> None:
         segments = torch.ones(2, 80, dtype=torch.int32, device=device)
         vgpo_kernels.attention_mass(q, k, segments)
         vgpo_kernels.attention_heatmap(q, k, segments == 1)
+        vgpo_kernels.attention_shift(q, k, segments, segment=1)
     assert copies, "the gate rounds counts of tokens on the host"
 
 

@@ -179,6 +179,7 @@ CASES = {
     "top_p": Case((None, 0.5, 0.8)),
     "min_p": Case((None, 0.1, 0.7)),
     "num_segments": Case((3, 4)),
+    "segment": Case((0, 1, (0, 1))),
     "scale": Case((None, 1.0)),
     "window": Case((None, 1)),
     "per_head": Case((False, True)),

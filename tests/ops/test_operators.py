@@ -38,6 +38,13 @@ def test_opcheck(exact_backend: str, device: torch.device, name: str, packed: bo
     torch.library.opcheck(registry.implementation(name, exact_backend), tuple(arguments.values()))
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("name", ["visual_prototype", "visual_focus"])
+def test_opcheck_of_unit_vectors(exact_backend: str, device: torch.device, name: str, causal: bool) -> None:
+    arguments = operator_arguments(name, make_batch(EDGES["plain"][:2]).to(device), causal=causal, unit=True)
+    torch.library.opcheck(registry.implementation(name, exact_backend), tuple(arguments.values()))
+
+
 def focus(batch: Batch, hidden: Tensor) -> Tensor:
     return vgpo_kernels.visual_focus(hidden, batch.visual_mask, batch.response_mask, cu_seqlens=batch.cu_seqlens)
 

@@ -188,7 +188,8 @@ def test_autocast_narrows_no_product(narrow: None) -> None:
     segments = torch.arange(50)[None] % 3
 
     def signals() -> list[Tensor]:
-        return [vk.attention_mass(q, k, segments), vk.attention_heatmap(q, k, segments == 1)]
+        shift = vk.attention_shift(q, k, segments)[:, 1:]
+        return [vk.attention_mass(q, k, segments), vk.attention_heatmap(q, k, segments == 1), shift]
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = signals()

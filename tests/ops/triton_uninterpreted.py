@@ -72,6 +72,11 @@ def call_with_late_images(batch: Batch) -> None:
     vgpo_kernels.visual_focus(*given, batch.response_mask, cu_seqlens=batch.cu_seqlens, visibility="causal")
 
 
+def call_with_unit_vectors(batch: Batch) -> None:
+    given = (batch.hidden, batch.visual_mask, batch.response_mask)
+    vgpo_kernels.visual_focus(*given, cu_seqlens=batch.cu_seqlens, pooling="unit_mean")
+
+
 def compilations() -> dict[str, int]:
     """Return how often each kernel would be compiled over ten rollouts, in the layout where it is most often."""
     most: dict[str, int] = defaultdict(int)
@@ -79,6 +84,7 @@ def compilations() -> dict[str, int]:
         for call in (
             call_every_operator,
             call_with_late_images,
+            call_with_unit_vectors,
             lambda batch: loss_of(batch, batch.logp, loss_type="gspo"),
         ):
             keys: dict[str, set[Any]] = defaultdict(set)

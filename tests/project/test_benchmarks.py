@@ -244,6 +244,7 @@ MEASURED_ON_GPUS = {
     "visual_prototype": {"PyTorch", "torch.compile"},
     "visual_focus": {"PyTorch in fp32", "torch.compile in fp32", "token loop"},
     "visual_focus, causal": set(),
+    "visual_focus, unit_mean": {"every cosine", "PyTorch", "torch.compile"},
     "visual_weights": {"PyTorch", "torch.compile"},
     "group_weights": {"PyTorch", "torch.compile"},
     **{f"token_shaping, {name}": {"PyTorch", "torch.compile"} for name in shaping_peers.METHODS},

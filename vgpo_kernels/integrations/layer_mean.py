@@ -129,10 +129,13 @@ def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
         TypeError: It has none.
 
     """
-    lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module)]
+    lists: list[nn.ModuleList] = [
+        module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module)
+    ]
     if not lists:
         raise TypeError(f"{type(decoder).__name__}, the module of the final norm, has no list of decoder layers")
-    return list(max(lists, key=len))
+    longest = max(lists, key=len)
+    return list(longest)
 
 
 class _Pass:
