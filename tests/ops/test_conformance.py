@@ -257,6 +257,18 @@ def attention_heatmap(case: Case) -> dict[str, Tensor]:
     return with_gradients({"heat": heat}, **leaves)
 
 
+def attention_shift(case: Case) -> dict[str, Tensor]:
+    attention, given = case.attention, {"q": leaf(case.attention.q), "k": leaf(case.attention.k)}
+    found = {
+        f"{window}, {per_head}": vgpo_kernels.attention_shift(
+            **given, key_segments=attention.segments, window=window, per_head=per_head, **attention.layout
+        )
+        for window, per_head in ((None, False), (5, True))
+    }
+    assert not any(shift.requires_grad for shift in found.values())
+    return found
+
+
 def of_head(case: Case) -> tuple[dict[str, Tensor], Tensor]:
     """Leaves of an LM head, and a target for each row that holds numbers."""
     hidden = case.head.hidden
@@ -300,7 +312,7 @@ def linear_vgpo_loss(case: Case) -> dict[str, Tensor]:
 
 FUNCTIONS: list[Callable[[Case], dict[str, Tensor]]] = [
     *(visual_prototype, visual_focus, visual_weights, group_weights, policy_loss, vgpo_loss),
-    *(attention_mass, attention_heatmap),
+    *(attention_mass, attention_heatmap, attention_shift),
     *(linear_logprob, linear_logprob_slice, linear_policy_loss, linear_vgpo_loss),
 ]
 

@@ -157,13 +157,14 @@ def _shifts(given: _Queries, scale: float, window: int, dtype: torch.dtype) -> T
     columns = torch.arange(begin, keys, device=given.q.device)
     k = given.k[:, :, begin:keys].to(dtype).transpose(-1, -2)[:, :, None]
     shown = given.shown[:, None, None, begin:keys]
+    groups = (given.k.shape[1], heads // given.k.shape[1])
 
     def part(rows: slice) -> tuple[Tensor, Tensor]:
         position = given.positions[:, None, rows, None]
         seen = shown & (columns <= position)
         if window:
             seen = seen & (columns > position - window)
-        grouped = given.q[:, :, rows].to(dtype).reshape(batch, given.k.shape[1], -1, seen.shape[2], features)
+        grouped = given.q[:, :, rows].to(dtype).reshape(batch, *groups, seen.shape[2], features)
         scores = (grouped @ k * scale).reshape(batch, heads, seen.shape[2], len(columns))
         return scores if given.lse is None else scores - given.lse[:, :, rows, None].to(dtype), seen
 
