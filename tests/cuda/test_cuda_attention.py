@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import test_attention_edges
 import test_attention_mass
+import test_attention_shift
 import torch
 from emulation.harness import EmulationError, Emulator, Shape
 from emulation.serving import adopt
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from vgpo_kernels.reference import attention_mass as reference
 
-adopt(globals(), test_attention_mass, test_attention_edges)
+adopt(globals(), test_attention_mass, test_attention_edges, test_attention_shift)
 
 SCALE = 0.2
 SHAPES = {

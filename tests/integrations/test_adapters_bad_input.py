@@ -303,6 +303,19 @@ SUBJECTS = {
         {"model": MODEL},
         {"model": NO_MODEL, "consumer": NO_FUNCTION, "norm": NO_NORM},
     ),
+    "capture_layer_mean": Subject(
+        run(adapter.capture_layer_mean),
+        {"model": MODEL, "reduce": torch.mean},
+        {
+            "model": NO_MODEL,
+            "reduce": [Bad("text", "sum", TypeError, "reduce must be callable, got str")],
+            "layers": [
+                Bad("out of range", [3], ValueError, r"layers must lie in \[-3, 3\).*got \[3\]"),
+                *(one for one in NO_LAYER if one.error is TypeError),
+            ],
+            "norm": NO_NORM,
+        },
+    ),
     "decoder_of": Subject(adapter.decoder_of, {"model": MODEL}, {"model": NO_MODEL, "norm": NO_NORM}),
     "final_norm": Subject(adapter.final_norm, {"model": MODEL}, {"model": NO_MODEL, "norm": NO_NORM}),
     "visual_mask": Subject(
