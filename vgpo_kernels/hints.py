@@ -93,6 +93,7 @@ MISPLACED = {
     "views": "a view is compared with log-probs that are given: hand those of linear_logprob to policy_loss(views=...)",
     "config": "the settings of VGPO go to visual_weights, whose factors policy_loss takes, or to vgpo_loss",
     "options": "options are keywords each: policy_loss(..., **options)",
+    "pooling": "pooling is an argument of visual_focus, whose cosines visual_weights makes factors of",
 }
 _HEADS = ("hidden", "weight", "bias", "targets", "logit_scale", "softcap", "chunk_bytes", "recompute")
 MISPLACED |= {name: f"{name} {_OF_HEADS}" for name in _HEADS}
