@@ -65,13 +65,19 @@ def call_everything(emulator: Emulator, batch: Batch, config: VGPOConfig, option
     boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.long()
     hidden, mask = batch.hidden, batch.response_mask
     floats = config.as_floats()
-    prototype = emulator.visual_prototype(hidden, batch.visual_mask, boundaries, False)
-    running = emulator.visual_prototype(hidden, batch.visual_mask, boundaries, True)
-    cos = emulator.visual_focus(hidden, batch.visual_mask, mask, boundaries, None, None, False)
-    late = emulator.visual_focus(hidden, batch.visual_mask, mask, boundaries, None, None, True)
-    given = emulator.visual_focus(hidden, None, mask, boundaries, prototype, None, False)
+    prototype = emulator.visual_prototype(hidden, batch.visual_mask, boundaries, False, False)
+    running = emulator.visual_prototype(hidden, batch.visual_mask, boundaries, True, False)
+    cos = emulator.visual_focus(hidden, batch.visual_mask, mask, boundaries, None, None, False, False)
+    late = emulator.visual_focus(hidden, batch.visual_mask, mask, boundaries, None, None, True, False)
+    given = emulator.visual_focus(hidden, None, mask, boundaries, prototype, None, False, False)
     rows = torch.arange(mask.numel()).view(mask.shape) // 3 % (len(prototype) + 1) - 1
-    each = emulator.visual_focus(hidden, None, mask, boundaries, prototype, rows, False)
+    each = emulator.visual_focus(hidden, None, mask, boundaries, prototype, rows, False, False)
+    units = [emulator.visual_prototype(hidden, batch.visual_mask, boundaries, seen, True) for seen in (False, True)]
+    units += [
+        emulator.visual_focus(hidden, batch.visual_mask, mask, boundaries, None, None, seen, True)
+        for seen in (False, True)
+    ]
+    units.append(emulator.visual_focus(hidden, None, mask, boundaries, units[0], rows, False, True))
     weights = emulator.visual_weights(cos, mask, batch.group_ids, batch.has_visual, boundaries, floats)
     weights += emulator.visual_weights(late, mask, batch.group_ids, None, boundaries, floats)
     phi = emulator.group_weights(weights[4], batch.group_ids, batch.has_visual, floats)
@@ -87,7 +93,7 @@ def call_everything(emulator: Emulator, batch: Batch, config: VGPOConfig, option
         )
         for causal in (False, True)
     ]
-    return [prototype, running, cos, late, given, each, *weights, phi, *loss, *whole[0], *whole[1]]
+    return [prototype, running, cos, late, given, each, *units, *weights, phi, *loss, *whole[0], *whole[1]]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -142,12 +148,14 @@ def test_more_responses_than_a_warp_looks_at_together(emulator: Emulator, packed
 @pytest.mark.parametrize("threads", [32, 96, 512])
 def test_any_block_size_is_right(emulator: Emulator, threads: int) -> None:
     batch = make_batch(EDGES["long"] + MIXED, features=24)
-    focus = (batch.hidden, batch.visual_mask, batch.response_mask, None, None, None, False)
+    focus = (batch.hidden, batch.visual_mask, batch.response_mask, None, None, None, False, False)
+    units = (*focus[:-1], True)
     with emulator.launched_as(Shape(blocks=2, threads=threads, order="reverse")):
-        cos = emulator.visual_focus(*focus)
+        cos, means = emulator.visual_focus(*focus), emulator.visual_focus(*units)
         weigh = (cos, batch.response_mask, batch.group_ids, batch.has_visual, None, VGPOConfig.paper().as_floats())
         weights = emulator.visual_weights(*weigh)
     assert_matches(cos, reference.visual_focus, focus, ("cos",))
+    assert_matches(means, reference.visual_focus, units, ("mean cosines",))
     names = ("factors", "psi", "w", "phi", "score", "metrics")
     assert_matches(weights, weights_reference.visual_weights, weigh, names)
 
@@ -267,23 +275,24 @@ def test_vgpo_loss_weighs_slices(emulator: Emulator, packed: bool) -> None:
 def test_unaligned_rows_give_the_same_bits(emulator: Emulator, features: int, dtype: torch.dtype) -> None:
     """Rows of whole aligned vectors, and the same rows where they must be read element by element."""
     batch = make_batch(EDGES["plain"][:2], features=features, dtype=dtype)
-    rest = (batch.visual_mask, batch.response_mask, None, None, None, False)
-    expected = emulator.visual_focus(batch.hidden, *rest)
-    assert_matches(expected, reference.visual_focus, (batch.hidden, *rest), ("cos",))
     wide = torch.full((*batch.hidden.shape[:2], features + 3), float("nan"), dtype=dtype)
     wide[..., 1:-2] = batch.hidden
-    for guard in ("after", "before"):
-        with emulator.launched_as(Shape(guard=guard)):
-            assert torch.equal(emulator.visual_focus(wide[..., 1:-2], *rest), expected)
+    for unit in (False, True):
+        rest = (batch.visual_mask, batch.response_mask, None, None, None, False, unit)
+        expected = emulator.visual_focus(batch.hidden, *rest)
+        assert_matches(expected, reference.visual_focus, (batch.hidden, *rest), ("cos",))
+        for guard in ("after", "before"):
+            with emulator.launched_as(Shape(guard=guard)):
+                assert torch.equal(emulator.visual_focus(wide[..., 1:-2], *rest), expected)
 
 
 def test_strides_of_single_rows_do_not_matter(emulator: Emulator) -> None:
     """A dimension of size 1 may have any stride, and rows are read as whole vectors all the same."""
     hidden = torch.randn(64, dtype=torch.bfloat16)
     yes = torch.ones(1, 1, dtype=torch.bool)
-    expected = emulator.visual_focus(hidden.view(1, 1, 64), yes, yes, None, None, None, False)
+    expected = emulator.visual_focus(hidden.view(1, 1, 64), yes, yes, None, None, None, False, False)
     odd = hidden.as_strided((1, 1, 64), (3, 5, 1))
-    assert torch.equal(emulator.visual_focus(odd, yes, yes, None, None, None, False), expected)
+    assert torch.equal(emulator.visual_focus(odd, yes, yes, None, None, None, False, False), expected)
 
 
 def test_many_visual_rows_make_longer_runs(emulator: Emulator) -> None:
@@ -292,8 +301,9 @@ def test_many_visual_rows_make_longer_runs(emulator: Emulator) -> None:
     hidden = torch.randn(20_001, 8, generator=generator)
     mask = torch.rand(20_001, generator=generator) > 0.3
     boundaries = torch.tensor([0, 19_000, 19_000, 20_001])
-    arguments = (hidden, mask, boundaries, False)
-    assert_matches(emulator.visual_prototype(*arguments), reference.visual_prototype, arguments, ("prototype",))
+    for unit in (False, True):
+        arguments = (hidden, mask, boundaries, False, unit)
+        assert_matches(emulator.visual_prototype(*arguments), reference.visual_prototype, arguments, ("prototype",))
 
 
 def test_boundaries_that_lie_cannot_lead_outside(emulator: Emulator) -> None:
@@ -308,20 +318,21 @@ def test_boundaries_that_lie_cannot_lead_outside(emulator: Emulator) -> None:
         emulator.policy_loss(batch.logp, batch.old_logp, each, *terms, PolicyLossOptions().as_floats())
         config = VGPOConfig.released().as_floats()
         emulator.visual_weights(batch.logp, everywhere, each.long(), None, boundaries, config)
-        emulator.visual_prototype(batch.hidden, everywhere, boundaries, False)
-        for causal in (False, True):
-            given = (batch.hidden, batch.visual_mask, batch.response_mask, boundaries, None, None, causal)
+        emulator.visual_prototype(batch.hidden, everywhere, boundaries, False, False)
+        for way in ((False, False), (True, False), (False, True), (True, True)):  # causal, unit
+            given = (batch.hidden, batch.visual_mask, batch.response_mask, boundaries, None, None, *way)
             emulator.visual_focus(*given)
-            emulator.visual_prototype(batch.hidden, batch.visual_mask, boundaries, causal)
+            emulator.visual_prototype(batch.hidden, batch.visual_mask, boundaries, *way)
     prototypes = torch.ones(2, batch.hidden.shape[-1])
     index = torch.tensor([0, 7, -9, 1])
-    emulator.visual_focus(batch.hidden, None, batch.response_mask, batch.cu_seqlens.long(), prototypes, index, False)
+    rest = (None, batch.response_mask, batch.cu_seqlens.long(), prototypes, index, False, False)
+    emulator.visual_focus(batch.hidden, *rest)
 
 
 def test_a_kernel_that_strays_is_caught(emulator: Emulator) -> None:
     """The harness looks at product kernels, too: a response mask shorter than its layout says is read past its end."""
     batch = make_batch(EDGES["plain"], packed=True)
-    arguments = (batch.hidden, batch.visual_mask, batch.response_mask, batch.cu_seqlens.long(), None, None, False)
+    arguments = (batch.hidden, batch.visual_mask, batch.response_mask, batch.cu_seqlens.long(), None, None)
     strays = "visual_focus: visual_focus_kernel<float>: .* past the end of response_mask"
     with emulator.cut_short(response_mask=3), pytest.raises(EmulationError, match=strays):
-        emulator.visual_focus(*arguments)
+        emulator.visual_focus(*arguments, False, False)

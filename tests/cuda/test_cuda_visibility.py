@@ -19,7 +19,7 @@ from vgpo_kernels.reference import visual_weights as weights_reference
 adopt(globals())
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CAUSAL = (None, None, True)
+CAUSAL, UNIT = (None, None, True, False), (None, None, True, True)
 NAN_BITS = torch.tensor(torch.nan).view(torch.int32)
 
 
@@ -70,7 +70,7 @@ def test_images_and_tokens_in_any_order(emulator: Emulator, features: int, dtype
     for name, shape in SHAPES.items():
         with emulator.launched_as(shape):
             assert same_bits(emulator.visual_focus(*given, *CAUSAL), cos), name
-    means = emulator.visual_prototype(*given[:2], given[3], True)
+    means = emulator.visual_prototype(*given[:2], given[3], True, False)
     assert_matches(means, reference.visual_prototype, (*given[:2], given[3], True), ("prototype",))
 
 
@@ -109,19 +109,21 @@ def test_the_beginning_does_not_depend_on_what_follows(emulator: Emulator) -> No
     """Of every prefix of a response, whatever image the rest of it brings."""
     whole = "vvt" + "v" * 37 + "ttttttttt" + "vt" * 6 + "v" * 20 + "t"
     given = interleaved([whole], 64, torch.bfloat16)
-    cos = emulator.visual_focus(*given, *CAUSAL)
-    for length in range(3, len(whole), 4):
-        part = [tensor[:length] for tensor in given[:3]]
-        assert same_bits(emulator.visual_focus(*part, torch.tensor([0, length]), *CAUSAL), cos[:length])
+    for way in (CAUSAL, UNIT):
+        cos = emulator.visual_focus(*given, *way)
+        for length in range(3, len(whole), 4):
+            part = [tensor[:length] for tensor in given[:3]]
+            assert same_bits(emulator.visual_focus(*part, torch.tensor([0, length]), *way), cos[:length])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_level_has_the_bits_of_all_rows(emulator: Emulator, dtype: torch.dtype) -> None:
     """More than 8,192 visual rows, which make longer runs, and a few."""
     given = interleaved(["v" * 9001 + "t" * 17, "v" * 40 + ".v" + "ttt.t", "t" * 0, "vv"], 8, dtype)
-    every = emulator.visual_focus(*given, None, None, False)
-    assert same_bits(emulator.visual_focus(*given, *CAUSAL), every)
-    assert every[given[2]].isfinite().all()
+    for way in (CAUSAL, UNIT):
+        every = emulator.visual_focus(*given, None, None, False, way[-1])
+        assert same_bits(emulator.visual_focus(*given, *way), every)
+        assert every[given[2]].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -133,9 +135,10 @@ def test_unaligned_rows_give_the_same_bits(emulator: Emulator, features: int, dt
     for guard in ("after", "before"):
         with emulator.launched_as(Shape(guard=guard)):
             sliced = (wide[:, 1:-2], *given[1:])
-            assert same_bits(emulator.visual_focus(*sliced, *CAUSAL), emulator.visual_focus(*given, *CAUSAL))
-            means = [emulator.visual_prototype(rows[0], rows[1], rows[3], True) for rows in (sliced, given)]
-            assert same_bits(*means)
+            for way in (CAUSAL, UNIT):
+                assert same_bits(emulator.visual_focus(*sliced, *way), emulator.visual_focus(*given, *way))
+                means = [emulator.visual_prototype(*rows[:2], rows[3], *way[2:]) for rows in (sliced, given)]
+                assert same_bits(*means)
 
 
 def test_hundreds_of_levels_keep_their_precision(emulator: Emulator) -> None:
@@ -147,7 +150,7 @@ def test_hundreds_of_levels_keep_their_precision(emulator: Emulator) -> None:
     given = (hidden, visual, ~visual, torch.tensor([0, 2 * count]))
     with emulator.launched_as(Shape(blocks=2, threads=32)):
         assert_matches(emulator.visual_focus(*given, *CAUSAL), reference.visual_focus, (*given, *CAUSAL), ("cos",))
-        means = emulator.visual_prototype(hidden, visual, given[3], True)
+        means = emulator.visual_prototype(hidden, visual, given[3], True, False)
     assert_close(means[1:, 0], torch.full((2 * count - 1,), 1.0 / 3.0, dtype=torch.float64), floor=2e-7)
 
 
@@ -157,9 +160,9 @@ def test_rows_after_the_last_token_are_not_read(emulator: Emulator) -> None:
     with emulator.cut_short(hidden=5 * 16):
         assert same_bits(emulator.visual_focus(*given, *CAUSAL), expected)
         with pytest.raises(EmulationError, match="past the end of hidden"):
-            emulator.visual_focus(*given, None, None, False)
+            emulator.visual_focus(*given, None, None, False, False)
         with pytest.raises(EmulationError, match="past the end of hidden"):
-            emulator.visual_prototype(*given[:2], given[3], True)
+            emulator.visual_prototype(*given[:2], given[3], True, False)
 
 
 @pytest.mark.parametrize("short", ["visual_mask", "response_mask", "hidden"])
@@ -181,7 +184,8 @@ def test_rows_do_not_see_each_others_prototypes(emulator: Emulator, features: in
     prototypes[2] = 0
     prototypes[3] *= 1e-30  # its square is zero in fp32; an image all the same
     alone = [
-        emulator.visual_focus(hidden, None, mask, None, prototypes, torch.full((3,), row), False) for row in range(4)
+        emulator.visual_focus(hidden, None, mask, None, prototypes, torch.full((3,), row), False, False)
+        for row in range(4)
     ]
     assert alone[2][mask].isnan().all()
     assert alone[3][mask].isfinite().all()
@@ -190,7 +194,7 @@ def test_rows_do_not_see_each_others_prototypes(emulator: Emulator, features: in
     expected = torch.stack([torch.full_like(alone[0], torch.nan), *alone]).gather(0, index[None] + 1)[0]
     for name, shape in SHAPES.items():
         with emulator.launched_as(shape):
-            mixed = emulator.visual_focus(hidden, None, mask, None, prototypes, index, False)
+            mixed = emulator.visual_focus(hidden, None, mask, None, prototypes, index, False, False)
         assert same_bits(mixed[mask], expected[mask]), name
         assert (mixed[~mask] == 0).all()
     arguments = (hidden, None, mask, None, prototypes, index)
@@ -204,7 +208,7 @@ def test_wrong_rows_of_prototypes_cannot_lead_outside(emulator: Emulator) -> Non
     for guard in ("after", "before"):
         with emulator.launched_as(Shape(guard=guard)):
             prototypes = torch.ones(2, batch.hidden.shape[-1])
-            emulator.visual_focus(batch.hidden, None, batch.response_mask, boundaries, prototypes, index, False)
+            emulator.visual_focus(batch.hidden, None, batch.response_mask, boundaries, prototypes, index, False, False)
 
 
 # ---- weights of tokens without a signal --------------------------------------------------------------------------
