@@ -334,7 +334,8 @@ def without(values: list[Bad], *legal: str) -> list[Bad]:
 KINDS: dict[str, Callable[[Tensor], list[Bad]]] = {
     **dict.fromkeys(("hidden", "logp", "old_logp", "ref_logp", "entropy", "advantages"), floating),
     **dict.fromkeys(
-        ("importance_weights", "token_weights", "factors", "cos", "psi", "phi", "score", "prototype", "signals"), floating
+        ("importance_weights", "token_weights", "factors", "cos", "psi", "phi", "score", "prototype", "signals"),
+        floating,
     ),
     **dict.fromkeys(("weight", "model_or_head", "bias", "q", "k", "slices"), floating),
     **dict.fromkeys(("other", "other_weight", "other_bias", "totals"), floating),
