@@ -191,6 +191,7 @@ def example_scope() -> dict[str, object]:
         "has_image": torch.ones(batch, dtype=torch.bool),
         "logp": logp,
         "old_logp": logp.detach(),
+        "spoilt_logp": logp.detach() - 0.1,
         "advantages": torch.tensor([1.0, -1.0]),
         "weight": torch.randn(vocabulary, features, requires_grad=True),
         "targets": torch.randint(vocabulary, (batch, 3)),
@@ -232,7 +233,7 @@ def test_enough_blocks_run() -> None:
     scope = set(example_scope())
     run = {name for name, code in blocks("python") if free_names(code) <= scope and not NEEDS_MORE.search(code)}
     assert len([name for name in run if name.startswith("integrate")]) >= 2
-    pages = {f"how-it-works-{index}" for index in range(4)}
+    pages = {f"how-it-works-{index}" for index in range(5)}
     assert run >= {"README-0", "README-1", "adding-a-signal-0"} | pages
 
 
