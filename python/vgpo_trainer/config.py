@@ -9,8 +9,9 @@ from typing import Any, Self
 
 from trl import GRPOConfig
 
-from vgpo_kernels import VGPOConfig
-from vgpo_trainer.signals import SIGNALS, VIEWS, ViewSignal, signal_class
+from vgpo_kernels import ShapingConfig, VGPOConfig
+from vgpo_trainer.methods import METHODS, compares_responses, known_method
+from vgpo_trainer.signals import BLIND, SIGNALS, VIEWS, ViewSignal, signal_class
 
 PRESETS = ("paper", "released")
 SOURCES = ("auto", "scoring", "loss")
@@ -25,13 +26,20 @@ class VGPOTrainingConfig(GRPOConfig):
     ``vgpo`` is on.
 
     Args:
-        vgpo: Preset of :class:`vgpo_kernels.VGPOConfig`: ``"paper"``, ``"released"``, or ``None`` (``"none"``), which
-            trains without the visual signal and gives TRL's own loss.
-        signal: The visual signal, a name of :data:`vgpo_trainer.signals.SIGNALS`: ``"focus"``, the cosine of a token's
-            hidden state to its image prototype; ``"attention"``, its query's share of attention on the image, or
-            ``"dependency"``, the divergence of its distribution from that under a spoilt ``view`` of the image, which
-            take the place of the focus score.
-        signal_layers: Decoder layers whose attention is averaged, negative ones counted from the last; default: all.
+        method: What the visual signal does to the loss, a name of :data:`vgpo_trainer.methods.METHODS`: ``"vgpo"``
+            (default), ``"pepo"``, ``"vppo"``, ``"pgpo"``, ``"tor"``, ``"vepo"`` or ``"papo"``. Each brings its signal,
+            its view and its settings. docs/methods.md has what they do and cost.
+        method_kwargs: Fields of :class:`vgpo_kernels.ShapingConfig` that differ from the preset of a method beside
+            VGPO: ``{"top_visual": 0.3}``.
+        vgpo: Preset of :class:`vgpo_kernels.VGPOConfig`, for ``method="vgpo"``: ``"paper"``, ``"released"``, or
+            ``None`` (``"none"``), which trains without the visual signal and gives TRL's own loss.
+        signal: The visual signal, a name of :data:`vgpo_trainer.signals.SIGNALS`; default: the method's, and of VGPO
+            ``"focus"``, the cosine of a token's hidden state to its image prototype. VGPO takes each of them in its
+            place: ``"attention"``, its query's share of attention on the image; ``"dependency"``, the divergence of its
+            distribution from that under a spoilt ``view`` of the image; ``"similarity"``, ``"k3"``, ``"logp_change"``
+            and ``"js"``, those of other methods.
+        signal_layers: Layers that are averaged, negative ones counted from the last; default: all. Of ``"attention"``
+            decoder layers, of ``"similarity"`` the ``hidden_states`` that transformers would return.
         vgpo_signal: The forward pass in which the visual signal is read.
 
             - ``"loss"``: the forward pass of the loss. It costs nothing. But the responses of a prompt are compared
@@ -44,22 +52,26 @@ class VGPOTrainingConfig(GRPOConfig):
               decoder: about a third of the cost of the loss and its gradient, and nothing is generated again.
             - ``"auto"`` (default): ``"loss"`` where it gives the same factors, else ``"scoring"``.
 
-            With ``"dependency"`` each of these passes has one of the spoilt view before it, a slice at a time: the
-            decoder without its LM head and without gradient.
-        view: How images are spoilt, for ``signal="dependency"`` and ``view_coef``: a kind of
-            :func:`vgpo_kernels.integrations.transformers.spoilt_view`. ``"swap"`` (default) shows a row an image of
+            A signal that compares two views has in each of these passes one of the spoilt view before it, a slice at a
+            time: the decoder without its LM head and without gradient.
+        view: How images are spoilt, for signals that compare two views and for ``view_coef``: a kind of
+            :func:`vgpo_kernels.integrations.transformers.spoilt_view`. ``"swap"`` shows a row an image of
             another prompt in this process's generation batch; ``"mask"``, ``"noise"``, ``"pixelation"`` and
-            ``"blank"`` spoil its own; ``"none"`` shows none. What is random comes from ``seed`` and the step. Dropout
-            differs between the two passes and counts as dependency; train without it.
-        view_strength: Of the kinds that have one; default: that of the kind.
+            ``"blank"`` spoil its own; ``"none"`` shows none. With ``"blind"`` text does not attend to the images
+            (:func:`~vgpo_kernels.integrations.transformers.blind_attention`). Default: the method's, and of VGPO
+            ``"swap"``. What is random comes from ``seed`` and the step. Dropout differs between the two passes and
+            counts as dependency; train without it.
+        view_strength: Of the kinds that have one; default: the method's, where the view is, else that of the kind.
         view_coef: Weight of the term ``-view_coef * KL(with the image || with the spoilt one)`` of the loss, as in PAPO
             (arXiv 2507.06448): what is maximised is how much a response depends on its image. Aggregated as the policy
-            loss is. It needs a pass of the spoilt view with gradient, with or without VGPO.
-        view_estimator: ``"exact"`` (default): that divergence, over the whole vocabulary. ``"k3"``: PAPO's estimate of
-            it from the sampled token, log-ratios bounded by +-20 and values by 10.
+            loss is. It needs a pass of the spoilt view with gradient, beside any method. Where it is 0, it is the
+            method's: of ``"papo"`` 0.01.
+        view_estimator: ``"exact"``: that divergence, over the whole vocabulary. ``"k3"``: PAPO's estimate of
+            it from the sampled token, log-ratios bounded by +-20 and values by 10. Default: the method's, of ``"papo"``
+            k3, of others exact.
         view_clamp: Largest value of a token, in nats; beyond it a token has no gradient. Default: no bound.
         view_detach: No gradient goes through the spoilt view, neither to its states nor to the head, as in PAPO's code
-            unless told otherwise. Its pass then costs no backward.
+            unless told otherwise. Its pass then costs no backward. Default: only with ``"papo"``.
         fused_head: Compute log-probabilities and entropies by :func:`vgpo_kernels.linear_logprob`, from hidden states
             and the LM head without all logits. A few tokens are compared with the model's own logits at the start;
             where they differ, TRL's own head or all logits are used, with a warning.
@@ -69,29 +81,54 @@ class VGPOTrainingConfig(GRPOConfig):
         vgpo_intra_clamp: A pair ``[low, high]``; an empty list removes the preset's clamp. ``vgpo_inter_clamp`` alike.
 
     Raises:
-        ValueError: An unknown preset, signal or source, a setting out of range, or a setting of VGPO beside
-            ``vgpo=None``.
-        TypeError: ``vgpo`` is no text.
+        ValueError: An unknown method, preset, signal or source, a setting out of range, a setting of VGPO beside
+            ``vgpo=None`` or another method, or a signal that is not the method's.
+        TypeError: ``method`` or ``vgpo`` is no text.
 
     """
 
+    # As transformers has it; an annotation would make it a setting to those who list them.
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "method_kwargs"]  # noqa: RUF012
+
     logging_steps: float = field(default=1, metadata={"help": "Log every this many optimisation steps."})
 
+    method: str = field(
+        default="vgpo",
+        metadata={"help": "What the visual signal does to the loss: vgpo, pepo, vppo, pgpo, tor, vepo or papo."},
+    )
+    method_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Settings of such a method that differ from its own, those of ShapingConfig."}
+    )
     vgpo: str | None = field(default="paper", metadata={"help": "Preset: paper, released or none."})
-    signal: str = field(default="focus", metadata={"help": "Visual signal: focus, attention or dependency."})
-    signal_layers: list[int] | None = field(default=None, metadata={"help": "Layers whose attention counts."})
+    signal: str | None = field(
+        default=None,
+        metadata={
+            "help": "Visual signal: focus, attention, dependency, similarity, k3, logp_change or js; default: the "
+            "method's, of vgpo focus."
+        },
+    )
+    signal_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers whose attention or similarity counts."}
+    )
     vgpo_signal: str = field(
         default="auto", metadata={"help": "Forward pass that the signal is read in: auto, scoring or loss."}
     )
-    view: str = field(
-        default="swap",
-        metadata={"help": "How images are spoilt: swap, mask, noise, pixelation, blank or none."},
+    view: str | None = field(
+        default=None,
+        metadata={
+            "help": "How images are spoilt: swap, mask, noise, pixelation, blank, none or blind; default: the "
+            "method's, of vgpo swap."
+        },
     )
     view_strength: float | None = field(default=None, metadata={"help": "Strength of mask, noise or pixelation."})
     view_coef: float = field(default=0.0, metadata={"help": "Weight of PAPO's term: divergence of a spoilt view."})
-    view_estimator: str = field(default="exact", metadata={"help": "Its divergence: exact, or k3 of sampled tokens."})
+    view_estimator: str | None = field(
+        default=None, metadata={"help": "Its divergence: exact, or k3 of sampled tokens; default: exact, of papo k3."}
+    )
     view_clamp: float | None = field(default=None, metadata={"help": "Its largest value of a token, in nats."})
-    view_detach: bool = field(default=False, metadata={"help": "Leave the spoilt view out of its gradient."})
+    view_detach: bool | None = field(
+        default=None, metadata={"help": "Leave the spoilt view out of its gradient; default: only with papo."}
+    )
     fused_head: bool = field(default=True, metadata={"help": "Log-probabilities by linear_logprob, without logits."})
     vgpo_diagnostics: bool = field(
         default=False, metadata={"help": "Log the visual signal even without VGPO; the loss does not change."}
@@ -173,18 +210,69 @@ class VGPOTrainingConfig(GRPOConfig):
             raise ValueError(f"vgpo must be one of {', '.join(PRESETS)} or None, got {self.vgpo!r}")
         if self.vgpo_signal not in SOURCES:
             raise ValueError(f"vgpo_signal must be one of {', '.join(SOURCES)}, got {self.vgpo_signal!r}")
-        self.check_signal()
         if not self.temperature > 0:
             raise ValueError(
                 f"temperature must be above 0, got {self.temperature}: the responses of a group have to differ"
             )
         if self.rollout_samples < 0:
             raise ValueError(f"rollout_samples must not be negative, got {self.rollout_samples}")
+        self._check_method()
+
+    def replacing(self, **settings: str | None) -> VGPOTrainingConfig:
+        """Return a copy with the settings of the method and its signal that are not ``None``, checked."""
+        told = {name: value for name, value in settings.items() if value is not None}
+        if not told:
+            return self
+        other = copy(self)
+        # What was left to the method is left to the new one.
+        left = [name for name, value in self.of_method().items() if getattr(self, name) == value]
+        vars(other).update({name: _DEFAULTS[name] for name in left} | told)
+        other._check_method()
+        return other
+
+    def of_method(self) -> dict[str, Any]:
+        """Return what settings that are left to the method are."""
+        method = known_method(self.method)
+        view = method.view or "swap"
+        return {
+            "signal": method.signal or "focus",
+            "view": view,
+            "view_strength": method.strength if self.view in (None, view) else None,
+            "view_coef": method.view_coef,
+            "view_estimator": method.view_estimator,
+            "view_detach": method.view_detach,
+        }
+
+    def _check_method(self) -> None:
+        """Raise ValueError for settings of a method that do not go together, and fill in what is left to it."""
+        settled = self.of_method()
+        method, name = METHODS[self.method], self.method
         changes = self._changes()
+        told = [f"vgpo_{change}" for change in changes] + ["vgpo"] * (self.vgpo not in ("paper", None))
+        if name != "vgpo" and told:
+            raise ValueError(f"{', '.join(told)} has no effect with method={name!r}; method_kwargs has its settings")
+        if method.weighs and name != "vgpo" and self.vgpo is None:
+            raise ValueError(
+                f"vgpo=None trains without the visual signal, which method={name!r} is made of: leave out one"
+            )
         if self.vgpo is None and changes:
-            names = ", ".join(f"vgpo_{name}" for name in changes)
-            raise ValueError(f"{names} has no effect with vgpo=None; name a preset or leave it out")
-        self.vgpo_config()
+            raise ValueError(f"{', '.join(told)} has no effect with vgpo=None; name a preset or leave it out")
+        if self.method_kwargs and (name == "vgpo" or not method.weighs):
+            instead = "vgpo_beta and the like change VGPO's settings" if name == "vgpo" else "view_coef is its setting"
+            raise ValueError(f"method_kwargs has no effect with method={name!r}; {instead}")
+        if method.signal is not None and self.signal not in (None, method.signal):
+            raise ValueError(
+                f"signal={self.signal!r} does not go with method={name!r}, whose signal is {method.signal!r}; "
+                "method='vgpo' takes any signal"
+            )
+        vars(self).update({key: value for key, value in settled.items() if getattr(self, key) == _DEFAULTS[key]})
+        self._check_signal()
+        shaping = self.shaping()
+        if method.over_selected and isinstance(shaping, ShapingConfig) and shaping.scope != "response":
+            raise ValueError(
+                f"method_kwargs has scope={shaping.scope!r}, and method={name!r} divides by the number of selected "
+                "tokens, which is known before they are only where each response selects its own: scope='response'"
+            )
         if self.vgpo_signal == "loss" and not self._loss_signal_is_exact():
             raise ValueError(
                 "vgpo_signal='loss' needs the whole generation batch in one micro-batch, used once: "
@@ -192,18 +280,9 @@ class VGPOTrainingConfig(GRPOConfig):
                 f"{self.num_iterations}; vgpo_signal='auto' pays for a pass of its own only where it has to"
             )
 
-    def replacing(self, **settings: str | None) -> VGPOTrainingConfig:
-        """Return a copy with the settings of the signal that are not ``None``, checked."""
-        told = {name: value for name, value in settings.items() if value is not None}
-        if not told:
-            return self
-        other = copy(self)
-        vars(other).update(told)
-        other.check_signal()
-        return other
-
-    def check_signal(self) -> None:
+    def _check_signal(self) -> None:
         """Raise ValueError for a signal that does not exist, or layers that it does not read."""
+        assert self.signal is not None
         reads_layers = signal_class(self.signal).reads_layers
         if self.signal_layers is not None and not reads_layers:
             readers = " or ".join(repr(name) for name in SIGNALS if signal_class(name).reads_layers)
@@ -212,32 +291,48 @@ class VGPOTrainingConfig(GRPOConfig):
 
     def _check_views(self) -> None:
         """Raise ValueError for settings of views that are out of range, or that nothing uses."""
-        for name, known in {"view": VIEWS, "view_estimator": VIEW_ESTIMATORS}.items():
+        for name, known in {"view": (*VIEWS, BLIND), "view_estimator": VIEW_ESTIMATORS}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not 0 <= self.view_coef < math.inf:
             raise ValueError(f"view_coef must be finite and not negative, got {self.view_coef}")
         if self.view_clamp is not None and not self.view_clamp > 0:
             raise ValueError(f"view_clamp must be positive, got {self.view_clamp}")
-        defaults = {setting.name: setting.default for setting in fields(self) if setting.name.startswith("view")}
-        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        settled = self.of_method()
+        names = ("view", "view_strength", "view_coef", "view_estimator", "view_clamp", "view_detach")
+        changed = [name for name in names if getattr(self, name) != settled.get(name)]
         of_term = [name for name in changed if name in ("view_estimator", "view_clamp", "view_detach")]
         if of_term and not self.view_coef:
             raise ValueError(f"{of_term[0]} has no effect with view_coef=0")
         if changed and not self.passes_views():
             raise ValueError(f"{changed[0]} has no effect with signal={self.signal!r} and view_coef=0")
 
+    def weighs(self) -> bool:
+        """Whether advantages are multiplied by factors that the visual signal gives."""
+        return self.vgpo is not None and METHODS[self.method].weighs
+
     def reads_signal(self) -> bool:
         """Whether the visual signal is computed, for the loss or to be looked at."""
-        return self.vgpo is not None or self.vgpo_diagnostics
+        return self.weighs() or self.vgpo_diagnostics
 
     def passes_views(self) -> bool:
         """Whether batches pass the policy in two views, for the signal or for the loss."""
+        assert self.signal is not None
         return bool(self.view_coef) or (self.reads_signal() and issubclass(signal_class(self.signal), ViewSignal))
 
+    def shaping(self) -> VGPOConfig | ShapingConfig | None:
+        """Return how the visual signal becomes factors: the method's preset, with the changes made to it.
+
+        ``None`` where it does not.
+        """
+        if self.method == "vgpo" or not self.weighs():
+            return self.vgpo_config()
+        assert not isinstance(self.method_kwargs, str)
+        return ShapingConfig.preset(self.method, **(self.method_kwargs or {}))
+
     def vgpo_config(self) -> VGPOConfig | None:
-        """Return the settings of the visual signal: the preset with the changes made to it; ``None`` without VGPO."""
-        if self.vgpo is None:
+        """Return the settings of VGPO: the preset with the changes made to it; ``None`` without VGPO."""
+        if self.vgpo is None or self.method != "vgpo":
             return None
         preset = VGPOConfig.paper if self.vgpo == "paper" else VGPOConfig.released
         return preset(**self._changes())
@@ -256,8 +351,7 @@ class VGPOTrainingConfig(GRPOConfig):
 
     def _loss_signal_is_exact(self) -> bool:
         """Whether a micro-batch, over all processes, holds everything that its responses are compared with."""
-        config = self.vgpo_config() or VGPOConfig.paper()
-        alone = not config.inter and (config.score == "affine" or config.score_offset is not None)
+        alone = not compares_responses(self.shaping() or VGPOConfig.paper())
         return bool(self.num_iterations == 1 and (alone or self.steps_per_generation == 1))
 
     def _changes(self) -> dict[str, Any]:
@@ -271,3 +365,7 @@ class VGPOTrainingConfig(GRPOConfig):
                 value = tuple(value) or None
             changes[setting.name] = value
         return changes
+
+
+# Of the settings that may be left to the method, those that say so.
+_DEFAULTS = {setting.name: setting.default for setting in fields(VGPOTrainingConfig)}

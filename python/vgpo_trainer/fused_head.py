@@ -53,6 +53,7 @@ class ViewCall:
         head: Whether log-probabilities and entropies are wanted too.
         gradient: Whether the divergence needs a gradient.
         detach: Whether none of it goes through the other view, neither to its states nor to the head that read them.
+        measures: What is asked of both views beside the tokens' log-probabilities, as ``linear_divergence`` names it.
     """
 
     length: int
@@ -60,6 +61,11 @@ class ViewCall:
     head: bool = True
     gradient: bool = False
     detach: bool = False
+    measures: tuple[str, ...] = ("kl",)
+
+    def needs_divergence(self) -> bool:
+        """Whether what is asked for takes both distributions together; entropies take one at a time."""
+        return self.gradient or not {"entropy", "other_entropy"}.issuperset(self.measures)
 
 
 @dataclass
@@ -72,12 +78,18 @@ class ViewOutput(FusedCausalLMOutput):
             ``[b, T]``.
         view_logp: Log-probabilities of the tokens in this view, ``[b, T]``.
         other_logp: The same in the other view.
+        js: Jensen-Shannon divergence of both distributions, in nats, ``[b, T]``.
+        view_entropy: Entropy of this view's distributions, in nats, ``[b, T]``.
+        other_entropy: The same in the other view.
     """
 
     states: Tensor | None = None
     kl: Tensor | None = None
     view_logp: Tensor | None = None
     other_logp: Tensor | None = None
+    js: Tensor | None = None
+    view_entropy: Tensor | None = None
+    other_entropy: Tensor | None = None
 
 
 def fuse_heads(
@@ -312,28 +324,50 @@ def fuse_head(
                     found.update(log_probs=logp, entropy=entropy)
                 if view is None:
                     return found
-                other_head: dict[str, Tensor | None] = {}
-                if view.detach:
-                    other_head = {
-                        "other_weight": weight.detach(),
-                        "other_bias": None if bias is None else bias.detach(),
-                    }
+                states = (hidden[:, -view.length :], to_head(other))
                 with nullcontext() if view.gradient else torch.no_grad():
-                    both = linear_divergence(
-                        hidden[:, -view.length :],
-                        to_head(other),
-                        weight,
-                        targets[:, -view.length :],
-                        **other_head,
-                        **logits,
-                    )
-            found.update(kl=both.kl, view_logp=both.logp, other_logp=both.other_logp)
-            return found
+                    return found | compared(view, *states, weight, targets[:, -view.length :], found, logits)
 
         # The head is looked up in each call: FSDP and PEFT replace its parameters.
         return ViewOutput(**with_head(self.get_output_embeddings(), from_head, last[:, :-1], *other))
 
     answer(model, compute)
+
+
+def compared(
+    view: ViewCall,
+    hidden: Tensor,  # [b, T, D]
+    other: Tensor,  # [b, T, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [b, T]
+    known: dict[str, Tensor],
+    logits: dict[str, Any],
+) -> dict[str, Tensor]:
+    """Return what a call asks of two views, by the names of a :class:`ViewOutput`.
+
+    Args:
+        view: The call.
+        hidden: States of the view that passes.
+        other: Those of the other.
+        weight: The head's.
+        targets: The tokens.
+        known: Log-probabilities and entropies of this view, where they are computed anyway.
+        logits: What else ``linear_logprob`` is told of the logits.
+    """
+    if view.needs_divergence():
+        other_head: dict[str, Tensor | None] = {}
+        if view.detach:
+            bias = logits["bias"]
+            other_head = {"other_weight": weight.detach(), "other_bias": None if bias is None else bias.detach()}
+        both = linear_divergence(hidden, other, weight, targets, measures=view.measures, **other_head, **logits)
+        names = {"logp": "view_logp", "entropy": "view_entropy"}
+        return {names.get(name, name): value for name, value in both._asdict().items() if value is not None}
+    if known:
+        logp, entropy = (known[name][:, -view.length :].detach() for name in ("log_probs", "entropy"))
+    else:
+        logp, entropy = linear_logprob(hidden, weight, targets, return_entropy=True, **logits)
+    other_logp, other_entropy = linear_logprob(other, weight, targets, return_entropy=True, **logits)
+    return {"view_logp": logp, "other_logp": other_logp, "view_entropy": entropy, "other_entropy": other_entropy}
 
 
 def last_hidden_states(

@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vgpo_trainer.signals.factors import SignalFactors
+from vgpo_trainer.signals.factors import Factors, SignalFactors
+from vgpo_trainer.signals.shaping import ShapedFactors
 
 
 class Statistic(NamedTuple):
@@ -51,7 +52,7 @@ def add_records(kept: dict[str, list[float]], batch: Mapping[str, Statistic]) ->
 
 
 def signal_records(
-    shown: Tensor, found: SignalFactors, accelerator: Accelerator, groups: bool = True
+    shown: Tensor, found: Factors, accelerator: Accelerator, groups: bool = True
 ) -> dict[str, Statistic]:
     """Return statistics of a signal over all processes, each of which must call this; NaN of nothing.
 
@@ -69,7 +70,7 @@ def signal_records(
         "tokens": found.counted.sum(),
         "ratios": halves.sum(),
         "shown": shown[found.counted].sum(),
-        "gated": found.gate_rate.nan_to_num() * found.counted.sum(),  # NaN where nothing is counted
+        "chosen": chosen(found),
         "late_early": found.late_early[halves].sum(),
         "psi": psi.sum(),
         "psi_square": psi.square().sum(),
@@ -79,16 +80,18 @@ def signal_records(
     }
     reduced = accelerator.reduce(torch.stack([value.float() for value in sums.values()]), reduction="sum")
     total = dict(zip(sums, reduced.tolist(), strict=True))
+    ours = isinstance(found, SignalFactors)
+    names = ("gate_rate", "psi_std", "phi_std") if ours else ("selected_rate", "weight_std", "response_factor_std")
     records = {
         "visual_focus": Statistic(mean, (total["shown"], total["tokens"])),
-        "gate_rate": Statistic(mean, (total["gated"], total["tokens"])),
+        names[0]: Statistic(mean, (total["chosen"], total["tokens"])),
         "late_early_ratio": Statistic(mean, (total["late_early"], total["ratios"])),
-        "psi_std": Statistic(standard_deviation, (total["psi"], total["psi_square"], total["tokens"])),
-        "phi_std": Statistic(standard_deviation, (total["phi"], total["phi_square"], total["responses"])),
+        names[1]: Statistic(standard_deviation, (total["psi"], total["psi_square"], total["tokens"])),
+        names[2]: Statistic(standard_deviation, (total["phi"], total["phi_square"], total["responses"])),
         "weighted_share": Statistic(mean, (total["responses"], total["batch"])),
         "nonfinite_responses": Statistic(float, (total["nonfinite"],)),
     }
-    if groups:
+    if groups and isinstance(found, SignalFactors):
         counts = (found.groups, found.singleton_groups, found.phi_length)
         number, alone, follows = torch.stack([count.to(found.phi_length) for count in counts]).tolist()
         records["groups"] = Statistic(float, (number,))
@@ -96,6 +99,14 @@ def signal_records(
         there = math.isfinite(follows)
         records["phi_length_corr"] = Statistic(mean, (follows if there else 0.0, float(there)))
     return records
+
+
+def chosen(found: Factors) -> Tensor:
+    """How many of the counted tokens VGPO's gate lets through, or another method selects."""
+    if isinstance(found, ShapedFactors):
+        return (found.selected & found.counted).sum()
+    assert isinstance(found, SignalFactors)
+    return found.gate_rate.nan_to_num() * found.counted.sum()  # NaN where nothing is counted
 
 
 class PhiLengthWatch:

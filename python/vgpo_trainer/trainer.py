@@ -31,13 +31,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from vgpo_kernels import VGPOConfig, policy_loss
+from vgpo_kernels import ShapingConfig, VGPOConfig, policy_loss
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.data import DatasetError
 from vgpo_trainer.first_batch import FirstBatch
 from vgpo_trainer.fused_head import TRLS, fuse_heads
 from vgpo_trainer.generation_batch import RowFacts, group_ids, refuse_mixed, trl_rows, warn_of_sizes
-from vgpo_trainer.lora import dtypes_kept
+from vgpo_trainer.methods import METHODS
 from vgpo_trainer.records import PhiLengthWatch, add_records, loss_records, signal_records, token_records
 from vgpo_trainer.rollouts import RolloutRecorder, RolloutSample, pending, row_images
 from vgpo_trainer.row_errors import (
@@ -52,11 +52,12 @@ from vgpo_trainer.runs.card import WithCard
 from vgpo_trainer.runs.checkpoints import store_batch
 from vgpo_trainer.runs.metrics import MetricsFile
 from vgpo_trainer.runs.trackers import check_trackers, tell_in_words
-from vgpo_trainer.runs.writing import RunFailure, writing
-from vgpo_trainer.sharded import name_layers_to_shard, untrained_parameters_allowed
+from vgpo_trainer.runs.writing import RunFailure
+from vgpo_trainer.sharded import name_layers_to_shard
 from vgpo_trainer.signals import SignalSettings, ViewSignal, VisualSignal, signal_class
-from vgpo_trainer.signals.factors import SignalFactors, compute_factors
+from vgpo_trainer.signals.factors import Factors
 from vgpo_trainer.signals.reader import SignalReader, find_visual_tokens
+from vgpo_trainer.signals.shaping import ShapedFactors, batch_factors, expected_selection
 from vgpo_trainer.trl_loss import denominators, importance_weights, loss_options
 from vgpo_trainer.trl_metrics import policy_records
 from vgpo_trainer.trl_surface import (
@@ -67,7 +68,6 @@ from vgpo_trainer.trl_surface import (
     WithoutHead,
     check_surface,
     gather_head,
-    load_weights,
     refuse_split_sequences,
     refuse_unsupported,
     rollout_logp,
@@ -77,9 +77,10 @@ from vgpo_trainer.videos import INPUTS as VIDEO_INPUTS
 from vgpo_trainer.videos import GenerationVideos, WithVideos, decoding, generation_videos
 from vgpo_trainer.views import TwoViews, ViewPasses, check_views, has_view, view_term
 from vgpo_trainer.vllm_rollouts import check_rollouts, remember_prompts
+from vgpo_trainer.weights import WithWeights
 
 
-class VGPOTrainer(WithCard, GRPOTrainer):
+class VGPOTrainer(WithWeights, WithCard, GRPOTrainer):
     """:class:`trl.GRPOTrainer` with visually-guided advantages; its arguments are TRL's.
 
     Args:
@@ -92,6 +93,8 @@ class VGPOTrainer(WithCard, GRPOTrainer):
             if it has that column.
         eval_dataset: As TRL's.
         processing_class: As TRL's.
+        method: Name of a method (``"vgpo"``, ``"pepo"``, ``"vppo"``, ``"pgpo"``, ``"tor"``, ``"vepo"``, ``"papo"``),
+            in place of ``args.method``.
         signal: Name of a visual signal (``"focus"``, ``"attention"``, ``"dependency"``), in place of ``args.signal``.
         view: How images are spoilt for ``"dependency"`` (``"swap"``, ``"mask"``, ...), in place of ``args.view``.
         visual_tokens: Ids of image and video tokens, for a model whose configuration and processor do not say.
@@ -122,6 +125,7 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         *rest: Any,
+        method: str | None = None,
         signal: str | None = None,
         view: str | None = None,
         visual_tokens: Sequence[int] | None = None,
@@ -134,13 +138,14 @@ class VGPOTrainer(WithCard, GRPOTrainer):
             args = VGPOTrainingConfig(f"{name}-VGPO")
         if not isinstance(args, VGPOTrainingConfig):
             args = VGPOTrainingConfig.from_trl(args)
-        args = args.replacing(signal=signal, view=view)
+        args = args.replacing(method=method, signal=signal, view=view)
         check_surface()
         refuse_unsupported(args)
         check_trackers(args.report_to)
-        self._vgpo = args.vgpo_config()
-        # What the signal is computed with; diagnostics without VGPO look at a run through the paper's eyes.
-        self._signal_config = self._vgpo or (VGPOConfig.paper() if args.vgpo_diagnostics else None)
+        self._shaping = args.shaping()
+        # What the signal is computed with; diagnostics without a method look at a run through the paper's eyes.
+        self._signal_config = self._shaping or (VGPOConfig.paper() if args.vgpo_diagnostics else None)
+        self._over_selected = METHODS[args.method].over_selected
         self._reader: SignalReader | None = None
         self._views: ViewPasses | None = None
         self._loss_views: TwoViews | None = None  # while the loss passes them
@@ -164,7 +169,7 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         )
         tokens: tuple[int, ...] = ()
         if self._signal_config is not None:
-            kind = signal_class(args.signal)
+            kind = signal_class(str(args.signal))
             settings = SignalSettings(self._signal_config, args.signal_layers, final_norm)
             kind.check(self.model, settings)
             tokens = find_visual_tokens(visual_tokens, self.model, self.processing_class)
@@ -173,9 +178,9 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         # With ZeRO-3 TRL's head, which never calls the head's module, fails in its backward pass after one that did.
         self._scores_with_head = head == TRLS and is_deepspeed_zero3_enabled()
         if args.passes_views():
-            check_views(self, head)
+            check_views(self, head, final_norm)
             tokens = tokens or find_visual_tokens(visual_tokens, self.model, self.processing_class)
-            self._views = ViewPasses(args, self.model, tokens, self.accelerator.process_index)
+            self._views = ViewPasses(args, self.model, tokens, self.accelerator.process_index, final_norm)
         if self.use_vllm and self._is_vlm:
             check_rollouts(self, visual_tokens)
         capacity = args.rollout_samples if self.accelerator.is_main_process else 0
@@ -235,12 +240,17 @@ class VGPOTrainer(WithCard, GRPOTrainer):
             self._first_batch.generated(inputs, batch, groups)
         views = {} if self._views is None else self._views.end(Sequences.of(batch), batch)
         batch.update(views)
+        if self._over_selected:
+            batch["selected_in_batch"] = self._expected_selection(batch)
         if scores:
             if passes is None or "tool_mask" in batch:
                 signal = self._scoring_pass(batch, mode)
             else:
                 signal = passes.that_returned(batch["old_per_token_logps"])
-            batch["visual_factors"] = self._signal_factors(batch, signal, mode).factors
+            found = self._signal_factors(batch, signal, mode)
+            batch["visual_factors"] = found.factors
+            if self._over_selected and isinstance(found, ShapedFactors):
+                batch["selected"] = found.selected
             if not self.args.view_coef:  # the loss does not pass them
                 batch = {name: value for name, value in batch.items() if name not in views}
         return batch
@@ -325,8 +335,12 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         with reader.read(model, *sequence) as signal:
             if isinstance(signal, ViewSignal):
                 assert self._views is not None
-                plain = TwoViews(self._views.spoil(sequence, named), take=signal.take).of(plain, logits_to_keep)
+                plain = self._views.compare(self._views.spoil(sequence, named), signal).of(plain, logits_to_keep)
+            named["compute_entropy"] = named.get("compute_entropy", False) or signal.wants_entropy
             result = self._pass(plain, input_ids, attention_mask, logits_to_keep, *rest, **named)
+        if signal.wants_entropy:
+            assert result[1] is not None
+            signal.take_entropy(result[1])
         reader.passes.add(result[0], signal)
         return result
 
@@ -352,20 +366,24 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         with torch.no_grad(), checkpointing, self._reader.read(self.model, *sequence) as signal:
             model: Any = WithoutEmptyImages(self.model)
             if isinstance(signal, ViewSignal):
-                model = TwoViews(batch, take=signal.take, head=False).of(model, length)
-            elif not self._scores_with_head:
+                assert self._views is not None
+                model = self._views.compare(batch, signal, head=False).of(model, length)
+            elif not self._scores_with_head and not signal.wants_entropy:
                 model = WithoutHead(model)
-            self._pass(
+            _, entropy, _ = self._pass(
                 model,
                 sequence.input_ids,
                 sequence.attention_mask,
                 length,
                 batch_size=size,
+                compute_entropy=signal.wants_entropy,
                 **{name: batch.get(name) for name in FORWARD_INPUTS},
             )
+        if entropy is not None:
+            signal.take_entropy(entropy)
         return signal
 
-    def _signal_factors(self, batch: Mapping[str, Any], signal: VisualSignal, mode: str) -> SignalFactors:
+    def _signal_factors(self, batch: Mapping[str, Any], signal: VisualSignal, mode: str) -> Factors:
         """Compute the factors of a batch from its signal; both are recorded and logged."""
         assert self._signal_config is not None
         response_mask = Sequences.of(batch).response_mask
@@ -373,24 +391,26 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         seen = batch.get("pixel_values") is not None or any(batch.get(VIDEO_INPUTS) or ())
         if not seen or (isinstance(signal, ViewSignal) and not has_view(batch)):
             signal.batch = signal.batch._replace(image_mask=torch.zeros_like(signal.batch.image_mask))
-        found = compute_factors(
-            signal.marked_values(),
-            response_mask,
-            batch["prompt_group"],
-            self._signal_config,
-            gather=self.accelerator.gather,
-            process_index=self.accelerator.process_index,
-        )
+        config, progress = self._signal_config, min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
+        found = batch_factors(signal, response_mask, batch["prompt_group"], config, self.accelerator, progress)
         shown = signal.marked_shown()
         self._record(batch, mode, shown, found)
-        records = signal_records(shown, found, self.accelerator, groups=self._signal_config.inter)
+        groups = isinstance(config, VGPOConfig) and config.inter
+        records = signal_records(shown, found, self.accelerator, groups=groups)
         add_records(self._metrics[mode], records)
-        if mode == "train" and self._vgpo is not None and self.accelerator.is_main_process:
+        if mode == "train" and self._shaping is not None and self.accelerator.is_main_process:
             self._phi_length.see(records)
         return found
 
+    def _expected_selection(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return how many tokens of a generation batch will be selected, over all processes, 0-dimensional."""
+        assert isinstance(self._shaping, ShapingConfig) and self._views is not None
+        mask = Sequences.of(batch).response_mask
+        selected = expected_selection(self._views.counted(batch), mask, self._shaping)
+        return self.accelerator.gather(selected).sum()  # type: ignore[no-any-return]
+
     def _record(
-        self, batch: Mapping[str, Any], mode: str, shown: Tensor | None = None, found: SignalFactors | None = None
+        self, batch: Mapping[str, Any], mode: str, shown: Tensor | None = None, found: Factors | None = None
     ) -> None:
         """Complete the rollouts of a batch; without a signal they have zeros in its place."""
         if not self._recorder.enabled:
@@ -406,7 +426,7 @@ class VGPOTrainer(WithCard, GRPOTrainer):
             response_mask,
             cos=zeros if shown is None else shown,
             psi=zeros if found is None else found.psi,
-            factors=ones if found is None or self._vgpo is None else found.factors,
+            factors=ones if found is None or self._shaping is None else found.factors,
             phi=nothing if found is None else found.phi,
             late_early=nothing + torch.nan if found is None else found.late_early,
         )
@@ -417,9 +437,12 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         reads = self._reader is not None and "visual_factors" not in inputs
         compares = self._views is not None and (bool(self.args.view_coef) or reads)
-        views = TwoViews(inputs, gradient=self.args.view_coef > 0, detach=self.args.view_detach) if compares else None
+        views = None
+        if compares:
+            assert self._views is not None
+            views = self._views.compare(inputs, gradient=self.args.view_coef > 0, detach=bool(self.args.view_detach))
         reading = self._read(model, inputs, views) if reads else nullcontext()
-        compute = self._trl_loss if self._vgpo is None else self._vgpo_loss
+        compute = self._trl_loss if self._shaping is None else self._shaped_loss
         self._loss_views, self._video_inputs = views, inputs.get(VIDEO_INPUTS)
         try:
             loss = compute(model, inputs, mode, reading)
@@ -439,7 +462,7 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         assert self._reader is not None
         with self._reader.read(model, *Sequences.of(inputs)) as signal:
             if views is not None:
-                views.reads, views.take = signal, signal.take if isinstance(signal, ViewSignal) else None
+                views.read_by(signal)
             yield signal
 
     def _trl_loss(
@@ -455,7 +478,7 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         self._log_policy({}, metrics, mode)
         return loss
 
-    def _vgpo_loss(
+    def _shaped_loss(
         self, model: nn.Module, inputs: dict[str, Any], mode: str, reading: AbstractContextManager[VisualSignal | None]
     ) -> Tensor:
         """TRL's loss on re-weighted advantages, by policy_loss."""
@@ -473,7 +496,14 @@ class VGPOTrainer(WithCard, GRPOTrainer):
             )
         assert entropy is not None
         self._first_batch.passed(inputs, logp)
-        factors = inputs["visual_factors"] if signal is None else self._signal_factors(inputs, signal, mode).factors
+        if signal is None:
+            factors, selected = inputs["visual_factors"], inputs.get("selected")
+        else:
+            if signal.wants_entropy:
+                signal.take_entropy(entropy)
+            found = self._signal_factors(inputs, signal, mode)
+            factors = found.factors
+            selected = found.selected if self._over_selected and isinstance(found, ShapedFactors) else None
 
         old = rollout_logp(inputs, logp)
         entropy_mask = None
@@ -489,7 +519,8 @@ class VGPOTrainer(WithCard, GRPOTrainer):
             ref_logp=inputs.get("ref_per_token_logps"),
             entropy=entropy.detach(),  # for the metric; TRL's bonus has a denominator of its own
             importance_weights=weights,
-            **denominators(self, inputs, mask, mode),
+            selected=selected,
+            **denominators(self, inputs, mask, mode, selected),
             **loss_options(self),
         )
         self._log_policy(policy_records(self, inputs, logp, old, mask, metrics), metrics, mode)
@@ -549,44 +580,13 @@ class VGPOTrainer(WithCard, GRPOTrainer):
         with reading(DatasetError):
             return super().evaluation_loop(*arguments, **named)
 
-    # Checkpoints.
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with writing(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
-            super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with untrained_parameters_allowed():
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    # save_pretrained may write weights by other names than the module's (LLaVA keeps those of its first release),
-    # which from_pretrained maps back; Trainer would load them by name, find none and go on without.
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.model if model is None else model
-        if self._is_plain(target):
-            load_weights(target, resume_from_checkpoint)
-        else:
-            with dtypes_kept(self.model):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if self._is_plain(self.model):
-            load_weights(self.model, self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    def _is_plain(self, model: nn.Module) -> bool:
-        """Whether a checkpoint holds the whole model as from_pretrained reads it."""
-        return isinstance(model, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
-
     # Records, through TRL's ordinary logging.
 
     def _log_policy(self, records: Mapping[str, float], metrics: Mapping[str, Tensor], mode: str) -> None:
         """Log TRL's metrics of the policy, where it has not done so itself, and ours."""
         for key, value in records.items():
             self._metrics[mode][key].append(value)
-        add_records(self._metrics[mode], loss_records(metrics, self.accelerator, self._vgpo is not None))
+        add_records(self._metrics[mode], loss_records(metrics, self.accelerator, self._shaping is not None))
 
     def _log_bonus(self, loss: Tensor, accumulated: int, mode: str) -> None:
         """Log what TRL logs where an entropy bonus is added to the loss."""

@@ -33,18 +33,27 @@ def loss_options(trainer: GRPOTrainer) -> dict[str, Any]:
     }
 
 
-def denominators(trainer: GRPOTrainer, inputs: Mapping[str, Any], mask: Tensor, mode: str) -> dict[str, Any]:
-    """Denominators of TRL's normalisation, so that the sum over micro-batches and processes is the batch's loss."""
+def denominators(
+    trainer: GRPOTrainer, inputs: Mapping[str, Any], mask: Tensor, mode: str, selected: Tensor | None = None
+) -> dict[str, Any]:
+    """Denominators of TRL's normalisation, so that the sum over micro-batches and processes is the batch's loss.
+
+    Where tokens ``[B, T]`` are selected, that of the surrogate counts them alone: those of this micro-batch where TRL
+    counts its tokens, and those of the generation batch, ``selected_in_batch``, where TRL counts these.
+    """
     accumulated = trainer.current_gradient_accumulation_steps if mode == "train" else 1
     average_over = LOSS_TYPES[trainer.loss_type].average_over
     if average_over == "generation batch":
         # The count spans the generation batches of all processes; gradients are averaged over processes.
-        tokens = inputs["num_items_in_batch"].clamp(min=1) / trainer.accelerator.num_processes
-        if mode == "train":
-            tokens = tokens * accumulated / trainer.args.steps_per_generation
-        return {"num_tokens": tokens}
+        counts = {"num_tokens": inputs["num_items_in_batch"]}
+        if selected is not None:
+            counts["num_selected"] = inputs["selected_in_batch"]
+        share = accumulated / trainer.args.steps_per_generation if mode == "train" else 1
+        processes = trainer.accelerator.num_processes
+        return {name: count.clamp(min=1) / processes * share for name, count in counts.items()}
     if average_over == "tokens":
-        return {"num_tokens": mask.sum().clamp(min=1) * accumulated}
+        counts = {"num_tokens": mask.sum()} | ({} if selected is None else {"num_selected": selected.sum()})
+        return {name: count.clamp(min=1) * accumulated for name, count in counts.items()}
     return {"num_sequences": mask.shape[0] * accumulated, "max_length": trainer.max_completion_length}
 
 

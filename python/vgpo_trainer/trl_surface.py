@@ -202,16 +202,16 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
 
 def refuse_unsupported(args: VGPOTrainingConfig) -> None:
     """Raise ValueError for settings of TRL that our part of the loss does not carry; without one the loss is TRL's."""
-    if (args.vgpo is not None or args.vgpo_diagnostics) and args.torch_compile:
+    if args.reads_signal() and args.torch_compile:
         raise ValueError(
             "torch_compile=True is not supported with VGPO: a compiled forward pass skips the hook that reads hidden "
             "states"
         )
     if args.view_coef and args.torch_compile:
         raise ValueError("torch_compile=True is not supported with view_coef, which asks the model for its states")
-    if (args.vgpo is not None or args.view_coef) and args.loss_type not in LOSS_TYPES:
+    if (args.weighs() or args.view_coef) and args.loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {args.loss_type!r}")
-    if args.vgpo is None:
+    if not args.weighs():
         return
     clipped = LOSS_TYPES[args.loss_type].clipped
     if args.importance_sampling_level not in ("token", "sequence"):

@@ -44,7 +44,22 @@ CASES: dict[str, dict[str, Any]] = {
     "two iterations": {"loss_type": "dapo", "num_iterations": 2, "max_steps": 2},
     "two views": VIEWS,
     "two views of sequences, and text": {**VIEWS, "loss_type": "grpo", "num_generations": 12, "images": [1, 0]},
+    # Methods that compare responses, select within them and select among all; the second fades in from the second step.
+    "vppo": {"loss_type": "dapo", "method": "vppo", "view": "blank"},
+    "pepo": {"loss_type": "grpo", "method": "pepo", "max_steps": 2},
+    "vepo": {"loss_type": "dapo", "method": "vepo", "view": "blank"},
+    "vepo of sequences, and text": {
+        "loss_type": "grpo",
+        "method": "vepo",
+        "view": "blank",
+        "num_generations": 12,
+        "images": [1, 0],
+    },
+    "tor": {"loss_type": "dapo", "method": "tor"},
 }
+
+
+SPREAD = ("vgpo/phi_std", "vgpo/weight_std")  # of VGPO, and of another method
 
 
 def scripted_rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
@@ -144,7 +159,7 @@ def run_case(
         logged = [record for record in trainer.state.log_history if "loss" in record]
     return {
         "loss": [record["loss"] for record in logged],
-        "phi_std": [record["vgpo/phi_std"] for record in logged if record.get("vgpo/phi_std") is not None],
+        "spread": [record[name] for record in logged for name in SPREAD if record.get(name) is not None],
         "gradients": gradients.steps,
         "kinds": kinds,
         "logged": logged,

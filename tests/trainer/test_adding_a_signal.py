@@ -44,7 +44,10 @@ def test_every_signal_of_the_table_can_be_made():
     for name in signals.SIGNALS:
         kind = signals.signal_class(name)
         assert issubclass(kind, signals.VisualSignal) and not kind.__abstractmethods__
-    with pytest.raises(ValueError, match="signal must be one of focus, attention, dependency, got 'gaze'"):
+    with pytest.raises(
+        ValueError,
+        match="signal must be one of focus, attention, dependency, similarity, k3, logp_change, js, got 'gaze'",
+    ):
         signals.signal_class("gaze")
 
 

@@ -160,7 +160,7 @@ def test_options_of_trl_grpo_are_known_by_its_names():
         (["--learning-rate"], "--learning_rate: expected one argument"),
         (["--loss-type", "ppo", "3"], "unexpected argument '3'"),
         (["--vgpo", "best"], "vgpo must be one of paper, released or None, got 'best'"),
-        (["--signal", "gaze"], "signal must be one of focus, attention, dependency"),
+        (["--signal", "gaze"], "signal must be one of focus, attention, dependency, similarity, k3, logp_change, js"),
         (["--temperature", "0"], "temperature must be above 0, got 0.0"),
         (["--vgpo_top_ratio", "2"], "top_ratio must be in"),
         (["--generations", "3"], "must be a multiple of --generations, got 8 and 3"),

@@ -22,7 +22,7 @@ from vgpo_trainer.commands import train
 from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.options.parser import parse_options
 from vgpo_trainer.runs.metrics import read_metrics
-from vgpo_trainer.signals import VIEWS, SignalBatch, SignalSettings
+from vgpo_trainer.signals import VIEWS, Comparison, SignalBatch, SignalSettings
 from vgpo_trainer.signals.dependency import DependencySignal
 from vgpo_trainer.signals.factors import compute_factors
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, Sequences
@@ -123,10 +123,10 @@ def test_scores_of_divergences(config):
     mask = torch.ones_like(kl, dtype=torch.bool)
     batch = SignalBatch(torch.ones(3, 7, dtype=torch.bool), mask, torch.ones(3, 7))
     signal = DependencySignal(batch, SignalSettings(config))
-    signal.take(kl[:2])
+    signal.take(Comparison(kl=kl[:2]))
     with pytest.raises(RuntimeError, match="2 of 3 responses passed in two views"):
         _ = signal.values
-    signal.take(kl[2:])
+    signal.take(Comparison(kl=kl[2:]))
     found = compute_factors(
         signal.marked_values(), mask, torch.tensor([0, 1, 2]), config, gather=lambda tensor: tensor, process_index=0
     )

@@ -22,6 +22,9 @@ from vgpo_trainer import VGPOTrainingConfig
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 
 
+LEAST = {"pepo": 0.005}  # cosines of a whole model hardly vary
+
+
 @cache
 def in_one_piece(name: str) -> dict[str, Any]:
     return run_case(name, micro_batches=1)
@@ -45,11 +48,12 @@ def two_processes(tmp_path_factory) -> dict[str, Any]:
     return content["results"]
 
 
-def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
+def assert_same_training(one: dict[str, Any], other: dict[str, Any], least: float = 0.1) -> None:
+    """``least`` is how far the weights must vary: of responses by VGPO, of tokens by another method."""
     assert len(one["loss"]) == len(other["loss"]) == len(one["gradients"]) == len(other["gradients"]) > 0
     assert other["loss"] == pytest.approx(one["loss"], abs=1e-6)
-    assert other["phi_std"] == pytest.approx(one["phi_std"], abs=1e-6)
-    assert one["phi_std"][0] > 0.1
+    assert other["spread"] == pytest.approx(one["spread"], abs=1e-6)
+    assert one["spread"][-1] > least
     for record, other_record in zip(one["logged"], other["logged"], strict=True):
         ours = {name: value for name, value in record.items() if name.startswith("vgpo/")}
         assert ours == pytest.approx({name: other_record[name] for name in ours}, rel=1e-4, abs=1e-5)
@@ -64,14 +68,14 @@ def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_four_micro_batches_are_one_batch(name):
-    assert_same_training(in_one_piece(name), run_case(name, micro_batches=4))
+    assert_same_training(in_one_piece(name), run_case(name, micro_batches=4), LEAST.get(name, 0.1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_of_two_micro_batches_are_one_batch(name, two_processes):
     """The second of the three prompts has responses on both processes."""
-    assert_same_training(in_one_piece(name), two_processes[name])
+    assert_same_training(in_one_piece(name), two_processes[name], LEAST.get(name, 0.1))
 
 
 @pytest.mark.slow

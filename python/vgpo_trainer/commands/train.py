@@ -308,11 +308,13 @@ class Run:
     def write_config(self, finished: Mapping[str, Any] | None = None) -> None:
         """Write every setting of the run to its folder, and how far it came once it is finished."""
         training = self.trainer.args
-        config = training.vgpo_config()
+        config = training.shaping()
         content = {
             "run": run_identity(self.options),
             "arguments": self.options.given,
-            "vgpo": None if config is None else asdict(config),
+            # What the method's signal becomes weights with, under the method's name.
+            "vgpo": None,
+            **({} if config is None else {training.method: asdict(config)}),
             "training": training.to_dict(),
             "model": asdict(self.options.model),
             "versions": versions_of_a_run(),
@@ -330,6 +332,7 @@ def run_identity(options: Options) -> dict[str, Any]:
         "dataset-config": own.dataset_config,
         "split": own.split,
         "reward": own.reward,
+        "method": training.method,
         "vgpo": training.vgpo,
         "signal": training.signal,
         "view": training.view,

@@ -151,19 +151,32 @@ def starting_point(settings: DemoSettings, display: Listener) -> tuple[Any, Any]
     return model, processor
 
 
-def build_trainer(settings: DemoSettings, model: Any, processor: Any) -> VGPOTrainer:
-    """The trainer of the demo: whole groups in one batch, one generation a step."""
+def build_trainer(settings: DemoSettings, model: Any, processor: Any, **changes: Any) -> VGPOTrainer:
+    """The trainer of the demo: whole groups in one batch, one generation a step.
+
+    ``changes`` are settings of :class:`~vgpo_trainer.config.VGPOTrainingConfig` that differ from the demo's.
+    """
     from datasets import Dataset
     from transformers import PrinterCallback
 
     from vgpo_trainer.config import VGPOTrainingConfig
-    from vgpo_trainer.demo.digits import MAX_RESPONSE_TOKENS, exact_answer_reward, make_problems
+    from vgpo_trainer.demo.digits import exact_answer_reward, make_problems
     from vgpo_trainer.trainer import VGPOTrainer
 
     problems = make_problems(settings.prompts * settings.steps, "train", settings.seed)
     rows = [problem.row() for problem in problems]
+    training = VGPOTrainingConfig(**{**_training(settings), **changes})
+    trainer = VGPOTrainer(model, exact_answer_reward, training, Dataset.from_list(rows), processing_class=processor)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _training(settings: DemoSettings) -> dict[str, Any]:
+    """Settings of :class:`~vgpo_trainer.config.VGPOTrainingConfig`."""
+    from vgpo_trainer.demo.digits import MAX_RESPONSE_TOKENS
+
     responses = settings.prompts * settings.generations
-    training = VGPOTrainingConfig(
+    return dict(
         output_dir=str(settings.out),
         vgpo="paper" if settings.algo == "vgpo" else None,
         vgpo_diagnostics=settings.algo != "vgpo",
@@ -188,9 +201,6 @@ def build_trainer(settings: DemoSettings, model: Any, processor: Any) -> VGPOTra
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = VGPOTrainer(model, exact_answer_reward, training, Dataset.from_list(rows), processing_class=processor)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def store_evaluation(folder: RunFolder, problems: Sequence[Any], before: Evaluation, after: Evaluation) -> None:

@@ -24,7 +24,8 @@ SHORT_NAMES = {
     ),
 }
 # Further fields that the help shows first.
-OFTEN = ("max_completion_length", "learning_rate", "temperature", "seed", "dtype", "vgpo", "signal", "reward_weights")
+OFTEN = ("max_completion_length", "learning_rate", "temperature", "seed", "dtype", "method", "vgpo", "signal")
+OFTEN += ("reward_weights",)
 
 # Options of our own -> what `trl grpo` calls them.
 TRL_NAMES = {

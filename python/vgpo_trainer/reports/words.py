@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vgpo_trainer.methods import METHODS
 from vgpo_trainer.runs.card import short_name
 from vgpo_trainer.signals.words import SignalWords, words_of
 
 SETTINGS = (
+    "method",
+    "method_kwargs",
     "vgpo",
     "signal",
     "view",
+    "view_strength",
     "view_coef",
     "loss_type",
     "beta",
@@ -36,7 +40,8 @@ class RunWords:
     Attributes:
         title: Of the page.
         introduction: What was trained on what.
-        algorithm: ``"VGPO"``, or the loss of a run without it.
+        algorithm: ``"VGPO"`` or another method, or the loss of a run without one.
+        weighs: Whether advantages were multiplied by the weights of a signal; else these were only looked at.
         signal: The words for the visual signal; None where it was not measured.
         reward: What the reward is, below its chart.
         accuracy: What the accuracy is, below its chart.
@@ -49,6 +54,7 @@ class RunWords:
     title: str
     introduction: str
     algorithm: str
+    weighs: bool
     signal: SignalWords | None
     reward: str
     accuracy: str
@@ -56,6 +62,11 @@ class RunWords:
     picture: str
     demo: bool
     settings: list[Mapping[str, Any]]
+
+    @property
+    def other_method(self) -> bool:
+        """Whether the weights are those of another method than VGPO."""
+        return self.weighs and self.algorithm != "VGPO"
 
     @property
     def signal_title(self) -> str:
@@ -81,6 +92,7 @@ def demo_words(config: Mapping[str, Any]) -> RunWords:
             "scans."
         ),
         algorithm=algorithm,
+        weighs=algorithm == "VGPO",
         signal=words_of("focus"),
         reward=(
             "Share of right answers among the responses sampled in each step, on training problems never seen before. "
@@ -97,14 +109,18 @@ def demo_words(config: Mapping[str, Any]) -> RunWords:
 def train_words(config: Mapping[str, Any]) -> RunWords:
     """Return the words for a run of ``vgpo train``."""
     run, training = config.get("run") or {}, config["training"]
-    vgpo = training.get("vgpo") not in (None, "none")
-    algorithm = "VGPO" if vgpo else str(training.get("loss_type", "grpo")).upper()
+    name = str(training.get("method", "vgpo"))  # runs of older versions have none
+    method = METHODS.get(name, METHODS["vgpo"])
+    trained = name != "vgpo" or training.get("vgpo") not in (None, "none")
+    algorithm = method.title if trained else str(training.get("loss_type", "grpo")).upper()
     model, dataset = (short_name(str(run.get(name, f"a {name}"))) for name in ("model", "dataset"))
-    measured = vgpo or bool(training.get("vgpo_diagnostics"))
+    weighs = trained and method.weighs
+    measured = weighs or bool(training.get("vgpo_diagnostics"))
     return RunWords(
         title=f"{algorithm}: {model} on {dataset}",
         introduction=f"The model {model}, trained with {algorithm} on the prompts of {dataset}.",
         algorithm=algorithm,
+        weighs=weighs,
         signal=words_of(str(training.get("signal", "focus"))) if measured else None,
         reward="Mean reward of the responses sampled in each step. The bold line is a running mean.",
         accuracy="Share of right answers, as a reward function reports it.",
@@ -114,7 +130,7 @@ def train_words(config: Mapping[str, Any]) -> RunWords:
         settings=[
             {"model": model, "dataset": dataset},
             {name: training[name] for name in SETTINGS if training.get(name) is not None},
-            {f"vgpo: {name}": value for name, value in (config.get("vgpo") or {}).items()},
+            {f"{name}: {field}": value for field, value in (config.get(name) or {}).items()},
             config.get("versions") or {},
         ],
     )

@@ -20,12 +20,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer
 
 from vgpo_trainer.config import VGPOTrainingConfig
+from vgpo_trainer.methods import METHODS, Method
 from vgpo_trainer.runs.folder import version_of
 from vgpo_trainer.runs.metrics import evaluations, first_and_last, read_metrics, seconds_of, write_time
 from vgpo_trainer.runs.writing import write_atomically, writing
 from vgpo_trainer.signals.words import words_of
 
-PAPER = "https://arxiv.org/abs/2604.09349"
 TRL = "https://github.com/huggingface/trl"
 PACKAGES = ("vgpo-kernels", "torch", "transformers", "trl", "peft", "datasets")
 
@@ -34,7 +34,7 @@ _BESIDE_THE_POINT = re.compile(
     r"output_dir|run_name|project|report_to|disable_tqdm|resume_from|local_rank|full_determinism|do_|debug|"
     r"log_|logging_|save_|eval_|hub_|push_to_hub|trackio_|dataloader_|ddp_|vllm_server|vllm_group_port|num_completions|"
     r"remove_unused|use_cpu|rollout_samples|generation_batch_size|steps_per_generation|per_device_eval|accelerator_config|"
-    r"signal$|vgpo$|loss_type$|gradient_checkpointing$|seed$|load_best|metric_for_best|greater_is"
+    r"signal$|vgpo$|method$|method_kwargs$|loss_type$|gradient_checkpointing$|seed$|load_best|metric_for_best|greater_is"
 )
 _SECRET = re.compile(r"token$|key$|secret|password", re.IGNORECASE)
 _WORD = re.compile(r"[\w.+:-]*")  # no path, no address
@@ -134,10 +134,11 @@ def build_card(trainer: Trainer, facts: RunFacts, name: str, tags: Iterable[str]
         pipeline_tag="image-text-to-text"
         if hasattr(trainer.processing_class, "image_processor")
         else "text-generation",
-        tags=sorted({"generated_from_trainer", *trainer._tag_names, *tags}),
+        tags=sorted({"generated_from_trainer", *trainer._tag_names, *tags, *method_tags(args)}),
     )
-    method = "VGPO" if args.vgpo is not None else f"TRL's {args.loss_type} loss"
-    paper = f" ([Visually-Guided Policy Optimization]({PAPER}))" if args.vgpo is not None else ""
+    used = method_of(args)
+    method = f"TRL's {args.loss_type} loss" if used is None else used.title
+    paper = "" if used is None else f" ([{used.paper}]({used.address}))"
     start = code(short_name(base)) if base else f"A model built in memory ({code(type(trainer.model).__name__)})"
     sections = [
         f"# {plain_text(name)}",
@@ -151,7 +152,7 @@ def build_card(trainer: Trainer, facts: RunFacts, name: str, tags: Iterable[str]
         fence = _fence(command, least=3)
         sections += ["## The same again", f"{fence}\n{command}\n{fence}"]
     versions = ", ".join(f"{package} {found}" for package in PACKAGES if (found := _version(package)))
-    sections += ["## Versions", versions, "## Citation", CITATION]
+    sections += ["## Versions", versions, "## Citation", CITATION if used is None else _citation(used)]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
@@ -168,11 +169,32 @@ CITATION = """```bibtex
 ```"""
 
 
+def method_of(args: VGPOTrainingConfig) -> Method | None:
+    """Return the method that a run trains with; ``None`` where its loss is TRL's alone."""
+    return None if args.method == "vgpo" and args.vgpo is None else METHODS[args.method]
+
+
+def method_tags(args: VGPOTrainingConfig) -> list[str]:
+    """Return the tag of a method beside VGPO, whose name all cards have."""
+    return [] if args.method == "vgpo" else [args.method]
+
+
+def _citation(method: Method) -> str:
+    """Return what to cite: VGPO, and the paper of the method."""
+    if method is METHODS["vgpo"]:
+        return CITATION
+    key = f"{method.title.lower()}-{method.arxiv}"
+    lines = [f"  title         = {{{method.paper}}}", f"  eprint        = {{{method.arxiv}}}"]
+    lines += ["  archivePrefix = {arXiv}", f"  url           = {{{method.address}}}"]
+    entry = ",\n".join([f"@misc{{{key}", *lines])
+    return f"```bibtex\n{entry}\n}}\n```\n\n{CITATION}"
+
+
 def _numbers(trainer: Trainer, args: VGPOTrainingConfig) -> list[str]:
     """What the run began and ended with."""
     path = Path(args.output_dir) / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []
-    signal = words_of(args.signal).name if args.reads_signal() else None
+    signal = words_of(str(args.signal)).name if args.reads_signal() else None
     rows = []
     for key, name in {**MEASURED, "vgpo/visual_focus": signal, "completions/mean_length": "tokens a response"}.items():
         if name is not None and (found := first_and_last(records, key)) is not None:
@@ -211,14 +233,22 @@ def _data(trainer: Trainer, facts: RunFacts) -> list[str]:
 def _method(args: VGPOTrainingConfig, adapter: str | None) -> list[str]:
     """How it was trained: the method in sentences, and every setting that is not the default."""
     lines = [f"- Loss: {code(args.loss_type)}, seed {args.seed}"]
-    if args.vgpo is None:
+    if not args.weighs():
         lines.append("- Visual signal: not in the loss")
+    elif args.method != "vgpo":
+        told = args.method_kwargs if isinstance(args.method_kwargs, dict) else {}
+        changed = ", ".join(f"{code(name)} {code(value)}" for name, value in told.items())
+        lines.append(f"- Method: {METHODS[args.method].title}{f', with {changed}' if changed else ''}")
+        lines.append(f"- Visual signal: {code(args.signal)}. {words_of(str(args.signal)).explanation}")
     else:
         changes = {setting.name: getattr(args, setting.name) for setting in fields(args)}
         changes = {name: value for name, value in changes.items() if name.startswith("vgpo_") and name in _OF_PRESET}
         told = ", ".join(f"{code(name)} {code(value)}" for name, value in changes.items() if value is not None)
         lines.append(f"- VGPO: preset {code(args.vgpo)}{f', with {told}' if told else ''}")
-        lines.append(f"- Visual signal: {code(args.signal)}. {words_of(args.signal).explanation}")
+        lines.append(f"- Visual signal: {code(args.signal)}. {words_of(str(args.signal)).explanation}")
+    if args.passes_views():
+        strength = "" if args.view_strength is None else f", strength {args.view_strength}"
+        lines.append(f"- Spoilt view of the image: {code(args.view)}{strength}")
     lines.append("- Weights: all" if adapter is None else f"- Weights: {adapter}")
     rows = "\n".join(f"| {code(name)} | {code(value)} |" for name, value in changed_settings(args).items())
     table = f"Settings of `VGPOTrainingConfig` that are not its defaults:\n\n| setting | value |\n|---|---|\n{rows}"
@@ -237,12 +267,13 @@ def changed_settings(args: VGPOTrainingConfig) -> dict[str, Any]:
 
     Only numbers, words, and lists and tables of these: a path or an address is none.
     """
-    changed = {}
+    changed, settled = {}, args.of_method()
     for name, value in args.to_dict().items():
         setting = args.__dataclass_fields__.get(name)
         if setting is None or _BESIDE_THE_POINT.match(name) or _SECRET.search(name) or name in _OF_PRESET:
             continue
         default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+        default = settled.get(name, default)
         if value != default and value not in ({}, [], "", None) and _is_plain(value):
             changed[name] = value
     return changed

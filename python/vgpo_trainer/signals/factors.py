@@ -2,7 +2,7 @@
 
 Phase one turns the signal of this process's responses into token weights. Phase two gathers a few numbers per response
 from all processes, and weighs the responses of each prompt against one another. So groups may be shuffled, split into
-micro-batches and spread over processes.
+micro-batches and spread over processes. Here this is VGPO's; :mod:`vgpo_trainer.signals.shaping` is that of the others.
 """
 
 from __future__ import annotations
@@ -17,23 +17,18 @@ from vgpo_kernels import VGPOConfig, backends, combine_factors, group_weights, v
 
 
 @dataclass(frozen=True)
-class SignalFactors:
-    """What the signal of B responses becomes, detached, fp32.
+class Factors:
+    """What the signal of B responses becomes by any method, detached, fp32.
 
     Attributes:
-        psi: Intra-trajectory weights, ``[B, T]``.
-        phi: Inter-trajectory weights, ``[B]``.
+        psi: Weights of tokens less 1, ``[B, T]``.
+        phi: Weights of responses less 1, ``[B]``.
         factors: What advantages are multiplied by, ``[B, T]``; 1 off the mask and for unweighted responses.
         weighted: Whether a response takes part: it has a scored token, an image before one, and a finite signal,
             ``[B]``.
         counted: True at scored tokens of weighted responses that have seen an image, ``[B, T]``.
-        gate_rate: Share of the counted tokens that the gate lets through, 0-dimensional; NaN without any.
         late_early: Mean score of the second half of a response over that of its first, ``[B]``; NaN where undefined.
         nonfinite: Number of these responses that are unweighted for a signal that is not finite, 0-dimensional.
-        groups: Number of groups with a weighted response, over all processes, 0-dimensional.
-        singleton_groups: Number of those with one only, whose phi is 0, likewise.
-        phi_length: Rank correlation of phi with the length of a response less its group's mean, over weighted responses
-            of all processes, 0-dimensional; NaN where either does not vary.
     """
 
     psi: Tensor
@@ -41,9 +36,23 @@ class SignalFactors:
     factors: Tensor
     weighted: Tensor
     counted: Tensor
-    gate_rate: Tensor
     late_early: Tensor
     nonfinite: Tensor
+
+
+@dataclass(frozen=True)
+class SignalFactors(Factors):
+    """What it becomes by VGPO: psi and phi are the intra- and the inter-trajectory weights.
+
+    Attributes:
+        gate_rate: Share of the counted tokens that the gate lets through, 0-dimensional; NaN without any.
+        groups: Number of groups with a weighted response, over all processes, 0-dimensional.
+        singleton_groups: Number of those with one only, whose phi is 0, likewise.
+        phi_length: Rank correlation of phi with the length of a response less its group's mean, over weighted responses
+            of all processes, 0-dimensional; NaN where either does not vary.
+    """
+
+    gate_rate: Tensor
     groups: Tensor
     singleton_groups: Tensor
     phi_length: Tensor
@@ -156,12 +165,17 @@ def fix_offset(
 
 
 def late_early_ratio(values: Tensor, response_mask: Tensor, counted: Tensor, config: VGPOConfig) -> Tensor:
-    """Mean score (of visual focus: rho) of each response's second half over that of its first, ``[B]``.
+    """Mean score (of visual focus: rho) of each response's second half over that of its first, ``[B]``."""
+    score = (1 + values) / 2 if config.score == "affine" else values - (config.score_offset or 0.0)
+    return half_ratio(score, response_mask, counted)
+
+
+def half_ratio(score: Tensor, response_mask: Tensor, counted: Tensor) -> Tensor:
+    """Mean score of each response's second half over that of its first, ``[B]``.
 
     The halves are those of the scored tokens, the means over those of them in ``counted [B, T]``. NaN where a half has
-    none of them, as in a response of fewer than two tokens, or the first half scores 0.
+    none of them, as in a response of fewer than two tokens, or the first half scores no more than 0.
     """
-    score = (1 + values) / 2 if config.score == "affine" else values - (config.score_offset or 0.0)
     mask = response_mask.bool()
     late = mask.cumsum(dim=1) > (mask.sum(dim=1, keepdim=True) + 1) // 2
 

@@ -51,6 +51,36 @@ WORDS = {
         "Divergence of a token's distribution from that under a spoilt view of the image: 0 where the token would "
         "have been the same without the image.",
     ),
+    "similarity": SignalWords(
+        "similarity to the image",
+        "similarity",
+        "mean cosine to the image",
+        "cosine",
+        "Mean cosine between the hidden state of a token and those of the image tokens before it, over all layers.",
+    ),
+    "k3": SignalWords(
+        "dependency on the image",
+        "dependency",
+        "k3 of the sampled token",
+        "k3",
+        "How far the log-probability of the sampled token is from that under a spoilt view of the image, as k3: 0 "
+        "where both are equal, at most 10.",
+    ),
+    "logp_change": SignalWords(
+        "dependency on the image",
+        "dependency",
+        "log-ratio in nats",
+        "log-ratio",
+        "Absolute change of the sampled token's log-probability under a spoilt view of the image.",
+    ),
+    "js": SignalWords(
+        "dependency on the image",
+        "dependency",
+        "divergence in nats",
+        "divergence",
+        "Jensen-Shannon divergence of a token's distribution and that under a spoilt view of the image: 0 where both "
+        "are equal, at most 0.69.",
+    ),
 }
 
 
