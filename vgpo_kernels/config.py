@@ -316,6 +316,10 @@ class VGPOConfig(Settings):
         if self.score_offset is not None and self.score != "offset":
             raise ValueError(f"score_offset={self.score_offset} needs score='offset', got {self.score!r}")
 
+    def needs(self) -> tuple[str, ...]:
+        """Return the names of the signals that :func:`shape_tokens` reads: as those of a :class:`ShapingConfig`."""
+        return ("visual",)
+
     @classmethod
     @hints.explained
     def paper(cls, **changes: Any) -> VGPOConfig:

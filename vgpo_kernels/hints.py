@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar, get_type_hints
+from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,10 @@ def _misfit(
     placed = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
     own = [name for name in placed if name not in ("self", "cls")]
     if len(given) <= len(placed):
-        return f"{said}; the paper's is VGPOConfig.paper()" if said.endswith("'config'") else said
+        if not said.endswith("'config'"):
+            return said
+        of_methods = any(hasattr(kind, "preset") for kind in _kinds_of_config(function))
+        return f"{said}; {_A_METHODS}" if of_methods else f"{said}; the paper's is VGPOConfig.paper()"
     if isinstance(given[len(placed)], Mapping):
         return f"{called} takes no dict by place: hand its entries over by **"
     by_name = [name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY]
@@ -176,10 +179,18 @@ def _misfit(
 
 def _field_meant(function: Callable[..., Any], name: str) -> str:
     """Say that a name is a field of the function's ``config``."""
-    kind = get_type_hints(function).get("config")
-    fields = getattr(kind, "kinds", ())
     field = AUTHORS_NAMES.get(name) or name.removeprefix("vgpo_")
-    return f"{field} is a field of its config, VGPOConfig.paper({field}=...)" if field in fields else ""
+    for kind in _kinds_of_config(function):
+        if field in getattr(kind, "kinds", ()):
+            made = f"{kind.__name__}.paper" if hasattr(kind, "paper") else kind.__name__
+            return f"{field} is a field of its config, {made}({field}=...)"
+    return ""
+
+
+def _kinds_of_config(function: Callable[..., Any]) -> tuple[Any, ...]:
+    """Return the classes of settings that a function takes for its ``config``."""
+    kind = get_type_hints(function).get("config")
+    return get_args(kind) or (kind,)
 
 
 # ---- values --------------------------------------------------------------------------------------------------------
@@ -188,6 +199,7 @@ LOG_PROBS = ("logp", "old_logp", "ref_logp")
 STATES = ("hidden", "other")
 OF_RESPONSES = ("group_ids", "advantages", "importance_weights", "score", "phi", "has_visual", "weighted")
 
+_A_METHODS = "a method's are ShapingConfig.preset('vppo')"
 _CALLED = "model(**inputs, output_hidden_states=True).hidden_states[-1]"
 _GATHER = "logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1), of the logits one position before each id"
 # Attributes of what was given whole, and what to take instead: outputs of models, of other functions, of heads.
@@ -198,7 +210,8 @@ _PARTS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (LOG_PROBS, "logits", f"linear_logprob of hidden states, or {_GATHER}"),
     (("weight", "other_weight"), "weight", "{}.weight"),
     (("bias", "other_bias"), "bias", "{}.bias"),
-    *(((name,), name, f"{{}}.{name}") for name in ("factors", "psi", "phi", "score", "entropy")),
+    *(((name,), name, f"{{}}.{name}") for name in ("factors", "psi", "phi", "score", "entropy", "selected")),
+    (("token_weights",), "weights", "{}.weights"),
 )
 
 
@@ -257,10 +270,12 @@ def not_floating(name: str, tensor: Tensor) -> str:
 def settings(name: str, value: object, kind: type) -> str:
     """Say how to make settings of the class ``kind`` of what was given in the place of them."""
     called = kind.__name__
+    of_methods = hasattr(kind, "preset")
     if value is None:
-        return f"; the paper's are {called}.paper()"
+        return f"; {_A_METHODS}" if of_methods else f"; the paper's are {called}.paper()"
     if isinstance(value, str):
-        return f"; use {called}.{value}()" if hasattr(kind, value) else f"; use {called}.paper() or {called}.released()"
+        presets = f"{called}.preset({name})" if of_methods else f"{called}.paper() or {called}.released()"
+        return f"; use {called}.{value}()" if hasattr(kind, value) else f"; use {presets}"
     if isinstance(value, Mapping):
         if value.keys() & AUTHORS_NAMES.keys():
             return f"; use vgpo_kernels.integrations.easyr1.authors_config({name})"
@@ -271,6 +286,8 @@ def settings(name: str, value: object, kind: type) -> str:
         return f"; call it: {called}.{getattr(value, '__name__', '')}()"
     if hasattr(value, "vgpo_config"):
         return f"; use {name}.vgpo_config()"
+    if hasattr(value, "preset"):
+        return f"; shape_tokens takes a {type(value).__name__}"
     return "; options of the loss are keywords of their own" if hasattr(value, "as_floats") else ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -277,3 +277,54 @@ def test_signals_and_progress_are_asked_for_by_name() -> None:
             shape_tokens({"visual": signal, "entropy": signal}, mask, groups, ShapingConfig.pepo())
         with pytest.raises(ValueError, match=r"progress must be in \[0, 1\], got 1.5"):
             shape_tokens({"visual": signal, "entropy": signal}, mask, groups, ShapingConfig.pepo(), progress=1.5)
+
+
+def test_slips_are_answered_by_what_exists() -> None:
+    mask, groups = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, dtype=torch.int64)
+    signal = torch.rand(2, 3)
+    with backend("reference"):
+        shaping = shape_tokens(signal, mask, groups, ShapingConfig.vppo())
+        slips: list[tuple[Callable[[], Any], str]] = [
+            (lambda: shape_tokens(signal, mask, groups), r"a method's are ShapingConfig.preset\('vppo'\)"),  # type: ignore[call-arg]
+            (lambda: shape_tokens(signal, mask, groups, None), r"ShapingConfig.preset\('vppo'\)"),  # type: ignore[arg-type]
+            (lambda: shape_tokens(signal, mask, groups, "vpo"), r"use ShapingConfig.preset\(config\)"),  # type: ignore[arg-type]
+            (
+                lambda: shape_tokens(signal, mask, groups, ShapingConfig(), top_visual=0.3),  # type: ignore[call-arg]
+                r"its config, ShapingConfig\(top_visual=...\)",
+            ),
+            (
+                lambda: shape_tokens([signal, signal], mask, groups, ShapingConfig.tor()),  # type: ignore[arg-type]
+                r"got list; name them: {'visual': ..., 'entropy': ...}",
+            ),
+            (
+                lambda: visual_weights(signal, mask, groups, ShapingConfig.vppo()),  # type: ignore[arg-type]
+                "shape_tokens takes a ShapingConfig",
+            ),
+            (
+                lambda: policy_loss(signal, None, signal[:, 0], mask, selected=shaping),  # type: ignore[arg-type]
+                "use selected.selected",
+            ),
+            (
+                lambda: policy_loss(signal, None, signal[:, 0], mask, token_weights=shaping),  # type: ignore[arg-type]
+                "use token_weights.weights",
+            ),
+        ]
+        for slip, answer in slips:
+            with pytest.raises(TypeError, match=answer):
+                slip()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_are_switched_by_their_name_alone(method: str) -> None:
+    config = ShapingConfig.preset(method)
+    mask, groups = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, dtype=torch.int64)
+    signals = {name: torch.rand(2, 3) for name in config.needs()}
+    with backend("reference"):
+        shaping = shape_tokens(signals, mask, groups, config, progress=0.5)
+        assert shaping.factors.shape == mask.shape
+        assert response_factors(shaping.score, groups, config, progress=0.5).shape == groups.shape
+        for progress in (1.5, "half"):
+            with pytest.raises((TypeError, ValueError), match="progress must be"):
+                shape_tokens(signals, mask, groups, config, progress=progress)  # type: ignore[arg-type]
+            with pytest.raises((TypeError, ValueError), match="progress must be"):
+                response_factors(shaping.score, groups, config, progress=progress)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import checks, hints
-from vgpo_kernels.config import VGPOConfig
+from vgpo_kernels.config import VGPOConfig, type_name
 from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
 from vgpo_kernels.ops.visual_weights import group_weights, name_metrics, visual_weights
@@ -77,7 +77,9 @@ def shape_tokens(
     Args:
         signals: The visual signal, ``[B, T]`` or packed ``[N]``; or several by name: ``"visual"``, ``"entropy"`` (in
             nats) and ``"gap"`` (absolute difference of the entropies with and without the image), as far as ``config``
-            needs them (``config.needs()``). Values off the mask are not read. Detached.
+            needs them (``config.needs()``). Values off the mask are not read. Detached. The range of a signal that is
+            normalised, the exponents of ``"softmax"``, and the squares of ``response="softmax"`` have to stay within
+            float32's range.
         response_mask: True at scored response tokens, bool or 0 and 1, in the signals' shape.
         group_ids: Responses to one prompt share an id, integer ``[B]``, in any order.
         config: The settings: ``ShapingConfig.preset("vppo")``; a :class:`VGPOConfig` makes this
@@ -100,7 +102,8 @@ def shape_tokens(
     batch = checks.batch_size(mask, boundaries)
     groups = checks.per_response_integers("group_ids", group_ids, batch, mask.device, "response_mask")
     if isinstance(config, VGPOConfig):
-        visual = _signals(signals, mask, ("visual",))["visual"]
+        _progress(progress)
+        visual = _signals(signals, mask, config.needs())["visual"]
         return _of_visual_weights(visual, mask, groups, config, boundaries, has_visual)
     settings = checks.settings("config", config, ShapingConfig)
     given = _signals(signals, mask, settings.needs())
@@ -116,7 +119,7 @@ def shape_tokens(
         response_mask=mask,
         group_ids=groups,
         cu_seqlens=boundaries,
-        progress=_progress(progress, settings),
+        progress=_progress(progress, settings.schedule),
         config=settings.as_floats(),
     )
     factors, weights, selected, response_factor, score, metrics = result
@@ -155,6 +158,7 @@ def response_factors(
 
     """
     if isinstance(config, VGPOConfig):
+        _progress(progress)
         return _trajectory(group_weights(score, group_ids, config), config)
     score = checks.require_floating("score", score)
     if score.dim() != 1:
@@ -171,7 +175,7 @@ def response_factors(
         dtype,
         score=values,
         group_ids=groups,
-        progress=_progress(progress, settings),
+        progress=_progress(progress, settings.schedule),
         config=settings.as_floats(),
     )
     return found.to(dtype)  # type: ignore[no-any-return]
@@ -179,6 +183,12 @@ def response_factors(
 
 def _signals(signals: object, mask: Tensor, needs: tuple[str, ...]) -> dict[str, Tensor]:
     """Return the signals that are needed by name, checked; others that are given are only looked at."""
+    if isinstance(signals, (list, tuple)):
+        wanted = ", ".join(f"{name!r}: ..." for name in needs)
+        raise TypeError(
+            f"signals must be a torch.Tensor, or a mapping of them by name, got {type_name(signals)}; "
+            f"name them: {{{wanted}}}"
+        )
     named: Mapping[Any, Any] = signals if isinstance(signals, Mapping) else {"visual": signals}
     for name in named:
         if name not in SIGNALS:
@@ -192,14 +202,13 @@ def _signals(signals: object, mask: Tensor, needs: tuple[str, ...]) -> dict[str,
     return {name: checks.per_token(spelt[name], named[name], mask) for name in needs}
 
 
-def _progress(value: object, settings: ShapingConfig) -> float:
-    """Return the progress of training; 1 where it does not matter."""
-    if settings.schedule == "none":
-        return 1.0 if value is None else checks.share("progress", value)
+def _progress(value: object, schedule: str = "none") -> float:
+    """Return the progress of training; 1 where it is not given and does not matter."""
+    if value is None and schedule == "none":
+        return 1.0
     if value is None:
         raise ValueError(
-            f"schedule={settings.schedule!r} fades weights in over training: pass progress, such as step / steps "
-            "(1.0: in full)"
+            f"schedule={schedule!r} fades weights in over training: pass progress, such as step / steps (1.0: in full)"
         )
     return checks.share("progress", value)
 
