@@ -63,6 +63,15 @@ _OURS: dict[str, tuple[str, ...]] = {
     # Fields of VGPOConfig: the paper's letters.
     "tail_ratio": ("gamma",),
     "top_ratio": ("kappa",),
+    # Fields of ShapingConfig: the options of the methods' released code.
+    "top_visual": ("top_p_perception_tokens", "top_perception_quantile", "jsd_mask_top_p", "high_fraction"),
+    "top_entropy": ("top_p_entropy_tokens", "top_entropy_quantile"),
+    "fusion_weight": ("jsd_mask_alpha",),
+    "entropy_gate": ("gate_alpha", "pepo_gate_alpha"),
+    "temperature": ("gate_temperature", "pepo_gate_temperature"),
+    "share": ("high_weight",),
+    "response_floor": ("advantage_scaling_min", "vppo_response_scaling_min"),
+    "response_scale": ("cgpo_response_scaling_coef",),
 }
 ALIASES = {theirs: ours.split(" and ") for ours, names in _OURS.items() for theirs in names}
 

@@ -190,8 +190,9 @@ class ShapingConfig(Settings):
     def cgpo(cls, **changes: Any) -> ShapingConfig:
         """CGPO (doi 10.1145/3767308.3835969, as its official code computes it), with ``changes`` applied.
 
-        Signals: k3 of the sampled token without the regions that the response names, and the entropy. Its tokens of
-        regions and its reward of their consistency are not part of this.
+        Signals: k3 of the sampled token without the regions that the response names, and the entropy. Tokens are
+        selected from the batch that is given; the released code takes it whole or, by default, a micro-batch of the
+        update. Its tokens of regions and its reward of their consistency are not part of this.
         """
         cgpo = cls(top_visual=0.3, top_entropy=0.3, scope="batch", response="median_mad", response_on="visual")
         return replace(cgpo, **changes)
@@ -202,7 +203,8 @@ class ShapingConfig(Settings):
         """VA-OPD (arXiv 2605.21924, Eq. 2-6), with ``changes`` applied: weights of a distillation loss.
 
         Signal: ``max(log q(image) - log q(pixelated image), 0)`` of the sampled token under the teacher. Factors are
-        those of a loss that is averaged within each response and then over responses.
+        those of a loss that is averaged within each response and then over responses, of which every prompt has the
+        same number.
         """
         va_opd = cls(weight="share", top_visual=0.2, share=0.5, response="softmax", response_scope="group")
         return replace(va_opd, **changes)
@@ -210,7 +212,9 @@ class ShapingConfig(Settings):
     @classmethod
     @hints.explained
     def preset(cls, method: str, **changes: Any) -> ShapingConfig | VGPOConfig:
-        """Return the settings of a method by its name, one of ``METHODS``, with ``changes`` applied.
+        """Return the settings of a method by its name, with ``changes`` applied.
+
+        ``vgpo_kernels.shaping.METHODS`` has the names.
 
         Raises:
             ValueError: There is no such method, or a change is out of range.

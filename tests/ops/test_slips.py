@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import vgpo_kernels
-from vgpo_kernels import PolicyLossOptions, VGPOConfig, hints, policy_loss
+from vgpo_kernels import PolicyLossOptions, ShapingConfig, VGPOConfig, hints, policy_loss
 from vgpo_kernels.integrations import sequence_parallel, tensor_parallel
 
 B, S, T, D, V = 4, 12, 5, 8, 7
@@ -202,7 +202,7 @@ def test_another_name_of_a_choice_is_told(changes: dict[str, Any], says: str) ->
 
 
 def test_what_is_suggested_exists() -> None:
-    names = set(VGPOConfig.kinds) | set(PolicyLossOptions.kinds)
+    names = set(VGPOConfig.kinds) | set(PolicyLossOptions.kinds) | set(ShapingConfig.kinds)
     for function in CALLED:
         names |= inspect.signature(function).parameters.keys()
     assert {ours for meant in hints.ALIASES.values() for ours in meant} <= names

@@ -261,6 +261,14 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         ShapingConfig.preset("vpo")
     with pytest.raises(TypeError, match="has no 'top_ratio'"):
         ShapingConfig.vppo(top_ratio=0.1)
+    theirs = {
+        "top_p_perception_tokens": "top_visual",
+        "gate_temperature": "temperature",
+        "jsd_mask_alpha": "fusion_weight",
+    }
+    for name, ours in theirs.items():
+        with pytest.raises(TypeError, match=f"did you mean {ours}"):
+            ShapingConfig.vppo(**{name: 0.1})
 
 
 def test_signals_and_progress_are_asked_for_by_name() -> None:
