@@ -229,6 +229,19 @@ def test_views_without_log_probs_of_the_policy(backend_name: str, device: torch.
     assert_close(gradient[mask], torch.full_like(batch.logp[mask], -0.25).double() / mask.sum(), name="gradient")
 
 
+def test_what_was_scored_in_inference_mode_is_taken(backend_name: str, device: torch.device) -> None:
+    batch = make_batch(EDGES["plain"]).to(device)
+    with torch.inference_mode():
+        scored = uniform(batch.logp)
+        chosen = scored > 0.5
+        view = ViewTerm(-scored, 0.1, mask=chosen)
+    given = {"factors": scored, "token_weights": scored, "selected": chosen, "views": [view]}
+    plain = {name: given[name].clone() for name in ("factors", "token_weights", "selected")}
+    plain["views"] = [view._replace(logp=view.logp.clone(), mask=chosen.clone())]
+    found, expected = loss_of(batch, **given), loss_of(batch, **plain)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 def test_a_mask_needs_ratios_of_tokens() -> None:
     batch = make_batch(EDGES["plain"], features=1)
     view = ViewTerm(batch.ref_logp, 0.1, mask=batch.response_mask)

@@ -186,8 +186,9 @@ def view_call(view: ViewTerm, arguments: Mapping[str, Any], options: PolicyLossO
         settings = replace(settings, loss_type="grpo")
     if view.mask is not None:
         # Equal log-probs have a divergence of 0. The slope that k1 has there ends here.
-        policies = {name: torch.where(view.mask, values, 0.0) for name, values in policies.items()}
-        view = view._replace(logp=torch.where(view.mask, view.logp, 0.0))
+        off = ~view.mask  # a tensor of its own, which autograd may keep: the mask may come from inference mode
+        policies = {name: values.masked_fill(off, 0.0) for name, values in policies.items()}
+        view = view._replace(logp=view.logp.masked_fill(off, 0.0))
     policies.setdefault("old_logp", policies["logp"].detach())
     shared = {name: arguments[name] for name in ("response_mask", "cu_seqlens", "num_tokens", "num_sequences")}
     # Advantages of 0 turn the surrogate off.
