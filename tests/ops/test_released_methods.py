@@ -2,7 +2,7 @@
 
 Recorded on a CPU in float32, of Leonnnnnn929/VEPO 4247308, MikeWangWZHL/PAPO fb63bf4, Sammy20207109/DyCo-RL c73247f,
 handsome-rich/VA-OPD 16a26a4, huaixuheqing/VPPO-RL a23c54b and xzxxntxdy/PEPO 2b1e788. Batches were one micro-batch on
-one device, and no two scores of a response were equal, of which that code does not always select the same.
+one device. No two scores of a response were equal, of which most of that code selects any; VA-OPD's takes the first.
 """
 
 from __future__ import annotations
