@@ -133,7 +133,8 @@ def draw_terms(random: Random, options: dict[str, Any] | None = None) -> LossCas
         tensors["token_weights"] = 0.1 + 2 * uniform(*random.choice(((batch,), (batch, width))))
     if "selected" in parts:
         tensors["selected"] = uniform(batch, width) < random.choice((0.0, 0.4, 1.0))
-        case.options["num_selected"] = random.choice((None, None, 0, 7))
+        whole = case.options.get("num_tokens") is not None
+        case.options["num_selected"] = random.choice((0, 7) if whole else (None, None, 0, 7))
     estimators = CHOICES["kl_estimator"]
     for index in range(random.randint(1, 2) if "views" in parts else 0):
         views.append((random.choice((-0.1, 0.2, 0.0)), random.choice(estimators)))

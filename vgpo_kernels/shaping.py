@@ -222,11 +222,17 @@ class ShapingConfig(Settings):
 
         """
         if not isinstance(method, str) or method not in METHODS:
-            hint = hints.choice(method, tuple(METHODS))
+            hint = f"; {ELSEWHERE[method]}" if method in [*ELSEWHERE] else hints.choice(method, tuple(METHODS))
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {spell(method)}{hint}")
         return METHODS[method](**changes)
 
 
+# What has no preset, and why.
+ELSEWHERE = {
+    "papo": "PAPO weighs nothing: its term is policy_loss(..., views=[ViewTerm(masked_logp, -gamma, 'k3_clamped')])",
+    "dyco_rl": "the weights of DyCo-RL are not published in full; attention_shift computes its distances",
+    "at_rl": "the clusters of AT-RL and their weights are not published in full",
+}
 # Every preset by its method's name.
 METHODS: dict[str, Callable[..., ShapingConfig | VGPOConfig]] = {
     name: getattr(ShapingConfig, name) for name in ("vgpo", "pepo", "vppo", "pgpo", "tor", "vepo", "cgpo", "va_opd")

@@ -130,6 +130,8 @@ def test_where_nothing_is_selected_the_surrogate_is_zero(
     nothing = torch.zeros_like(batch.response_mask)
     with pytest.raises(ValueError, match="num_selected needs selected, which is None"):
         loss_of(batch, num_selected=3)
+    with pytest.raises(ValueError, match="num_tokens beside selected needs num_selected"):
+        loss_of(batch, selected=batch.response_mask, num_tokens=30)
     loss, gradient, metrics = loss_of(batch, selected=nothing, aggregation=aggregation)
     assert loss == 0 and (gradient == 0).all()
     assert metrics["selected_rate"] == metrics["factor_mean"] == 0 and metrics["ratio_mean"] > 0

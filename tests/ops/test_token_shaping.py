@@ -259,6 +259,8 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
             ShapingConfig(**settings)
     with pytest.raises(ValueError, match=r"one of vgpo, pepo, .* got 'vpo'; did you mean"):
         ShapingConfig.preset("vpo")
+    with pytest.raises(ValueError, match=r"got 'papo'; PAPO weighs nothing: its term is policy_loss"):
+        ShapingConfig.preset("papo")
     with pytest.raises(TypeError, match="has no 'top_ratio'"):
         ShapingConfig.vppo(top_ratio=0.1)
     theirs = {

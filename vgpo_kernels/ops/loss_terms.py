@@ -15,6 +15,10 @@ from vgpo_kernels.reference.policy_loss import SEQUENCE_RATIO
 from vgpo_kernels.summaries import summary
 
 NEEDS_SELECTED = "num_selected needs selected, which is None"
+NEEDS_COUNT = (
+    "num_tokens beside selected needs num_selected: both are counts of the whole batch, so that the losses of its parts "
+    "add up"
+)
 
 
 class ViewTerm(NamedTuple):
@@ -89,6 +93,8 @@ def token_factors(
     own, every = chosen.sum().to(dtype), mask.sum().to(dtype)
     if options.aggregation == "token-mean":
         given = arguments["num_tokens"]
+        if given is not None and count is None:
+            raise ValueError(NEEDS_COUNT)
         product = product * _ratio(every if given is None else given, own if count is None else count)
     elif options.aggregation == "seq-mean-token-mean":
         numbers = [_counts(valid, boundaries).to(dtype) for valid in (mask, chosen)]

@@ -138,7 +138,7 @@ def policy_loss(
             of responses B in this call. 0 counts as 1; a response's length or ``max_length`` still divides.
         num_selected: Denominator of the surrogate in ``"token-mean"`` where tokens are ``selected``, as ``num_tokens``
             is of the rest, a number or a 0-dimensional tensor; default: the number of selected tokens in this call.
-            Where ``num_tokens`` is the whole batch's, give this, too: losses of micro-batches do not add up otherwise.
+            Needed beside ``num_tokens`` there: losses of micro-batches do not add up otherwise.
         views: Terms ``coef * KL(policy || view)``, each a :class:`ViewTerm`, aggregated over all response tokens.
             ``ratio_clamp`` and ``kl_bias_correction`` apply to them as to the reference's; importance weights, token
             weights and ``selected`` do not.
