@@ -15,12 +15,14 @@ from torch import Tensor
 
 from vgpo_kernels import (
     Finding,
+    ShapingConfig,
     VGPOConfig,
     backends,
     check_batch,
     checks,
     combine_factors,
     group_weights,
+    shape_tokens,
     visual_weights,
 )
 
@@ -193,15 +195,7 @@ def reweight(
         ValueError: Shapes, devices or boundaries do not fit together.
 
     """
-    mask, boundaries = checks.response_layout(checks.require_tensor("response_mask", response_mask).bool(), cu_seqlens)
-    for name, value in (("advantages", advantages), ("cos", cos)):
-        checks.per_token(name, value, mask)
-    groups = group_numbers(prompts, cos.device)
-    if len(groups) != checks.batch_size(mask, boundaries):
-        raise ValueError(f"prompts must name {checks.batch_size(mask, boundaries)} responses, got {len(groups)}")
-    if look:
-        batch = {"advantages": advantages, "group_ids": groups, "cu_seqlens": boundaries}
-        look_at_first_batch("VGPO's first batch", response_mask=mask, cos=cos, **batch)
+    mask, boundaries, groups = _rollout_batch(advantages, {"cos": cos}, response_mask, prompts, cu_seqlens, look)
     weights = visual_weights(cos.float(), mask, groups, config, cu_seqlens=boundaries)
     factors, found = weights.factors, dict(weights.metrics)
     if finals is not None and list(finals) != list(range(len(groups))):
@@ -211,10 +205,86 @@ def reweight(
         found |= compared
     found |= _of_factors(factors, mask)
     found["weighted_share"] = found["weighted_responses"] / _scored_responses(mask, boundaries)
+    return advantages * factors.to(advantages.dtype), _numbers(found)
+
+
+def shape(
+    advantages: Tensor,
+    signals: Mapping[str, Tensor],
+    response_mask: Tensor,
+    prompts: Any,
+    config: ShapingConfig,
+    *,
+    progress: float,
+    over_selected: bool = False,
+    cu_seqlens: Tensor | None = None,
+    look: bool = False,
+) -> tuple[Tensor, dict[str, float]]:
+    """Multiply advantages by the factors of a method beside VGPO, over a whole rollout batch.
+
+    Args:
+        advantages: Per token, ``[B, T]`` or packed ``[N]``.
+        signals: As in :func:`vgpo_kernels.shape_tokens`, each in the same shape.
+        response_mask: The scored tokens, in the same shape.
+        prompts: Name of each response's prompt, as in :func:`reweight`.
+        config: The settings.
+        progress: How far training is, from 0 to 1.
+        over_selected: The method's loss is the mean over selected tokens, and the loss that follows is the mean over
+            all: factors of selected tokens are multiplied by all tokens per selected one, and others are 0.
+        cu_seqlens: Boundaries of a packed batch.
+        look: As in :func:`reweight`.
+
+    Returns:
+        The new advantages, and metrics by name, as ``vgpo/...``: those of :func:`vgpo_kernels.shape_tokens`, with the
+        mean, least and largest factor of the scored tokens; without those that are NaN, means of nothing.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or boundaries do not fit together, or a signal is missing.
+
+    """
+    mask, boundaries, groups = _rollout_batch(advantages, signals, response_mask, prompts, cu_seqlens, look)
+    shaping = shape_tokens(signals, mask, groups, config, cu_seqlens=boundaries, progress=progress)
+    factors = shaping.factors
+    if over_selected:
+        ratio = mask.sum() / shaping.selected.sum().clamp(min=1)
+        factors = torch.where(shaping.selected, factors * ratio, torch.where(mask, 0.0, factors))
+    found = dict(shaping.metrics) | _of_factors(factors, mask)
+    return advantages * factors.to(advantages.dtype), _numbers(found)
+
+
+def _rollout_batch(
+    advantages: Tensor,
+    signals: Mapping[str, Tensor],
+    response_mask: Tensor,
+    prompts: Any,
+    cu_seqlens: Tensor | None,
+    look: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Check a rollout batch; return its bool mask, its boundaries and its group ids ``[B]``. The first signal is shown.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or boundaries do not fit together.
+
+    """
+    mask, boundaries = checks.response_layout(checks.require_tensor("response_mask", response_mask).bool(), cu_seqlens)
+    for name, value in {"advantages": advantages, **signals}.items():
+        checks.per_token(name, value, mask)
+    groups = group_numbers(prompts, mask.device)
+    if len(groups) != checks.batch_size(mask, boundaries):
+        raise ValueError(f"prompts must name {checks.batch_size(mask, boundaries)} responses, got {len(groups)}")
+    if look:
+        batch = {"advantages": advantages, "group_ids": groups, "cu_seqlens": boundaries}
+        look_at_first_batch("VGPO's first batch", response_mask=mask, cos=next(iter(signals.values())), **batch)
+    return mask, boundaries, groups
+
+
+def _numbers(found: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return metrics as numbers, as ``vgpo/...``, without those that are NaN."""
     values = torch.stack([value.float() for value in found.values()]).tolist()  # the host waits once
     numbers = zip(found, values, strict=True)
-    metrics = {f"vgpo/{name}": value for name, value in numbers if not math.isnan(value)}
-    return advantages * factors.to(advantages.dtype), metrics
+    return {f"vgpo/{name}": value for name, value in numbers if not math.isnan(value)}
 
 
 def _of_sessions(score: Tensor, groups: Tensor, finals: Tensor, config: VGPOConfig) -> tuple[Tensor, dict[str, Tensor]]:

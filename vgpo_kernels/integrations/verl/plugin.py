@@ -12,14 +12,14 @@ from types import ModuleType
 from typing import Any
 
 from vgpo_kernels.integrations.surface import UnknownSurfaceError
-from vgpo_kernels.integrations.verl import losses, megatron, run, scoring, separate_trainers, trainers
+from vgpo_kernels.integrations.verl import fsdp, losses, megatron, run, separate_trainers, trainers
 
 PACKAGE = "vgpo_kernels.integrations.verl"
 
 # What is done to a module of verl once it has been imported.
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "verl.trainer.ppo.core_algos": losses.register,
-    "verl.workers.engine.fsdp.transformer_impl": scoring.change_fsdp,
+    "verl.workers.engine.fsdp.transformer_impl": fsdp.change,
     "verl.workers.engine.megatron.transformer_impl": megatron.change,
     "verl.trainer.ppo.v1.trainer_base": trainers.change,
     "verl.trainer.ppo.ray_trainer": separate_trainers.refuse_legacy,

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 import vgpo_kernels
-from vgpo_kernels import VGPOConfig, backends
-from vgpo_kernels.integrations.surface import UnknownSurfaceError, config_from
+from vgpo_kernels import ShapingConfig, VGPOConfig, backends
+from vgpo_kernels.integrations.surface import UnknownSurfaceError
 from vgpo_kernels.integrations.transformers import final_norm, visual_token_ids
-from vgpo_kernels.integrations.verl import losses, megatron
+from vgpo_kernels.integrations.verl import losses, megatron, methods, second_views
+from vgpo_kernels.integrations.verl.scoring import ALONE, FIELD, FLAG, METHOD, NEEDS, STEP, field_of
 
 # verl's strategies whose engines compute the focus: FSDP's, those that inherit its forward pass, and Megatron's.
 SCORED = ("fsdp", "fsdp2", "fsdp_turbo", "veomni", "megatron")
@@ -28,12 +29,33 @@ class Switch(NamedTuple):
 
     Attributes:
         config: The settings of the factors.
-        bypass: verl makes no old-log-prob pass, so the focus needs one of its own.
+        bypass: verl makes no old-log-prob pass, so the signal needs one of its own.
+        method: Whose factors they are.
 
     """
 
-    config: VGPOConfig
+    config: VGPOConfig | ShapingConfig
     bypass: bool
+    method: str = "vgpo"
+
+    def fields(self) -> dict[str, str]:
+        """Return where workers leave each signal: the field of verl's model output by the signal's name."""
+        if isinstance(self.config, VGPOConfig):
+            return {"visual": FIELD}
+        return {name: field_of(name) for name in self.config.needs()}
+
+    def flags(self, step: int) -> dict[str, Any]:
+        """Return what a pass is told that reads the signals, by verl's way to tell a pass something.
+
+        Args:
+            step: Number of the trainer's step, which second views are drawn by.
+
+        """
+        alone = {ALONE: True} if self.bypass else {}
+        if isinstance(self.config, VGPOConfig):
+            return {FLAG: True, **alone}
+        needs = self.config.needs()
+        return {METHOD: self.method, NEEDS: ",".join(needs), STEP: step, **alone}
 
 
 def switch(config: Any) -> Switch | None:
@@ -50,7 +72,7 @@ def switch(config: Any) -> Switch | None:
 
     """
     actor = config.actor_rollout_ref.actor
-    settings = config.algorithm.get("vgpo", None)
+    settings: Any = config.algorithm.get("vgpo", None)
     loss_mode = actor.policy_loss.get("loss_mode", "vanilla")
     if settings is None:
         if loss_mode in losses.LOSS_MODES:
@@ -75,7 +97,11 @@ def switch(config: Any) -> Switch | None:
         )
     _refuse_unknown()
     correction = config.algorithm.get("rollout_correction", None) or {}
-    return Switch(config_from(settings), bool(correction.get("bypass_mode", False)))
+    method, factors = methods.method_from(settings)
+    refused = methods.refusals(config, method)
+    if refused:
+        raise ValueError(f"algorithm.vgpo.method={method} does not work with {'; '.join(refused)}")
+    return Switch(factors, bool(correction.get("bypass_mode", False)), method)
 
 
 def _refuse_unknown() -> None:
@@ -95,7 +121,7 @@ def start(config: Any, found: Switch, groups: Iterable[Any]) -> None:
         RuntimeError: As in :func:`join_all`.
 
     """
-    print(banner(config, found, join_all(groups)), flush=True)
+    print(banner(config, found, join_all(groups, found.method)), flush=True)
 
 
 class Worker(NamedTuple):
@@ -106,16 +132,18 @@ class Worker(NamedTuple):
     backend: str
 
 
-def join(worker: Any) -> Worker:
+def join(worker: Any, method: str = "vgpo") -> Worker:
     """Attach VGPO in a worker's process, which Ray calls with the worker; importing this module has attached it.
 
     Args:
         worker: verl's, alone or several in one process.
+        method: Whose signal is read.
 
     Raises:
         TypeError: Its model has no final norm that is found.
         UnknownSurfaceError: Something of its verl could not be changed.
-        ValueError: Its model names no visual token, so nothing could be weighted.
+        ValueError: Its model names no visual token, so nothing could be weighted, or the method's signal cannot be
+            read from it.
 
     """
     _refuse_unknown()
@@ -129,17 +157,19 @@ def join(worker: Any) -> Worker:
         elif isinstance(model, torch.nn.Module):
             visual_token_ids(model)
             final_norm(model)
+            second_views.check_model(model, methods.METHODS[method])
             device = next(model.parameters()).device.type
     # Offloaded parameters say nothing about where the passes run.
     kind = torch.accelerator.current_accelerator(check_available=True) or torch.device(device)
     return Worker(platform.node(), vgpo_kernels.__version__, backends.select(kind))
 
 
-def join_all(groups: Iterable[Any]) -> list[Worker]:
+def join_all(groups: Iterable[Any], method: str = "vgpo") -> list[Worker]:
     """Attach VGPO in every worker of verl's worker groups.
 
     Args:
         groups: verl's ``RayWorkerGroup``.
+        method: Whose signal is read.
 
     Returns:
         What the workers say, one for each process.
@@ -152,7 +182,7 @@ def join_all(groups: Iterable[Any]) -> list[Worker]:
 
     actors = {id(actor): actor for group in groups for actor in group.workers}
     try:
-        workers: list[Worker] = ray.get([actor.__ray_call__.remote(join) for actor in actors.values()])
+        workers: list[Worker] = ray.get([actor.__ray_call__.remote(join, method) for actor in actors.values()])
     except Exception as error:
         raise RuntimeError(
             "a worker cannot join VGPO. vgpo_kernels has to be installed, in one version, on every node, or be brought "
@@ -180,12 +210,11 @@ def banner(config: Any, found: Switch, workers: list[Worker]) -> str:
     actor = config.actor_rollout_ref.actor
     kernels = ", ".join(sorted({worker.backend for worker in workers}))
     hosts = len({worker.host for worker in workers})
-    passes = "a pass of the decoder by itself (bypass_mode)" if found.bypass else "the old-log-prob pass"
     return (
         f"VGPO re-weights advantages: {versions}\n"
         f"  engine {actor.strategy}; workers: {len(workers)}, nodes: {hosts}, kernels: {kernels}\n"
-        f"  signal: visual focus, in {passes}; groups by uid, {config.actor_rollout_ref.rollout.n} responses each\n"
-        f"  settings: {_settings(config.algorithm.vgpo, found.config)}; "
+        f"  signal: {_signal(found)}; groups by uid, {config.actor_rollout_ref.rollout.n} responses each\n"
+        f"  settings: {_settings(config.algorithm.vgpo, found)}; "
         f"loss_mode {actor.policy_loss.get('loss_mode', 'vanilla')}"
     )
 
@@ -199,7 +228,20 @@ def _version(name: str) -> str:
         return "?"
 
 
-def _settings(given: Mapping[str, Any], config: VGPOConfig) -> str:
-    preset = given.get("preset", "paper")
-    chosen = {name: getattr(config, name) for name in given if name != "preset"}
-    return ", ".join([f"preset {preset}", *(f"{name}={value}" for name, value in chosen.items())])
+def _signal(found: Switch) -> str:
+    """Say what is read of a token, and in which passes."""
+    method = methods.METHODS[found.method]
+    beside = "entropy" in found.fields() and method.signal != "js"
+    signal = method.describe() + " and entropy" * beside
+    if found.method == "vgpo":
+        own = "a pass of the decoder by itself (bypass_mode)"
+    else:
+        own = "a pass by itself (bypass_mode)"
+    passes = own if found.bypass else "the old-log-prob pass"
+    return f"{signal}, in {passes}{' and one more' if method.view else ''}"
+
+
+def _settings(given: Mapping[str, Any], found: Switch) -> str:
+    base = f"preset {given.get('preset', 'paper')}" if found.method == "vgpo" else f"method {found.method}"
+    chosen = {name: getattr(found.config, name) for name in given if name not in ("preset", "method")}
+    return ", ".join([base, *(f"{name}={value}" for name, value in chosen.items())])

@@ -1,28 +1,32 @@
-"""Visual focus in the forward pass of verl's FSDP engine, for log-probs or by itself."""
+"""Visual focus of verl's micro-batches, and what its engines' passes are told and leave of visual signals."""
 
 from __future__ import annotations
 
-import functools
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from vgpo_kernels import checks, visual_focus
 from vgpo_kernels.integrations.sequence_parallel import parallel_focus
-from vgpo_kernels.integrations.surface import look_at_first_batch, require
-from vgpo_kernels.integrations.transformers import capture_hidden_states, unwrap, visual_mask
-from vgpo_kernels.integrations.verl.losses import KNOWN
+from vgpo_kernels.integrations.surface import look_at_first_batch
+from vgpo_kernels.integrations.transformers import visual_mask
 
 FLAG = "calculate_visual_focus"
 ALONE = "visual_focus_alone"  # without log-probs
 FIELD = "visual_focus"
 SECONDS = "visual_focus_seconds"  # a response's share of what its micro-batch took
+# Of the other methods: the name, the signals that shape_tokens needs of it with commas between, the trainer's step.
+METHOD, NEEDS, STEP = "visual_method", "visual_method_needs", "visual_method_step"
+
+
+def field_of(signal: str) -> str:
+    """Return the field of verl's model output that a method beside VGPO leaves one of its signals in."""
+    return f"visual_method_{signal}"
 
 
 def sampled_of_packed(input_ids: Any, response_mask: Any) -> Tensor:
@@ -46,7 +50,13 @@ def sampled_of_packed(input_ids: Any, response_mask: Any) -> Tensor:
 
 
 def focus_of_packed(
-    hidden: Tensor, input_ids: Any, model: Any, response_mask: Any, group: dist.ProcessGroup | None = None
+    hidden: Tensor,
+    input_ids: Any,
+    model: Any,
+    response_mask: Any,
+    group: dist.ProcessGroup | None = None,
+    *,
+    pooling: Literal["mean", "unit_mean"] = "mean",
 ) -> Tensor:
     """Compute the focus of the tokens that the policy sampled in a nested batch of sequences (prompt and response).
 
@@ -60,6 +70,7 @@ def focus_of_packed(
         model: The model, whose configuration names its visual tokens.
         response_mask: As for :func:`sampled_of_packed`.
         group: The ranks of Ulysses where they split the packed sequence evenly between them: ``[1, n, D]`` each.
+        pooling: As in :func:`visual_focus`; ``"unit_mean"`` without ``group``.
 
     Returns:
         fp32 ``[N]``, on every rank of ``group``: cosines, 0 at tokens that were not sampled and NaN where no image was
@@ -68,18 +79,21 @@ def focus_of_packed(
 
     Raises:
         TypeError: ``response_mask`` is not nested.
-        ValueError: The model's configuration names no visual token.
+        ValueError: The model's configuration names no visual token, or ranks share a mean of unit states.
 
     """
+    if group is not None and pooling != "mean":
+        raise ValueError(f"pooling={pooling!r} needs whole sequences, and the ranks of group have parts of them")
     ids, offsets, sampled, visual = _tokens(input_ids, model, response_mask, hidden.device)
+    options: dict[str, Any] = {"visibility": "causal", "pooling": pooling}
     if group is not None:
         cos = parallel_focus(hidden[0], visual, sampled, cu_seqlens=offsets, visibility="causal", group=group)
     elif hidden.shape[0] == 1:
-        cos = visual_focus(hidden[0, : ids.shape[0]], visual, sampled, cu_seqlens=offsets, visibility="causal")
+        cos = visual_focus(hidden[0, : ids.shape[0]], visual, sampled, cu_seqlens=offsets, **options)
     else:
-        inside = _inside(hidden, offsets)
-        images, answers = (torch.zeros_like(inside).masked_scatter(inside, mask) for mask in (visual, sampled))
-        cos = visual_focus(hidden, images, answers, visibility="causal")[inside]
+        real = inside(hidden, offsets)
+        images, answers = (torch.zeros_like(real).masked_scatter(real, mask) for mask in (visual, sampled))
+        cos = visual_focus(hidden, images, answers, **options)[real]
     return cos.roll(-1)
 
 
@@ -90,87 +104,65 @@ def _tokens(input_ids: Any, model: Any, response_mask: Any, device: torch.device
     return ids, input_ids.offsets().to(device), sampled, visual_mask(ids, model, sampled)
 
 
-def _inside(hidden: Tensor, offsets: Tensor) -> Tensor:
+def inside(hidden: Tensor, offsets: Tensor) -> Tensor:
     """Return True at the rows of states ``[B, S, D]``, padded right, that are no padding, ``[B, S]``."""
     return torch.arange(hidden.shape[1], device=hidden.device) < offsets.diff()[:, None]
 
 
-def change_fsdp(transformer_impl: ModuleType) -> None:
-    """Make verl's FSDP engine, and those that inherit from it, compute the focus when they are asked to.
+class PackedTokens(NamedTuple):
+    """The tokens of a nested micro-batch, B sequences of N tokens in all.
 
-    Raises:
-        UnknownSurfaceError: The engine's methods are not those of the known versions.
-
-    """
-    engine: Any = require(transformer_impl, "FSDPEngineWithLMHead", (), KNOWN)
-    score_focus(engine, transformer_impl)
-
-
-def score_focus(engine: type, transformer_impl: ModuleType) -> None:
-    """Make an FSDP engine of verl compute the focus in its forward pass when ``calculate_visual_focus`` is set.
-
-    With ``visual_focus_alone`` the pass computes nothing else: it leaves out the LM head, but for one position.
-
-    Args:
-        engine: The class, whose ``forward_step`` is replaced, once.
-        transformer_impl: The module it is defined in.
-
-    Raises:
-        UnknownSurfaceError: The engine's methods are not those of the known versions.
+    Attributes:
+        ids: ``[N]``.
+        offsets: Boundaries, ``[B + 1]``.
+        sampled: True at tokens that the policy sampled, ``[N]``.
+        visual: True at the images' tokens, ``[N]``.
 
     """
-    forward_step = require(engine, "forward_step", ("self", "micro_batch", "loss_function", "forward_only"), KNOWN)
-    require(engine, "prepare_model_inputs", ("self", "micro_batch"), KNOWN)
-    for name in ("get_device_name", "get_device_id"):
-        require(transformer_impl, name, (), KNOWN)
-    if getattr(forward_step, "scores_visual_focus", False):
-        return
 
-    def decoder_pass(self: Any, micro_batch: Any) -> tuple[Tensor, dict[str, Any]]:
-        inputs, _ = self.prepare_model_inputs(micro_batch=micro_batch.to(transformer_impl.get_device_id()))
-        dtype = getattr(self, "_autocast_dtype", torch.bfloat16)
-        lower = nullcontext() if dtype == torch.float32 else torch.autocast(transformer_impl.get_device_name(), dtype)
-        with lower:
-            self.module(**inputs, use_cache=False)
-        return torch.ones(()), {"model_output": {}, "loss": 1.0, "metrics": {}}
+    ids: Tensor
+    offsets: Tensor
+    sampled: Tensor
+    visual: Tensor
 
-    @functools.wraps(forward_step)
-    def with_focus(self: Any, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
-        if not asked(micro_batch, FLAG):
-            return forward_step(self, micro_batch, loss_function, forward_only)
-        # verl's fused kernels put a forward pass in the model's place that always computes log-probs.
-        alone = asked(micro_batch, ALONE) and not asked(micro_batch, "use_fused_kernels")
-        with capture_hidden_states(self.module) as captured:
-            if alone:
-                with _head_of_one_row(self.module):
-                    loss, output = decoder_pass(self, micro_batch)
-            else:
-                loss, output = forward_step(self, micro_batch, loss_function, forward_only)
-        group = self.ulysses_parallel_group if getattr(self, "use_ulysses_sp", False) else None
-        input_ids = micro_batch["input_ids"]
-        if group is None and not getattr(self, "vgpo_looked", False):
-            self.vgpo_looked = True
-            _look(captured.hidden, micro_batch, self.module, output["model_output"].get("log_probs"))
-        stop = clock(captured.hidden)
-        cos = focus_of_packed(captured.hidden, input_ids, self.module, micro_batch["response_mask"], group)
-        seconds = stop()
-        output["model_output"] |= nested_outputs(cos, input_ids, seconds)
-        return loss, output
+    @classmethod
+    def of(cls, micro_batch: Any, model: Any, device: torch.device) -> PackedTokens:
+        """Read those of a micro-batch of verl's.
 
-    with_focus.scores_visual_focus = True  # type: ignore[attr-defined]
-    engine.forward_step = with_focus  # type: ignore[attr-defined]
+        Raises:
+            TypeError: ``response_mask`` is not nested.
+            ValueError: The model's configuration names no visual token.
+
+        """
+        return cls(*_tokens(micro_batch["input_ids"], model, micro_batch["response_mask"], device))
+
+    def marked(self, signal: Tensor) -> Tensor:
+        """Mark a signal ``[N]``, shifted one place to the left: 0 at tokens that were not sampled.
+
+        NaN at those with no image before them, and infinite where it is not finite for another reason.
+        """
+        before = self.visual.long().cumsum(0) - self.visual.long()
+        lengths = self.offsets.diff()
+        # Where a sequence begins, what is before it is none of its own.
+        own = nn.functional.pad(before, (0, 1))[self.offsets[:-1]]
+        seen = before > own.repeat_interleave(lengths, output_size=len(self.ids))
+        sampled, seen = (mask.roll(-1).to(signal.device) for mask in (self.sampled, seen))
+        signal = signal.masked_fill(~signal.isfinite(), math.inf).masked_fill(~seen, math.nan)
+        return signal.masked_fill(~sampled, 0.0)
 
 
-def _look(hidden: Tensor, micro_batch: Any, model: Any, log_probs: Any) -> None:
+def look(engine: Any, hidden: Tensor, micro_batch: Any, log_probs: Any) -> None:
     """Look at the first micro-batch of a worker: its states, masks, and the log-probs that verl computed."""
-    tokens = _tokens(micro_batch["input_ids"], model, micro_batch["response_mask"], hidden.device)
-    ids, offsets, sampled, visual = tokens
-    temperature = _of_micro_batch(micro_batch, "temperature", None)
+    if getattr(engine, "vgpo_looked", False):
+        return
+    engine.vgpo_looked = True
+    ids, offsets, sampled, visual = PackedTokens.of(micro_batch, engine.module, hidden.device)
+    temperature = setting(micro_batch, "temperature", None)
     known = log_probs is not None and isinstance(temperature, float)  # not one for each response
     look_at_first_batch(
         "VGPO's first micro-batch",
-        model_or_head=model,
-        hidden=hidden[0, : len(ids)] if hidden.shape[0] == 1 else hidden[_inside(hidden, offsets)],
+        model_or_head=engine.module,
+        hidden=hidden[0, : len(ids)] if hidden.shape[0] == 1 else hidden[inside(hidden, offsets)],
         ids=ids,
         # verl's are shifted to the left.
         old_logp=log_probs.values().roll(1).to(hidden.device) if known else None,
@@ -179,21 +171,6 @@ def _look(hidden: Tensor, micro_batch: Any, model: Any, log_probs: Any) -> None:
         cu_seqlens=offsets,
         temperature=temperature if known else 1.0,
     )
-
-
-@contextmanager
-def _head_of_one_row(model: Any) -> Iterator[None]:
-    """Let the LM head compute the logits of the last position alone, whatever forward pass verl gave the model."""
-    whole: Any = unwrap(model)
-    head = whole.get_output_embeddings()
-    before, forward = vars(head).get("forward"), head.forward
-    head.forward = lambda states: forward(states[:, -1:])
-    try:
-        yield
-    finally:
-        del head.forward
-        if before is not None:
-            head.forward = before
 
 
 def nested_outputs(cos: Tensor, input_ids: Any, seconds: float) -> dict[str, Tensor]:
@@ -206,19 +183,23 @@ def nested_outputs(cos: Tensor, input_ids: Any, seconds: float) -> dict[str, Ten
 
     """
     offsets = input_ids.offsets().to(cos.device)
+    return {FIELD: torch.nested.nested_tensor_from_jagged(cos, offsets)} | nested_seconds(seconds, offsets)
+
+
+def nested_seconds(seconds: float, offsets: Tensor) -> dict[str, Tensor]:
+    """Return each response's share of the time that a micro-batch took, as a nested field of verl's model output."""
     rows = len(offsets) - 1
-    share = cos.new_full((rows,), seconds / rows)
-    return {
-        FIELD: torch.nested.nested_tensor_from_jagged(cos, offsets),
-        SECONDS: torch.nested.nested_tensor_from_jagged(share, torch.arange(rows + 1, device=cos.device)),
-    }
+    share = torch.full((rows,), seconds / rows, device=offsets.device)
+    return {SECONDS: torch.nested.nested_tensor_from_jagged(share, torch.arange(rows + 1, device=offsets.device))}
 
 
 def asked(micro_batch: Any, flag: str) -> bool:
-    return bool(_of_micro_batch(micro_batch, flag, False))
+    """Whether a flag of a micro-batch is set."""
+    return bool(setting(micro_batch, flag, False))
 
 
-def _of_micro_batch(micro_batch: Any, key: str, default: Any) -> Any:
+def setting(micro_batch: Any, key: str, default: Any) -> Any:
+    """Return what a micro-batch says that is no tensor."""
     from verl.utils.tensordict_utils import get_non_tensor_data
 
     return get_non_tensor_data(data=micro_batch, key=key, default=default)

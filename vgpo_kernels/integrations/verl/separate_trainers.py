@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels.integrations.surface import require, reweight
+from vgpo_kernels.integrations.surface import require
 from vgpo_kernels.integrations.verl import run
 from vgpo_kernels.integrations.verl.losses import KNOWN
-from vgpo_kernels.integrations.verl.scoring import ALONE, FIELD, FLAG, SECONDS
-from vgpo_kernels.integrations.verl.trainers import NOT_REWEIGHTED, SECONDS_METRIC, replace
+from vgpo_kernels.integrations.verl.scoring import SECONDS
+from vgpo_kernels.integrations.verl.trainers import NOT_REWEIGHTED, SECONDS_METRIC, apply, replace
 
 
 def change(separation: ModuleType) -> None:
@@ -86,10 +86,11 @@ def _scoring(compute_old_log_prob: Any) -> Any:
     def scoring(self: Any, batch: Any) -> Any:
         if self.vgpo is None:
             return compute_old_log_prob(self, batch)
-        with _asking(self.actor_rollout_wg, {FLAG: True}) as passes:
+        with _asking(self) as passes:
             old_log_prob, mfu = compute_old_log_prob(self, batch)
-        old_log_prob.batch[FIELD] = passes[0].focus
-        self.metrics[SECONDS_METRIC] = passes[0].seconds
+        for field, values in passes[0].signals.items():
+            old_log_prob.batch[field] = values
+        self.metrics.update(passes[0].metrics)
         return old_log_prob, mfu
 
     return scoring
@@ -104,11 +105,13 @@ def _scoring_alone(compute_log_prob: Any) -> Any:
         from verl.workers.utils.padding import left_right_2_no_padding
 
         data = left_right_2_no_padding(batch.to_tensordict())
-        tensordict_utils.assign_non_tensor(data, calculate_entropy=False, compute_loss=False)
-        with _asking(self.actor_rollout_wg, {FLAG: True, ALONE: True}) as passes:
+        entropy = "entropy" in self.vgpo.fields()
+        tensordict_utils.assign_non_tensor(data, calculate_entropy=entropy, compute_loss=False)
+        with _asking(self) as passes:
             self.actor_rollout_wg.compute_log_prob(data)
-        batch.batch[FIELD] = passes[0].focus
-        self.metrics[SECONDS_METRIC] = passes[0].seconds
+        for field, values in passes[0].signals.items():
+            batch.batch[field] = values
+        self.metrics.update(passes[0].metrics)
         return batch
 
     return scoring_alone
@@ -118,34 +121,37 @@ class _Pass:
     """What a pass over a batch without padding has scored.
 
     Attributes:
-        focus: Padded as verl pads log-probs, ``[B, T]``.
-        seconds: What it took the workers, together.
+        signals: By their fields, padded as verl pads log-probs, ``[B, T]``.
+        metrics: What it took the workers, together.
 
     """
 
-    def __init__(self, data: Any, output: Any) -> None:
+    def __init__(self, fields: Iterable[str], data: Any, output: Any) -> None:
         from verl.workers.utils.padding import no_padding_2_padding
 
-        focus = output.get(FIELD, None)
-        if focus is None:
-            raise RuntimeError(f"the workers' pass left no {FIELD}")
-        self.focus: Tensor = no_padding_2_padding(focus, data)
-        self.seconds = float(output[SECONDS].values().sum())
+        self.signals: dict[str, Tensor] = {}
+        for field in fields:
+            if output.get(field, None) is None:
+                raise RuntimeError(f"the workers' pass left no {field}")
+            self.signals[field] = no_padding_2_padding(output[field], data)
+        seconds = output.get(SECONDS, None)
+        self.metrics = {} if seconds is None else {SECONDS_METRIC: float(seconds.values().sum())}
 
 
 @contextmanager
-def _asking(workers: Any, flags: dict[str, bool]) -> Iterator[list[_Pass]]:
-    """Set flags for the passes that are made inside, whose focus verl itself would drop, and keep what they score."""
+def _asking(trainer: Any) -> Iterator[list[_Pass]]:
+    """Ask for signals in the passes that are made inside, of which verl itself would drop them, and keep them."""
     from verl.utils import tensordict_utils
 
     passes: list[_Pass] = []
+    workers, found = trainer.actor_rollout_wg, trainer.vgpo
     compute_log_prob = workers.compute_log_prob
 
     def asking(data: Any) -> Any:
-        tensordict_utils.assign_non_tensor(data, **flags)
+        tensordict_utils.assign_non_tensor(data, **found.flags(trainer.global_steps))
         data["response_mask"] = _without_padding(data["response_mask"], data["attention_mask"])
         output = compute_log_prob(data)
-        passes.append(_Pass(data, output))
+        passes.append(_Pass(found.fields().values(), data, output))
         return output
 
     workers.compute_log_prob = asking
@@ -167,20 +173,26 @@ def _reweighting(compute_advantage: Any) -> Any:
         batch = compute_advantage(self, batch)
         if self.vgpo is None:
             return batch
-        batch.batch["advantages"], found = reweight(
+        batch.batch["advantages"], found = apply(
+            self,
             batch.batch["advantages"],
-            batch.batch[FIELD],
+            {name: batch.batch[field] for name, field in self.vgpo.fields().items()},
             batch.batch["response_mask"],
             list(batch.non_tensor_batch["uid"]),
-            self.vgpo.config,
-            look=not getattr(self, "vgpo_looked", False),
+            progress=_progress(self),
         )
-        self.vgpo_looked = True
         self.metrics.update(found)
         self.vgpo_reweighted = True
         return batch
 
     return reweighting
+
+
+def _progress(trainer: Any) -> float:
+    """Return how far training is, from 0 to 1; fully async counts versions of its weights."""
+    if hasattr(trainer, "current_param_version"):
+        return float(trainer.current_param_version / max(trainer.total_train_steps or 1, 1))
+    return float((trainer.global_steps - 1) / max(trainer.total_training_steps, 1))
 
 
 def _guarding(update_actor: Any) -> Any:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from vgpo_kernels.integrations.surface import require, reweight
+from vgpo_kernels import VGPOConfig
+from vgpo_kernels.integrations.surface import require, reweight, shape
 from vgpo_kernels.integrations.verl import run
 from vgpo_kernels.integrations.verl.losses import KNOWN
-from vgpo_kernels.integrations.verl.scoring import ALONE, FIELD, FLAG, SECONDS
+from vgpo_kernels.integrations.verl.methods import METHODS
+from vgpo_kernels.integrations.verl.scoring import ALONE, FLAG, METHOD, SECONDS
 
 SECONDS_METRIC = "vgpo/scoring_seconds_total"
 NOT_REWEIGHTED = "{} computes advantages by itself, so algorithm.vgpo did not re-weight them: let it call verl's {}"
@@ -74,19 +77,22 @@ def _scoring(compute_old_log_prob: Any) -> Any:
     def scoring(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
         if self.vgpo is None:
             return compute_old_log_prob(self, batch, metrics)
+        flags = self.vgpo.flags(self.global_steps)
         # The reference pass, which follows, goes over the same batch.
+        silence = {FLAG: False, ALONE: False, METHOD: ""}
         if not self.vgpo.bypass:
-            batch.extra_info[FLAG] = True
+            batch.extra_info.update(flags)
             batch = compute_old_log_prob(self, batch, metrics)
-            batch.extra_info[FLAG] = False
+            batch.extra_info.update(silence)
             return batch
         batch = compute_old_log_prob(self, batch, metrics)
         temperature = self.config.actor_rollout_ref.rollout.temperature
-        batch.extra_info.update(calculate_entropy=False, compute_loss=False, temperature=temperature)
-        batch.extra_info.update({FLAG: True, ALONE: True})
+        entropy = "entropy" in self.vgpo.fields()
+        batch.extra_info.update(calculate_entropy=entropy, compute_loss=False, temperature=temperature)
+        batch.extra_info.update(flags)
         if len(self.actor_rollout_wg.compute_log_prob(batch)) != len(batch):
-            raise RuntimeError("the pass that scores visual focus returned another batch")
-        batch.extra_info.update({FLAG: False, ALONE: False})
+            raise RuntimeError("the pass that reads the visual signal returned another batch")
+        batch.extra_info.update(silence)
         return batch
 
     return scoring
@@ -101,30 +107,33 @@ def _reweighting(compute_advantage: Any) -> Any:
         from tensordict import TensorDict
         from verl.workers.utils.padding import response_from_nested
 
+        fields = self.vgpo.fields()
         data = transfer_queue.kv_batch_get(
             keys=batch.keys,
             partition_id=batch.partition_id,
-            select_fields=["uid", "response_mask", "advantages", FIELD, SECONDS],
+            select_fields=["uid", "response_mask", "advantages", *fields.values(), SECONDS],
         )
-        if data.get(FIELD, None) is None:  # the data plane leaves out what it does not have
-            raise RuntimeError(
-                f"the old-log-prob pass left no {FIELD}: a trainer that computes old log-probs by itself has to call "
-                "verl's PPOTrainer._compute_old_log_prob"
-            )
+        for field in fields.values():
+            if data.get(field, None) is None:  # the data plane leaves out what it does not have
+                raise RuntimeError(
+                    f"the old-log-prob pass left no {field}: a trainer that computes old log-probs by itself has to "
+                    "call verl's PPOTrainer._compute_old_log_prob"
+                )
         mask, advantages = data["response_mask"], data["advantages"]
-        reweighted, found = reweight(
+        signals = {name: response_from_nested(data[field], mask).values() for name, field in fields.items()}
+        reweighted, found = apply(
+            self,
             advantages.values(),
-            response_from_nested(data[FIELD], mask).values(),
+            signals,
             mask.values(),
             list(data.get("uid").tolist()),
-            self.vgpo.config,
+            progress=(self.global_steps - 1) / max(self.total_training_steps, 1),
             cu_seqlens=mask.offsets(),
             finals=finals(batch.keys) if self.config.algorithm.adv_estimator == "grpo" else None,
-            look=not getattr(self, "vgpo_looked", False),
         )
-        self.vgpo_looked = True
         metrics.update(found)
-        metrics[SECONDS_METRIC] = data[SECONDS].values().sum().item()
+        if data.get(SECONDS, None) is not None:
+            metrics[SECONDS_METRIC] = data[SECONDS].values().sum().item()
         nested = torch.nested.nested_tensor_from_jagged(reweighted, advantages.offsets())
         fields = TensorDict({"advantages": nested}, batch_size=len(batch))
         self.vgpo_reweighted = True
@@ -132,6 +141,50 @@ def _reweighting(compute_advantage: Any) -> Any:
         return transfer_queue.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
     return reweighting
+
+
+def apply(
+    trainer: Any,
+    advantages: Tensor,
+    signals: Mapping[str, Tensor],
+    response_mask: Tensor,
+    uids: list[Any],
+    *,
+    progress: float,
+    cu_seqlens: Tensor | None = None,
+    finals: Sequence[int] | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Multiply a rollout batch's advantages by the factors of the run's method.
+
+    Args:
+        trainer: verl's, with its ``vgpo``.
+        advantages: Per token, ``[B, T]`` or packed ``[N]``.
+        signals: By name, in the same shape.
+        response_mask: Likewise.
+        uids: Of each response.
+        progress: How far training is; what is beyond 1 counts as 1.
+        cu_seqlens: Boundaries of a packed batch.
+        finals: Of :func:`~vgpo_kernels.integrations.surface.reweight`, for VGPO.
+
+    Returns:
+        The new advantages, and metrics.
+
+    """
+    look, trainer.vgpo_looked = not getattr(trainer, "vgpo_looked", False), True
+    batch: dict[str, Any] = {"cu_seqlens": cu_seqlens, "look": look}
+    switch: run.Switch = trainer.vgpo
+    if isinstance(switch.config, VGPOConfig):
+        return reweight(advantages, signals["visual"], response_mask, uids, switch.config, finals=finals, **batch)
+    return shape(
+        advantages,
+        signals,
+        response_mask,
+        uids,
+        switch.config,
+        progress=min(max(progress, 0.0), 1.0),
+        over_selected=METHODS[switch.method].over_selected,
+        **batch,
+    )
 
 
 def _guarding(update_actor: Any) -> Any:
