@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo import v1
 
 import vgpo_kernels
-from vgpo_kernels import VGPOConfig
+from vgpo_kernels import ShapingConfig, VGPOConfig
 from vgpo_kernels.integrations.surface import UnknownSurfaceError, config_from
 from vgpo_kernels.integrations.verl import losses, plugin, run
 
@@ -34,6 +34,11 @@ def test_the_switch() -> None:
     assert run.switch(settings(**PAPER)) == run.Switch(VGPOConfig.paper(), bypass=False)
     found = run.switch(settings(algorithm__vgpo={"beta": 0.5}, algorithm__rollout_correction={"bypass_mode": True}))
     assert found == run.Switch(VGPOConfig.paper(beta=0.5), bypass=True)
+    found = run.switch(settings(algorithm__vgpo={"method": "vppo", "top_visual": 0.3}))
+    assert found == run.Switch(ShapingConfig.vppo(top_visual=0.3), bypass=False, method="vppo")
+    assert run.switch(settings(algorithm__vgpo={"method": "vgpo", "preset": "released"})) == run.Switch(
+        VGPOConfig.released(), bypass=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,42 @@ def test_the_switch() -> None:
                 "actor_rollout_ref__actor__megatron": {"dynamic_context_parallel": True},
             },
             r"megatron.dynamic_context_parallel=true, with which verl .*; context_parallel_size works",
+        ),
+        ({"algorithm__vgpo": {"method": "vpo"}}, "method must be one of vgpo, .*, got vpo; did you mean"),
+        ({"algorithm__vgpo": {"method": "papo"}}, "method=papo is not in verl: its term of the loss .*vgpo train"),
+        ({"algorithm__vgpo": {"method": "CGPO"}}, r"method=CGPO is not in verl: .*ShapingConfig.cgpo\(\)"),
+        ({"algorithm__vgpo": {"method": "va-opd"}}, "it distils a teacher"),
+        ({"algorithm__vgpo": {"method": "at_rl"}}, "was not published in full"),
+        ({"algorithm__vgpo": {"method": "vppo", "preset": "paper"}}, "preset is of method=vgpo"),
+        ({"algorithm__vgpo": {"method": "vppo", "beta": 0.5}}, "unknown settings of method=vppo: beta"),
+        ({"algorithm__vgpo": {"method": "vppo", "fusion": "soft_or"}}, "these settings need gap"),
+        ({"algorithm__vgpo": {"method": "vppo", "top_visual": 2.0}}, "top_visual must"),
+        (
+            {
+                "algorithm__vgpo": {"method": "vppo"},
+                "actor_rollout_ref__actor__strategy": "megatron",
+                "actor_rollout_ref__actor__megatron": {"dynamic_context_parallel": False},
+            },
+            "method=vppo does not work with strategy=megatron",
+        ),
+        (
+            {
+                "algorithm__vgpo": {"method": "pepo"},
+                "actor_rollout_ref__actor__ulysses_sequence_parallel_size": 2,
+            },
+            "method=pepo does not work with ulysses_sequence_parallel_size=2",
+        ),
+        (
+            {"algorithm__vgpo": {"method": "vepo"}, "actor_rollout_ref__model__use_fused_kernels": True},
+            "method=vepo does not work with model.use_fused_kernels=true",
+        ),
+        (
+            {"algorithm__vgpo": {"method": "vepo"}, "actor_rollout_ref__actor__loss_agg_mode": "seq-mean-token-mean"},
+            "method=vepo does not work with loss_agg_mode=seq-mean-token-mean",
+        ),
+        (
+            {"algorithm__vgpo": {"method": "vepo"}, "actor_rollout_ref__actor__policy_loss__loss_mode": "gspo"},
+            "method=vepo does not work with loss_mode=gspo",
         ),
         ({"algorithm__vgpo": {"preset": "papers"}}, "preset must be paper or released"),
         ({"algorithm__vgpo": {"gamma": 0.5}}, "unknown VGPO settings: gamma"),
@@ -108,6 +149,13 @@ def test_a_model_without_images_is_refused_before_it_samples() -> None:
     other.config = tiny_model().config
     with pytest.raises(TypeError, match="norm"):
         run.join(worker_of(other))
+    flash = tiny_model()
+    flash.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"method=pgpo hides images .*attn_implementation=flash_attention_2 does not"):
+        run.join(worker_of(flash), "pgpo")
+    flash.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="method=vepo compares distributions in the LM head, and this model's logits"):
+        run.join(worker_of(flash), "vepo")
     # Megatron's, in chunks of pipeline stages.
     with pytest.raises(ValueError, match="visual"):
         run.join(worker_of([other], model_config=SimpleNamespace(hf_config=model.config)))
@@ -123,6 +171,21 @@ def test_the_banner() -> None:
     assert "engine fsdp; workers: 3, nodes: 2, kernels: cuda" in text
     assert "visual focus, in the old-log-prob pass; groups by uid, 8 responses each" in text
     assert "preset released, beta=0.4; loss_mode vanilla" in text
+
+
+def test_the_banner_of_another_method() -> None:
+    workers = [run.Worker("one", "0", "cuda")]
+
+    def text(**settings_of_vgpo: Any) -> str:
+        config = settings(algorithm__vgpo=settings_of_vgpo, actor_rollout_ref__rollout__n=8)
+        found = run.switch(config)
+        assert found is not None
+        return run.banner(config, found, workers)
+
+    said = text(method="vppo", top_visual=0.3)
+    assert "k3 of the sampled token, patches of the image masked (0.5), in the old-log-prob pass and one more;" in said
+    assert "method vppo, top_visual=0.3; loss_mode vanilla" in said
+    assert "over all layers and entropy, in the old-log-prob pass; groups" in text(method="pepo")
 
 
 PRINT = """

@@ -6,7 +6,7 @@ Only the worker group is replaced, by one that calls the engine in this process.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,9 @@ pytest.importorskip("verl", reason="verl is not installed (make verl installs it
 
 import ray
 import transfer_queue
-from integrations.verl_case import as_verl_keeps, engine_of, settings
+from integrations import verl_methods_case
+from integrations.verl_case import as_verl_keeps, engine_of, group_relative, settings, trainer_of
+from integrations.verl_methods_case import Row
 from omegaconf import OmegaConf
 from verl import DataProto
 from verl.experimental.fully_async_policy.fully_async_trainer import FullyAsyncTrainer
@@ -38,7 +40,6 @@ from verl.experimental.separation.ray_trainer import SeparateRayPPOTrainer
 from verl.trainer.ppo import v1
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
 from verl.trainer.ppo.utils import Role
-from verl.utils import tensordict_utils
 
 from vgpo_kernels import VGPOConfig
 from vgpo_kernels.integrations.surface import config_from
@@ -67,71 +68,16 @@ def model() -> Any:
     return tiny_model()
 
 
-class Workers:
-    """A worker group of one worker, in this process."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.passes: list[dict[str, Any]] = []
-        self.updates = 0
-
-    def compute_log_prob(self, batch: Any) -> Any:
-        if not isinstance(batch, transfer_queue.KVBatchMeta):
-            return self._infer(batch)
-        data = transfer_queue.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id)
-        tensordict_utils.assign_non_tensor(data, **batch.extra_info)
-        self.passes.append(dict(batch.extra_info))
-        return transfer_queue.kv_batch_put(batch.keys, batch.partition_id, fields=self._infer(data).exclude("metrics"))
-
-    def _infer(self, data: Any) -> Any:
-        tensordict_utils.assign_non_tensor(data, temperature=1.0, use_remove_padding=False)
-        outputs: dict[str, list[Tensor]] = {}
-        for part in tensordict_utils.chunk_tensordict(data, 1 if len(data) % 3 else 3):
-            with torch.no_grad():
-                _, output = self.engine.forward_step(part, None, forward_only=True)
-            for name, value in output["model_output"].items():
-                outputs.setdefault(name, []).extend(value.unbind())
-        fields = {name: torch.nested.as_nested_tensor(rows, layout=torch.jagged) for name, rows in outputs.items()}
-        return tensordict_utils.get_tensordict(fields, {"metrics": {"mfu": 0.0}})
-
-    def update_actor(self, batch: Any) -> Any:
-        self.updates += 1
-        return {"metrics": {"mfu": 0.0}}
-
-
-def trainer_of(kind: type, config: Any, engine: Any) -> Any:
-    """One of verl's trainers, without the set-up that its constructor does."""
-    trainer = object.__new__(kind)
-    trainer.config = config
-    trainer.vgpo = run.switch(config)
-    trainer.vgpo_reweighted = False
-    trainer.vgpo_batches = 0
-    trainer.actor_rollout_wg = Workers(engine)
-    trainer.metrics = {}
-    trainer.timing_raw = {}
-    return trainer
-
-
-def stored(batch: list[Rollout], keys: list[str]) -> tuple[Any, list[float]]:
-    """Put a batch, whose rewards are 0, 1, 2, ..., where verl keeps it."""
+def stored(batch: Sequence[Rollout | Row], keys: list[str], **more: list[Any]) -> tuple[Any, list[float]]:
+    """Put a batch, whose rewards are 0, 1, 2, ..., and more fields of it where verl keeps it."""
     rewards = [torch.zeros(len(rollout.response)) for rollout in batch]
     for value, row in enumerate(rewards):
         row[-1] = value
     logp = [torch.full((len(rollout.response),), -1.0) for rollout in batch]
-    data = as_verl_keeps(batch, rm_scores=rewards, rollout_log_probs=logp, old_log_probs=logp)
+    data = as_verl_keeps(batch, rm_scores=rewards, rollout_log_probs=logp, old_log_probs=logp, **more)
     tags: list[dict[str, Any]] = [{} for _ in keys]
     transfer_queue.kv_clear(keys=keys, partition_id="train")
     return transfer_queue.kv_batch_put(keys=keys, partition_id="train", fields=data, tags=tags), [*range(len(batch))]
-
-
-def group_relative(rewards: list[float], groups: list[str]) -> list[float]:
-    """GRPO's advantages."""
-    found = []
-    for reward, group in zip(rewards, groups, strict=True):
-        peers = torch.tensor([one for one, name in zip(rewards, groups, strict=True) if name == group]).double()
-        alone = len(peers) == 1
-        found.append(reward if alone else ((reward - peers.mean()) / (peers.std() + 1e-6)).item())
-    return found
 
 
 def advantages(batch: Any) -> list[Tensor]:
@@ -185,6 +131,34 @@ def test_what_agents_leave_behind(
     trainer.config.actor_rollout_ref.actor.calculate_entropy = False
     trainer._update_actor(meta, metrics)
     assert trainer.actor_rollout_wg.updates == 1
+    assert trainer.vgpo_batches == 1
+
+
+@pytest.mark.parametrize("name", ["vppo", "pepo"])
+def test_other_methods(data_plane: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """With images in verl's data plane; the others are in test_verl_methods.py."""
+    batch, seeing = verl_methods_case.rows_of_agents(), verl_methods_case.qwen3_vl()
+    keys = [f"{row.uid}_{index}_0" for index, row in enumerate(batch)]
+    meta, rewards = stored(
+        batch,
+        keys,
+        position_ids=[verl_methods_case.positions(seeing, row) for row in batch],
+        multi_modal_inputs=[row.multi_modal_inputs for row in batch],
+    )
+    config = settings(algorithm__vgpo={"method": name}, algorithm__adv_estimator="grpo")
+    trainer = trainer_of(v1.PPOTrainerSync, config, engine_of(seeing, monkeypatch))
+    trainer.actor_rollout_wg.temperature = verl_methods_case.TEMPERATURE
+    trainer.global_steps, trainer.total_training_steps = verl_methods_case.STEP, verl_methods_case.STEPS
+    metrics: dict[str, Any] = {}
+    meta = trainer._compute_old_log_prob(meta, metrics)
+    assert not meta.extra_info[scoring.METHOD], "the reference pass must not read signals again"
+    trainer._compute_advantage(meta, metrics)
+    expected, _ = verl_methods_case.expected_factors(seeing, batch, name)
+    plain = group_relative(rewards, [row.uid for row in batch])
+    for index, (found, of_tokens, reward) in enumerate(zip(advantages(meta), expected, plain, strict=True)):
+        values = reward * of_tokens.double() * torch.tensor(batch[index].sampled)
+        assert_close(found, values, name=f"advantages {index}", floor=1e-4)
+    assert metrics["vgpo/shaped_responses"] == 3
     assert trainer.vgpo_batches == 1
 
 
@@ -325,7 +299,8 @@ def test_workers_are_asked_once_their_models_are_loaded(
     trainer.resource_pool_manager = ResourcePoolManager(resource_pool_spec={}, mapping={})
     asked: list[list[bool]] = []
 
-    def join_all(groups: Any) -> list[run.Worker]:
+    def join_all(groups: Any, method: str) -> list[run.Worker]:
+        assert method == "vgpo"
         asked.append([group.loaded for group in groups])
         return [run.Worker("here", "0", "cpp")]
 

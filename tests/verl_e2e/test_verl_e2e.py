@@ -90,6 +90,31 @@ def test_one_worker(folder: Path) -> None:
     assert "actor/grad_norm" in output
 
 
+def test_another_method(folder: Path) -> None:
+    """VPPO: a second pass in each of two workers, whose factors of responses are made of the whole batch."""
+    steps, output = run(
+        folder,
+        "qwen2_5_vl",
+        "+algorithm.vgpo.method=vppo",
+        "trainer.n_gpus_per_node=2",
+        "+ray_kwargs.ray_init.num_gpus=2",
+        "actor_rollout_ref.actor.optim.lr=0",
+    )
+    for number, step in enumerate(steps, start=1):
+        metrics = step["metrics"]
+        assert metrics["vgpo/shaped_responses"] == RESPONSES
+        assert metrics["vgpo/nonfinite_responses"] == 0
+        assert 0.4 <= metrics["vgpo/selected_rate"] < 0.6
+        assert metrics["vgpo/signal_mean"] > 0
+        assert metrics["vgpo/factor_min"] == 0
+        assert metrics["vgpo/scoring_seconds_total"] > 0
+        expected = recompute.advantages_of_vppo(step, folder / "model", number)
+        for key, found, row in zip(step["keys"], step["columns"]["advantages"], expected, strict=True):
+            torch.testing.assert_close(found.double(), torch.tensor(row).double(), rtol=1e-3, atol=1e-3, msg=key)
+        assert any(abs(value) > 0.1 for row in expected for value in row)
+    assert "k3 of the sampled token, patches of the image masked (0.5), in the old-log-prob pass and one more" in output
+
+
 def test_two_workers_with_dynamic_batches(folder: Path) -> None:
     """Asynchronous, padded, and without an old-log-prob pass: the focus is scored by a pass of the decoder alone."""
     steps, output = run(

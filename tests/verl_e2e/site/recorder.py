@@ -13,7 +13,17 @@ import torch
 import transfer_queue
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ, PPOTrainer
 
-FIELDS = ["uid", "input_ids", "responses", "response_mask", "rm_scores", "advantages", "old_log_probs", "visual_focus"]
+FIELDS = [
+    "uid",
+    "input_ids",
+    "responses",
+    "response_mask",
+    "rm_scores",
+    "advantages",
+    "old_log_probs",
+    "visual_focus",
+    "visual_method_visual",
+]
 IMAGES = "multi_modal_inputs"
 
 
