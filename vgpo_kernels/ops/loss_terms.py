@@ -16,7 +16,7 @@ from vgpo_kernels.summaries import summary
 
 NEEDS_SELECTED = "num_selected needs selected, which is None"
 NEEDS_COUNT = (
-    "num_tokens beside selected needs num_selected: both are counts of the whole batch, so that the losses of its parts "
+    "num_tokens beside selected needs num_selected: both are counts of the whole batch, so that losses of its parts "
     "add up"
 )
 
