@@ -149,6 +149,11 @@ GROUPS = (
         ),
     ),
     Group(
+        "Methods by name",
+        "vgpo_kernels.integrations.methods",
+        ("Method", "find_method", "compares_responses", "k3"),
+    ),
+    Group(
         "Tensor parallelism",
         "vgpo_kernels.integrations.tensor_parallel",
         ("parallel_logprob", "parallel_policy_loss", "parallel_vgpo_loss", "parallel_divergence"),

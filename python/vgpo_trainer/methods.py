@@ -1,86 +1,12 @@
-"""Methods by name: what each reads of a token, under which view of its images, and what of that enters the loss.
-
-A method is a line of :data:`METHODS`. How its signals become weights is the preset of the same name
-(:class:`vgpo_kernels.ShapingConfig`); docs/methods.md says where this differs from papers and from released code.
-"""
+"""The methods that the trainer has: all of :data:`vgpo_kernels.integrations.methods.METHODS`."""
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass
 from typing import Any
 
-from vgpo_kernels import ShapingConfig, VGPOConfig
+from vgpo_kernels.integrations.methods import METHODS, Method, compares_responses, find_method
 
-
-@dataclass(frozen=True)
-class Method:
-    """A published method.
-
-    Attributes:
-        title: Its short name, as people write it.
-        paper: Title of its paper.
-        arxiv: Number of its paper.
-        signal: Its visual signal, a name of :data:`vgpo_trainer.signals.SIGNALS`; ``None``: any, by default focus.
-        view: How images are spoilt for it, if they are.
-        strength: Of that view; ``None``: the kind's own.
-        view_of: Whether each ``"response"`` has a view of its own, or each ``"prompt"``, whose responses share it.
-        weighs: Whether tokens or responses are weighed. PAPO weighs nothing: it adds the term ``view_coef``.
-        over_selected: Whether the loss is the mean over the selected tokens, not over all.
-        view_coef: Weight of PAPO's term, likewise the next two (:class:`~vgpo_trainer.config.VGPOTrainingConfig`).
-        view_estimator: Of the term.
-        view_detach: Of the term.
-    """
-
-    title: str
-    paper: str
-    arxiv: str
-    signal: str | None = None
-    view: str | None = None
-    strength: float | None = None
-    view_of: str = "response"
-    weighs: bool = True
-    over_selected: bool = False
-    view_coef: float = 0.0
-    view_estimator: str = "exact"
-    view_detach: bool = False
-
-    @property
-    def address(self) -> str:
-        """Where its paper is."""
-        return f"https://arxiv.org/abs/{self.arxiv}"
-
-
-# Strengths: VPPO blackens half of the patches, PAPO 60 %. Noise of standard deviation 2 on pixels of deviation 1, as
-# VEPO adds it, is 4 / 5 of the variance.
-METHODS = {
-    "vgpo": Method("VGPO", "Visually-Guided Policy Optimization", "2604.09349"),
-    "pepo": Method("PEPO", "Rethinking Token-Level Policy Optimization for Multimodal CoT", "2603.22847", "similarity"),
-    "vppo": Method("VPPO", "Spotlight on Token Perception for Multimodal RL", "2510.09285", "k3", "mask", 0.5),
-    "pgpo": Method("PGPO", "Not All Tokens See Equally", "2604.01840", "k3", "blind"),
-    "tor": Method(
-        "ToR",
-        "Bridging Perception and Reasoning: Token Reweighting for RLVR in MLLMs",
-        "2603.25077",
-        "logp_change",
-        "none",
-    ),
-    "vepo": Method(
-        "VEPO", "Entropy Is Not Enough", "2606.03937", "js", "noise", 0.8, view_of="prompt", over_selected=True
-    ),
-    "papo": Method(
-        "PAPO",
-        "Perception-Aware Policy Optimization for Multimodal Reasoning",
-        "2507.06448",
-        view="mask",
-        strength=0.6,
-        view_of="prompt",
-        weighs=False,
-        view_coef=0.01,
-        view_estimator="k3",
-        view_detach=True,
-    ),
-}
+__all__ = ["ELSEWHERE", "METHODS", "Method", "compares_responses", "known_method"]
 
 # Methods that people may ask for, and why they are not here.
 ELSEWHERE = {
@@ -93,7 +19,6 @@ ELSEWHERE = {
     "dyco_rl": "it reads attention while it generates, and no formula for tokens was published: signal='attention' is "
     "the share of attention that it starts from",
 }
-NAMES = tuple(METHODS)
 
 
 def known_method(name: Any) -> Method:
@@ -103,21 +28,4 @@ def known_method(name: Any) -> Method:
         TypeError: The name is no text.
         ValueError: There is none of this name here.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"method must be a name, one of {', '.join(NAMES)}, got {type(name).__name__}")
-    if name in METHODS:
-        return METHODS[name]
-    plain = name.lower().replace("-", "_").replace(" ", "_")
-    if plain in ELSEWHERE:
-        raise ValueError(f"method={name!r} is not in this trainer: {ELSEWHERE[plain]}; here are {', '.join(NAMES)}")
-    close = difflib.get_close_matches(plain, NAMES, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"method must be one of {', '.join(NAMES)}, got {name!r}{hint}")
-
-
-def compares_responses(config: VGPOConfig | ShapingConfig) -> bool:
-    """Whether a response's factors depend on other responses, so that they need a whole batch."""
-    if isinstance(config, VGPOConfig):
-        return config.inter or (config.score == "offset" and config.score_offset is None)
-    selects = config.top_visual is not None or config.top_entropy is not None
-    return config.response != "none" or (selects and config.scope != "response")
+    return find_method(name, METHODS, ELSEWHERE, "this trainer")

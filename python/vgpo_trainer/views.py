@@ -24,6 +24,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid
 
 from vgpo_kernels import policy_loss
+from vgpo_kernels.integrations.methods import k3
 from vgpo_kernels.integrations.transformers import (
     NoOtherImageError,
     blind_attention,
@@ -34,7 +35,6 @@ from vgpo_trainer.config import VGPOTrainingConfig
 from vgpo_trainer.fused_head import OURS, ViewCall, ViewOutput
 from vgpo_trainer.methods import METHODS
 from vgpo_trainer.signals import BLIND, Comparison, SignalBatch, ViewSignal, VisualSignal
-from vgpo_trainer.signals.k3 import k3
 from vgpo_trainer.signals.reader import image_positions
 from vgpo_trainer.trl_loss import denominators
 from vgpo_trainer.trl_surface import FORWARD_INPUTS, LOSS_TYPES, Sequences, WithoutEmptyImages

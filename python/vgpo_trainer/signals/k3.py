@@ -11,17 +11,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from vgpo_kernels.integrations.methods import k3
 from vgpo_trainer.signals import Comparison
 from vgpo_trainer.signals.dependency import DependencySignal
-
-# Bounds that VPPO and PAPO take from verl: of the log-ratio, and of the value.
-LOG_RATIO_LIMIT, K3_LIMIT = 20.0, 10.0
-
-
-def k3(logp: Tensor, other: Tensor) -> Tensor:
-    """Return k3 of log-probabilities with the images as they are and spoilt, between 0 and 10, in their shape."""
-    ratio = (other - logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return (ratio.exp() - ratio - 1).clamp(max=K3_LIMIT)
 
 
 class K3Signal(DependencySignal):
@@ -32,4 +24,4 @@ class K3Signal(DependencySignal):
     def measure(self, found: Comparison) -> Tensor:
         """Return k3 of each token, between 0 and 10."""
         assert found.logp is not None and found.other_logp is not None
-        return k3(found.logp, found.other_logp).clamp(min=0.0)
+        return k3(found.logp, found.other_logp)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from vgpo_kernels import ShapingConfig, VGPOConfig
+from vgpo_kernels.integrations import methods
+from vgpo_kernels.integrations.methods import Method, find_method
 from vgpo_kernels.integrations.surface import config_from
 
 # What each signal is, in words, and which signals of shape_tokens its passes give.
@@ -26,42 +26,17 @@ VIEWS = {
 }
 
 
-@dataclass(frozen=True)
-class Method:
-    """A published method.
-
-    Attributes:
-        signal: A name of :data:`SIGNALS`.
-        view: How images are spoilt for it, a name of :data:`VIEWS`; ``None``: it has one view.
-        strength: Of that view.
-        view_of: Whether each ``"response"`` has a view of its own, or each ``"prompt"``, whose responses share it.
-        over_selected: Whether its loss is the mean over the selected tokens.
-
-    """
-
-    signal: str
-    view: str | None = None
-    strength: float | None = None
-    view_of: str = "response"
-    over_selected: bool = False
-
-    def describe(self) -> str:
-        """Return what it reads, in words."""
-        signal = SIGNALS[self.signal][0]
-        if self.view is None:
-            return signal
-        share = "" if self.strength is None else f" ({self.strength:g})"
-        return f"{signal}, {VIEWS[self.view]}{share}"
+METHODS = {name: method for name, method in methods.METHODS.items() if method.weighs}
 
 
-METHODS = {
-    "vgpo": Method("focus"),
-    "pepo": Method("similarity"),
-    "vppo": Method("k3", "mask", 0.5),
-    "pgpo": Method("k3", "blind"),
-    "tor": Method("logp_change", "none"),
-    "vepo": Method("js", "noise", 0.8, view_of="prompt", over_selected=True),
-}
+def describe(method: Method) -> str:
+    """Return what a method reads, in words."""
+    signal = SIGNALS[method.signal or "focus"][0]
+    if method.view is None:
+        return signal
+    share = "" if method.strength is None else f" ({method.strength:g})"
+    return f"{signal}, {VIEWS[method.view]}{share}"
+
 
 # Methods that people may ask for, and why they are not here.
 ELSEWHERE = {
@@ -91,7 +66,8 @@ def method_from(settings: Any) -> tuple[str, VGPOConfig | ShapingConfig]:
     if not isinstance(settings, Mapping):
         raise TypeError(f"settings must be a mapping, got {type(settings).__name__}")
     given = dict(settings.items())
-    name = _known(given.pop("method", "vgpo"))
+    name = given.pop("method", "vgpo")
+    method = find_method(name, METHODS, ELSEWHERE, "verl")
     if name == "vgpo":
         return name, config_from(given)
     if "preset" in given:
@@ -106,24 +82,11 @@ def method_from(settings: Any) -> tuple[str, VGPOConfig | ShapingConfig]:
         )
     config = ShapingConfig.preset(name, **given)
     assert isinstance(config, ShapingConfig)
-    gives = SIGNALS[METHODS[name].signal][1]
+    gives = SIGNALS[method.signal or "focus"][1]
     missing = [signal for signal in config.needs() if signal not in gives]
     if missing:
         raise ValueError(f"method={name} reads {' and '.join(gives)} of a token, and these settings need {missing[0]}")
     return name, config
-
-
-def _known(name: Any) -> str:
-    if not isinstance(name, str):
-        raise TypeError(f"method must be a name, one of {', '.join(METHODS)}, got {type(name).__name__}")
-    if name in METHODS:
-        return name
-    plain = name.lower().replace("-", "_").replace(" ", "_")
-    if plain in ELSEWHERE:
-        raise ValueError(f"method={name} is not in verl: {ELSEWHERE[plain]}; here are {', '.join(METHODS)}")
-    close = difflib.get_close_matches(plain, METHODS, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name}{hint}")
 
 
 def refusals(config: Any, name: str) -> list[str]:

@@ -232,7 +232,7 @@ def _signal(found: Switch) -> str:
     """Say what is read of a token, and in which passes."""
     method = methods.METHODS[found.method]
     beside = "entropy" in found.fields() and method.signal != "js"
-    signal = method.describe() + " and entropy" * beside
+    signal = methods.describe(method) + " and entropy" * beside
     if found.method == "vgpo":
         own = "a pass of the decoder by itself (bypass_mode)"
     else:

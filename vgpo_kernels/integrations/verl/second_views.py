@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vgpo_kernels.integrations.images import BESIDE_PIXELS, IMAGES_PER_ROW, PIXELS
+from vgpo_kernels.integrations.methods import Method
 from vgpo_kernels.integrations.transformers import blind_attention, spoilt_view, unwrap
-from vgpo_kernels.integrations.verl.methods import Method
 
 ROWS = "multi_modal_inputs"  # verl's field of what a response shows, a dict for each
 LENGTHS = "images_seqlens"  # which verl counts FLOPs by; no input of a model

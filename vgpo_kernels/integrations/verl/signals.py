@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vgpo_kernels import linear_divergence
+from vgpo_kernels.integrations.methods import Method, k3
 from vgpo_kernels.integrations.transformers import capture_hidden_states, capture_layer_mean, unwrap
-from vgpo_kernels.integrations.verl.methods import METHODS, Method
+from vgpo_kernels.integrations.verl.methods import METHODS
 from vgpo_kernels.integrations.verl.scoring import (
     ALONE,
     METHOD,
@@ -28,15 +29,6 @@ from vgpo_kernels.integrations.verl.scoring import (
     setting,
 )
 from vgpo_kernels.integrations.verl.second_views import hidden_images, quiet, spoilt_images, text_alone, without_images
-
-# Bounds that VPPO and PAPO take from verl: of the log-ratio, and of the value.
-LOG_RATIO_LIMIT, K3_LIMIT = 20.0, 10.0
-
-
-def k3(logp: Tensor, other: Tensor) -> Tensor:
-    """Return k3 of log-probs with the images as they are and in the other view, from 0 to 10, in their shape."""
-    ratio = (other - logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return (ratio.exp() - ratio - 1).clamp(0.0, K3_LIMIT)
 
 
 def pass_with_signals(
