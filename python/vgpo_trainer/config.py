@@ -83,7 +83,7 @@ class VGPOTrainingConfig(GRPOConfig):
     Raises:
         ValueError: An unknown method, preset, signal or source, a setting out of range, a setting of VGPO beside
             ``vgpo=None`` or another method, or a signal that is not the method's.
-        TypeError: ``method`` or ``vgpo`` is no text.
+        TypeError: ``method`` or ``vgpo`` is no text, or ``method_kwargs`` no dict.
 
     """
 
@@ -97,7 +97,8 @@ class VGPOTrainingConfig(GRPOConfig):
         metadata={"help": "What the visual signal does to the loss: vgpo, pepo, vppo, pgpo, tor, vepo or papo."},
     )
     method_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Settings of such a method that differ from its own, those of ShapingConfig."}
+        default=None,
+        metadata={"help": "Fields of ShapingConfig that differ from those of a method beside vgpo."},
     )
     vgpo: str | None = field(default="paper", metadata={"help": "Preset: paper, released or none."})
     signal: str | None = field(
@@ -257,6 +258,8 @@ class VGPOTrainingConfig(GRPOConfig):
             )
         if self.vgpo is None and changes:
             raise ValueError(f"{', '.join(told)} has no effect with vgpo=None; name a preset or leave it out")
+        if self.method_kwargs is not None and not isinstance(self.method_kwargs, dict):
+            raise TypeError(f"method_kwargs must be a dict, or a JSON object as text, got {self.method_kwargs!r}")
         if self.method_kwargs and (name == "vgpo" or not method.weighs):
             instead = "vgpo_beta and the like change VGPO's settings" if name == "vgpo" else "view_coef is its setting"
             raise ValueError(f"method_kwargs has no effect with method={name!r}; {instead}")
@@ -267,7 +270,10 @@ class VGPOTrainingConfig(GRPOConfig):
             )
         vars(self).update({key: value for key, value in settled.items() if getattr(self, key) == _DEFAULTS[key]})
         self._check_signal()
-        shaping = self.shaping()
+        try:
+            shaping = self.shaping()
+        except TypeError as error:
+            raise ValueError(f"method_kwargs: {error}") from None
         if method.over_selected and isinstance(shaping, ShapingConfig) and shaping.scope != "response":
             raise ValueError(
                 f"method_kwargs has scope={shaping.scope!r}, and method={name!r} divides by the number of selected "

@@ -19,6 +19,8 @@ ELSEWHERE = {
     "dyco_rl": "it reads attention while it generates, and no formula for tokens was published: signal='attention' is "
     "the share of attention that it starts from",
 }
+# What people call the run without a method, and losses, which go beside one.
+_PLAIN = ("none", "baseline", "grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo", "sapo")
 
 
 def known_method(name: Any) -> Method:
@@ -28,4 +30,8 @@ def known_method(name: Any) -> Method:
         TypeError: The name is no text.
         ValueError: There is none of this name here.
     """
+    if isinstance(name, str) and name.lower() in _PLAIN:
+        raise ValueError(
+            f"method={name!r} weighs nothing by the image: vgpo=None (--vgpo none) does so, and loss_type is the loss"
+        )
     return find_method(name, METHODS, ELSEWHERE, "this trainer")

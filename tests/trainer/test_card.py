@@ -120,7 +120,7 @@ def test_an_adapter_and_a_loss_without_vgpo(tmp_path):
         data, text = parts(folder / "README.md")
         assert data.library_name == "peft" and str(tmp_path) not in data.to_yaml() + text
         assert "trained with TRL's dapo loss by" in text and "Visual signal: not in the loss" in text
-        assert "- Weights: a LORA adapter of rank 4, alpha 8, on `q_proj`, `v_proj`" in text
+        assert "- Trained weights: a LORA adapter of rank 4, alpha 8, on `q_proj`, `v_proj`" in text
         assert "| reward |" not in text and "a dataset in memory, 8 rows" in text
 
 

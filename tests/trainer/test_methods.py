@@ -266,6 +266,8 @@ def test_a_method_brings_its_settings_and_leaves_them_again():
     [
         ({"method": "vpo"}, "method must be one of vgpo, .*, got 'vpo'; did you mean 'vppo'"),
         ({"method": "VPPO"}, "did you mean 'vppo'"),
+        ({"method": "none"}, r"method='none' weighs nothing by the image: vgpo=None \(--vgpo none\) does so"),
+        ({"method": "GRPO"}, "method='GRPO' weighs nothing by the image.*loss_type is the loss"),
         ({"method": "cgpo"}, "not in this trainer: it spoils the regions that a response names.*ShapingConfig.cgpo"),
         ({"method": "va-opd"}, "not in this trainer: it distils a teacher.*shape_tokens.*here are vgpo, pepo"),
         ({"method": "AT-RL"}, "its formula was not published in full"),
@@ -289,8 +291,10 @@ def test_what_does_not_go_together_is_refused(tmp_path, settings, message):
 
 
 def test_a_setting_of_no_method_is_named(tmp_path):
-    with pytest.raises(TypeError, match="ShapingConfig has no 'top_visul': did you mean top_visual"):
+    with pytest.raises(ValueError, match="method_kwargs: ShapingConfig has no 'top_visul': did you mean top_visual"):
         build(tmp_path, method="vppo", method_kwargs={"top_visul": 0.3})
+    with pytest.raises(TypeError, match="method_kwargs must be a dict, or a JSON object as text, got 'top"):
+        build(tmp_path, method="vppo", method_kwargs="top_visual=0.3")
     with pytest.raises(TypeError, match="method must be a name"):
         build(tmp_path, method=ShapingConfig.vppo())
 
@@ -313,8 +317,15 @@ def test_the_command_line_the_card_and_the_report_name_it(tmp_path):
     words = train_words({"training": trainer.args.to_dict(), "run": {"model": "m", "dataset": "d"}})
     assert words.title == "VPPO: m on d" and words.weighs and words.other_method
     assert words.signal.name == "dependency on the image"
-    papo = train_words({"training": {"method": "papo", "vgpo": "paper"}})
-    assert papo.algorithm == "PAPO" and not papo.weighs and papo.signal is None
+    assert {"method", "signal", "view"} <= words.settings[1].keys() and "vgpo" not in words.settings[1]
+
+    papo = build(tmp_path / "papo", method="papo")
+    words = train_words({"training": papo.args.to_dict()})
+    assert words.algorithm == "PAPO" and not words.weighs and words.signal is None
+    assert not {"vgpo", "signal"} & words.settings[1].keys() and words.settings[1]["view_coef"] == 0.01
+    card = write_card(papo, tmp_path / "papo-model").read_text()
+    assert "- Method: PAPO\n- Visual signal: not in the loss" in card
+    assert "`mask`, strength 0.6; its term of the loss has weight 0.01, k3\n- Trained weights: all" in card
 
 
 def test_the_page_of_methods_has_them_all():

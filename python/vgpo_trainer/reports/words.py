@@ -116,6 +116,8 @@ def train_words(config: Mapping[str, Any]) -> RunWords:
     model, dataset = (short_name(str(run.get(name, f"a {name}"))) for name in ("model", "dataset"))
     weighs = trained and method.weighs
     measured = weighs or bool(training.get("vgpo_diagnostics"))
+    # Settings that this run did not use, though they have values.
+    unused = {"vgpo": name != "vgpo", "signal": not measured, "view_coef": not training.get("view_coef")}
     return RunWords(
         title=f"{algorithm}: {model} on {dataset}",
         introduction=f"The model {model}, trained with {algorithm} on the prompts of {dataset}.",
@@ -129,7 +131,7 @@ def train_words(config: Mapping[str, Any]) -> RunWords:
         demo=False,
         settings=[
             {"model": model, "dataset": dataset},
-            {name: training[name] for name in SETTINGS if training.get(name) is not None},
+            {key: training[key] for key in SETTINGS if training.get(key) is not None and not unused.get(key)},
             {f"{name}: {field}": value for field, value in (config.get(name) or {}).items()},
             config.get("versions") or {},
         ],

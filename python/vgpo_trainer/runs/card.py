@@ -234,6 +234,7 @@ def _method(args: VGPOTrainingConfig, adapter: str | None) -> list[str]:
     """How it was trained: the method in sentences, and every setting that is not the default."""
     lines = [f"- Loss: {code(args.loss_type)}, seed {args.seed}"]
     if not args.weighs():
+        lines += [f"- Method: {METHODS[args.method].title}"] if args.method != "vgpo" else []
         lines.append("- Visual signal: not in the loss")
     elif args.method != "vgpo":
         told = args.method_kwargs if isinstance(args.method_kwargs, dict) else {}
@@ -248,8 +249,9 @@ def _method(args: VGPOTrainingConfig, adapter: str | None) -> list[str]:
         lines.append(f"- Visual signal: {code(args.signal)}. {words_of(str(args.signal)).explanation}")
     if args.passes_views():
         strength = "" if args.view_strength is None else f", strength {args.view_strength}"
-        lines.append(f"- Spoilt view of the image: {code(args.view)}{strength}")
-    lines.append("- Weights: all" if adapter is None else f"- Weights: {adapter}")
+        term = f"; its term of the loss has weight {args.view_coef}, {args.view_estimator}" if args.view_coef else ""
+        lines.append(f"- Spoilt view of the image: {code(args.view)}{strength}{term}")
+    lines.append(f"- Trained weights: {'all' if adapter is None else adapter}")
     rows = "\n".join(f"| {code(name)} | {code(value)} |" for name, value in changed_settings(args).items())
     table = f"Settings of `VGPOTrainingConfig` that are not its defaults:\n\n| setting | value |\n|---|---|\n{rows}"
     return ["## Method", "\n".join(lines), *([table] if rows else [])]
