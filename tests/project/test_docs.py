@@ -195,6 +195,8 @@ def example_scope() -> dict[str, object]:
         "old_logp": logp.detach(),
         "spoilt_logp": logp.detach() - 0.1,
         "advantages": torch.tensor([1.0, -1.0]),
+        "states": torch.randn(batch, 3, features),
+        "noisy_states": torch.randn(batch, 3, features),
         "weight": torch.randn(vocabulary, features, requires_grad=True),
         "targets": torch.randint(vocabulary, (batch, 3)),
         "q": torch.randn(batch, 4, 3, 16),
@@ -236,7 +238,7 @@ def test_enough_blocks_run() -> None:
     run = {name for name, code in blocks("python") if free_names(code) <= scope and not NEEDS_MORE.search(code)}
     assert len([name for name in run if name.startswith("integrate")]) >= 2
     pages = {f"how-it-works-{index}" for index in range(5)}
-    assert run >= {"README-0", "README-1", "adding-a-signal-0"} | pages
+    assert run >= {"README-0", "README-1", "adding-a-signal-0", "methods-1"} | pages
 
 
 def test_imports_in_python_blocks_exist() -> None:
