@@ -32,6 +32,6 @@ def known_method(name: Any) -> Method:
     """
     if isinstance(name, str) and name.lower() in _PLAIN:
         raise ValueError(
-            f"method={name!r} weighs nothing by the image: vgpo=None (--vgpo none) does so, and loss_type is the loss"
+            f"method={name!r} is no weighting: a run without one has vgpo=None (--vgpo none), and its loss is loss_type"
         )
     return find_method(name, METHODS, ELSEWHERE, "this trainer")

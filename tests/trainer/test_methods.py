@@ -266,8 +266,8 @@ def test_a_method_brings_its_settings_and_leaves_them_again():
     [
         ({"method": "vpo"}, "method must be one of vgpo, .*, got 'vpo'; did you mean 'vppo'"),
         ({"method": "VPPO"}, "did you mean 'vppo'"),
-        ({"method": "none"}, r"method='none' weighs nothing by the image: vgpo=None \(--vgpo none\) does so"),
-        ({"method": "GRPO"}, "method='GRPO' weighs nothing by the image.*loss_type is the loss"),
+        ({"method": "none"}, r"method='none' is no weighting: a run without one has vgpo=None \(--vgpo none\)"),
+        ({"method": "GRPO"}, "method='GRPO' is no weighting.*its loss is loss_type"),
         ({"method": "cgpo"}, "not in this trainer: it spoils the regions that a response names.*ShapingConfig.cgpo"),
         ({"method": "va-opd"}, "not in this trainer: it distils a teacher.*shape_tokens.*here are vgpo, pepo"),
         ({"method": "AT-RL"}, "its formula was not published in full"),
