@@ -64,8 +64,8 @@ class VGPOTrainingConfig(GRPOConfig):
         view_strength: Of the kinds that have one; default: the method's, where the view is, else that of the kind.
         view_coef: Weight of the term ``-view_coef * KL(with the image || with the spoilt one)`` of the loss, as in PAPO
             (arXiv 2507.06448): what is maximised is how much a response depends on its image. Aggregated as the policy
-            loss is. It needs a pass of the spoilt view with gradient, beside any method. Where it is 0, it is the
-            method's: of ``"papo"`` 0.01.
+            loss is. It needs a pass of the spoilt view with gradient, beside any method. Default: the method's, of
+            ``"papo"`` 0.01, of others 0.
         view_estimator: ``"exact"``: that divergence, over the whole vocabulary. ``"k3"``: PAPO's estimate of
             it from the sampled token, log-ratios bounded by +-20 and values by 10. Default: the method's, of ``"papo"``
             k3, of others exact.
@@ -122,7 +122,9 @@ class VGPOTrainingConfig(GRPOConfig):
         },
     )
     view_strength: float | None = field(default=None, metadata={"help": "Strength of mask, noise or pixelation."})
-    view_coef: float = field(default=0.0, metadata={"help": "Weight of PAPO's term: divergence of a spoilt view."})
+    view_coef: float | None = field(
+        default=None, metadata={"help": "Weight of PAPO's term: divergence of a spoilt view; default: the method's."}
+    )
     view_estimator: str | None = field(
         default=None, metadata={"help": "Its divergence: exact, or k3 of sampled tokens; default: exact, of papo k3."}
     )
@@ -225,6 +227,8 @@ class VGPOTrainingConfig(GRPOConfig):
         if not told:
             return self
         other = copy(self)
+        if other.method != told.get("method", other.method):
+            other.method_kwargs = None
         # What was left to the method is left to the new one.
         left = [name for name, value in self.of_method().items() if getattr(self, name) == value]
         vars(other).update({name: _DEFAULTS[name] for name in left} | told)
@@ -300,12 +304,13 @@ class VGPOTrainingConfig(GRPOConfig):
         for name, known in {"view": (*VIEWS, BLIND), "view_estimator": VIEW_ESTIMATORS}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        assert self.view_coef is not None
         if not 0 <= self.view_coef < math.inf:
             raise ValueError(f"view_coef must be finite and not negative, got {self.view_coef}")
         if self.view_clamp is not None and not self.view_clamp > 0:
             raise ValueError(f"view_clamp must be positive, got {self.view_clamp}")
         settled = self.of_method()
-        names = ("view", "view_strength", "view_coef", "view_estimator", "view_clamp", "view_detach")
+        names = ("view", "view_strength", "view_estimator", "view_clamp", "view_detach")
         changed = [name for name in names if getattr(self, name) != settled.get(name)]
         of_term = [name for name in changed if name in ("view_estimator", "view_clamp", "view_detach")]
         if of_term and not self.view_coef:

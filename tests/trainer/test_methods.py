@@ -247,6 +247,8 @@ def test_a_method_compares_what_its_formula_compares():
 def test_a_method_brings_its_settings_and_leaves_them_again():
     plain = VGPOTrainingConfig("o", use_cpu=True, bf16=False)
     assert (plain.method, plain.signal, plain.view, plain.view_coef) == ("vgpo", "focus", "swap", 0.0)
+    without = VGPOTrainingConfig("o", use_cpu=True, bf16=False, method="papo", view_coef=0.0)
+    assert without.view_coef == 0.0 and not without.passes_views()
     for name, method in METHODS.items():
         other = plain.replacing(method=name)
         assert (other.signal, other.view) == (method.signal or "focus", method.view or "swap")

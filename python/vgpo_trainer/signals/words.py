@@ -60,7 +60,7 @@ WORDS = {
     ),
     "k3": SignalWords(
         "dependency on the image",
-        "dependency",
+        "k3",
         "k3 of the sampled token",
         "k3",
         "How far the log-probability of the sampled token is from that under a spoilt view of the image, as k3: 0 "
@@ -68,14 +68,14 @@ WORDS = {
     ),
     "logp_change": SignalWords(
         "dependency on the image",
-        "dependency",
+        "log-ratio",
         "log-ratio in nats",
         "log-ratio",
         "Absolute change of the sampled token's log-probability under a spoilt view of the image.",
     ),
     "js": SignalWords(
         "dependency on the image",
-        "dependency",
+        "JS",
         "divergence in nats",
         "divergence",
         "Jensen-Shannon divergence of a token's distribution and that under a spoilt view of the image: 0 where both "
