@@ -209,7 +209,7 @@ OPS = (
         gpu=(GPU_SHAPES[0], GPU_SHAPES[0]._replace(late=256)),
         small=SMALL_SHAPE._replace(late=16),
     ),
-    Op("visual_focus, unit_mean", unit_mean_case, cpu=(), gpu=GPU_SHAPES[:1], small=SMALL_SHAPE),
+    Op("visual_focus, unit_mean", unit_mean_case, cpu=(CPU_SHAPE,), gpu=GPU_SHAPES[:1], small=SMALL_SHAPE),
     Op("visual_prototype", prototype_case, cpu=(), gpu=GPU_SHAPES, small=SMALL_SHAPE),
 )
 

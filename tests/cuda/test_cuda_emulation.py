@@ -162,7 +162,8 @@ def test_any_block_size_is_right(emulator: Emulator, threads: int) -> None:
 
 def test_a_limit_of_blocks_is_checked() -> None:
     """VGPO_CUDA_BLOCKS is read at the first cooperative launch of a process."""
-    call = "operators['visual_prototype'](torch.ones(1, 2, 8), torch.ones(1, 2, dtype=torch.bool), None, False)"
+    given = "torch.ones(1, 2, 8), torch.ones(1, 2, dtype=torch.bool), None, False, False"
+    call = f"operators['visual_prototype']({given})"
     script = f"import torch; from emulation.harness import emulated_operators; operators = emulated_operators(); {call}"
     folders = [str(ROOT), str(ROOT / "python"), str(ROOT / "tests")]
     environment = {**os.environ, "VGPO_CUDA_BLOCKS": "0", "PYTHONPATH": os.pathsep.join(folders)}

@@ -158,7 +158,7 @@ CASES = {
     "num_tokens": Case((30, 60)),
     "num_sequences": Case((4, 8), {"aggregation": "seq-mean-token-mean"}),
     "num_selected": Case((10, 20), SELECTED),
-    "selected": Case(SELECTED_TOKENS, {"num_selected": None}),
+    "selected": Case(SELECTED_TOKENS, {"num_selected": None, "num_tokens": None}),
     "token_weights": Case((None, torch.tensor([0.5, 1.0, 2.0, 0.0]), lambda good: of_targets(good["old_logp"]))),
     "views": Case(
         (

@@ -76,5 +76,5 @@ def test_the_driver_fetches_what_the_adapter_fetches() -> None:
     """By the names of fields in its source: all that have a value for each token."""
     source = (ROOT / "vgpo_kernels" / "integrations" / "verl" / "trainers.py").read_text()
     (fields,) = re.findall(r"select_fields=\[(.*)\]", source)
-    names = set(fields.replace('"', "").replace("FIELD", "visual_focus").split(", "))
+    names = set(fields.replace('"', "").replace("*fields.values()", "visual_focus").split(", "))
     assert names - {"uid", "SECONDS"} == set(scale.FETCHED["VGPO"]), "uid and seconds are of responses"
