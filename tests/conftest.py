@@ -65,7 +65,7 @@ def available_backends() -> list[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU, leave out slow tests, and most cases of a test with many that Triton's interpreter runs.
 
-    Of such cases the first two stay, and every thirtieth. With VGPO_TEST_EVERYTHING=1 all tests stay; with another
+    Of such cases the first stays, and every thirtieth. With VGPO_TEST_EVERYTHING=1 all tests stay; with another
     number, as in continuous integration, slow ones and one case of so many.
     """
     step = int(os.environ.get("VGPO_TEST_EVERYTHING") or 0)
@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name = item.nodeid.partition("[")[0]
         index = counts.get(name, 0)
         counts[name] = index + interpreted
-        repeats = interpreted and index >= 2 and index % (step or 30)
+        repeats = interpreted and bool(index % (step or 30))
         slow = not step and item.get_closest_marker("slow")
         (left_out if repeats or slow else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
