@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vgpo_kernels import checks
 from vgpo_kernels.config import KLEstimator, PolicyLossOptions, type_name
+from vgpo_kernels.ops.visual_weights import spread_to_tokens
 from vgpo_kernels.reference.policy_loss import SEQUENCE_RATIO
 from vgpo_kernels.summaries import summary
 
@@ -80,7 +81,7 @@ def token_factors(
     dtype = checks.compute_dtype(*arguments.values(), product, weights)
     if weights is not None:
         if weights.dim() == 1 and weights.shape[0] == batch:
-            weights = _spread(weights, mask, boundaries)
+            weights = spread_to_tokens(weights, mask, boundaries)
         product = weights.expand(mask.shape).contiguous() if product is None else product.to(dtype) * weights
     count = checks.count("num_selected", num_selected, mask.device)
     if selected is None:
@@ -98,7 +99,7 @@ def token_factors(
         product = product * _ratio(every if given is None else given, own if count is None else count)
     elif options.aggregation == "seq-mean-token-mean":
         numbers = [_counts(valid, boundaries).to(dtype) for valid in (mask, chosen)]
-        product = product * _spread(_ratio(*numbers), mask, boundaries)
+        product = product * spread_to_tokens(_ratio(*numbers), mask, boundaries)
     return product, {"selected_rate": own / every.clamp(min=1)}
 
 
@@ -117,15 +118,6 @@ def _counts(valid: Tensor, boundaries: Tensor | None) -> Tensor:
         return valid.sum(-1)
     running = torch.cat([valid.new_zeros(1, dtype=torch.int64), valid.cumsum(0)])
     return running[boundaries.clamp(0, valid.shape[0])].diff()
-
-
-def _spread(values: Tensor, mask: Tensor, boundaries: Tensor | None) -> Tensor:
-    """Return values ``[B]`` in a shape that broadcasts to ``mask``'s tokens."""
-    if boundaries is None:
-        return values[:, None]
-    place = torch.arange(mask.shape[0], device=mask.device)
-    response = torch.searchsorted(boundaries[1:].contiguous(), place, right=True)
-    return values[response.clamp(max=max(values.shape[0] - 1, 0))]
 
 
 def checked_views(views: object, arguments: Mapping[str, Any], options: PolicyLossOptions) -> tuple[ViewTerm, ...]:

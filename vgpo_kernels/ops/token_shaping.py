@@ -12,7 +12,13 @@ from vgpo_kernels import checks, hints
 from vgpo_kernels.config import VGPOConfig, type_name
 from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
-from vgpo_kernels.ops.visual_weights import group_weights, name_metrics, visual_weights
+from vgpo_kernels.ops.visual_weights import (
+    factor_of,
+    group_weights,
+    name_metrics,
+    spread_to_tokens,
+    visual_weights,
+)
 from vgpo_kernels.reference import token_shaping as reference
 from vgpo_kernels.shaping import ShapingConfig
 from vgpo_kernels.summaries import summary
@@ -109,7 +115,7 @@ def shape_tokens(
     given = _signals(signals, mask, settings.needs())
     images = checks.per_response_mask("has_visual", has_visual, batch, mask.device, "response_mask")
     if images is not None:
-        given["visual"] = given["visual"].masked_fill(~_per_token(images, mask, boundaries), torch.nan)
+        given["visual"] = given["visual"].masked_fill(~spread_to_tokens(images, mask, boundaries), torch.nan)
     dtype = checks.compute_dtype(*given.values())
     result = registry.call(
         "token_shaping",
@@ -159,7 +165,7 @@ def response_factors(
     """
     if isinstance(config, VGPOConfig):
         _progress(progress)
-        return _trajectory(group_weights(score, group_ids, config), config)
+        return factor_of(group_weights(score, group_ids, config), config.inter_clamp)
     score = checks.require_floating("score", score)
     if score.dim() != 1:
         hint = hints.shape("score", score.shape, score.shape[:1])
@@ -213,16 +219,6 @@ def _progress(value: object, schedule: str = "none") -> float:
     return checks.share("progress", value)
 
 
-def _per_token(per_response: Tensor, mask: Tensor, boundaries: Tensor | None) -> Tensor:
-    if boundaries is None:
-        return per_response[:, None]
-    return per_response.repeat_interleave(boundaries.diff(), output_size=mask.shape[0])
-
-
-def _trajectory(phi: Tensor, config: VGPOConfig) -> Tensor:
-    return 1 + phi if config.inter_clamp is None else (1 + phi).clamp(*config.inter_clamp)
-
-
 def _of_visual_weights(
     visual: Tensor,
     mask: Tensor,
@@ -234,9 +230,9 @@ def _of_visual_weights(
     """VGPO's case of the family."""
     found = visual_weights(visual, mask, groups, config, cu_seqlens=boundaries, has_visual=has_visual)
     weighted = found.score.isfinite()
-    response_factor = torch.where(weighted, _trajectory(found.phi, config), 1.0)
-    weights = 1 + found.psi if config.intra_clamp is None else (1 + found.psi).clamp(*config.intra_clamp)
-    weights = torch.where(mask & _per_token(weighted, mask, boundaries), weights, 1.0)
+    response_factor = torch.where(weighted, factor_of(found.phi, config.inter_clamp), 1.0)
+    weights = factor_of(found.psi, config.intra_clamp)
+    weights = torch.where(mask & spread_to_tokens(weighted, mask, boundaries), weights, 1.0)
     return TokenShaping(found.factors, weights, mask, response_factor, found.score, found.metrics)
 
 

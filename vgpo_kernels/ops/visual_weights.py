@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import checks, hints
-from vgpo_kernels.config import VGPOConfig
+from vgpo_kernels.config import Clamp, VGPOConfig
 from vgpo_kernels.hints import explained
 from vgpo_kernels.ops import registry
 from vgpo_kernels.reference import visual_weights as reference
@@ -208,20 +208,24 @@ def combine_factors(
     inter = checks.per_response("phi", phi, batch, mask.device)
     chosen = checks.per_response_mask("weighted", weighted, batch, mask.device, "response_mask")
     settings = checks.settings("config", config, VGPOConfig)
-    token, trajectory = 1 + intra, 1 + inter
-    if settings.intra_clamp is not None:
-        token = token.clamp(*settings.intra_clamp)
-    if settings.inter_clamp is not None:
-        trajectory = trajectory.clamp(*settings.inter_clamp)
-    if chosen is None:
-        chosen = torch.ones_like(trajectory, dtype=torch.bool)
+    token = factor_of(intra, settings.intra_clamp)
+    trajectory = spread_to_tokens(factor_of(inter, settings.inter_clamp), mask, boundaries)
+    active = mask if chosen is None else mask & spread_to_tokens(chosen, mask, boundaries)
+    return torch.where(active, token * trajectory, torch.ones_like(token))
+
+
+def factor_of(weight: Tensor, clamp: Clamp | None) -> Tensor:
+    """Return ``1 + weight``, clamped to its range (Eq. 11)."""
+    return 1 + weight if clamp is None else (1 + weight).clamp(*clamp)
+
+
+def spread_to_tokens(values: Tensor, mask: Tensor, boundaries: Tensor | None) -> Tensor:
+    """Return values of responses ``[B]`` in a shape that broadcasts to the tokens of ``mask``."""
     if boundaries is None:
-        trajectory, chosen = trajectory[:, None], chosen[:, None]
-    else:
-        lengths = boundaries.diff()
-        trajectory = trajectory.repeat_interleave(lengths, output_size=mask.shape[0])
-        chosen = chosen.repeat_interleave(lengths, output_size=mask.shape[0])
-    return torch.where(mask & chosen, token * trajectory, torch.ones_like(token))
+        return values[:, None]
+    place = torch.arange(mask.shape[0], device=mask.device)
+    response = torch.searchsorted(boundaries[1:].contiguous(), place, right=True)
+    return values[response.clamp(max=max(values.shape[0] - 1, 0))]
 
 
 def name_metrics(names: tuple[str, ...], values: Tensor) -> dict[str, Tensor]:
